@@ -1,0 +1,1 @@
+"""The procedural sample set and the bundled weights."""

@@ -1,0 +1,108 @@
+"""Every error that anchorpatch raises on purpose.
+
+::
+
+    AnchorpatchError                 one clear line for the user, exit status 1
+    ├── SettingsError                a value that no run could use (also a ValueError)
+    ├── DataError                    the image folder or the labels file is not as expected
+    │   ├── ImageError               one image cannot be decoded; carries the reason
+    │   └── TooManyBadImages         more images were skipped than --max-bad allows
+    ├── WeightsError                 a weights or checkpoint file is missing, damaged or of another kind
+    ├── ShardError                   a shard or manifest cannot be read or written
+    │   ├── CorruptShard             a shard's bytes are not those that were written
+    │   └── ManifestMismatch         the folder holds shards made from other inputs
+    ├── StorageError                 the disk refused a write (full, quota, read-only)
+    ├── NonFiniteError               NaN or infinity where a number was needed
+    ├── MissingDependency            an optional package is not installed
+    └── Interrupted                  a signal stopped the run; exit status 128 + signal
+
+A message is one sentence or two: the file, what was expected, what was found, what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AnchorpatchError",
+    "CorruptShard",
+    "DataError",
+    "ImageError",
+    "Interrupted",
+    "ManifestMismatch",
+    "MissingDependency",
+    "NonFiniteError",
+    "SettingsError",
+    "ShardError",
+    "StorageError",
+    "TooManyBadImages",
+    "WeightsError",
+]
+
+
+class AnchorpatchError(Exception):
+    """Base of the tree; ``exit_status`` is what the command line ends with."""
+
+    exit_status = 1
+
+
+class SettingsError(AnchorpatchError, ValueError):
+    """A setting has a value that no run could use."""
+
+
+class DataError(AnchorpatchError):
+    """The image folder or the labels file is not as expected."""
+
+
+class ImageError(DataError):
+    """One image cannot be decoded.
+
+    Attributes:
+        reason: why, in a few words that can be counted ("truncated", "empty file").
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class TooManyBadImages(DataError):
+    """More images were skipped than ``--max-bad`` allows."""
+
+
+class WeightsError(AnchorpatchError):
+    """A weights or checkpoint file is missing, damaged or of another kind."""
+
+
+class ShardError(AnchorpatchError):
+    """A shard or manifest cannot be read or written."""
+
+
+class CorruptShard(ShardError):
+    """The bytes of a shard are not those that were written."""
+
+
+class ManifestMismatch(ShardError):
+    """The output folder holds shards made from other settings, weights or files."""
+
+
+class StorageError(AnchorpatchError):
+    """The disk refused a write."""
+
+
+class NonFiniteError(AnchorpatchError):
+    """NaN or infinity where a number was needed."""
+
+
+class MissingDependency(AnchorpatchError):
+    """An optional package is not installed."""
+
+
+class Interrupted(AnchorpatchError):
+    """A signal stopped the run.
+
+    Attributes:
+        exit_status: 130 after Ctrl-C (SIGINT), 143 after SIGTERM.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signal_number

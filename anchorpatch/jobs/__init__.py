@@ -1,0 +1,1 @@
+"""One module a verb, each the whole job in one place."""

@@ -1,0 +1,367 @@
+"""The LSP core (section 3.3): decide on class and branch, then select patches.
+
+Tensors in, tensors out; no model and no file. Everything here gives the same result on CPU
+and GPU, bit for bit, for the same input: arg max and sort ties are settled explicitly, and
+IoU is compared through whole pixels.
+
+Shapes use N images, C classes, and an H x W heatmap per branch. Branches come in the order
+of `SCALES` everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anchorpatch.errors import NonFiniteError, SettingsError
+
+__all__ = [
+    "PRESETS",
+    "SCALES",
+    "STRIDE",
+    "Decision",
+    "LspSettings",
+    "Patches",
+    "candidate_count",
+    "crop",
+    "decide",
+    "grid_size",
+    "iou",
+    "iou_table",
+    "localize",
+    "select",
+    "to_pixels",
+]
+
+#: Side theta of the patches of each branch, in pixels: the receptive fields of Table 2.
+SCALES: Final = (63, 95, 111)
+
+#: Distance of neighbouring patches in pixels: the accumulated stride of every branch.
+STRIDE: Final = 8
+
+
+@dataclass(frozen=True)
+class LspSettings:
+    """The parameters of Algorithm 1, one value for each scale where the paper has one.
+
+    Attributes:
+        max_patches: K, the most patches an image may have.
+        iou_threshold: T; a patch is taken while its IoU with every taken patch is below it.
+        coverage: P, the share of all locations that are candidates, in (0, 1].
+
+    Raises:
+        SettingsError: a value outside its range.
+    """
+
+    max_patches: tuple[int, int, int]
+    iou_threshold: float
+    coverage: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if len(self.max_patches) != len(SCALES) or min(self.max_patches) < 1:
+            raise SettingsError(
+                f"max_patches: expected {len(SCALES)} whole numbers of at least 1, "
+                f"one for each scale, got {self.max_patches}"
+            )
+        if not 0 <= self.iou_threshold <= 1:
+            raise SettingsError(
+                f"iou_threshold: expected a number from 0 to 1, got {self.iou_threshold}"
+            )
+        if len(self.coverage) != len(SCALES) or not all(0 < p <= 1 for p in self.coverage):
+            raise SettingsError(
+                f"coverage: expected {len(SCALES)} shares above 0 and up to 1, "
+                f"one for each scale, got {self.coverage}"
+            )
+
+
+#: ``figure`` and ``finetune`` are the two settings of section 4.1. ``evaluate`` is ours: the
+#: paper does not print what gave its 5.6, 2.9 and 2.1 patches an image.
+PRESETS: Final = {
+    "figure": LspSettings((5, 3, 2), 0.3, (0.05, 0.04, 0.03)),
+    "finetune": LspSettings((24, 10, 8), 0.8, (0.3, 0.3, 0.3)),
+    "evaluate": LspSettings((24, 10, 8), 0.3, (0.3, 0.3, 0.3)),
+}
+
+
+def grid_size(height: int, width: int, theta: int, stride: int = STRIDE) -> tuple[int, int]:
+    """Return (H, W), the locations that a patch of side ``theta`` has in an image (section 3.1).
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        theta: side of the patch, in pixels.
+        stride: distance of neighbouring locations, in pixels.
+
+    Raises:
+        SettingsError: the image is smaller than the patch.
+
+    Example:
+        >>> [grid_size(224, 224, theta) for theta in SCALES]
+        [(21, 21), (17, 17), (15, 15)]
+    """
+    if min(height, width) < theta:
+        raise SettingsError(
+            f"an image of {height} x {width} px is smaller than a patch of {theta} x {theta} px"
+        )
+    return (height - theta) // stride + 1, (width - theta) // stride + 1
+
+
+def to_pixels(location: Tensor, stride: int = STRIDE) -> Tensor:
+    """Map grid locations (..., 2) as (h, w) to the top-left corners (y, x) of their patches."""
+    return location * stride
+
+
+def iou(a: tuple[int, int], b: tuple[int, int], theta: int) -> float:
+    """Return the IoU (Eq. 9) of two patches of side ``theta`` with corners (y, x), in pixels.
+
+    Example:
+        >>> iou((0, 0), (0, 0), 63), iou((0, 0), (0, 63), 63)
+        (1.0, 0.0)
+        >>> round(iou((0, 0), (0, 8), 63), 3)  # neighbours on the grid
+        0.775
+    """
+    overlap = max(0, theta - abs(a[0] - b[0])) * max(0, theta - abs(a[1] - b[1]))
+    return overlap / (2 * theta * theta - overlap)
+
+
+def iou_table(height: int, width: int, theta: int, stride: int = STRIDE) -> Tensor:
+    """Return the IoU of two patches by their distance on the grid.
+
+    Returns:
+        float64 (height, width); entry (dh, dw) is the IoU of patches dh rows and dw columns
+        apart. Patches of one scale are all alike, so nothing else matters.
+    """
+    dh = (theta - stride * torch.arange(height)).clamp(min=0)
+    dw = (theta - stride * torch.arange(width)).clamp(min=0)
+    overlap = (dh[:, None] * dw[None, :]).double()
+    return overlap / (2 * theta * theta - overlap)
+
+
+def candidate_count(height: int, width: int, coverage: float) -> int:
+    """Return how many locations Algorithm 1 visits: floor(H * W * P), at least one.
+
+    Example:
+        >>> candidate_count(21, 21, 0.3), candidate_count(15, 15, 0.001)
+        (132, 1)
+    """
+    return max(1, int(height * width * coverage))
+
+
+class Decision(NamedTuple):
+    """Which class and which branch, for N images.
+
+    Attributes:
+        branch_class: Y, the class that each branch predicts (N, 3), int64.
+        branch_prob: P, its probability (N, 3).
+        predicted: gamma, the class of the image (N,), int64.
+        branch: index into `SCALES` of the chosen branch (N,), int64.
+    """
+
+    branch_class: Tensor
+    branch_prob: Tensor
+    predicted: Tensor
+    branch: Tensor
+
+
+def _first_argmax(x: Tensor) -> Tensor:
+    """Arg max over the last axis; of equal values the first, on every device."""
+    size = x.shape[-1]
+    index = torch.arange(size, device=x.device)
+    at_maximum = x == x.amax(-1, keepdim=True)
+    # clamp: a row with NaN equals nothing; callers reject it, but it must not index outside.
+    return torch.where(at_maximum, index, size).amin(-1).clamp(max=size - 1)
+
+
+def decide(probabilities: Tensor) -> Decision:
+    """Decide on the class and the branch of each image (Eq. 6-8); ties go to the smaller scale.
+
+    Args:
+        probabilities: softmax outputs B of the branches (N, 3, C).
+
+    Example:
+        Two branches agree on class 0; of them the second is the surer one.
+
+        >>> p = torch.tensor([[[0.6, 0.4], [0.7, 0.3], [0.2, 0.8]]])
+        >>> decision = decide(p)
+        >>> decision.predicted.item(), SCALES[decision.branch.item()]
+        (0, 95)
+    """
+    branch_class = _first_argmax(probabilities)
+    branch_prob = probabilities.amax(-1)
+    # (7): the class of two or three branches, else that of the surest branch.
+    votes = (branch_class[:, :, None] == branch_class[:, None, :]).sum(-1)
+    majority = branch_class.gather(1, _first_argmax(votes)[:, None])[:, 0]
+    surest = branch_class.gather(1, _first_argmax(branch_prob)[:, None])[:, 0]
+    predicted = torch.where(votes.amax(-1) >= 2, majority, surest)
+    # (8): of the branches whose own maximum is at gamma, the surest.
+    at_gamma = probabilities.gather(2, predicted[:, None, None].expand(-1, len(SCALES), 1))[..., 0]
+    branch = _first_argmax((branch_prob == at_gamma) * branch_prob)
+    return Decision(branch_class, branch_prob, predicted, branch)
+
+
+class Patches(NamedTuple):
+    """Selected patches of N images, the strongest first; rows from ``count`` on are zero.
+
+    Attributes:
+        count: patches of each image (N,), int64, at least 1.
+        corner: top-left (y, x) of each patch in pixels (N, K, 2), int64.
+        score: activation of each patch (N, K), float32.
+    """
+
+    count: Tensor
+    corner: Tensor
+    score: Tensor
+
+
+def localize(
+    heatmaps: Sequence[Tensor],
+    branch: Tensor,
+    settings: LspSettings,
+    *,
+    scales: Sequence[int] = SCALES,
+    check: bool = True,
+) -> Patches:
+    """Run Algorithm 1 on a batch whose images have chosen different branches.
+
+    Images are worked on side by side: round k of the loop takes the k-th patch of every
+    image, so there are at most max(K) rounds whatever N is, and no wait for the GPU.
+
+    Args:
+        heatmaps: M of each branch, (N, H_j, W_j) each, of the class that was decided on.
+        branch: index into ``scales`` of each image's branch (N,), int64.
+        settings: K, T and P.
+        scales: side of the patches of each branch, in pixels.
+        check: look for NaN and infinity first. That waits for the GPU; a caller that
+            switches it off answers for it.
+
+    Raises:
+        NonFiniteError: a heatmap of a chosen branch holds NaN or infinity.
+    """
+    device = branch.device
+    shapes = [tuple(m.shape[1:]) for m in heatmaps]
+    limits = [candidate_count(h, w, p) for (h, w), p in zip(shapes, settings.coverage, strict=True)]
+    longest = max(h * w for h, w in shapes)
+    key = _sort_keys(_chosen(heatmaps, branch, longest, check), [h * w for h, w in shapes], branch)
+    # The keys of an image differ from each other, so top-k has no ties to settle.
+    best = key.topk(max(limits), dim=1).values
+
+    def of_image(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=device)[branch][:, None]
+
+    width, theta = of_image([w for _, w in shapes]), of_image(scales)
+    location = longest - 1 - (best & _LOW_WORD)
+    y, x = location // width * STRIDE, location % width * STRIDE
+    score = _from_sort_keys(best)
+    k, limit = of_image(settings.max_patches), of_image(limits)
+    conflict = of_image(
+        [
+            _least_conflicting_overlap(*shape, scale, settings.iou_threshold)
+            for shape, scale in zip(shapes, scales, strict=True)
+        ]
+    )
+
+    rank = torch.arange(best.shape[1], device=device)
+    free = rank < limit
+    taken, rows = [], []
+    for i in range(min(max(settings.max_patches), best.shape[1])):
+        first = torch.where(free, rank, best.shape[1]).amin(1, keepdim=True)
+        valid = (first < best.shape[1]) & (i < k)
+        first = first.clamp(max=best.shape[1] - 1)
+        overlap_y = (theta - (y - y.gather(1, first)).abs()).clamp(min=0)
+        overlap_x = (theta - (x - x.gather(1, first)).abs()).clamp(min=0)
+        free &= (overlap_y * overlap_x < conflict) & (rank != first)
+        rows.append(first)
+        taken.append(valid)
+        if device.type == "cpu" and not bool((free & (i + 1 < k)).any()):
+            break
+    return _gathered(torch.cat(rows, 1), torch.cat(taken, 1), y, x, score)
+
+
+def select(
+    heatmap: Tensor, theta: int, max_patches: int, iou_threshold: float, coverage: float
+) -> Patches:
+    """Run Algorithm 1 on heatmaps of one scale, (N, H, W).
+
+    Example:
+        >>> m = torch.arange(441.0).view(1, 21, 21)
+        >>> select(m, 63, max_patches=2, iou_threshold=0.3, coverage=0.3).corner.tolist()
+        [[[160, 160], [160, 120]]]
+    """
+    settings = LspSettings((max_patches,) * 3, iou_threshold, (coverage,) * 3)
+    branch = torch.zeros(len(heatmap), dtype=torch.long, device=heatmap.device)
+    return localize((heatmap,) * 3, branch, settings, scales=(theta,) * 3)
+
+
+_LOW_WORD = (1 << 32) - 1
+_SIGN = 0x7FFFFFFF
+
+
+def _chosen(heatmaps: Sequence[Tensor], branch: Tensor, longest: int, check: bool) -> Tensor:
+    """Gather each image's heatmap as float32 (N, longest), zero behind the end of a shorter one."""
+    chosen = torch.zeros(len(branch), longest, device=branch.device)
+    for j, heatmap in enumerate(heatmaps):
+        flat = heatmap.flatten(1).float()
+        n = flat.shape[1]
+        chosen[:, :n] = torch.where((branch == j)[:, None], flat, chosen[:, :n])
+    if check and not bool(torch.isfinite(chosen).all()):
+        bad = (~torch.isfinite(chosen)).any(1).nonzero()[0].item()
+        raise NonFiniteError(
+            f"the heatmap of image {bad} of the batch holds NaN or infinity: "
+            "check the weights, or run without --amp"
+        )
+    return chosen
+
+
+def _sort_keys(values: Tensor, lengths: Sequence[int], branch: Tensor) -> Tensor:
+    """Turn float32 (N, L) into int64 keys: larger value first, then smaller position first.
+
+    The high word is the value's bits in an order that integers share, the low word counts
+    positions down. Positions from an image's length on come last.
+    """
+    bits = (values + 0.0).view(torch.int32)  # + 0.0: -0.0 and 0.0 are one value
+    ordered = torch.where(bits < 0, bits ^ _SIGN, bits).long()
+    position = torch.arange(values.shape[1], device=values.device)
+    key = (ordered << 32) | (values.shape[1] - 1 - position)
+    length = torch.tensor(lengths, device=values.device)[branch][:, None]
+    return torch.where(position < length, key, torch.iinfo(torch.int64).min)
+
+
+def _from_sort_keys(key: Tensor) -> Tensor:
+    """Return the float32 values of `_sort_keys`."""
+    ordered = (key >> 32).int()
+    return torch.where(ordered < 0, ordered ^ _SIGN, ordered).view(torch.float32)
+
+
+def _least_conflicting_overlap(height: int, width: int, theta: int, threshold: float) -> int:
+    """Return the smallest overlap in pixels, of all that occur, whose IoU is not below T."""
+    table = iou_table(height, width, theta)
+    overlap = (table * 2 * theta * theta / (1 + table)).round().long()
+    conflicting = overlap[table >= threshold]
+    # IoU rises with the overlap, so one number divides the two. Beyond theta^2: none conflicts.
+    return int(conflicting.min()) if len(conflicting) else theta * theta + 1
+
+
+def _gathered(rows: Tensor, taken: Tensor, y: Tensor, x: Tensor, score: Tensor) -> Patches:
+    corner = torch.stack((y.gather(1, rows), x.gather(1, rows)), -1)
+    return Patches(taken.sum(1), corner * taken[..., None], score.gather(1, rows) * taken)
+
+
+def crop(images: Tensor, image: Tensor, corner: Tensor, theta: int) -> Tensor:
+    """Cut patches out of images.
+
+    Args:
+        images: pixels (N, H, W, 3), any dtype.
+        image: row of ``images`` for each patch (m,), int64.
+        corner: top-left (y, x) of each patch in pixels (m, 2), int64.
+        theta: side of the patches in pixels.
+
+    Returns:
+        Pixels (m, theta, theta, 3), contiguous.
+    """
+    windows = images.unfold(1, theta, 1).unfold(2, theta, 1)
+    cut = windows[image, corner[:, 0], corner[:, 1]]  # (m, 3, theta, theta)
+    return cut.permute(0, 2, 3, 1).contiguous()

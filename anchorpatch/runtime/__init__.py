@@ -1,0 +1,1 @@
+"""Devices, processes, checkpoints and progress: what every job runs on."""
