@@ -7,7 +7,7 @@
     ├── DataError                    the image folder or the labels file is not as expected
     │   ├── ImageError               one image cannot be decoded; carries the reason
     │   └── TooManyBadImages         more images were skipped than --max-bad allows
-    ├── WeightsError                 a weights or checkpoint file is missing, damaged or of another kind
+    ├── WeightsError                 a weights file is missing, damaged or of another kind
     ├── ShardError                   a shard or manifest cannot be read or written
     │   ├── CorruptShard             a shard's bytes are not those that were written
     │   └── ManifestMismatch         the folder holds shards made from other inputs

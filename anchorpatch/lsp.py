@@ -204,17 +204,17 @@ def decide(probabilities: Tensor) -> Decision:
 
 
 class Patches(NamedTuple):
-    """Selected patches of N images, the strongest first; rows from ``count`` on are zero.
+    """Selected patches of N images, the strongest first; rows from ``counts`` on are zero.
 
     Attributes:
-        count: patches of each image (N,), int64, at least 1.
-        corner: top-left (y, x) of each patch in pixels (N, K, 2), int64.
-        score: activation of each patch (N, K), float32.
+        counts: patches of each image (N,), int64, at least 1.
+        corners: top-left (y, x) of each patch in pixels (N, K, 2), int64.
+        scores: activation of each patch (N, K), float32.
     """
 
-    count: Tensor
-    corner: Tensor
-    score: Tensor
+    counts: Tensor
+    corners: Tensor
+    scores: Tensor
 
 
 def localize(
@@ -242,7 +242,7 @@ def localize(
         NonFiniteError: a heatmap of a chosen branch holds NaN or infinity.
     """
     device = branch.device
-    shapes = [tuple(m.shape[1:]) for m in heatmaps]
+    shapes = [(m.shape[1], m.shape[2]) for m in heatmaps]
     limits = [candidate_count(h, w, p) for (h, w), p in zip(shapes, settings.coverage, strict=True)]
     longest = max(h * w for h, w in shapes)
     key = _sort_keys(_chosen(heatmaps, branch, longest, check), [h * w for h, w in shapes], branch)
@@ -288,7 +288,7 @@ def select(
 
     Example:
         >>> m = torch.arange(441.0).view(1, 21, 21)
-        >>> select(m, 63, max_patches=2, iou_threshold=0.3, coverage=0.3).corner.tolist()
+        >>> select(m, 63, max_patches=2, iou_threshold=0.3, coverage=0.3).corners.tolist()
         [[[160, 160], [160, 120]]]
     """
     settings = LspSettings((max_patches,) * 3, iou_threshold, (coverage,) * 3)

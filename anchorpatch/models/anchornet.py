@@ -162,7 +162,8 @@ class Branch(nn.Module):
     def full(self, head: Tensor) -> Tensor:
         """Return the whole F (N, C, H, W): slow, the oracle of the fast path."""
         local, s, _ = self.features(head)
-        return self.classifier(local) * s
+        logits: Tensor = self.classifier(local)
+        return logits * s
 
     def pooled_logits(self, weighted: Tensor, s: Tensor) -> Tensor:
         """Return mean(F) (N, C) from S * X_loc, without building F: everything is linear."""
