@@ -266,19 +266,20 @@ def localize(
 
     rank = torch.arange(best.shape[1], device=device)
     free = rank < limit
-    taken, rows = [], []
-    for i in range(min(max(settings.max_patches), best.shape[1])):
+    rows = torch.zeros(len(branch), max(settings.max_patches), dtype=torch.long, device=device)
+    taken = torch.zeros_like(rows, dtype=torch.bool)
+    for i in range(min(rows.shape[1], best.shape[1])):
         first = torch.where(free, rank, best.shape[1]).amin(1, keepdim=True)
         valid = (first < best.shape[1]) & (i < k)
         first = first.clamp(max=best.shape[1] - 1)
         overlap_y = (theta - (y - y.gather(1, first)).abs()).clamp(min=0)
         overlap_x = (theta - (x - x.gather(1, first)).abs()).clamp(min=0)
         free &= (overlap_y * overlap_x < conflict) & (rank != first)
-        rows.append(first)
-        taken.append(valid)
+        rows[:, i : i + 1], taken[:, i : i + 1] = first, valid
         if device.type == "cpu" and not bool((free & (i + 1 < k)).any()):
             break
-    return _gathered(torch.cat(rows, 1), torch.cat(taken, 1), y, x, score)
+    corners = torch.stack((y.gather(1, rows), x.gather(1, rows)), -1) * taken[..., None]
+    return Patches(taken.sum(1), corners, score.gather(1, rows) * taken)
 
 
 def select(
@@ -308,11 +309,8 @@ def _chosen(heatmaps: Sequence[Tensor], branch: Tensor, longest: int, check: boo
         n = flat.shape[1]
         chosen[:, :n] = torch.where((branch == j)[:, None], flat, chosen[:, :n])
     if check and not bool(torch.isfinite(chosen).all()):
-        bad = (~torch.isfinite(chosen)).any(1).nonzero()[0].item()
-        raise NonFiniteError(
-            f"the heatmap of image {bad} of the batch holds NaN or infinity: "
-            "check the weights, or run without --amp"
-        )
+        bad = int((~torch.isfinite(chosen)).any(1).nonzero()[0])
+        raise NonFiniteError(f"the heatmap of image {bad} of the batch holds NaN or infinity", bad)
     return chosen
 
 
@@ -343,11 +341,6 @@ def _least_conflicting_overlap(height: int, width: int, theta: int, threshold: f
     conflicting = overlap[table >= threshold]
     # IoU rises with the overlap, so one number divides the two. Beyond theta^2: none conflicts.
     return int(conflicting.min()) if len(conflicting) else theta * theta + 1
-
-
-def _gathered(rows: Tensor, taken: Tensor, y: Tensor, x: Tensor, score: Tensor) -> Patches:
-    corner = torch.stack((y.gather(1, rows), x.gather(1, rows)), -1)
-    return Patches(taken.sum(1), corner * taken[..., None], score.gather(1, rows) * taken)
 
 
 def crop(images: Tensor, image: Tensor, corner: Tensor, theta: int) -> Tensor:

@@ -168,18 +168,25 @@ class Branch(nn.Module):
     def pooled_logits(self, weighted: Tensor, s: Tensor) -> Tensor:
         """Return mean(F) (N, C) from S * X_loc, without building F: everything is linear."""
         weight, bias = self._classifier_parameters()
-        return weighted.mean((2, 3)) @ weight.T + s.mean((2, 3)) * bias
+        with _full_precision(weighted):
+            return weighted.float().mean((2, 3)) @ weight.T + s.float().mean((2, 3)) * bias
 
     def heatmap(self, weighted: Tensor, s: Tensor, gamma: Tensor) -> Tensor:
         """Return M = F[..., gamma] (N, H, W), one dot product a location."""
         weight, bias = self._classifier_parameters()
-        dot = torch.einsum("nchw,nc->nhw", weighted, weight[gamma])
-        return dot + s.squeeze(1) * bias[gamma, None, None]
+        with _full_precision(weighted):
+            dot = torch.einsum("nchw,nc->nhw", weighted.float(), weight[gamma])
+            return dot + s.float().squeeze(1) * bias[gamma, None, None]
 
     def _classifier_parameters(self) -> tuple[Tensor, Tensor]:
         weight, bias = self.classifier.weight, self.classifier.bias
         assert bias is not None
         return weight.flatten(1), bias
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Leave autocast: sums of logits and the order of activations want float32."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def spatial_attention(x: Tensor, gate: Tensor) -> Tensor:

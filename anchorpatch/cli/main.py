@@ -1,0 +1,125 @@
+"""The program: the group of commands, the settings file and how errors end a run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from anchorpatch import __version__
+from anchorpatch.cli.config import load_config
+from anchorpatch.errors import AnchorpatchError, Interrupted
+
+__all__ = ["cli", "main"]
+
+#: Command -> module of this package that holds a click command of the same name.
+_COMMANDS = ("train", "extract", "evaluate", "shards", "models", "demo", "scenes")
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of use, not of the alphabet."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import ``anchorpatch.cli.NAME`` and return its command."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"anchorpatch.cli.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
+        self.commands.setdefault(cmd_name, command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the commands that a mistyped one may have meant."""
+        self.commands.update(
+            {name: click.Command(name) for name in _COMMANDS if name not in self.commands}
+        )
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "auto_envvar_prefix": "ANCHORPATCH",
+        "show_default": True,
+        "max_content_width": 100,
+    },
+)
+@click.version_option(__version__, prog_name="anchorpatch")
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False),
+    help="Settings file, a table per command. [default: ./anchorpatch.toml where it exists]",
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, config: str | None, debug: bool) -> None:
+    r"""Localize multi-scale semantic patches of images and train classifiers on them.
+
+    \b
+    anchorpatch train                 train the localiser, AnchorNet
+    anchorpatch extract --split val   write the patches of a folder into HDF5 shards
+
+    Every option may also stand in ./anchorpatch.toml or in an environment variable
+    ANCHORPATCH_<COMMAND>_<OPTION>. Results go to stdout, progress and messages to stderr.
+    Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+    Shell completion: eval "$(_ANCHORPATCH_COMPLETE=bash_source anchorpatch)", also zsh, fish.
+    """
+    if ctx.resilient_parsing:
+        return
+    ctx.default_map = load_config(config, _COMMANDS)
+
+
+def main() -> NoReturn:
+    """Run the program on ``sys.argv`` and exit."""
+    signal.signal(signal.SIGTERM, _raise_interrupted)
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(args: list[str]) -> int:
+    debug = "--debug" in args or bool(os.environ.get("ANCHORPATCH_DEBUG"))
+    try:
+        status = cli.main(args, prog_name="anchorpatch", standalone_mode=False)
+        # A report that cannot be delivered is a failure too, so it must not wait for exit.
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted; the same command goes on from here", 130, debug)
+    except AnchorpatchError as error:
+        return _fail(str(error), error.exit_status, debug)
+    except BrokenPipeError:
+        # `anchorpatch ... | head`: the reader has all it wanted. Keep Python from flushing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        text = " ".join(str(error).split()) or "no message"
+        return _fail(
+            f"unexpected {type(error).__name__}: {text} (--debug shows the traceback)", 1, debug
+        )
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"anchorpatch: {message}", err=True)
+    return status
+
+
+def _raise_interrupted(number: int, frame: FrameType | None) -> Any:
+    raise Interrupted("terminated; the same command goes on from here", number)

@@ -1,0 +1,133 @@
+"""Options and option types that several commands share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+__all__ = [
+    "PATH",
+    "NumberList",
+    "Share",
+    "SharedOption",
+    "data_option",
+    "device_option",
+    "json_option",
+    "labels_option",
+    "runs_option",
+    "weights_option",
+    "workers_option",
+]
+
+# click's type of types takes a parameter from 8.5 on, for type checkers only.
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType
+
+PATH = click.Path(path_type=Path)
+
+
+class SharedOption(click.Option):
+    """An option that also reads one environment variable that all commands share.
+
+    ANCHORPATCH_<COMMAND>_<OPTION> goes before it.
+    """
+
+    def __init__(self, *args: Any, shared: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shared = shared
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """Return the command's own variable, else the shared one."""
+        return super().resolve_envvar_value(ctx) or os.environ.get(self.shared) or None
+
+
+class NumberList(_ParamType):
+    """Comma-separated numbers: one for every scale, or one for all."""
+
+    def __init__(self, kind: type[int] | type[float], length: int = 3) -> None:
+        self.kind, self.length = kind, length
+        self.name = ",".join(["N" if kind is int else "X"] * length)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a tuple of `length` numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(self.kind(item) for item in str(value).split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) == 1:
+            numbers *= self.length
+        if len(numbers) != self.length:
+            kind = "whole numbers" if self.kind is int else "numbers"
+            self.fail(
+                f"expected {self.length} {kind} such as {self.name}, got {value!r}", param, ctx
+            )
+        return numbers
+
+
+class Share(_ParamType):
+    """A share from 0 to 1, also written in per cent."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a float from 0 to 1."""
+        text = str(value).strip()
+        try:
+            share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            self.fail(f"expected a share such as 0.01 or 1%, got {value!r}", param, ctx)
+        return share
+
+
+data_option = click.option(
+    "--data",
+    cls=SharedOption,
+    shared="ANCHORPATCH_DATA",
+    type=PATH,
+    default=Path("data"),
+    help="Folder with SPLIT/CLASS/*.JPEG below it; also $ANCHORPATCH_DATA.",
+)
+
+labels_option = click.option(
+    "--labels",
+    type=PATH,
+    help="CSV with the labels of a flat split folder: LOC_val_solution.csv, or path,label.",
+)
+
+weights_option = click.option(
+    "--weights",
+    default=None,
+    metavar="FILE|demo",
+    help="AnchorNet weights.  [default: RUNS/anchornet/best.safetensors]",
+)
+
+runs_option = click.option(
+    "--runs",
+    cls=SharedOption,
+    shared="ANCHORPATCH_RUNS",
+    type=PATH,
+    default=Path("runs"),
+    help="Folder of training runs; also $ANCHORPATCH_RUNS.",
+)
+
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute."
+)
+
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=None,
+    help="Decoding processes; 0 decodes in the main one.  [default: one a CPU core]",
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -1,0 +1,58 @@
+"""What goes to stdout: tables for people, one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+__all__ = ["bytes_text", "print_json", "print_table"]
+
+
+def print_json(result: Any) -> None:
+    """Print one JSON object."""
+    click.echo(json.dumps(result, indent=2, allow_nan=False))
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
+) -> None:
+    """Print a table: framed on a terminal, aligned plain text into a pipe.
+
+    The first column is left-aligned, the others, which hold numbers, right-aligned.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    terminal = sys.stdout.isatty()
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.ROUNDED if terminal else None,
+        pad_edge=terminal,
+        highlight=False,
+    )
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=not terminal)
+    for row in rows:
+        table.add_row(*row)
+    # Rich folds at 80 columns where there is no terminal; a pipe has no width.
+    Console(file=sys.stdout, width=None if terminal else 1000, markup=False).print(table)
+
+
+def bytes_text(count: float) -> str:
+    """Write a number of bytes in decimal units, as disks are sold.
+
+    Example:
+        >>> bytes_text(999), bytes_text(365_000_000_000)
+        ('999 B', '365 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.3g} {unit}"

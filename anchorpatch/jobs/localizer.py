@@ -1,0 +1,218 @@
+"""AnchorNet, decision and LSP as one stage: pixels in, patches out.
+
+The stage works in chunks of one fixed shape. Convolution kernels sum in another order for
+other shapes and other numbers of threads; with chunks that are always full, and one thread a
+chunk on CPU, an image's result does not depend on the batch around it, on the batch size or on
+the number of cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anchorpatch.errors import NonFiniteError, WeightsError
+from anchorpatch.lsp import SCALES, LspSettings, decide, localize
+from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.runtime.checkpoint import Weights, load_into
+
+__all__ = ["CPU_CHUNK", "Localized", "Localizer", "Pending", "load_anchornet", "normalize"]
+
+#: Images in a chunk on CPU. Of 4 to 64 the one that needs the least CPU time an image: larger
+#: chunks spend it on fresh memory, smaller ones on the overhead of each operator.
+CPU_CHUNK = 16
+
+
+class Localized(NamedTuple):
+    """What AnchorNet and LSP say of n images, as numpy arrays.
+
+    Attributes:
+        branch_class: Y (n, 3), int32.
+        branch_prob: P (n, 3), float32.
+        predicted: gamma (n,), int32.
+        scale: chosen theta (n,), uint8.
+        counts: patches (n,), int32.
+        corners: top-left (y, x) of each patch in pixels (n, K, 2), int16, zero-padded.
+        scores: activation of each patch (n, K), float32, zero-padded.
+    """
+
+    branch_class: NDArray[np.int32]
+    branch_prob: NDArray[np.float32]
+    predicted: NDArray[np.int32]
+    scale: NDArray[np.uint8]
+    counts: NDArray[np.int32]
+    corners: NDArray[np.int16]
+    scores: NDArray[np.float32]
+
+
+def load_anchornet(weights: Weights) -> AnchorNet:
+    """Build AnchorNet as a weights file describes it, in evaluation mode.
+
+    Raises:
+        WeightsError: the tensors do not fit, or the file asks for another preprocessing.
+    """
+    meta = weights.meta
+    if (meta.resize, meta.crop) != (256, 224):
+        raise WeightsError(
+            f"{weights.path}: expected weights for the transform 256 -> 224, "
+            f"found {meta.resize} -> {meta.crop}"
+        )
+    net = AnchorNet(len(meta.classes), se=meta.se, weighted_mean=meta.weighted_mean)
+    load_into(net, weights)
+    return net.eval()
+
+
+def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Turn uint8 pixels (n, H, W, 3) into the network's input (n, 3, H, W), channels last."""
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """A chunk whose results the GPU copies to host memory."""
+
+    host: list[Tensor]
+    done: torch.cuda.Event
+
+    def result(self) -> Localized:
+        self.done.synchronize()
+        return _to_numpy(self.host)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """The results of at least one image, on their way."""
+
+    chunks: Sequence[Future[Localized] | _OnDevice]
+    images: int
+
+    def result(self) -> Localized:
+        """Wait for the results.
+
+        Raises:
+            NonFiniteError: the network gave NaN or infinity; its ``row`` says for which image.
+        """
+        parts = [chunk.result() for chunk in self.chunks]
+        joined = Localized(*(np.concatenate(c)[: self.images] for c in zip(*parts, strict=True)))
+        finite = np.isfinite(joined.branch_prob).all(1) & np.isfinite(joined.scores).all(1)
+        if not finite.all():
+            raise NonFiniteError("AnchorNet gave NaN or infinity", int(np.argmin(finite)))
+        return joined
+
+
+class Localizer:
+    """Runs AnchorNet (Eq. 1-5), the decision (Eq. 6-8) and Algorithm 1 on batches of pixels.
+
+    Args:
+        weights: of AnchorNet.
+        settings: K, T and P of Algorithm 1.
+        device: a CPU or a CUDA device.
+        batch_size: images in a chunk on a GPU; on CPU chunks have `CPU_CHUNK` images.
+        amp: compute the features in bfloat16; logits, heatmaps and LSP stay float32.
+        compile: pass the stage through ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        settings: LspSettings,
+        device: torch.device,
+        *,
+        batch_size: int = 256,
+        amp: bool = False,
+        compile: bool = False,
+    ) -> None:
+        self.device, self.settings, self.amp = device, settings, amp
+        # A channels-last network takes the decoder's pixels as they lie in memory.
+        self.net = load_anchornet(weights).fuse().to(device)
+        self.net = self.net.to(memory_format=torch.channels_last)
+        self._mean = torch.tensor(weights.meta.mean, device=device)
+        self._std = torch.tensor(weights.meta.std, device=device)
+        self._scales = torch.tensor(SCALES, device=device)
+        self._stage: Callable[[Tensor], Sequence[Tensor]] = self._run
+        self._pool: ThreadPoolExecutor | None = None
+        if device.type == "cpu":
+            self.chunk = CPU_CHUNK
+            threads = torch.get_num_threads()
+            # The number of threads is a matter of each thread, and new ones start with all cores.
+            self._pool = ThreadPoolExecutor(
+                threads, initializer=torch.set_num_threads, initargs=(1,)
+            )
+        else:
+            self.chunk = batch_size
+            # Other algorithms sum in another order: shards of equal inputs are to be equal.
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.benchmark = False
+        if compile:
+            self._stage = torch.compile(self._run)
+            # Compiling is for one thread, before the pool's get there.
+            self.submit(torch.zeros(1, 224, 224, 3, dtype=torch.uint8)).result()
+
+    def __enter__(self) -> Localizer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, pixels: Tensor) -> Pending:
+        """Start on a batch and return without waiting for it.
+
+        Args:
+            pixels: uint8 (n, 224, 224, 3), n at least 1; in pinned memory for a GPU.
+        """
+        chunks = [self._padded(chunk) for chunk in torch.split(pixels, self.chunk)]
+        if self._pool is not None:
+            return Pending([self._pool.submit(self._on_cpu, c) for c in chunks], len(pixels))
+        return Pending([self._on_gpu(chunk) for chunk in chunks], len(pixels))
+
+    def _padded(self, chunk: Tensor) -> Tensor:
+        missing = self.chunk - len(chunk)
+        return torch.cat((chunk, chunk[:1].expand(missing, -1, -1, -1))) if missing else chunk
+
+    def _on_cpu(self, chunk: Tensor) -> Localized:
+        with torch.inference_mode():
+            return _to_numpy(self._stage(chunk))
+
+    def _on_gpu(self, chunk: Tensor) -> _OnDevice:
+        with torch.inference_mode():
+            out = self._stage(chunk.to(self.device, non_blocking=True))
+            host = [tensor.to("cpu", non_blocking=True) for tensor in out]
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return _OnDevice(host, done)
+
+    def _run(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        images = normalize(pixels, self._mean, self._std)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            logits, features = self.net.localize(images)
+        decision = decide(logits.softmax(-1))
+        heatmaps = self.net.heatmaps(features, decision.predicted)
+        # Unchecked, which would wait for the GPU: `Pending.result` checks what comes back.
+        patches = localize(heatmaps, decision.branch, self.settings, check=False)
+        return (
+            decision.branch_class.int(),
+            decision.branch_prob,
+            decision.predicted.int(),
+            self._scales[decision.branch].byte(),
+            patches.counts.int(),
+            patches.corners.short(),
+            patches.scores,
+        )
+
+
+def _to_numpy(tensors: Sequence[Tensor]) -> Localized:
+    return Localized(*(tensor.numpy() for tensor in tensors))

@@ -1,0 +1,80 @@
+"""What a network costs and sees: parameters, MACs, receptive fields, all computed from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from anchorpatch.models.anchornet import AnchorNet
+
+__all__ = ["anchornet_receptive_fields", "macs", "parameters", "receptive_field"]
+
+
+def parameters(module: nn.Module) -> int:
+    """Return the number of parameters.
+
+    Example:
+        >>> parameters(AnchorNet(classes=1000))
+        1550313
+    """
+    return sum(p.numel() for p in module.parameters())
+
+
+def macs(
+    module: nn.Module, size: int = 224, forward: Callable[[torch.Tensor], Any] | None = None
+) -> int:
+    """Return the multiply-accumulates of convolutions and matrix products for one image.
+
+    Args:
+        module: takes (1, 3, size, size).
+        size: side of the image in pixels.
+        forward: what to count instead of ``module``'s own forward, say ``net.localize``.
+
+    Example:
+        >>> net = AnchorNet(classes=1000)
+        >>> [round(macs(net, forward=f) / 1e9, 4) for f in (net.full, net.localize)]
+        [0.4853, 0.3939]
+    """
+    parameter = next(module.parameters())
+    image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            (forward or module)(image)
+    finally:
+        module.train(training)
+    return int(counter.get_total_flops()) // 2
+
+
+def receptive_field(modules: Iterable[nn.Module]) -> int:
+    """Return the side in pixels of what one output location of chained modules sees.
+
+    Each convolution widens the field by (kernel - 1) times the strides before it. Modules are
+    taken to run one after the other; parallel 1 x 1 paths (shortcuts, squeeze-and-excitation)
+    change nothing.
+    """
+    field, jump = 1, 1
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                field += (layer.kernel_size[0] - 1) * layer.dilation[0] * jump
+                jump *= layer.stride[0]
+    return field
+
+
+def anchornet_receptive_fields(net: AnchorNet) -> tuple[int, ...]:
+    """Return the receptive field of each branch in pixels.
+
+    Example:
+        >>> anchornet_receptive_fields(AnchorNet(classes=10))
+        (63, 95, 111)
+    """
+    return tuple(
+        receptive_field([net.stem, net.head, branch.get_submodule("localization")])
+        for branch in net.branches
+    )

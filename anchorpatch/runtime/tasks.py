@@ -1,0 +1,90 @@
+"""Which part of a job this process does, without any process talking to another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from anchorpatch.errors import SettingsError
+
+__all__ = ["Task", "resolve_task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Part ``index`` of ``total``: every item whose number modulo ``total`` is ``index``."""
+
+    index: int = 0
+    total: int = 1
+    source: str = "this process"
+
+    def owns(self, item: int) -> bool:
+        """Tell whether an item is this task's to do."""
+        return item % self.total == self.index
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is no other task."""
+        return self.total == 1
+
+
+def resolve_task(option: str | None, environment: Mapping[str, str] = os.environ) -> Task:
+    """Combine ``--task I/N`` (or a SLURM array) with the ranks of ``torchrun``.
+
+    Args:
+        option: "I/N" with I from 0 to N - 1, or None: SLURM_ARRAY_TASK_ID decides, if set.
+        environment: where RANK, WORLD_SIZE and SLURM's variables are looked up.
+
+    Raises:
+        SettingsError: not of the form I/N, or I outside 0 .. N - 1.
+
+    Example:
+        >>> resolve_task("1/4", {})
+        Task(index=1, total=4, source='--task 1/4')
+        >>> resolve_task(None, {"RANK": "1", "WORLD_SIZE": "2"})
+        Task(index=1, total=2, source='torchrun rank 1 of 2')
+        >>> resolve_task(None, {"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_MIN": "1",
+        ...                     "SLURM_ARRAY_TASK_COUNT": "8"}).index
+        7
+    """
+    source = []
+    if option is not None:
+        index, total = _parse(option)
+        source.append(f"--task {option}")
+    elif "SLURM_ARRAY_TASK_ID" in environment:
+        index, total = _slurm(environment)
+        source.append(f"SLURM array task {index} of {total}")
+    else:
+        index, total = 0, 1
+    rank, ranks = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        source.append(f"torchrun rank {rank} of {ranks}")
+    return Task(index * ranks + rank, total * ranks, ", ".join(source) or "this process")
+
+
+def _parse(option: str) -> tuple[int, int]:
+    first, slash, second = option.partition("/")
+    if slash and first.isdecimal() and second.isdecimal() and int(first) < int(second):
+        return int(first), int(second)
+    raise SettingsError(f"--task: expected I/N with I from 0 to N - 1, such as 0/4, got {option!r}")
+
+
+def _slurm(environment: Mapping[str, str]) -> tuple[int, int]:
+    try:
+        task = int(environment["SLURM_ARRAY_TASK_ID"])
+        first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+        step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
+        total = int(environment["SLURM_ARRAY_TASK_COUNT"])
+    except (KeyError, ValueError) as error:
+        raise SettingsError(
+            "SLURM_ARRAY_TASK_ID is set, but SLURM_ARRAY_TASK_COUNT is not a whole number; "
+            "give --task I/N (--task 0/1 does everything here)"
+        ) from error
+    index = (task - first) // step
+    if not 0 <= index < total:
+        raise SettingsError(
+            f"SLURM array task {task} is outside an array of {total} from {first} by {step}; "
+            "give --task I/N"
+        )
+    return index, total
