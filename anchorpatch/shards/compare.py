@@ -1,0 +1,87 @@
+"""Saying how the inputs of a run differ from those of the shards that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from anchorpatch.shards.layout import ShardHeader, decode_text
+
+__all__ = ["first_changed_path", "header_differences"]
+
+
+def header_differences(old: ShardHeader, new: ShardHeader) -> list[str]:
+    """Say what differs in two headers, one phrase each; the version of anchorpatch may.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from anchorpatch.shards.layout import ShardSettings
+        >>> settings = ShardSettings((1, 1, 1), 0.3, (0.1, 0.1, 0.1))
+        >>> old = ShardHeader("val", ("cat",), ("cat",), settings, weights_sha256="0" * 64)
+        >>> header_differences(old, replace(old, settings=replace(settings, iou_threshold=0.8)))
+        ['--iou-threshold was 0.3, now 0.8']
+    """
+    found = []
+    now = new.settings.to_json()
+    for name, before in old.settings.to_json().items():
+        if before != now[name]:
+            option = "precision (--amp)" if name == "precision" else "--" + name.replace("_", "-")
+            found.append(f"{option} was {_shown(before)}, now {_shown(now[name])}")
+    if old.split != new.split:
+        found.append(f"--split was {old.split}, now {new.split}")
+    if old.weights_sha256 != new.weights_sha256:
+        was, is_now = old.weights_sha256[:12], new.weights_sha256[:12]
+        found.append(f"--weights had SHA-256 {was}..., now {is_now}...")
+    for what, was_list, now_list in (
+        ("classes of the folder", old.classes, new.classes),
+        ("classes of the weights", old.network_classes, new.network_classes),
+    ):
+        if was_list != now_list:
+            counts = f"{what} were {len(was_list)}, now {len(now_list)}"
+            found.append(f"{counts} ({_first_difference(was_list, now_list)})")
+    return found
+
+
+def first_changed_path(shard: Path, paths: Sequence[str]) -> str:
+    """Say the first file in which a shard and the present file list differ.
+
+    Args:
+        shard: the shard that is there.
+        paths: what its part of the file list is now, in order.
+
+    Returns:
+        A phrase; empty when the shard cannot be read.
+    """
+    try:
+        with h5py.File(shard, "r") as file:
+            stored = [*file["images/path"][:], *file["skipped/path"][:]]
+    except (OSError, KeyError, RuntimeError):
+        return ""
+    # Images and skipped ones were one list, sorted by bytes.
+    was = [decode_text(path) for path in sorted(stored)]
+    if sorted(was) == sorted(paths):
+        return f"{shard.name} has the same names, but a file's size or label changed"
+    return f"first in {shard.name}: {_first_difference(was, paths)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+def _first_difference(was: Sequence[str], now: Sequence[str]) -> str:
+    """Say the first of each list that the other one lacks."""
+    known, present = set(was), set(now)
+    gone = next((x for x in was if x not in present), None)
+    come = next((x for x in now if x not in known), None)
+    parts = [f"{gone} removed"] if gone is not None else []
+    parts += [f"{come} added"] if come is not None else []
+    return ", ".join(parts) or "in another order"

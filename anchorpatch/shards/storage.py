@@ -1,0 +1,134 @@
+"""Writing to a disk that may refuse: one clear error, and never half a file."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from anchorpatch.errors import StorageError
+
+__all__ = ["locked", "refusals", "replace", "sha256_of", "try_lock", "write_whole"]
+
+#: A disk without room in its several ways: full, over quota, over the file size limit.
+_NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+#: What a filesystem answers that has no locks.
+_NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+@contextmanager
+def refusals(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an OSError of the block into one StorageError.
+
+    Args:
+        path: the file that was to be written.
+        needed: its size in bytes, if known.
+
+    Raises:
+        StorageError: naming the file, the system's reason, the bytes, and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        size = f" ({needed:,} bytes are needed)" if needed else ""
+        advice = (
+            "free space and run the same command again"
+            if error.errno in _NO_ROOM
+            else "make the folder writable, or choose another one"
+        )
+        if error.errno == errno.EIO:
+            advice = "check the disk and run the same command again"
+        raise StorageError(f"{path}: cannot write: {reason}{size}: {advice}") from error
+
+
+def try_lock(file: BinaryIO | int, *, wait: bool) -> bool:
+    """Take an exclusive lock on an open file; it ends when the file is closed.
+
+    On a filesystem without locks this is as if the lock were taken.
+
+    Returns:
+        False where another process holds it and ``wait`` is false.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file ``path`` (created if need be) during the block.
+
+    Threads, processes, and on network filesystems hosts, exclude each other: on NFS since
+    Linux 2.6.12, on Lustre when mounted with ``-o flock``. Where a filesystem has no locks
+    the block runs without one.
+    """
+    with refusals(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        with refusals(path):
+            try_lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def replace(file: Any, temporary: Path, final: Path) -> None:
+    """Give a written file its final name, so that a crash leaves either all of it or none.
+
+    Args:
+        file: the open file.
+        temporary: its name until now.
+        final: its name from now on, in the same folder.
+    """
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(temporary, final)
+    folder = os.open(final.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Not every filesystem syncs folders; those that do not, say EINVAL.
+        with suppress(OSError):
+            os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Return the SHA-256 of a whole open file, in hexadecimal."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    file.seek(0)
+    while n := file.readinto(buffer):  # type: ignore[attr-defined]
+        digest.update(buffer[:n])
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that others see the old one or the new one, never a part.
+
+    Raises:
+        StorageError: the disk refuses; the old file is as it was.
+    """
+    with refusals(path, needed=len(data)):
+        # A name of its own: without locks two processes may be here at once.
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                replace(file, temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise

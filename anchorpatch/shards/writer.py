@@ -1,0 +1,419 @@
+"""Writing one shard: patches are spooled as they come, the file is made at the end.
+
+A contiguous dataset needs its exact size before its first byte, and how many patches a shard
+holds is known only after its last image. So pixels go to spool files without a name in the
+output folder (gone even after SIGKILL), one for each large dataset. `ShardWriter.close` lays
+the HDF5 file out, copies the spools to their offsets, syncs it and gives it its final name.
+Memory does not grow with the number of patches but by some 12 bytes each; the disk needs room
+for a shard twice while it is closed.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from anchorpatch.errors import ShardError
+from anchorpatch.shards import storage
+from anchorpatch.shards.layout import (
+    CROP_SIDE,
+    IMAGE_TABLE,
+    PATCH_TABLE,
+    SCALES,
+    ShardHeader,
+    cut_patches,
+    encode_text,
+    write_attributes,
+)
+from anchorpatch.shards.manifest import ShardEntry
+from anchorpatch.shards.skeleton import Skeleton, open_skeleton, reserve
+
+__all__ = ["PatchBatch", "ShardWriter", "encode_jpeg"]
+
+#: Threads that encode JPEG; the library releases the interpreter lock.
+_JPEG_THREADS: Final = min(4, os.cpu_count() or 1)
+
+#: Patches of one cut: bounds the memory of a batch (37 MB at scale 111).
+_CUT_ROWS: Final = 1024
+
+
+class PatchBatch(NamedTuple):
+    """Results for n images, in the order of their paths; patches padded to K rows.
+
+    Attributes:
+        path: relative to the split folder, UTF-8, dtype S (n,).
+        label: index into the folders' classes, int32 (n,).
+        predicted: gamma, index into the network's classes, int32 (n,).
+        scale: chosen theta: 63, 95 or 111, uint8 (n,).
+        branch_class: Y of each branch, int32 (n, 3).
+        branch_prob: P of each branch, float32 (n, 3).
+        size: height and width of the source image in pixels, int32 (n, 2).
+        pixels: the crops that AnchorNet saw, uint8 (n, 224, 224, 3).
+        counts: patches of each image, int32 (n,).
+        corners: top-left (y, x) of each patch in pixels, the strongest first, int (n, K, 2).
+        scores: activation of each patch, float32 (n, K).
+    """
+
+    path: NDArray[np.bytes_]
+    label: NDArray[Any]
+    predicted: NDArray[Any]
+    scale: NDArray[Any]
+    branch_class: NDArray[Any]
+    branch_prob: NDArray[Any]
+    size: NDArray[Any]
+    pixels: NDArray[np.uint8]
+    counts: NDArray[Any]
+    corners: NDArray[Any]
+    scores: NDArray[Any]
+
+
+def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
+    """Return one patch (T, T, 3) as a baseline JPEG file, chroma at half resolution (4:2:0)."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=2)
+    return buffer.getvalue()
+
+
+class _Spools:
+    """Byte streams by dataset name, each in a file without a name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {}
+
+    def append(self, name: str, data: Any) -> None:
+        if name not in self._files:
+            # Lives until `close`.
+            self._files[name] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        self._files[name].write(data)
+
+    def flush(self) -> None:
+        for file in self._files.values():
+            file.flush()
+
+    def copy(self, name: str, target: BinaryIO, offset: int, size: int) -> None:
+        """Copy a whole stream into ``target``, within the kernel where that can."""
+        source = self._files[name]
+        source.seek(0)
+        target.seek(offset)
+        done = 0
+        if hasattr(os, "copy_file_range"):
+            # Refused between some filesystems and by old kernels; then the plain way goes on.
+            with suppress(OSError):
+                while done < size:
+                    args = (source.fileno(), target.fileno(), size - done, done, offset + done)
+                    n = os.copy_file_range(*args)
+                    if n == 0:
+                        break
+                    done += n
+        if done < size:
+            source.seek(done)
+            target.seek(offset + done)
+            shutil.copyfileobj(source, target, 1 << 20)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            # What a spool could not flush is not wanted any more.
+            with suppress(OSError):
+                file.close()
+        self._files.clear()
+
+
+class ShardWriter:
+    """Writes one shard; as a context manager it closes at the end, or aborts on an exception.
+
+    Only one process writes a shard at a time: the temporary file ``NAME.h5.tmp`` is locked.
+    What a killed run left of it is overwritten.
+
+    Args:
+        path: final name of the shard. Its folder is made.
+        header: the attributes.
+        files_sha256: digest of the shard's part of the file list.
+
+    Raises:
+        ShardError: another process is writing this shard.
+        StorageError: the disk refuses; so do `append` and `close`, after which nothing of the
+            shard is left.
+
+    Example:
+        Every image of this shard was unreadable.
+
+        >>> from anchorpatch.shards.layout import ShardSettings
+        >>> settings = ShardSettings((1, 1, 1), 0.3, (0.1, 0.1, 0.1))
+        >>> header = ShardHeader("val", ("cat",), ("cat",), settings, weights_sha256="0" * 64)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with ShardWriter(Path(folder, "val-00000.h5"), header) as writer:
+        ...         writer.skip("cat/1.jpg", "empty file")
+        ...     writer.entry.images, writer.entry.skipped
+        (0, (('cat/1.jpg', 'empty file'),))
+    """
+
+    entry: ShardEntry
+
+    def __init__(self, path: Path, header: ShardHeader, *, files_sha256: str = "") -> None:
+        self.path = Path(path)
+        self.header = header
+        self.files_sha256 = files_sha256
+        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._paths: list[bytes] = []
+        self._skipped: list[tuple[str, str]] = []
+        self._images: dict[str, list[NDArray[Any]]] = {name: [] for name in IMAGE_TABLE}
+        self._patches: dict[int, dict[str, list[NDArray[Any]]]] = {
+            scale: {name: [] for name in PATCH_TABLE} for scale in SCALES
+        }
+        self._patch_count = dict.fromkeys(SCALES, 0)
+        self._blob_sizes: dict[int, list[int]] = {scale: [] for scale in SCALES}
+        self._spools = _Spools(self.path.parent)
+        self._pool: ThreadPoolExecutor | None = None
+        self._closed = False
+        with storage.refusals(self._temporary):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._open_temporary()
+
+    def _open_temporary(self) -> BinaryIO:
+        """Open and lock the temporary file; a lock on a file that lost its name is no lock."""
+        while True:
+            descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = os.fdopen(descriptor, "r+b")
+            try:
+                if not storage.try_lock(file, wait=False):
+                    raise ShardError(
+                        f"{self.path}: another process is writing this shard: "
+                        "wait for it, or end it and run again"
+                    )
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(descriptor), os.stat(self._temporary)):
+                        file.truncate(0)
+                        return file
+            except BaseException:
+                file.close()
+                raise
+            file.close()
+
+    def append(self, batch: PatchBatch) -> None:
+        """Add images.
+
+        Raises:
+            ValueError: the arrays of the batch do not fit together.
+            IndexError: a patch reaches outside its crop.
+            StorageError: the disk refuses.
+        """
+        _check(batch)
+        with self._aborting():
+            self._append_tables(batch)
+            if self.header.settings.store_images:
+                pixels = np.ascontiguousarray(batch.pixels)
+                self._spool("images/pixels", pixels)
+            for scale in SCALES:
+                self._append_patches(batch, scale)
+
+    def skip(self, path: str, reason: str) -> None:
+        """Note an image that could not be read."""
+        self._skipped.append((path, reason))
+
+    def close(self) -> ShardEntry:
+        """Write the shard under its final name.
+
+        Returns:
+            The entry to commit to the manifest.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        with self._aborting():
+            self._skipped.sort(key=lambda skipped: os.fsencode(skipped[0]))
+            skeleton = Skeleton()
+            placed = self._lay_out(skeleton)
+            with storage.refusals(self.path, needed=skeleton.size):
+                self._spools.flush()
+                self._file.truncate(skeleton.size)
+                _allocate(self._file, skeleton.size)
+                skeleton.dump(self._file)
+                for name, (offset, size) in placed.items():
+                    self._spools.copy(name, self._file, offset, size)
+                self._file.flush()
+                sha256 = storage.sha256_of(self._file)
+                storage.replace(self._file, self._temporary, self.path)
+        self._release()
+        self.entry = ShardEntry(
+            name=self.path.name,
+            images=len(self._paths),
+            patches=dict(self._patch_count),
+            bytes=skeleton.size,
+            sha256=sha256,
+            skipped=tuple(self._skipped),
+            files_sha256=self.files_sha256,
+        )
+        return self.entry
+
+    def abort(self) -> None:
+        """Leave nothing behind. Without effect on a shard that is closed."""
+        if not self._closed:
+            with suppress(OSError):
+                self._temporary.unlink()
+            self._release()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.abort()
+        elif not self._closed:
+            self.close()
+
+    @contextmanager
+    def _aborting(self) -> Iterator[None]:
+        if self._closed:
+            raise ValueError(f"{self.path} is closed")
+        try:
+            yield
+        except BaseException:  # an interrupt too
+            self.abort()
+            raise
+
+    def _release(self) -> None:
+        self._closed = True
+        self._spools.close()
+        with suppress(OSError):
+            self._file.close()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _spool(self, name: str, data: NDArray[np.uint8] | bytes) -> None:
+        with storage.refusals(self.path):
+            self._spools.append(name, data)
+
+    def _append_tables(self, batch: PatchBatch) -> None:
+        first = np.zeros(len(batch.path), np.int32)
+        for scale in SCALES:
+            chosen = batch.scale == scale
+            counts = batch.counts[chosen]
+            first[chosen] = self._patch_count[scale] + np.cumsum(counts) - counts
+        columns = {
+            "label": batch.label,
+            "predicted": batch.predicted,
+            "scale": batch.scale,
+            "branch_class": batch.branch_class,
+            "branch_prob": batch.branch_prob,
+            "first": first,
+            "count": batch.counts,
+            "size": batch.size,
+        }
+        for name, (dtype, _) in IMAGE_TABLE.items():
+            self._images[name].append(np.array(columns[name], dtype=dtype))
+        self._paths += [bytes(path) for path in batch.path]
+
+    def _append_patches(self, batch: PatchBatch, scale: int) -> None:
+        """Add the patches of the images of one scale, image-major."""
+        counts = np.where(batch.scale == scale, batch.counts, 0)
+        taken = np.arange(batch.corners.shape[1]) < counts[:, None]
+        image = np.repeat(np.arange(len(counts)), counts)
+        corner, score = batch.corners[taken], batch.scores[taken]
+        before = len(self._paths) - len(counts)
+        table = {"corner": corner, "score": score, "image": image + before}
+        for name, (dtype, _) in PATCH_TABLE.items():
+            self._patches[scale][name].append(np.array(table[name], dtype=dtype))
+        self._patch_count[scale] += len(image)
+        codec = self.header.settings.codec
+        for start in range(0, len(image), _CUT_ROWS):
+            rows = slice(start, start + _CUT_ROWS)
+            # Codec image checks the bounds too, though it stores the crops alone.
+            cut = cut_patches(batch.pixels, image[rows], corner[rows], scale)
+            if codec == "raw":
+                self._spool(f"patches/{scale}/pixels", cut)
+            elif codec == "jpeg":
+                for blob in self._encoded(cut):
+                    self._blob_sizes[scale].append(len(blob))
+                    self._spool(f"patches/{scale}/blob", blob)
+
+    def _encoded(self, cut: NDArray[np.uint8]) -> Iterable[bytes]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_JPEG_THREADS)
+        quality = self.header.settings.jpeg_quality
+        return self._pool.map(lambda pixels: encode_jpeg(pixels, quality), cut)
+
+    def _lay_out(self, skeleton: Skeleton) -> dict[str, tuple[int, int]]:
+        """Write all but the spooled datasets; return offset and size in bytes of those."""
+        settings = self.header.settings
+        placed: dict[str, tuple[int, int]] = {}
+
+        def reserve_pixels(name: str, shape: tuple[int, ...]) -> None:
+            offset = reserve(file, name, shape, "u1")
+            if offset is not None:
+                placed[name] = (offset, int(np.prod(shape)))
+
+        # create_dataset, never file[name] = ...: that would store the time of day.
+        with open_skeleton(skeleton) as file:
+            write_attributes(file, self.header, self.files_sha256)
+            file.create_dataset("images/path", data=encode_text(self._paths))
+            for name, (dtype, shape) in IMAGE_TABLE.items():
+                rows = _joined(self._images[name], dtype, shape)
+                file.create_dataset(f"images/{name}", data=rows)
+            for i, name in enumerate(("path", "reason")):
+                text = encode_text([skipped[i] for skipped in self._skipped])
+                file.create_dataset(f"skipped/{name}", data=text)
+            for scale in SCALES:
+                for name, (dtype, shape) in PATCH_TABLE.items():
+                    rows = _joined(self._patches[scale][name], dtype, shape)
+                    file.create_dataset(f"patches/{scale}/{name}", data=rows)
+                if settings.codec == "jpeg":
+                    offsets = np.cumsum([0, *self._blob_sizes[scale]], dtype="<i8")
+                    file.create_dataset(f"patches/{scale}/offset", data=offsets)
+            if settings.store_images:
+                reserve_pixels("images/pixels", (len(self._paths), CROP_SIDE, CROP_SIDE, 3))
+            for scale in SCALES:
+                if settings.codec == "raw":
+                    m = self._patch_count[scale]
+                    reserve_pixels(f"patches/{scale}/pixels", (m, scale, scale, 3))
+                elif settings.codec == "jpeg":
+                    reserve_pixels(f"patches/{scale}/blob", (sum(self._blob_sizes[scale]),))
+        return placed
+
+
+def _check(batch: PatchBatch) -> None:
+    n = len(batch.path)
+    wrong = [name for name, array in zip(batch._fields, batch, strict=True) if len(array) != n]
+    if wrong:
+        raise ValueError(f"expected {n} rows in every array of the batch, not so in {wrong}")
+    if batch.pixels.shape[1:] != (CROP_SIDE, CROP_SIDE, 3) or batch.pixels.dtype != np.uint8:
+        raise ValueError(
+            f"expected crops uint8 (n, {CROP_SIDE}, {CROP_SIDE}, 3), "
+            f"got {batch.pixels.dtype} {batch.pixels.shape}"
+        )
+    if not np.isin(batch.scale, SCALES).all():
+        raise ValueError(f"expected scales of {SCALES}, got {np.unique(batch.scale).tolist()}")
+    if n and not 0 <= batch.counts.min() <= batch.counts.max() <= batch.corners.shape[1]:
+        raise ValueError(f"expected 0 to {batch.corners.shape[1]} patches an image")
+
+
+def _joined(parts: list[NDArray[Any]], dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    return np.concatenate([np.empty((0, *shape), dtype), *parts])
+
+
+def _allocate(file: BinaryIO, size: int) -> None:
+    """Claim the room at once, so that a full disk says so before the copying."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise

@@ -1,0 +1,80 @@
+"""Random shards for tests: small batches of everything that a writer takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from anchorpatch.shards.layout import SCALES, ShardHeader, ShardSettings, shard_name
+from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest
+from anchorpatch.shards.writer import PatchBatch, ShardWriter
+
+CLASSES = ("cat", "dog", "hen", "owl")
+
+
+def make_settings(**changes: object) -> ShardSettings:
+    values: dict = dict(
+        max_patches=(5, 3, 2),
+        iou_threshold=0.3,
+        coverage=(0.05, 0.04, 0.03),
+        shard_size=8,
+        preset="figure",
+    )
+    return ShardSettings(**{**values, **changes})
+
+
+def make_header(split: str = "val", **changes: object) -> ShardHeader:
+    return ShardHeader(split, CLASSES, (*CLASSES, "elk"), make_settings(**changes), "ab" * 32)
+
+
+def make_batch(n: int, seed: int = 0, *, width: int = 5, start: int = 0) -> PatchBatch:
+    """Random images; ``width`` is K, the padded number of patches."""
+    rng = np.random.default_rng(seed)
+    scale = rng.choice(SCALES, n).astype(np.uint8)
+    counts = rng.integers(1, width + 1, n).astype(np.int32)
+    valid = np.arange(width) < counts[:, None]
+    corners = rng.integers(0, 1 + (224 - scale.astype(int))[:, None, None], (n, width, 2))
+    scores = -np.sort(-rng.normal(size=(n, width)).astype(np.float32))
+    paths = [f"{CLASSES[(start + i) % 4]}/{start + i:06d}é.jpg".encode() for i in range(n)]
+    return PatchBatch(
+        path=np.array(paths, dtype="S"),
+        label=rng.integers(0, 4, n).astype(np.int32),
+        predicted=rng.integers(0, 5, n).astype(np.int32),
+        scale=scale,
+        branch_class=rng.integers(0, 5, (n, 3)).astype(np.int32),
+        branch_prob=rng.random((n, 3)).astype(np.float32),
+        size=rng.integers(1, 3000, (n, 2)).astype(np.int32),
+        pixels=rng.integers(0, 256, (n, 224, 224, 3), dtype=np.uint8),
+        counts=counts,
+        corners=corners * valid[..., None],
+        scores=scores * valid,
+    )
+
+
+def split_batch(batch: PatchBatch, sizes: list[int]) -> Iterator[PatchBatch]:
+    start = 0
+    for size in sizes:
+        yield PatchBatch(*(array[start : start + size] for array in batch))
+        start += size
+
+
+def make_split(
+    folder: Path, shards: int = 3, per_shard: int = 8, last: int = 5, **changes: object
+) -> tuple[Manifest, list[PatchBatch]]:
+    """Write a whole split under ``folder`` and return its manifest and what went in."""
+    header = make_header(folder.name, shard_size=per_shard, **changes)
+    sizes = [per_shard] * (shards - 1) + [last]
+    files = FilesDigest(sum(sizes), "f0" * 32, tuple(f"{i:064x}" for i in range(shards)))
+    manifest = open_manifest(folder, header, files)
+    batches = []
+    for i, size in enumerate(sizes):
+        batch = make_batch(size, seed=i, start=i * per_shard)
+        with ShardWriter(
+            folder / shard_name(folder.name, i), header, files_sha256=files.shards[i]
+        ) as writer:
+            writer.append(batch)
+        manifest = manifest.commit(writer.entry)
+        batches.append(batch)
+    return manifest, batches
