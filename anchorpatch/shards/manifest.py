@@ -47,6 +47,8 @@ class ShardEntry:
         name: of the file.
         images: stored, without the skipped ones.
         patches: stored, by scale.
+        chosen: images that chose each scale.
+        correct: images whose predicted class has the index of their label.
         bytes: size of the file.
         sha256: of the file.
         skipped: path and reason of each image that could not be read.
@@ -56,6 +58,8 @@ class ShardEntry:
     name: str
     images: int
     patches: dict[int, int]
+    chosen: dict[int, int]
+    correct: int
     bytes: int
     sha256: str
     skipped: tuple[tuple[str, str], ...] = ()
@@ -63,15 +67,21 @@ class ShardEntry:
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as JSON knows it."""
-        patches = {str(scale): count for scale, count in sorted(self.patches.items())}
-        return {**vars(self), "patches": patches, "skipped": [list(s) for s in self.skipped]}
+        by_scale = {
+            name: {str(scale): count for scale, count in sorted(counts.items())}
+            for name, counts in (("patches", self.patches), ("chosen", self.chosen))
+        }
+        return {**vars(self), **by_scale, "skipped": [list(s) for s in self.skipped]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShardEntry:
         """Return the entry that `to_json` wrote."""
-        patches = {int(scale): int(count) for scale, count in data["patches"].items()}
+        by_scale = {
+            name: {int(scale): int(count) for scale, count in data[name].items()}
+            for name in ("patches", "chosen")
+        }
         skipped = tuple((str(path), str(reason)) for path, reason in data["skipped"])
-        return cls(**{**data, "patches": patches, "skipped": skipped})
+        return cls(**{**data, **by_scale, "skipped": skipped})
 
 
 @dataclass(frozen=True)

@@ -252,6 +252,8 @@ class ShardWriter:
             name=self.path.name,
             images=len(self._paths),
             patches=dict(self._patch_count),
+            chosen={scale: int((self._column("scale") == scale).sum()) for scale in SCALES},
+            correct=int((self._column("label") == self._column("predicted")).sum()),
             bytes=skeleton.size,
             sha256=sha256,
             skipped=tuple(self._skipped),
@@ -350,6 +352,9 @@ class ShardWriter:
             self._pool = ThreadPoolExecutor(_JPEG_THREADS)
         quality = self.header.settings.jpeg_quality
         return self._pool.map(lambda pixels: encode_jpeg(pixels, quality), cut)
+
+    def _column(self, name: str) -> NDArray[Any]:
+        return _joined(self._images[name], *IMAGE_TABLE[name])
 
     def _lay_out(self, skeleton: Skeleton) -> dict[str, tuple[int, int]]:
         """Write all but the spooled datasets; return offset and size in bytes of those."""

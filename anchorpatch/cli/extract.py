@@ -1,0 +1,221 @@
+"""``anchorpatch extract``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from anchorpatch.cli.config import Command
+from anchorpatch.cli.options import (
+    PATH,
+    NumberList,
+    Share,
+    SharedOption,
+    data_option,
+    device_option,
+    json_option,
+    labels_option,
+    runs_option,
+    weights_option,
+    workers_option,
+)
+from anchorpatch.cli.output import bytes_text, print_json, print_table
+from anchorpatch.errors import WeightsError
+
+if TYPE_CHECKING:
+    from anchorpatch.jobs.extract import Forecast
+    from anchorpatch.jobs.extract_summary import ExtractSummary
+    from anchorpatch.lsp import LspSettings
+
+
+@click.command(cls=Command)
+@data_option
+@click.option("--split", default="val", help="Name of the folder below --data.")
+@labels_option
+@weights_option
+@runs_option
+@click.option(
+    "--out",
+    cls=SharedOption,
+    shared="ANCHORPATCH_SHARDS",
+    type=PATH,
+    default=Path("shards"),
+    help="Folder for the shards, OUT/SPLIT/SPLIT-00000.h5, ...; also $ANCHORPATCH_SHARDS.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["figure", "finetune", "evaluate"]),
+    help="Values of K, T and P.  [default: finetune for the split train, evaluate for others]",
+)
+@click.option("--max-patches", type=NumberList(int), help="K for 63, 95, 111 px; over the preset.")
+@click.option("--iou-threshold", type=float, help="T; over the preset.")
+@click.option("--coverage", type=NumberList(float), help="P for 63, 95, 111 px; over the preset.")
+@click.option(
+    "--codec",
+    type=click.Choice(["raw", "jpeg", "image"]),
+    default="raw",
+    help="Patches as raw pixels, as JPEG, or images once and patches cut when read.",
+)
+@click.option("--jpeg-quality", type=click.IntRange(1, 100), default=95, help="For --codec jpeg.")
+@click.option("--store-images", is_flag=True, help="Store the 224 px crop of each image too.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=1024, help="Images in a shard.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Images in a batch.  [default: 64 on CPU, 256 on a GPU]",
+)
+@workers_option
+@device_option
+@click.option("--amp", is_flag=True, help="Compute in bfloat16; needs a GPU.")
+@click.option("--compile", "compile_", is_flag=True, help="Use torch.compile.")
+@click.option("--limit", type=click.IntRange(min=1), help="Take only the first N images.")
+@click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
+@click.option("--task", metavar="I/N", help="Do every N-th shard from I = 0; as SLURM arrays do.")
+@click.option("--overwrite", is_flag=True, help="Replace shards made from other inputs.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and foretell the bytes.")
+@json_option
+def extract(
+    data: Path,
+    weights: str | None,
+    runs: Path,
+    preset: str | None,
+    max_patches: tuple[int, int, int] | None,
+    iou_threshold: float | None,
+    coverage: tuple[float, float, float] | None,
+    compile_: bool,
+    task: str | None,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    r"""Write the semantic patches of a folder of images into HDF5 shards.
+
+    Images are DATA/SPLIT/CLASS/*.JPEG (also PNG, WebP, BMP), or lie flat in DATA/SPLIT with
+    --labels. A run that was interrupted goes on when it is started again; the shards come out
+    the same, whatever the number of workers, processes or interruptions.
+
+    \b
+    anchorpatch extract --split val --data imagenet --weights demo --out shards
+    torchrun --nproc-per-node 8 -m anchorpatch extract --split train --amp
+    anchorpatch extract --split train --task 0/8
+    """
+    from anchorpatch.jobs.extract import ExtractConfig, default_preset, forecast, run
+    from anchorpatch.jobs.extract_summary import wait_for_ranks
+    from anchorpatch.runtime.progress import Reporter, reporter
+    from anchorpatch.runtime.tasks import resolve_task
+
+    part = resolve_task(task)
+    config = ExtractConfig(
+        data=data,
+        weights=find_weights(weights, runs),
+        preset=preset,
+        lsp=_overridden(
+            preset or default_preset(options["split"]), max_patches, iou_threshold, coverage
+        ),
+        compile=compile_,
+        task=part,
+        **options,
+    )
+    if dry_run:
+        _print_forecast(forecast(config), as_json)
+        return
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not part.whole:
+        click.echo(f"extract: part {part.index} of {part.total} ({part.source})", err=True)
+    summary = run(config, reporter() if rank == 0 else Reporter())
+    if rank == 0:
+        if ranks > 1:
+            summary = wait_for_ranks(summary, part, ranks)
+        print_summary(summary, as_json)
+
+
+def find_weights(weights: str | None, runs: Path) -> Path:
+    """Return the file that ``--weights`` means.
+
+    Raises:
+        WeightsError: the option is not given and there is no trained network.
+    """
+    if weights == "demo":
+        from anchorpatch.demo.weights import demo_weights
+
+        return demo_weights()
+    if weights is not None:
+        return Path(weights)
+    trained = runs / "anchornet" / "best.safetensors"
+    if not trained.is_file():
+        raise WeightsError(
+            f"{trained} does not exist: train a network with `anchorpatch train`, name a file "
+            "with --weights, or take the bundled ones of the sample set with --weights demo"
+        )
+    return trained
+
+
+def _overridden(
+    preset: str,
+    max_patches: tuple[int, int, int] | None,
+    iou_threshold: float | None,
+    coverage: tuple[float, float, float] | None,
+) -> LspSettings:
+    from anchorpatch.lsp import PRESETS
+
+    given = {"max_patches": max_patches, "iou_threshold": iou_threshold, "coverage": coverage}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(PRESETS[preset], **changes)
+
+
+def print_summary(summary: ExtractSummary, as_json: bool) -> None:
+    """Print the closing summary of an extraction."""
+    from anchorpatch.jobs.extract_summary import mean_patches
+
+    if as_json:
+        print_json(summary.to_json())
+        return
+    images = summary.images
+    print_table(
+        ["scale", "images", "share", "patches", "mean patches"],
+        [
+            [
+                f"{scale} px",
+                f"{summary.images_by_scale[scale]:,}",
+                f"{summary.images_by_scale[scale] / images:.1%}" if images else "-",
+                f"{summary.patches_by_scale[scale]:,}",
+                f"{mean_patches(summary, scale):.2f}",
+            ]
+            for scale in summary.images_by_scale
+        ],
+    )
+    reasons = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.items())
+    lines = [
+        f"{images:,} images in {summary.shards} shards, {bytes_text(summary.bytes)}: "
+        f"{summary.folder}",
+        f"skipped: {sum(summary.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
+    ]
+    if summary.top1 is not None:
+        lines.append(f"top-1 of AnchorNet: {summary.top1:.2%}")
+    if summary.images_run:
+        speed = f"{summary.images_per_second:,.1f} images/s"
+        lines.append(f"{summary.images_run:,} images in {summary.seconds:,.1f} s: {speed}")
+    else:
+        lines.append("nothing was left to do")
+    click.echo("\n".join(lines))
+
+
+def _print_forecast(forecast: Forecast, as_json: bool) -> None:
+    if as_json:
+        fields = {**vars(forecast), "folder": str(forecast.folder)}
+        print_json({**fields, "settings": forecast.settings.to_json()})
+        return
+    settings = forecast.settings
+    per_scale = "/".join(str(k) for k in settings.max_patches)
+    click.echo(
+        f"would write {forecast.pending} of {forecast.shards} shards to {forecast.folder}: "
+        f"{forecast.images:,} images of {forecast.classes} classes\n"
+        f"settings: preset {settings.preset or 'none'}, K {per_scale}, T {settings.iou_threshold}, "
+        f"P {'/'.join(str(p) for p in settings.coverage)}, codec {settings.codec}\n"
+        f"about {bytes_text(forecast.bytes)} in all, {bytes_text(forecast.bytes_per_image)} an "
+        f"image (from {forecast.sample} images)"
+    )

@@ -1,0 +1,381 @@
+"""The main job: folder -> decode -> AnchorNet -> decide -> LSP -> crop -> shards.
+
+Four things overlap: worker processes decode, the localiser computes, one thread cuts patches
+and writes shards, and this thread hands batches on. Batches never cross a shard, and only
+a few of them are on their way, and a shard goes to disk as it grows, so memory does not
+depend on the number of images.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from anchorpatch.errors import (
+    DataError,
+    NonFiniteError,
+    SettingsError,
+    TooManyBadImages,
+)
+from anchorpatch.images.folder import ImageFolder, scan_folder
+from anchorpatch.images.loader import Batch, load_batches
+from anchorpatch.jobs.extract_summary import ExtractSummary, summarize
+from anchorpatch.jobs.localizer import Localizer, Pending
+from anchorpatch.jobs.sink import ShardSink
+from anchorpatch.lsp import PRESETS, LspSettings
+from anchorpatch.runtime.checkpoint import Weights, load_weights
+from anchorpatch.runtime.device import cpu_count, resolve_device
+from anchorpatch.runtime.progress import Reporter
+from anchorpatch.runtime.tasks import Task
+from anchorpatch.shards.layout import ShardHeader, ShardSettings
+from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest
+from anchorpatch.shards.writer import PatchBatch, ShardWriter
+
+__all__ = [
+    "ExtractConfig",
+    "Forecast",
+    "default_preset",
+    "forecast",
+    "run",
+]
+
+#: Images that a forecast looks at.
+_SAMPLE = 64
+
+
+def default_preset(split: str) -> str:
+    """Return the preset for a split: many patches to train on, fewer to evaluate.
+
+    Example:
+        >>> default_preset("train"), default_preset("val")
+        ('finetune', 'evaluate')
+    """
+    return "finetune" if split == "train" else "evaluate"
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """What to extract, from where, to where.
+
+    Attributes:
+        data: folder that holds the split's folder.
+        split: name of the split.
+        weights: a weights file of AnchorNet.
+        out: folder that gets SPLIT/SPLIT-00000.h5, ...
+        labels: CSV with the labels of a flat split folder.
+        preset: a name in `anchorpatch.lsp.PRESETS`; None: by the split.
+        lsp: K, T and P in place of the preset's.
+        codec: raw, jpeg or image.
+        jpeg_quality: 1 to 100, for codec jpeg.
+        store_images: store the 224 crop of each image too.
+        shard_size: images in a shard.
+        batch_size: images in a batch; None: 64 on CPU, 256 on a GPU.
+        workers: decoding processes; None: one a CPU core.
+        device: auto, cpu or cuda.
+        amp: bfloat16 features, on a GPU.
+        compile: use ``torch.compile``.
+        limit: take only the first images of the sorted list.
+        max_bad: share of unreadable images that fails the run when exceeded.
+        overwrite: remove shards of other settings, weights or files instead of refusing.
+        task: the part of the shards that this process does.
+    """
+
+    data: Path
+    split: str
+    weights: Path
+    out: Path
+    labels: Path | None = None
+    preset: str | None = None
+    lsp: LspSettings | None = None
+    codec: str = "raw"
+    jpeg_quality: int = 95
+    store_images: bool = False
+    shard_size: int = 1024
+    batch_size: int | None = None
+    workers: int | None = None
+    device: str = "auto"
+    amp: bool = False
+    compile: bool = False
+    limit: int | None = None
+    max_bad: float = 0.01
+    overwrite: bool = False
+    task: Task = field(default_factory=Task)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would do.
+
+    Attributes:
+        folder: the split's folder.
+        images: of the split, unreadable ones included.
+        classes: of the split.
+        shards: that the split will have.
+        pending: shards of this task that are not done yet.
+        sample: images that were extracted to foretell the bytes.
+        bytes_per_image: of the sample.
+        bytes: of the whole split, foretold.
+        settings: of the shards.
+    """
+
+    folder: Path
+    images: int
+    classes: int
+    shards: int
+    pending: int
+    sample: int
+    bytes_per_image: float
+    bytes: int
+    settings: ShardSettings
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that is known before the first image is decoded."""
+
+    config: ExtractConfig
+    folder: ImageFolder
+    weights: Weights
+    device: torch.device
+    header: ShardHeader
+    files: FilesDigest
+    ranges: list[range]
+
+    @property
+    def out(self) -> Path:
+        return self.config.out / self.config.split
+
+    @property
+    def batch_size(self) -> int:
+        default = 256 if self.device.type == "cuda" else 64
+        return self.config.batch_size or default
+
+    @property
+    def workers(self) -> int:
+        return cpu_count() if self.config.workers is None else self.config.workers
+
+    def localizer(self) -> Localizer:
+        return Localizer(
+            self.weights,
+            _lsp_settings(self.config),
+            self.device,
+            batch_size=self.batch_size,
+            amp=self.config.amp,
+            compile=self.config.compile,
+        )
+
+
+def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSummary:
+    """Extract what is not done yet and return the summary of this task's shards.
+
+    Raises:
+        AnchorpatchError: see `anchorpatch.errors`. Shards that are done stay; the same call
+            goes on behind them.
+    """
+    reporter = reporter or Reporter()
+    plan = _plan(config)
+    if config.overwrite and not config.task.whole:
+        raise SettingsError(
+            f"--overwrite: expected one process, as several would remove each other's shards, "
+            f"found {config.task.source}; remove {plan.out} first"
+        )
+    manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=config.overwrite)
+    pending = [i for i in manifest.pending() if config.task.owns(i)]
+    began = time.monotonic()
+    if pending:
+        with plan.localizer() as localizer:
+            _extract(plan, manifest, pending, localizer, reporter)
+    images = sum(len(plan.ranges[i]) for i in pending)
+    return summarize(plan.out, config.task, time.monotonic() - began, images)
+
+
+def forecast(config: ExtractConfig) -> Forecast:
+    """Tell what `run` would do, without writing into the output folder.
+
+    The bytes are foretold from up to 64 images, evenly spread over the list, that are
+    extracted into a temporary folder.
+    """
+    plan = _plan(config)
+    pending = [i for i in range(len(plan.ranges)) if config.task.owns(i)]
+    if (plan.out / "manifest.json").exists() and not config.overwrite:
+        manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=False)
+        pending = [i for i in manifest.pending() if config.task.owns(i)]
+    n = len(plan.folder)
+    sample = np.unique(np.linspace(0, n - 1, min(n, _SAMPLE)).astype(int)).tolist()
+    with tempfile.TemporaryDirectory(prefix="anchorpatch-") as name:
+        with plan.localizer() as localizer, ShardWriter(Path(name, "0.h5"), plan.header) as writer:
+            for batch in load_batches(plan.folder, [sample], workers=0):
+                _append(writer, plan=plan, batch=batch, pending=_submit(localizer, batch))
+        entry = writer.entry
+    if not entry.images:
+        path, reason = entry.skipped[0]
+        raise DataError(
+            f"{plan.folder.root}: none of {len(sample)} images tried can be read; "
+            f"the first is {path}: {reason}"
+        )
+    per_image = entry.bytes / entry.images
+    return Forecast(
+        folder=plan.out,
+        images=n,
+        classes=len(plan.folder.classes),
+        shards=len(plan.ranges),
+        pending=len(pending),
+        sample=len(sample),
+        bytes_per_image=per_image,
+        bytes=round(per_image * n),
+        settings=plan.header.settings,
+    )
+
+
+def _lsp_settings(config: ExtractConfig) -> LspSettings:
+    return config.lsp or PRESETS[config.preset or default_preset(config.split)]
+
+
+def _plan(config: ExtractConfig) -> _Plan:
+    device = resolve_device(config.device)
+    if config.amp and device.type == "cpu":
+        raise SettingsError("--amp: expected a GPU, as results on CPU are always float32")
+    weights = load_weights(config.weights)
+    folder = scan_folder(config.data, config.split, config.labels)
+    if config.limit is not None:
+        folder = folder.head(config.limit)
+    lsp = _lsp_settings(config)
+    preset = config.preset or default_preset(config.split)
+    settings = ShardSettings(
+        max_patches=lsp.max_patches,
+        iou_threshold=lsp.iou_threshold,
+        coverage=lsp.coverage,
+        codec=config.codec,
+        store_images=config.store_images,
+        shard_size=config.shard_size,
+        precision="bfloat16" if config.amp else "float32",
+        preset=preset if PRESETS[preset] == lsp else None,
+        jpeg_quality=config.jpeg_quality,
+    )
+    header = ShardHeader(
+        split=config.split,
+        classes=folder.classes,
+        network_classes=weights.meta.classes,
+        settings=settings,
+        weights_sha256=weights.sha256,
+    )
+    ranges = [
+        range(start, min(start + config.shard_size, len(folder)))
+        for start in range(0, len(folder), config.shard_size)
+    ]
+    files = FilesDigest(
+        count=len(folder),
+        sha256=folder.digest(),
+        shards=tuple(folder.digest(r.start, r.stop) for r in ranges),
+        paths=lambda start, stop: [folder.path(i) for i in range(start, stop)],
+    )
+    return _Plan(config, folder, weights, device, header, files, ranges)
+
+
+def _extract(
+    plan: _Plan,
+    manifest: Manifest,
+    shards: Sequence[int],
+    localizer: Localizer,
+    reporter: Reporter,
+) -> None:
+    """Make the pending shards, one after the other, in one overlapping pipeline."""
+    jobs = list(_batches(plan, shards))
+    loader = load_batches(
+        plan.folder,
+        [images for _, images, _ in jobs],
+        workers=plan.workers,
+        pin_memory=plan.device.type == "cuda",
+    )
+    owned = [i for i in range(len(plan.ranges)) if plan.config.task.owns(i)]
+    total = sum(len(plan.ranges[i]) for i in owned)
+    left = sum(len(plan.ranges[i]) for i in shards)
+    bad = _BadImages(plan, total)
+    sink = ShardSink(manifest, plan.files.shards, reporter)
+    reporter.start(f"extract {plan.config.split}", total, total - left)
+    try:
+        with closing(loader):
+            for (shard, images, last), batch in zip(jobs, loader, strict=True):
+                bad.note(batch)
+                pending = _submit(localizer, batch)
+                write = partial(_append, plan=plan, batch=batch, pending=pending)
+                sink.put(shard, write, len(images), len(batch.bad), last=last)
+            sink.drain()
+    finally:
+        sink.close()
+        reporter.stop()
+
+
+def _batches(plan: _Plan, pending: Sequence[int]) -> Iterator[tuple[int, range, bool]]:
+    """Yield (shard, images, whether they are the shard's last); no batch crosses a shard."""
+    for shard in pending:
+        images = plan.ranges[shard]
+        for start in range(images.start, images.stop, plan.batch_size):
+            stop = min(start + plan.batch_size, images.stop)
+            yield shard, range(start, stop), stop == images.stop
+
+
+def _submit(localizer: Localizer, batch: Batch) -> Pending | None:
+    return localizer.submit(batch.pixels) if len(batch.index) else None
+
+
+def _append(writer: ShardWriter, *, plan: _Plan, batch: Batch, pending: Pending | None) -> int:
+    """Write a batch into its shard; return the number of patches."""
+    folder = plan.folder
+    for row, reason in batch.bad:
+        writer.skip(folder.path(row), reason)
+    if pending is None:
+        return 0
+    try:
+        found = pending.result()
+    except NonFiniteError as error:
+        path = folder.path(int(batch.index[error.row or 0]))
+        advice = "run without --amp" if plan.config.amp else "train or download them again"
+        raise NonFiniteError(
+            f"{folder.root / path}: {error}; the weights {plan.weights.path} may be damaged or "
+            f"badly trained: {advice}"
+        ) from error
+    writer.append(
+        PatchBatch(
+            path=folder.paths[batch.index],
+            label=folder.labels[batch.index],
+            size=batch.size,
+            pixels=batch.pixels.numpy(),
+            **found._asdict(),
+        )
+    )
+    return int(found.counts.sum())
+
+
+class _BadImages:
+    """Counts unreadable images and ends the run when there are too many."""
+
+    def __init__(self, plan: _Plan, total: int) -> None:
+        self._share, self._total = plan.config.max_bad, total
+        self._limit = math.floor(plan.config.max_bad * total + 1e-9)
+        self._folder = plan.folder
+        self._reasons: Counter[str] = Counter()
+
+    def note(self, batch: Batch) -> None:
+        for row, reason in batch.bad:
+            self._reasons[reason] += 1
+            if self._reasons.total() > self._limit:
+                raise TooManyBadImages(
+                    f"{self._folder.root}: more than {self._limit} of {self._total} images cannot "
+                    f"be read (--max-bad {self._share:.2%}): {_counted(self._reasons)}; the last "
+                    f"is {self._folder.path(row)}; mend the files or raise --max-bad"
+                )
+
+
+def _counted(reasons: Counter[str]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(5))

@@ -1,0 +1,134 @@
+"""What an extraction has come to: counts from the manifest, speed from the run."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from anchorpatch.lsp import SCALES
+from anchorpatch.runtime.tasks import Task
+from anchorpatch.shards.manifest import read_manifest
+
+__all__ = ["ExtractSummary", "mean_patches", "summarize", "wait_for_ranks"]
+
+
+@dataclass(frozen=True)
+class ExtractSummary:
+    """What shards hold, and how fast this run made its part of them.
+
+    Attributes:
+        folder: the split's folder.
+        complete: whether every shard of the split is there.
+        shards: shards that are done.
+        total_shards: shards of the split.
+        images: stored.
+        images_by_scale: stored, by chosen scale.
+        patches_by_scale: stored, by scale.
+        skipped: unreadable images, by reason.
+        bytes: of all shards.
+        top1: share of images whose predicted class is their label; None where the network's
+            classes are not the folders.
+        seconds: of this run.
+        images_run: images of this run, the skipped ones included.
+    """
+
+    folder: Path
+    complete: bool
+    shards: int
+    total_shards: int
+    images: int
+    images_by_scale: dict[int, int]
+    patches_by_scale: dict[int, int]
+    skipped: dict[str, int]
+    bytes: int
+    top1: float | None
+    seconds: float
+    images_run: int
+
+    @property
+    def images_per_second(self) -> float:
+        """Speed of this run; 0 where nothing was left to do."""
+        return self.images_run / self.seconds if self.images_run else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as JSON knows it, shares and means included."""
+        scales = {
+            str(scale): {
+                "images": self.images_by_scale[scale],
+                "share": self.images_by_scale[scale] / self.images if self.images else 0.0,
+                "patches": self.patches_by_scale[scale],
+                "mean_patches": mean_patches(self, scale),
+            }
+            for scale in SCALES
+        }
+        return {
+            "folder": str(self.folder),
+            "complete": self.complete,
+            "shards": self.shards,
+            "total_shards": self.total_shards,
+            "images": self.images,
+            "scales": scales,
+            "skipped": self.skipped,
+            "top1": self.top1,
+            "bytes": self.bytes,
+            "images_per_second": round(self.images_per_second, 2),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def mean_patches(summary: ExtractSummary, scale: int) -> float:
+    """Return the mean number of patches of the images that chose a scale."""
+    images = summary.images_by_scale[scale]
+    return summary.patches_by_scale[scale] / images if images else 0.0
+
+
+def summarize(
+    folder: Path, task: Task, seconds: float = 0.0, images_run: int = 0
+) -> ExtractSummary:
+    """Return the summary of the shards that a task owns, from the manifest alone.
+
+    Args:
+        folder: the split's folder of shards.
+        task: whose shards are counted.
+        seconds: that this run took.
+        images_run: images of this run, the skipped ones included.
+    """
+    manifest = read_manifest(folder)
+    missing = set(manifest.missing())
+    owned = [i for i in range(manifest.shard_count) if task.owns(i)]
+    names = {manifest.shard_path(i).name for i in owned if i not in missing}
+    entries = [entry for entry in manifest.entries if entry.name in names]
+    images = sum(entry.images for entry in entries)
+    comparable = manifest.header.classes == manifest.header.network_classes
+    return ExtractSummary(
+        folder=folder,
+        complete=not missing,
+        shards=len(entries),
+        total_shards=len(owned),
+        images=images,
+        images_by_scale={s: sum(entry.chosen[s] for entry in entries) for s in SCALES},
+        patches_by_scale={s: sum(entry.patches[s] for entry in entries) for s in SCALES},
+        skipped=dict(Counter(reason for entry in entries for _, reason in entry.skipped)),
+        bytes=sum(entry.bytes for entry in entries),
+        top1=sum(entry.correct for entry in entries) / images if comparable and images else None,
+        seconds=seconds,
+        images_run=images_run,
+    )
+
+
+def wait_for_ranks(summary: ExtractSummary, task: Task, ranks: int) -> ExtractSummary:
+    """Wait until the other ranks of ``torchrun`` are done too, and sum up all of them.
+
+    The manifest tells when; no process talks to another. A rank that fails does not leave this
+    one waiting: torchrun ends the others then.
+    """
+    began, together = time.monotonic(), Task(task.index // ranks, task.total // ranks)
+    while True:
+        whole = summarize(summary.folder, together)
+        if whole.shards == whole.total_shards:
+            seconds = summary.seconds + time.monotonic() - began
+            return replace(whole, seconds=seconds, images_run=summary.images_run * ranks)
+        time.sleep(0.2)

@@ -1,0 +1,88 @@
+"""The writing end of the pipeline: one thread that fills shards in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from anchorpatch.runtime.progress import Reporter
+from anchorpatch.shards.manifest import Manifest
+from anchorpatch.shards.writer import ShardWriter
+
+__all__ = ["ShardSink"]
+
+#: Batches between decoding and the disk: enough to keep every stage busy.
+_IN_FLIGHT = 3
+
+
+class _Work(NamedTuple):
+    patches: Future[int]
+    images: int
+    skipped: int
+
+
+class ShardSink:
+    """Writes batches behind the caller's back and passes errors on at the next call.
+
+    Args:
+        manifest: gets the entry of each shard that is done.
+        digests: of each shard's part of the file list.
+        reporter: is told what is on disk.
+    """
+
+    def __init__(self, manifest: Manifest, digests: Sequence[str], reporter: Reporter) -> None:
+        self._manifest, self._digests, self._reporter = manifest, digests, reporter
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._queue: deque[_Work] = deque()
+        self._writer: ShardWriter | None = None
+
+    def put(
+        self,
+        shard: int,
+        write: Callable[[ShardWriter], int],
+        images: int,
+        skipped: int,
+        *,
+        last: bool,
+    ) -> None:
+        """Hand a batch over; wait while too many are on their way.
+
+        Args:
+            shard: index of the shard that the batch belongs to.
+            write: adds the batch to the shard's writer and returns its number of patches.
+            images: of the batch, the skipped ones included.
+            skipped: of the batch.
+            last: the shard is done with this batch.
+        """
+        patches = self._thread.submit(self._write, shard, write, last)
+        self._queue.append(_Work(patches, images, skipped))
+        while len(self._queue) > _IN_FLIGHT:
+            self._pop()
+
+    def drain(self) -> None:
+        """Wait until everything is on disk."""
+        while self._queue:
+            self._pop()
+
+    def close(self) -> None:
+        """End the thread. A shard that is not finished leaves nothing behind."""
+        self._thread.shutdown(cancel_futures=True)
+        if self._writer is not None:
+            self._writer.abort()
+
+    def _pop(self) -> None:
+        work = self._queue.popleft()
+        self._reporter.advance(work.images, patches=work.patches.result(), skipped=work.skipped)
+
+    def _write(self, shard: int, write: Callable[[ShardWriter], int], last: bool) -> int:
+        if self._writer is None:
+            path = self._manifest.shard_path(shard)
+            header = self._manifest.header
+            self._writer = ShardWriter(path, header, files_sha256=self._digests[shard])
+        patches = write(self._writer)
+        if last:
+            writer, self._writer = self._writer, None
+            self._manifest.commit(writer.close())
+        return patches
