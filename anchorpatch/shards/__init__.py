@@ -1,1 +1,25 @@
-"""The shard format: HDF5 files of patches, read by memory map."""
+"""The shard format: HDF5 files of patches, read by memory map.
+
+``from anchorpatch.shards import ShardReader, PatchDataset`` is how to read shards; only the
+latter imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anchorpatch.shards.dataset import PatchDataset
+    from anchorpatch.shards.reader import ImagePatches, ShardReader
+
+__all__ = ["ImagePatches", "PatchDataset", "ShardReader"]
+
+_HOMES = {"ImagePatches": "reader", "PatchDataset": "dataset", "ShardReader": "reader"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,308 @@
+"""Reading the shards of a split as one: tables in memory, pixels by memory map.
+
+HDF5 is asked once for each shard, where its datasets lie in the file. Pixels then come
+straight from the page cache, so any number of threads and forked or spawned workers may read
+at once. No handle of h5py stays open.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from anchorpatch.errors import CorruptShard, ShardError
+from anchorpatch.shards.access import Maps, ShardFile, check_size, empty_table, read_table
+from anchorpatch.shards.layout import SCALES
+from anchorpatch.shards.manifest import read_manifest
+
+__all__ = ["ImagePatches", "ShardReader"]
+
+#: Attributes of a reader that are columns of the image table.
+_IMAGE_COLUMNS: Final = {
+    "path": "path",
+    "label": "label",
+    "predicted": "predicted",
+    "scale": "scale",
+    "branch_class": "branch_class",
+    "branch_prob": "branch_prob",
+    "first": "first",
+    "counts": "count",
+    "size": "size",
+}
+
+
+class ImagePatches(NamedTuple):
+    """The patches of one image, the strongest first.
+
+    Attributes:
+        scale: side theta of the patches in pixels.
+        pixels: uint8 (k, theta, theta, 3).
+        corners: top-left (y, x) of each in the 224 crop, int16 (k, 2).
+        scores: activation of each, float32 (k,).
+    """
+
+    scale: int
+    pixels: NDArray[np.uint8]
+    corners: NDArray[np.int16]
+    scores: NDArray[np.float32]
+
+
+class ShardReader:
+    """All shards of a split's folder.
+
+    Rows of images run from 0 to ``len(reader) - 1`` over all shards, rows of patches from 0
+    to ``reader.patch_count(scale) - 1`` for each scale. The results do not depend on the
+    codec, but that ``jpeg`` loses some detail.
+
+    Opening costs one ``stat`` a shard; tables and offsets are read on first use.
+
+    Args:
+        folder: OUT/SPLIT.
+        partial: also read a split of which some shards are not made yet.
+
+    Attributes:
+        classes: the folders; ``label`` indexes it.
+        network_classes: the weights' classes; ``predicted`` and ``branch_class`` index it.
+        settings: what the shards were made with.
+        label, predicted: int32 (n,).
+        scale: chosen theta, uint8 (n,).
+        branch_class, branch_prob: of each branch, int32 and float32 (n, 3).
+        counts: patches of each image, int32 (n,).
+        size: height and width of the source image, int32 (n, 2).
+        first: first row of each image among the patches of its scale, int64 (n,).
+        path: relative to the split folder, UTF-8 bytes (n,).
+
+    Raises:
+        ShardError: no manifest, or shards are missing.
+        CorruptShard: a shard is not what the manifest says, or no shard at all.
+    """
+
+    def __init__(self, folder: Path | str, *, partial: bool = False) -> None:
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        self.header = manifest.header
+        self.classes = manifest.header.classes
+        self.network_classes = manifest.header.network_classes
+        self.settings = manifest.header.settings
+        self._entries = manifest.entries
+        self._files = [self.folder / entry.name for entry in self._entries]
+        for path, entry in zip(self._files, self._entries, strict=True):
+            check_size(path, entry.bytes)
+        missing = manifest.missing()
+        if missing and not partial:
+            raise ShardError(
+                f"{self.folder}: {len(missing)} of {manifest.shard_count} shards are not made yet "
+                f"(first {manifest.shard_path(missing[0]).name}): run the same extract again"
+            )
+        self._image_start = _starts([entry.images for entry in self._entries])
+        self._patch_start = {
+            scale: _starts([entry.patches[scale] for entry in self._entries]) for scale in SCALES
+        }
+        self._shards: dict[int, ShardFile] = {}
+        self._columns: dict[str, NDArray[Any]] = {}
+        self._maps = Maps()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return int(self._image_start[-1])
+
+    def __repr__(self) -> str:
+        return f"ShardReader({str(self.folder)!r}): {len(self)} images"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_maps", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._maps = Maps()
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> NDArray[Any]:
+        """Return a column of the image table."""
+        if name not in _IMAGE_COLUMNS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self._column(f"images/{_IMAGE_COLUMNS[name]}")
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the crop of each image is stored."""
+        return self.settings.store_images
+
+    def patch_count(self, scale: int) -> int:
+        """Return how many patches of a scale there are."""
+        return int(self._patch_start[scale][-1])
+
+    def patches(self, scale: int, rows: ArrayLike) -> NDArray[np.uint8]:
+        """Gather the pixels of patches.
+
+        Args:
+            scale: 63, 95 or 111.
+            rows: of patches (m,), in any order.
+
+        Returns:
+            uint8 (m, scale, scale, 3).
+
+        Raises:
+            IndexError: a row that is not there.
+            CorruptShard: a shard cannot be read.
+        """
+        index = _rows(rows, self.patch_count(scale))
+        out = np.empty((len(index), scale, scale, 3), np.uint8)
+        # In the order of the file: of each shard at once, and the disk reads ahead.
+        order = np.argsort(index, kind="stable")
+        shard, local = _locate(self._patch_start[scale], index[order])
+        bounds = [*np.flatnonzero(np.diff(shard, prepend=-1)).tolist(), len(shard)]
+        for start, stop in pairwise(bounds):
+            rows_of_shard, target = local[start:stop], order[start:stop].tolist()
+            self._gather(int(shard[start]), scale, rows_of_shard, out, target)
+        return out
+
+    def corners(self, scale: int, rows: ArrayLike) -> NDArray[np.int16]:
+        """Return the top-left (y, x) of patches in the 224 crop, int16 (m, 2)."""
+        return self._patch_column(scale, "corner", rows)
+
+    def scores(self, scale: int, rows: ArrayLike) -> NDArray[np.float32]:
+        """Return the activation of patches, float32 (m,)."""
+        return self._patch_column(scale, "score", rows)
+
+    def patch_image(self, scale: int, rows: ArrayLike) -> NDArray[np.int64]:
+        """Return the image that patches are of, as rows of images, int64 (m,)."""
+        return self._patch_column(scale, "image", rows)
+
+    def image_patches(self, i: int) -> ImagePatches:
+        """Return the patches of an image."""
+        i = int(_rows([i], len(self))[0])
+        scale = int(self.scale[i])
+        rows = np.arange(self.first[i], self.first[i] + self.counts[i])
+        return ImagePatches(
+            scale, self.patches(scale, rows), self.corners(scale, rows), self.scores(scale, rows)
+        )
+
+    def image(self, i: int) -> NDArray[np.uint8]:
+        """Return the crop that AnchorNet saw, uint8 (224, 224, 3).
+
+        Raises:
+            ShardError: the crops are not stored.
+        """
+        if not self.has_images:
+            raise ShardError(
+                f"{self.folder}: the images are not stored: extract with --store-images"
+            )
+        shard, local = _locate(self._image_start, _rows([i], len(self)))
+        return np.array(self._pixels(int(shard[0]), "images/pixels")[local[0]])
+
+    def _gather(
+        self, shard: int, scale: int, rows: NDArray[Any], out: NDArray[Any], target: list[int]
+    ) -> None:
+        """Put the patches ``rows`` of one shard into the rows ``target`` of ``out``."""
+        if self.settings.codec == "raw":
+            pixels = self._pixels(shard, f"patches/{scale}/pixels")
+            # Row by row into place: as fast as np.take, and without a second copy.
+            for k, row in zip(target, rows.tolist(), strict=True):
+                out[k] = pixels[row]
+        elif self.settings.codec == "image":
+            pixels = self._pixels(shard, "images/pixels")
+            everywhere = rows + self._patch_start[scale][shard]
+            image = self.patch_image(scale, everywhere) - self._image_start[shard]
+            corner = self.corners(scale, everywhere)
+            for k, i, (y, x) in zip(target, image.tolist(), corner.tolist(), strict=True):
+                out[k] = pixels[i, y : y + scale, x : x + scale]
+        else:
+            blob = self._pixels(shard, f"patches/{scale}/blob")
+            offset = self._shard(shard).blob_offsets[scale]
+            for k, row in zip(target, rows.tolist(), strict=True):
+                data = blob[offset[row] : offset[row + 1]].tobytes()
+                out[k] = self._decoded(data, shard)
+
+    def _decoded(self, data: bytes, shard: int) -> NDArray[np.uint8]:
+        try:
+            with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+                return np.asarray(image)
+        except OSError as error:
+            raise CorruptShard(
+                f"{self._files[shard]}: a JPEG patch cannot be decoded: {error}"
+            ) from error
+
+    def _pixels(self, shard: int, name: str) -> NDArray[np.uint8]:
+        """Return a large dataset of a shard as a view into the file."""
+        offset, shape = self._shard(shard).places[name]
+        file = self._maps.get(self._files[shard])
+        view: NDArray[np.uint8] = file[offset : offset + int(np.prod(shape))].reshape(shape)
+        return view
+
+    def _shard(self, index: int) -> ShardFile:
+        found = self._shards.get(index)
+        if found is None:
+            path = self._files[index]
+            found = ShardFile.load(path, self._entries[index])
+            if found.header.settings != self.settings:
+                raise CorruptShard(f"{path}: made with other settings than the manifest says")
+            self._shards[index] = found
+        return found
+
+    def _patch_column(self, scale: int, name: str, rows: ArrayLike) -> NDArray[Any]:
+        index = _rows(rows, self.patch_count(scale))
+        return self._column(f"patches/{scale}/{name}")[index]
+
+    def _column(self, name: str) -> NDArray[Any]:
+        if name not in self._columns:
+            with self._lock:
+                if name not in self._columns:
+                    self._load_columns(name.rpartition("/")[0])
+        return self._columns[name]
+
+    def _load_columns(self, group: str) -> None:
+        """Read a table from all shards, and make its rows count over all of them."""
+        tables = [empty_table(group)]
+        counts = self._image_start if group == "images" else self._patch_start[_scale(group)]
+        for path, rows in zip(self._files, np.diff(counts).tolist(), strict=True):
+            tables.append(read_table(path, group, rows))
+        columns = {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
+        shard = np.repeat(np.arange(len(self._files)), np.diff(counts))
+        if group == "images":
+            columns["first"] = columns["first"].astype(np.int64)
+            for scale in SCALES:
+                chosen = columns["scale"] == scale
+                columns["first"][chosen] += self._patch_start[scale][shard[chosen]]
+        else:
+            columns["image"] = columns["image"] + self._image_start[shard]
+        for name, column in columns.items():
+            column.flags.writeable = False
+            self._columns[f"{group}/{name}"] = column
+
+
+def _scale(group: str) -> int:
+    return int(group.rpartition("/")[2])
+
+
+def _starts(counts: Sequence[int]) -> NDArray[np.int64]:
+    """Return the first row of each shard, and the number of rows at the end."""
+    return np.cumsum([0, *counts], dtype=np.int64)
+
+
+def _locate(
+    starts: NDArray[np.int64], rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the shard of each row, and the row within it; empty shards hold none."""
+    shard = np.searchsorted(starts, rows, side="right") - 1
+    return shard, rows - starts[shard]
+
+
+def _rows(rows: ArrayLike, count: int) -> NDArray[np.int64]:
+    index = np.atleast_1d(np.asarray(rows))
+    if index.size == 0:
+        return np.empty(0, np.int64)
+    if index.ndim != 1 or index.dtype.kind not in "iu":
+        raise IndexError(f"expected whole numbers (m,), got {index.dtype} {index.shape}")
+    if index.min() < 0 or index.max() >= count:
+        raise IndexError(f"expected rows from 0 to {count - 1}, got {index.min()}..{index.max()}")
+    return index.astype(np.int64)
