@@ -1,0 +1,196 @@
+"""How well the patches of scenes fit the objects, which are known there.
+
+A patch *hits* when its centre pixel lies in the object's box. *Covered* is the share of the box's
+area inside the patch. Both are given for the strongest patch of each image and, as a measure of
+chance, for patches of the same scale that know nothing: a random location of the grid (the exact
+expectation, no sampling) and the grid's middle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchorpatch.demo.scenes import CROP, SIZES, read_boxes
+from anchorpatch.errors import DataError
+from anchorpatch.lsp import SCALES, STRIDE, grid_size
+from anchorpatch.shards.reader import ShardReader
+
+__all__ = ["PatchFit", "SceneScore", "score_scenes"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PatchFit:
+    """How one kind of patch fits the objects, over all images.
+
+    Attributes:
+        hit: share of images whose patch has its centre in the object's box.
+        covered: mean share of the box that lies in the patch.
+    """
+
+    hit: float
+    covered: float
+
+
+@dataclass(frozen=True)
+class SceneScore:
+    """What `score_scenes` found.
+
+    Attributes:
+        images: how many.
+        top1: share of images whose predicted class is their label; None where the network's
+            classes are not the folders.
+        strongest: the strongest patch of each image.
+        random: a random patch of the same scale, expected.
+        centre: the middle patch of the same scale.
+        counts: images by the object's size and the chosen scale.
+        mean_scale: mean chosen scale in pixels by the object's size; None without such images.
+        matched: share of images that chose the scale of their size: small 63, medium 95,
+            large 111.
+        ordered: of all pairs of images with objects of different size, the share in which the
+            larger object has the larger scale, equal scales counting one half (0.5 is chance);
+            None where all objects have one size.
+    """
+
+    images: int
+    top1: float | None
+    strongest: PatchFit
+    random: PatchFit
+    centre: PatchFit
+    counts: dict[str, dict[int, int]]
+    mean_scale: dict[str, float | None]
+    matched: float
+    ordered: float | None
+
+    @property
+    def grows(self) -> bool:
+        """Whether the mean chosen scale rises from each size to the next."""
+        means = [mean for mean in self.mean_scale.values() if mean is not None]
+        return len(means) > 1 and all(a < b for a, b in pairwise(means))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the score as JSON knows it."""
+        counts = {
+            size: {str(scale): n for scale, n in row.items()} for size, row in self.counts.items()
+        }
+        return {**asdict(self), "counts": counts, "grows": self.grows}
+
+
+def score_scenes(shards_folder: Path, boxes_csv: Path) -> SceneScore:
+    """Compare the patches of a split with the true boxes.
+
+    Args:
+        shards_folder: OUT/SPLIT, extracted from scenes.
+        boxes_csv: of the same scenes.
+
+    Raises:
+        DataError: the table is missing, or lacks an image of the shards; or there are no images.
+        ShardError: the shards cannot be read.
+    """
+    reader = ShardReader(shards_folder)
+    if not len(reader):
+        raise DataError(f"{shards_folder}: expected patches of scenes, found no image")
+    sizes, boxes = _truth(reader, boxes_csv)
+    scale = reader.scale.astype(np.int64)
+    corner = np.zeros((len(reader), 2), np.int64)
+    for theta in SCALES:
+        chose = scale == theta
+        corner[chose] = reader.corners(theta, reader.first[chose])
+    branch = np.searchsorted(SCALES, scale)
+    table = np.zeros((len(SIZES), len(SCALES)), np.int64)
+    np.add.at(table, (sizes, branch), 1)
+    same_classes = reader.classes == reader.network_classes
+    means = [float(scale[sizes == s].mean()) if table[s].any() else None for s in range(len(SIZES))]
+    return SceneScore(
+        images=len(reader),
+        top1=float((reader.label == reader.predicted).mean()) if same_classes else None,
+        strongest=_fit(corner[:, None], scale, boxes),
+        random=_random_fit(scale, boxes),
+        centre=_fit(((_grid(scale) // 2) * STRIDE)[:, None, None].repeat(2, 2), scale, boxes),
+        counts={
+            size: dict(zip(SCALES, row, strict=True))
+            for size, row in zip(SIZES, table.tolist(), strict=True)
+        },
+        mean_scale=dict(zip(SIZES, means, strict=True)),
+        matched=float((sizes == branch).mean()),
+        ordered=_ordered(table),
+    )
+
+
+def _truth(reader: ShardReader, boxes_csv: Path) -> tuple[Ints, Ints]:
+    """Return the index of each object's size (n,) and its box (n, 4) in the crop."""
+    known = read_boxes(boxes_csv)
+    names = list(SIZES)
+    sizes, boxes = [], []
+    for path in reader.path.tolist():
+        key = f"{reader.header.split}/{path.decode()}"
+        if key not in known:
+            raise DataError(
+                f"{boxes_csv}: expected a box for {key}, found none: the shards are of other images"
+            )
+        size, box = known[key]
+        sizes.append(names.index(size))
+        boxes.append(box.in_crop())
+    return np.array(sizes, np.int64), np.array(boxes, np.int64)
+
+
+def _grid(scale: Ints) -> Ints:
+    """Return the locations along a side of the grid, for each image."""
+    sides = {theta: grid_size(CROP, CROP, theta)[0] for theta in SCALES}
+    return np.array([sides[theta] for theta in scale.tolist()], np.int64)
+
+
+def _axes(corner: Ints, scale: Ints, boxes: Ints) -> tuple[Floats, Floats]:
+    """Compare patches with boxes along y and x.
+
+    Args:
+        corner: top-left (y, x) of m patches of each image (n, m, 2).
+        scale: side of the patches (n,).
+        boxes: x0, y0, x1, y1 (n, 4).
+
+    Returns:
+        Whether the centre is inside along each axis, and the covered share of the box's
+        extent, both (n, m, 2).
+    """
+    low, high = boxes[:, None, [1, 0]], boxes[:, None, [3, 2]]
+    side = scale[:, None, None]
+    middle = corner + side // 2
+    inside = (low <= middle) & (middle < high)
+    overlap = np.minimum(corner + side, high) - np.maximum(corner, low)
+    return inside.astype(np.float64), overlap.clip(min=0) / (high - low)
+
+
+def _fit(corner: Ints, scale: Ints, boxes: Ints) -> PatchFit:
+    inside, covered = _axes(corner, scale, boxes)
+    return PatchFit(float(inside.prod(2).mean()), float(covered.prod(2).mean()))
+
+
+def _random_fit(scale: Ints, boxes: Ints) -> PatchFit:
+    """Return the mean over all locations: the rows' mean times the columns', as both part."""
+    hit, covered = np.zeros(len(scale)), np.zeros(len(scale))
+    for theta in SCALES:
+        chose = scale == theta
+        steps = np.arange(grid_size(CROP, CROP, theta)[0]) * STRIDE
+        diagonal = np.broadcast_to(steps[:, None], (int(chose.sum()), len(steps), 2))
+        inside, share = _axes(diagonal, scale[chose], boxes[chose])
+        hit[chose], covered[chose] = inside.mean(1).prod(1), share.mean(1).prod(1)
+    return PatchFit(float(hit.mean()), float(covered.mean()))
+
+
+def _ordered(table: Ints) -> float | None:
+    """Return the share of pairs of different size whose scales are in the same order."""
+    good = pairs = 0.0
+    for s in range(len(table)):
+        for t in range(s + 1, len(table)):
+            products = np.outer(table[s], table[t])
+            good += np.triu(products, 1).sum() + np.trace(products) / 2
+            pairs += products.sum()
+    return float(good / pairs) if pairs else None
