@@ -7,11 +7,11 @@ of a certain outline with a textured disc at its centre; the class is the pair o
 
 Outlines and textures alternate; each neighbouring pair of this closed chain is a class, ten in
 all, so that every outline and every texture belongs to two classes and neither cue tells the class
-alone. Each scene also holds *distractors* with one cue each, a bare textured disc or a plate with a
-plain disc. They stand next to the object's cues on the chain, so that the cues of a whole picture
-fit three classes: only who sees outline and texture **together** can tell. That takes a window
-that spans the object: 63 px for a small one, 111 px for a large one. Colours are random and say
-nothing.
+alone. Three of four scenes also hold one or two *distractors* with one cue each, a bare textured
+disc or a plate with a plain disc. They stand next to the object's cues on the chain, so that the
+cues of a picture with both fit three classes: only who sees outline and texture **together** can
+tell. That takes a window that spans the object: 63 px for a small one, 111 px for a large one.
+Colours are random and say nothing.
 
 Everything about a picture follows from (seed, split, index): the class is index modulo 10, the
 size changes every 10 pictures. The validation transform (short side 256, centre crop 224) cuts a
@@ -69,6 +69,9 @@ _EDGES: Final = tuple((_CHAIN[i], _CHAIN[(i + 1) % len(_CHAIN)]) for i in range(
 
 #: The class of each index, "outline_texture", in alphabetical order as folders sort.
 CLASSES: Final = tuple(sorted(f"{a}_{b}" if a in _OUTLINES else f"{b}_{a}" for a, b in _EDGES))
+
+#: Chance of each of a scene's two distractors.
+_DISTRACTORS: Final = 0.5
 
 _MARGIN: Final = (SIDE - CROP) // 2
 _SUPERSAMPLE: Final = 2
@@ -188,6 +191,7 @@ def _place_distractors(rng: np.random.Generator, class_index: int, target: _Plat
     start = first - int(rng.integers(3)) * step
     cues = [_CHAIN[(start + i) % n] for i in range(4)]
     cues = [cue for cue in cues if cue not in (outline_name, texture)]
+    cues = [cue for cue in cues if rng.random() < _DISTRACTORS]
     placed = [target]
     for cue in rng.permutation(cues):
         for _ in range(30):
