@@ -28,6 +28,7 @@ from anchorpatch.shards.compare import first_changed_path, header_differences
 from anchorpatch.shards.layout import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    SCALES,
     ShardHeader,
     ShardSettings,
     shard_name,
@@ -80,6 +81,8 @@ class ShardEntry:
             name: {int(scale): int(count) for scale, count in data[name].items()}
             for name in ("patches", "chosen")
         }
+        if any(set(counts) != set(SCALES) for counts in by_scale.values()):
+            raise ValueError(f"expected counts for the scales {SCALES}")
         skipped = tuple((str(path), str(reason)) for path, reason in data["skipped"])
         return cls(**{**data, **by_scale, "skipped": skipped})
 
@@ -241,8 +244,8 @@ def read_manifest(folder: Path) -> Manifest:
             folder=Path(folder),
             header=ShardHeader(
                 split=data["split"],
-                classes=tuple(data["classes"]),
-                network_classes=tuple(data["network_classes"]),
+                classes=_strings(data["classes"]),
+                network_classes=_strings(data["network_classes"]),
                 settings=ShardSettings.from_json(data["settings"]),
                 weights_sha256=data["weights_sha256"],
                 version=data["anchorpatch_version"],
@@ -254,6 +257,12 @@ def read_manifest(folder: Path) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError, ShardError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ShardError(f"{path}: damaged ({what}): {again}") from error
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TypeError("expected a list of names")
+    return tuple(value)
 
 
 def _size(path: Path) -> int | None:

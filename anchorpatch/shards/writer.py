@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -186,22 +186,19 @@ class ShardWriter:
     def _open_temporary(self) -> BinaryIO:
         """Open and lock the temporary file; a lock on a file that lost its name is no lock."""
         while True:
-            descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            file = os.fdopen(descriptor, "r+b")
-            try:
+            file = open(self._temporary, "r+b", opener=_open_or_create)  # noqa: SIM115
+            with ExitStack() as closing:
+                closing.callback(file.close)
                 if not storage.try_lock(file, wait=False):
                     raise ShardError(
                         f"{self.path}: another process is writing this shard: "
                         "wait for it, or end it and run again"
                     )
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(descriptor), os.stat(self._temporary)):
-                        file.truncate(0)
-                        return file
-            except BaseException:
-                file.close()
-                raise
-            file.close()
+                if _is_still(file, self._temporary):
+                    closing.callback(self._temporary.unlink)
+                    file.truncate(0)
+                    closing.pop_all()
+                    return file
 
     def append(self, batch: PatchBatch) -> None:
         """Add images.
@@ -392,6 +389,18 @@ class ShardWriter:
                 elif settings.codec == "jpeg":
                     reserve_pixels(f"patches/{scale}/blob", (sum(self._blob_sizes[scale]),))
         return placed
+
+
+def _open_or_create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def _is_still(file: BinaryIO, path: Path) -> bool:
+    """Tell whether an open file has its name yet."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _check(batch: PatchBatch) -> None:

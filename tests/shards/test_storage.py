@@ -1,0 +1,278 @@
+"""Disks that refuse: simulated at each write, a small tmpfs, and a limit on the file size."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anchorpatch.errors import StorageError
+from anchorpatch.shards import storage, writer
+from anchorpatch.shards.layout import CODECS, shard_name
+from anchorpatch.shards.manifest import FilesDigest, open_manifest
+from anchorpatch.shards.verify import verify_folder
+from anchorpatch.shards.writer import ShardWriter
+from tests.shards.samples import make_batch, make_header
+
+ADVICE = "free space and run the same command again"
+
+
+class Disk:
+    """Counts every call that writes, and refuses one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = 0
+        self.refuse = -1
+        self.error = errno.ENOSPC
+        self.log: list[str] = []
+        for name in ("fsync", "replace", "posix_fallocate", "copy_file_range"):
+            monkeypatch.setattr(os, name, self.checked(name, getattr(os, name)))
+        monkeypatch.setattr(writer, "open", self.opening(open), raising=False)
+        monkeypatch.setattr(Path, "open", self.opening(Path.open, reading=("r", "rb")))
+        monkeypatch.setattr(tempfile, "TemporaryFile", self.opening(tempfile.TemporaryFile))
+
+    def check(self, name: str) -> None:
+        self.log.append(name)
+        self.calls += 1
+        if self.calls == self.refuse:
+            raise OSError(self.error, os.strerror(self.error))
+
+    def checked(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.check(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    def opening(
+        self, function: Callable[..., Any], reading: tuple[str, ...] = ()
+    ) -> Callable[..., Any]:
+        """Let the files that ``function`` opens for writing ask first."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if reading and (*args[1:], kwargs.get("mode"), "r")[0] in (*reading, None):
+                return function(*args, **kwargs)
+            self.check("open")
+            return AskingFile(function(*args, **kwargs), self)
+
+        return call
+
+
+class AskingFile:
+    def __init__(self, file: Any, disk: Disk) -> None:
+        self._file, self._disk = file, disk
+
+    def write(self, data: Any) -> Any:
+        self._disk.check("write")
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._disk.check("flush")
+        self._file.flush()
+
+    def truncate(self, size: int) -> Any:
+        self._disk.check("truncate")
+        return self._file.truncate(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> AskingFile:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._file.close()
+
+
+def write_split(folder: Path, codec: str = "raw") -> None:
+    """Write a shard and its entry, as a job does."""
+    header = make_header(codec=codec, store_images=True, shard_size=5)
+    manifest = open_manifest(folder, header, FilesDigest(5, "f0" * 32, ("e0" * 32,)))
+    for index in manifest.pending():
+        path = folder / shard_name("val", index)
+        with ShardWriter(path, header, files_sha256="e0" * 32) as shard:
+            shard.append(make_batch(3, seed=1))
+            shard.append(make_batch(2, seed=2, start=3))
+        manifest = manifest.commit(shard.entry)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_each_write_that_fails_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, error: int
+) -> None:
+    disk = Disk(monkeypatch)
+    write_split(tmp_path / "whole" / "val", codec)
+    total, log = disk.calls, disk.log
+    assert {"open", "write", "flush", "fsync", "replace", "posix_fallocate"} <= set(log)
+    whole = (tmp_path / "whole" / "val" / "val-00000.h5").read_bytes()
+    disk.error = error
+    survived = []
+    for n in range(1, total + 1):
+        folder = tmp_path / str(n) / "val"
+        disk.calls, disk.refuse = 0, n
+        try:
+            write_split(folder, codec)
+        except StorageError as caught:
+            message = str(caught)
+            assert ADVICE in message, (n, log[n - 1])
+            assert os.strerror(error) in message
+            assert str(folder) in message
+            assert "\n" not in message
+        else:
+            survived.append(log[n - 1])
+        left = names(folder) - {"manifest.json", ".manifest.lock", "val-00000.h5"}
+        assert left == set(), (n, log[n - 1])
+        if "val-00000.h5" in names(folder):
+            assert (folder / "val-00000.h5").read_bytes() == whole
+        disk.refuse = -1
+        write_split(folder, codec)
+        assert verify_folder(folder, jobs=1) == []
+        assert (folder / "val-00000.h5").read_bytes() == whole
+    # Syncing a folder is best effort, and a kernel that cannot copy leaves it to us.
+    assert set(survived) <= {"fsync", "copy_file_range"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no mount command")
+    if result.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {result.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("room", [0, 200_000, 900_000])
+def test_a_full_disk(small_disk: Path, room: int) -> None:
+    ballast = small_disk / "ballast"
+    space = os.statvfs(small_disk)
+    ballast.write_bytes(bytes(space.f_bavail * space.f_bsize - room))
+    folder = small_disk / "val"
+    with pytest.raises(StorageError, match=ADVICE):
+        write_split(folder)
+    assert names(folder) <= {"manifest.json", ".manifest.lock"}
+    ballast.unlink()
+    # The shard itself fits; the shard and its spools do not.
+    with pytest.raises(StorageError, match=r"val-00000.h5: .*No space.*bytes are needed"):
+        write_split(folder)
+    subprocess.run(["mount", "-o", "remount,size=8M", str(small_disk)], check=True)
+    write_split(folder)
+    assert verify_folder(folder, jobs=1) == []
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from anchorpatch.errors import StorageError
+from tests.shards.test_storage import write_split
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    write_split(Path(sys.argv[1]))
+except StorageError as error:
+    print(error)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 20_000, 500_000])
+def test_a_limit_on_the_file_size(tmp_path: Path, limit: int) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "val"), str(limit)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert (result.returncode, result.stderr) == (3, ""), result.stderr
+    assert result.stdout.count("\n") == 1
+    assert "File too large" in result.stdout
+    assert ADVICE in result.stdout
+    assert names(tmp_path / "val") <= {"manifest.json", ".manifest.lock"}
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "val").write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match="make the folder writable, or choose another one"):
+        write_split(tmp_path / "val")
+
+
+def test_a_filesystem_without_locks_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(storage.fcntl, "flock", flock)
+    write_split(tmp_path / "val")
+    assert verify_folder(tmp_path / "val", jobs=1) == []
+
+
+def test_copying_goes_on_where_the_kernel_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_split(tmp_path / "a" / "val")
+
+    def refused(*args: object) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refused)
+    write_split(tmp_path / "b" / "val")
+    monkeypatch.delattr(os, "copy_file_range")
+    write_split(tmp_path / "c" / "val")
+    shards = [(tmp_path / x / "val" / "val-00000.h5").read_bytes() for x in "abc"]
+    assert len(set(shards)) == 1
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.shards.test_storage import write_split
+from anchorpatch.shards import storage, writer
+name, _, n = sys.argv[2].partition(":")
+real, left = getattr(os, name), int(n)
+def dying(*args, **kwargs):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), 9)
+    return real(*args, **kwargs)
+setattr(os, name, dying)
+write_split(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("moment", ["posix_fallocate:0", "replace:1", "fsync:3", "replace:2"])
+def test_a_killed_run_is_made_good_by_the_next(tmp_path: Path, moment: str) -> None:
+    folder = tmp_path / "val"
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder), moment],
+        capture_output=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    write_split(tmp_path / "whole" / "val")
+    write_split(folder)
+    assert verify_folder(folder, jobs=1) == []
+    for name in ("val-00000.h5", "manifest.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / "val" / name).read_bytes()
