@@ -57,7 +57,7 @@ SIDE: Final = 256
 CROP: Final = 224
 
 #: Longest side of the object's box in pixels, by the name of its size.
-SIZES: Final = {"small": (38, 50), "medium": (72, 90), "large": (116, 140)}
+SIZES: Final = {"small": (44, 56), "medium": (74, 92), "large": (116, 140)}
 SPLITS: Final = ("train", "val")
 
 #: The chain of cues: outline, texture, outline, ... (closed). Neighbours make a class.
