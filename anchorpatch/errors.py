@@ -3,7 +3,7 @@
 ::
 
     AnchorpatchError                 one clear line for the user, exit status 1
-    ├── SettingsError                a value that no run could use (also a ValueError)
+    ├── SettingsError                a value that no run could use (also ValueError); status 2
     ├── DataError                    the image folder or the labels file is not as expected
     │   ├── ImageError               one image cannot be decoded; carries the reason
     │   └── TooManyBadImages         more images were skipped than --max-bad allows
@@ -45,7 +45,9 @@ class AnchorpatchError(Exception):
 
 
 class SettingsError(AnchorpatchError, ValueError):
-    """A setting has a value that no run could use."""
+    """A setting has a value that no run could use: wrong usage."""
+
+    exit_status = 2
 
 
 class DataError(AnchorpatchError):

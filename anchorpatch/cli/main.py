@@ -66,7 +66,7 @@ class LazyGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def cli(ctx: click.Context, config: str | None, debug: bool) -> None:
-    r"""Localize multi-scale semantic patches of images and train classifiers on them.
+    """Localize multi-scale semantic patches of images and train classifiers on them.
 
     \b
     anchorpatch train                 train the localiser, AnchorNet
@@ -77,7 +77,7 @@ def cli(ctx: click.Context, config: str | None, debug: bool) -> None:
     Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
     Shell completion: eval "$(_ANCHORPATCH_COMPLETE=bash_source anchorpatch)", also zsh, fish.
-    """
+    """  # noqa: D301 (click reads the character)
     if ctx.resilient_parsing:
         return
     ctx.default_map = load_config(config, _COMMANDS)

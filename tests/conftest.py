@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    """Run the real program in an empty folder, without the caller's settings."""
+
+    def run(*args: object, env: dict[str, str] | None = None, timeout: float = 240):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("ANCHORPATCH_")}
+        return subprocess.run(
+            [sys.executable, "-m", "anchorpatch", *map(str, args)],
+            cwd=tmp_path,
+            env={**clean, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of an untrained AnchorNet for the two classes of `image_folder`."""
+    import torch
+
+    from anchorpatch.models.anchornet import AnchorNet
+    from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
+
+    torch.manual_seed(0)
+    net = AnchorNet(2)
+    for branch in net.branches:  # else all activations are nearly equal
+        torch.nn.init.normal_(branch.classifier.weight)
+    path = tmp_path_factory.mktemp("weights") / "anchornet.safetensors"
+    save_weights(path, net.state_dict(), WeightsMeta("anchornet", ("cat", "dog")))
+    return path
+
+
+def draw_photo(seed: int, size: tuple[int, int]) -> Image.Image:
+    """A smooth coloured field with some noise, which compresses like a photograph."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
+    pixels += rng.integers(-9, 10, pixels.shape, dtype=np.int16)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DATA/val/{cat,dog} with 20 JPEG files each, of several sizes."""
+    data = tmp_path_factory.mktemp("data")
+    for label, name in enumerate(("cat", "dog")):
+        (data / "val" / name).mkdir(parents=True)
+        for i in range(20):
+            photo = draw_photo(100 * label + i, (300 + 10 * i, 260 + 7 * label))
+            photo.save(data / "val" / name / f"{i:02d}.JPEG", quality=90)
+    return data
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The folder of real photographs."""
+    folder = os.environ.get("ANCHORPATCH_TEST_PHOTOS")
+    if not folder:
+        pytest.skip("needs real photographs in $ANCHORPATCH_TEST_PHOTOS")
+    return Path(folder)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import SqueezeExcitation
+
+from anchorpatch.errors import SettingsError
+from anchorpatch.lsp import SCALES
+from anchorpatch.models.anchornet import AnchorNet, spatial_attention
+from anchorpatch.models.complexity import anchornet_receptive_fields, macs, parameters
+from anchorpatch.models.registry import build
+
+
+@pytest.fixture(scope="module")
+def net() -> AnchorNet:
+    """1,000 classes, with the statistics and offsets of a network that has seen training."""
+    torch.manual_seed(0)
+    net = AnchorNet(1000)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    for branch in net.branches:
+        nn.init.normal_(branch.classifier.weight, 0, 0.1)
+        nn.init.normal_(branch.classifier.bias, 0, 0.1)
+    return net.eval()
+
+
+def test_parameters_and_macs_are_the_papers(net: AnchorNet) -> None:
+    heads = sum(parameters(branch.attention_classifier) for branch in net.branches)
+    assert parameters(net) == 1_550_313
+    assert parameters(net) - heads == 1_259_313
+    assert round(macs(net, forward=net.full) / 1e9, 4) == 0.4853
+    assert round(macs(net, forward=net.localize) / 1e9, 4) == 0.3939
+    assert anchornet_receptive_fields(net) == SCALES
+
+
+def test_maps_are_those_of_table_2(net: AnchorNet) -> None:
+    with torch.no_grad():
+        shapes = [tuple(f.shape) for f in net.full(torch.zeros(1, 3, 224, 224))]
+        wide = [tuple(f.shape[2:]) for f in net.full(torch.zeros(1, 3, 150, 311))]
+    assert shapes == [(1, 1000, 21, 21), (1, 1000, 17, 17), (1, 1000, 15, 15)]
+    assert wide == [(11, 32), (7, 28), (5, 26)]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fast_forward_equals_the_full_one(net: AnchorNet, fused: bool) -> None:
+    images = torch.randn(3, 3, 224, 224)
+    gamma = torch.tensor([3, 999, 0])
+    with torch.no_grad():
+        full = net.full(images)
+        fast = net
+        if fused:
+            fast = AnchorNet(1000)
+            fast.load_state_dict(net.state_dict())
+            fast.fuse()
+            assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
+        logits, features = fast.localize(images)
+        heatmaps = fast.heatmaps(features, gamma)
+    for j, f in enumerate(full):
+        scale = f.mean((2, 3)).abs().max()
+        torch.testing.assert_close(
+            logits[:, j], f.mean((2, 3)), rtol=1e-5, atol=1e-5 * float(scale)
+        )
+        expected = f[torch.arange(3), gamma]
+        scale = expected.abs().max()
+        torch.testing.assert_close(heatmaps[j], expected, rtol=1e-5, atol=1e-5 * float(scale))
+
+
+def test_training_forward_gives_the_localising_logits(net: AnchorNet) -> None:
+    images = torch.randn(2, 3, 127, 140)
+    with torch.no_grad():
+        logits = net(images)
+        torch.testing.assert_close(logits.localization, net.localize(images)[0])
+    assert logits.attention.shape == (2, 3, 1000)
+
+
+class FixedGates(nn.Module):
+    """Multiplies channels by numbers that do not depend on the image."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gates = torch.linspace(0.5, 1, channels).view(-1, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gates
+
+
+def test_a_location_sees_exactly_its_patch(net: AnchorNet) -> None:
+    """Pixels outside [8h, 8h + theta) do not matter, those at its four edges do."""
+    held = AnchorNet(10).double()
+    for module in held.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, SqueezeExcitation):
+                setattr(module, name, FixedGates(child.fc2.out_channels))
+    held.eval()
+    images = torch.randn(1, 3, 224, 224, dtype=torch.double)
+
+    def local(image: torch.Tensor, j: int) -> torch.Tensor:
+        return held.branches[j].localization(held.head(held.stem(image)))
+
+    with torch.no_grad():
+        for j, theta in enumerate(SCALES):
+            before = local(images, j)
+            side = before.shape[-1]
+            for h, w in ((0, 0), (side - 1, side - 1), (3, side // 2)):
+                y, x = 8 * h, 8 * w
+                outside = images.clone().normal_()
+                outside[..., y : y + theta, x : x + theta] = images[
+                    ..., y : y + theta, x : x + theta
+                ]
+                assert torch.equal(local(outside, j)[..., h, w], before[..., h, w])
+                for row, column in (
+                    (y, x + theta // 2),
+                    (y + theta - 1, x + theta // 2),
+                    (y + theta // 2, x),
+                    (y + theta // 2, x + theta - 1),
+                ):
+                    inside = images.clone()
+                    inside[..., row, column] += 10
+                    assert not torch.equal(local(inside, j)[..., h, w], before[..., h, w])
+
+
+def test_spatial_attention_equals_the_equations() -> None:
+    x, gate = torch.randn(2, 5, 3, 4).double(), torch.randn(2, 1, 3, 4).double()
+    found = spatial_attention(x, gate)
+    for n in range(2):
+        g = gate[n, 0].exp() / gate[n, 0].exp().sum()  # (1)
+        c = torch.stack([(x[n, i] * g).sum() for i in range(5)])  # (2)
+        c = c.exp() / c.exp().sum()  # (3)
+        s = sum(x[n, i] * c[i] for i in range(5))  # (4)
+        torch.testing.assert_close(found[n, 0], s.exp() / s.exp().sum())  # (5)
+
+
+def test_ablations_change_what_they_name() -> None:
+    assert parameters(AnchorNet(1000, se=False)) < parameters(AnchorNet(1000))
+    printed = AnchorNet(7, weighted_mean=False)
+    ours = AnchorNet(7)
+    ours.load_state_dict(printed.state_dict())
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        shrunk, full = printed.eval().full(images), ours.eval().full(images)
+    for a, b, side in zip(shrunk, full, (21, 17, 15), strict=True):
+        torch.testing.assert_close(a * side * side, b)
+
+
+def test_unknown_networks_are_named_with_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match="'anchornett'; known are: anchornet"):
+        build("anchornett")
+    with pytest.raises(SettingsError, match="at least one class"):
+        AnchorNet(0)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anchorpatch import lsp
+from anchorpatch.errors import NonFiniteError, SettingsError
+from tests.lsp_oracle import algorithm_1, iou
+
+GRIDS = {63: (21, 21), 95: (17, 17), 111: (15, 15)}
+
+
+def as_lists(patches: lsp.Patches, i: int) -> list[tuple[tuple[int, int], float]]:
+    n = int(patches.counts[i])
+    corners, scores = patches.corners[i, :n].tolist(), patches.scores[i, :n].tolist()
+    return [((y, x), s) for (y, x), s in zip(corners, scores, strict=True)]
+
+
+def random_heatmaps(rng: np.random.Generator, n: int, shape: tuple[int, int]) -> torch.Tensor:
+    """Heatmaps without ties, with some, and with little else (few levels, signed zeros)."""
+    maps = rng.normal(size=(n, *shape)).astype(np.float32)
+    levels = rng.integers(1, 40, size=n)
+    for i in range(0, n, 2):
+        maps[i] = np.round(maps[i] * levels[i]) / levels[i]
+    return torch.from_numpy(maps)
+
+
+@pytest.mark.parametrize("theta", lsp.SCALES)
+def test_equals_algorithm_1_on_2000_heatmaps(theta: int) -> None:
+    rng = np.random.default_rng(theta)
+    ties = 0
+    for _ in range(40):
+        heatmaps = random_heatmaps(rng, 50, GRIDS[theta])
+        k = int(rng.integers(1, 30))
+        t = float(rng.choice([0, 1, rng.random(), iou((0, 0), (0, 8), theta)]))
+        p = float(rng.choice([1.0, 0.3, rng.uniform(0.001, 1)]))
+        found = lsp.select(heatmaps, theta, k, t, p)
+        for i, heatmap in enumerate(heatmaps.tolist()):
+            assert as_lists(found, i) == algorithm_1(heatmap, theta, k, t, p)
+            ties += len({v for row in heatmap for v in row}) < heatmaps[i].numel()
+    assert ties > 500
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    data=st.data(),
+    height=st.integers(111, 300),
+    width=st.integers(111, 300),
+    k=st.tuples(*[st.integers(1, 12)] * 3),
+    t=st.floats(0, 1),
+    p=st.tuples(*[st.floats(0.001, 1)] * 3),
+)
+def test_mixed_scales_at_any_size_equal_algorithm_1(
+    data: st.DataObject,
+    height: int,
+    width: int,
+    k: tuple[int, int, int],
+    t: float,
+    p: tuple[float, float, float],
+) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    shapes = [lsp.grid_size(height, width, theta) for theta in lsp.SCALES]
+    heatmaps = [random_heatmaps(rng, 6, shape) for shape in shapes]
+    branch = torch.from_numpy(rng.integers(0, 3, size=6))
+    found = lsp.localize(heatmaps, branch, lsp.LspSettings(k, t, p))
+    for i, j in enumerate(branch.tolist()):
+        expected = algorithm_1(heatmaps[j][i].tolist(), lsp.SCALES[j], k[j], t, p[j])
+        assert as_lists(found, i) == expected
+        assert all(y + lsp.SCALES[j] <= height for (y, _), _ in expected)
+        assert all(x + lsp.SCALES[j] <= width for (_, x), _ in expected)
+    assert found.corners.shape == (6, max(k), 2)
+
+
+def test_rows_behind_the_count_are_zero() -> None:
+    heatmap = torch.arange(441.0).view(1, 21, 21) + 1
+    found = lsp.select(heatmap, 63, max_patches=24, iou_threshold=0.0, coverage=1.0)
+    assert found.counts.tolist() == [1]
+    assert found.corners[0, 1:].abs().sum() == 0
+    assert found.scores[0, 1:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+def test_non_finite_heatmaps_are_refused(value: float) -> None:
+    heatmaps = [torch.zeros(3, *GRIDS[theta]) for theta in lsp.SCALES]
+    heatmaps[1][2, 4, 5] = value
+    branch = torch.tensor([0, 2, 1])
+    with pytest.raises(NonFiniteError, match="image 2") as caught:
+        lsp.localize(heatmaps, branch, lsp.PRESETS["figure"])
+    assert caught.value.row == 2
+    # A branch that was not chosen is not looked at.
+    lsp.localize(heatmaps, torch.tensor([0, 2, 0]), lsp.PRESETS["figure"])
+
+
+@given(st.integers(63, 400), st.integers(63, 400))
+def test_grid_counts_the_patches_that_fit(height: int, width: int) -> None:
+    rows = len([y for y in range(0, height, 8) if y + 63 <= height])
+    columns = len([x for x in range(0, width, 8) if x + 63 <= width])
+    assert lsp.grid_size(height, width, 63) == (rows, columns)
+
+
+def test_an_image_smaller_than_the_patch_is_refused() -> None:
+    with pytest.raises(SettingsError, match="110 x 300 px is smaller"):
+        lsp.grid_size(110, 300, 111)
+
+
+@pytest.mark.parametrize("theta", lsp.SCALES)
+def test_iou_table_equals_counted_pixels(theta: int) -> None:
+    table = lsp.iou_table(16, 16, theta)
+    for dh in (0, 1, 3, 7, 8, 15):
+        for dw in (0, 1, 2, 9, 15):
+            a = np.zeros((240, 240), bool)
+            b = np.zeros_like(a)
+            a[:theta, :theta] = True
+            b[8 * dh : 8 * dh + theta, 8 * dw : 8 * dw + theta] = True
+            expected = (a & b).sum() / (a | b).sum()
+            assert table[dh, dw] == expected == lsp.iou((0, 0), (8 * dh, 8 * dw), theta)
+
+
+def decide_slowly(p: np.ndarray) -> tuple[int, int]:
+    """Eq. 6-8 for one image, branch by branch: (gamma, index of theta)."""
+    y = [int(np.argmax(row)) for row in p]
+    top = [float(row.max()) for row in p]
+    gamma = y[int(np.argmax(top))]
+    for candidate in y:
+        if sum(candidate == other for other in y) >= 2:
+            gamma = candidate
+    return gamma, int(np.argmax([(top[j] == p[j][gamma]) * top[j] for j in range(3)]))
+
+
+@settings(max_examples=300)
+@given(st.integers(2, 5), st.integers(0, 2**32 - 1), st.integers(1, 8))
+def test_decision_equals_the_equations(classes: int, seed: int, levels: int) -> None:
+    # Few levels give many ties, which go to the first class and the smaller scale.
+    p = np.random.default_rng(seed).integers(1, levels + 1, (7, 3, classes)).astype(np.float32)
+    p /= p.sum(-1, keepdims=True)
+    decision = lsp.decide(torch.from_numpy(p))
+    for i in range(7):
+        found = (int(decision.predicted[i]), int(decision.branch[i]))
+        assert found == decide_slowly(p[i])
+        assert decision.branch_class[i].tolist() == [int(np.argmax(row)) for row in p[i]]
+        assert decision.branch_prob[i].tolist() == p[i].max(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"max_patches": (0, 1, 1)}, "max_patches"),
+        ({"max_patches": (1, 1)}, "max_patches"),
+        ({"iou_threshold": 1.1}, "iou_threshold"),
+        ({"iou_threshold": math.nan}, "iou_threshold"),
+        ({"coverage": (0.0, 0.1, 0.1)}, "coverage"),
+        ({"coverage": (0.1, 0.1, math.nan)}, "coverage"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(change: dict[str, object], name: str) -> None:
+    values = {"max_patches": (1, 1, 1), "iou_threshold": 0.3, "coverage": (0.1, 0.1, 0.1)}
+    with pytest.raises(SettingsError, match=f"^{name}: expected"):
+        lsp.LspSettings(**{**values, **change})  # type: ignore[arg-type]
+
+
+def test_presets_are_the_papers() -> None:
+    assert lsp.PRESETS["figure"] == lsp.LspSettings((5, 3, 2), 0.3, (0.05, 0.04, 0.03))
+    assert lsp.PRESETS["finetune"] == lsp.LspSettings((24, 10, 8), 0.8, (0.3, 0.3, 0.3))
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([5, 63]))
+def test_crop_equals_slices(seed: int, theta: int) -> None:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (3, 80, 70, 3), dtype=np.uint8)
+    image = rng.integers(0, 3, 9)
+    corner = rng.integers(0, [80 - theta + 1, 70 - theta + 1], (9, 2))
+    found = lsp.crop(*(torch.from_numpy(a) for a in (images, image, corner)), theta)
+    for row, n, (y, x) in zip(found.numpy(), image, corner, strict=True):
+        np.testing.assert_array_equal(row, images[n, y : y + theta, x : x + theta])
+    assert found.is_contiguous()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("preset", lsp.PRESETS)
+def test_gpu_equals_cpu_bit_for_bit(preset: str) -> None:
+    rng = np.random.default_rng(1)
+    heatmaps = [random_heatmaps(rng, 256, GRIDS[theta]) for theta in lsp.SCALES]
+    branch = torch.from_numpy(rng.integers(0, 3, size=256))
+    on_cpu = lsp.localize(heatmaps, branch, lsp.PRESETS[preset])
+    on_gpu = lsp.localize([m.cuda() for m in heatmaps], branch.cuda(), lsp.PRESETS[preset])
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        assert torch.equal(a, b.cpu())
