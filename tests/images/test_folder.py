@@ -1,0 +1,336 @@
+"""Discovery of images and labels, against a plain walk, and every error it can raise."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anchorpatch.errors import DataError
+from anchorpatch.images.folder import EXTENSIONS, ImageFolder, scan_folder
+
+
+def touch(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * len(file.name))
+
+
+def error_of(data: Path, split: str = "val", labels: Path | None = None) -> str:
+    with pytest.raises(DataError) as caught:
+        scan_folder(data, split, labels)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def relative(folder: ImageFolder) -> list[str]:
+    return [folder.path(i) for i in range(len(folder))]
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Path:
+    touch(*(tmp_path / "val" / f"ILSVRC2012_val_0000000{i}.JPEG" for i in range(3)))
+    return tmp_path
+
+
+def kaggle(data: Path, *rows: str) -> Path:
+    file = data / "LOC_val_solution.csv"
+    file.write_text("\n".join(["ImageId,PredictionString", *rows]) + "\n")
+    return file
+
+
+def plain(data: Path, *rows: str) -> Path:
+    file = data / "labels.csv"
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return file
+
+
+NAMES = st.text("aZ09 _-é.~\x7f中", min_size=1, max_size=4).filter(
+    lambda name: not name.startswith(".")
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.dictionaries(
+        NAMES.map(str.lower).filter(lambda name: name.strip(".")),
+        st.lists(st.tuples(NAMES, st.sampled_from(EXTENSIONS)), min_size=1, max_size=4),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_scan_equals_a_plain_walk(
+    tmp_path_factory: pytest.TempPathFactory, tree: dict[str, list[tuple[str, str]]]
+) -> None:
+    root = tmp_path_factory.mktemp("data") / "val"
+    for label, names in tree.items():
+        touch(*(root / f"class {label}" / (name + extension) for name, extension in names))
+    folder = scan_folder(root.parent, "val")
+    files = [path for path in root.rglob("*") if path.is_file()]
+    wanted = sorted(os.fsencode(path.relative_to(root)) for path in files)
+    assert folder.paths.tolist() == wanted
+    assert list(folder.classes) == sorted((f"class {label}" for label in tree), key=str.encode)
+    for i, path in enumerate(relative(folder)):
+        assert folder.classes[folder.labels[i]] == path.split("/")[0]
+        assert folder.sizes[i] == (root / path).stat().st_size
+    assert folder.paths.dtype.kind == "S"
+    assert [str(array.dtype) for array in (folder.labels, folder.sizes)] == ["int32", "int64"]
+
+
+def test_extensions_hidden_files_and_nested_folders(tmp_path: Path) -> None:
+    a = tmp_path / "val" / "a"
+    good = ["1.JPEG", "2.jpg", "3.PnG", "4.webp", "5.BMP", "deep/er/6.jpeg", "b.jpg.png"]
+    touch(*(a / name for name in good))
+    touch(a / ".hidden.jpg", a / ".cache" / "7.jpg", a / "notes.txt", a / "8.tiff", a / "jpg")
+    touch(tmp_path / "val" / ".DS_Store", tmp_path / "val" / "list.csv")
+    (tmp_path / "val" / ".git").mkdir()
+    folder = scan_folder(tmp_path, "val")
+    assert relative(folder) == sorted(f"a/{name}" for name in good)
+    assert folder.classes == ("a",)
+
+
+def test_order_is_that_of_the_bytes(tmp_path: Path) -> None:
+    names = ["é/1.jpg", "z/1.jpg", "Z/1.jpg", "z z/1.jpg", "中/1.jpg", "z/1 .jpg", "z/10.jpg"]
+    touch(*(tmp_path / "val" / name for name in names))
+    folder = scan_folder(tmp_path, "val")
+    assert relative(folder) == sorted(names, key=str.encode)
+    assert folder.classes == ("Z", "z", "z z", "é", "中")
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    touch(tmp_path / "elsewhere" / "1.jpg", tmp_path / "val" / "b" / "2.jpg")
+    (tmp_path / "val" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "val" / "b" / "loop").symlink_to(tmp_path / "val" / "b")
+    (tmp_path / "val" / "b" / "gone.jpg").symlink_to("nowhere")
+    folder = scan_folder(tmp_path, "val")
+    assert relative(folder) == ["a/1.jpg", "b/2.jpg", "b/gone.jpg"]
+    assert folder.sizes.tolist() == [5, 5, 0]
+
+
+def test_a_folder_or_pipe_named_like_an_image_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "val" / "a" / "1.jpg").mkdir(parents=True)
+    os.mkfifo(tmp_path / "val" / "a" / "2.jpg")
+    folder = scan_folder(tmp_path, "val")
+    assert relative(folder) == ["a/1.jpg", "a/2.jpg"]
+    assert folder.sizes.tolist() == [0, 0]
+
+
+def test_newlines_are_just_bytes(tmp_path: Path) -> None:
+    touch(tmp_path / "val" / "a" / "new\nline.jpg")
+    assert relative(scan_folder(tmp_path, "val")) == ["a/new\nline.jpg"]
+
+
+@pytest.mark.parametrize("name", [b"a/\xff.jpg", b"\xe9/1.jpg"])
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path, name: bytes) -> None:
+    path = os.path.join(os.fsencode(tmp_path), b"val", name)
+    os.makedirs(os.path.dirname(path))
+    with open(path, "wb"):
+        pass
+    message = error_of(tmp_path)
+    assert "not UTF-8" in message
+    assert "\\x" in message
+
+
+def test_head_and_digest(tmp_path: Path) -> None:
+    touch(*(tmp_path / "val" / name for name in ("a/1.jpg", "b/22.jpg", "c/333.jpg")))
+    folder = scan_folder(tmp_path, "val")
+    plain_digest = hashlib.sha256(
+        b"a/1.jpg\0b/22.jpg\0c/333.jpg\0" + struct.pack("<3i3q", 0, 1, 2, 5, 6, 7)
+    ).hexdigest()
+    assert folder.digest() == folder.digest(0, 3) == plain_digest
+    head = folder.head(2)
+    assert len(head) == 2
+    assert head.classes == folder.classes
+    assert head.digest() == folder.digest(0, 2) != folder.digest(1, 3)
+    # A longer name elsewhere widens the array, which must not be seen.
+    touch(tmp_path / "val" / "d" / ("long" * 30 + ".jpg"))
+    assert scan_folder(tmp_path, "val").digest(0, 3) == plain_digest
+
+
+@pytest.mark.parametrize("change", ["name", "label", "size", "order"])
+def test_digest_sees_every_change(tmp_path: Path, change: str) -> None:
+    touch(*(tmp_path / "val" / name for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg")))
+    before = scan_folder(tmp_path, "val")
+    if change == "name":
+        (tmp_path / "val" / "a" / "2.jpg").rename(tmp_path / "val" / "a" / "3.jpg")
+    elif change == "label":
+        touch(tmp_path / "val" / "0" / "1.jpg")
+    elif change == "size":
+        (tmp_path / "val" / "a" / "2.jpg").write_bytes(b"")
+    after = scan_folder(tmp_path, "val")
+    if change == "order":
+        turned = [1, 0, 2]
+        after = ImageFolder(
+            before.root,
+            before.split,
+            before.paths[turned],
+            before.labels[turned],
+            before.sizes[turned],
+            before.classes,
+        )
+    assert before.digest() != after.digest()
+
+
+def test_missing_data_folder(tmp_path: Path) -> None:
+    message = error_of(tmp_path / "data")
+    assert message.startswith(f"{tmp_path / 'data'}: no such folder; expected DATA/SPLIT/CLASS")
+    touch(tmp_path / "file")
+    assert "is not a folder" in error_of(tmp_path / "file")
+
+
+def test_missing_split_names_those_that_exist(tmp_path: Path) -> None:
+    touch(tmp_path / "train" / "a" / "1.jpg", tmp_path / "valid" / "a" / "1.jpg")
+    message = error_of(tmp_path)
+    assert "there are train, valid" in message
+    assert "did you mean --split valid?" in message
+    assert "choose one with --split" in error_of(tmp_path, "xyz")
+    assert "nor any other" in error_of(tmp_path / "train" / "a")
+
+
+def test_data_that_is_itself_a_split(tmp_path: Path) -> None:
+    touch(tmp_path / "val" / "a" / "1.jpg", tmp_path / "val" / "b" / "1.jpg")
+    assert f"did you mean --data {tmp_path} --split val?" in error_of(tmp_path / "val")
+
+
+def test_flat_folder_without_labels(flat: Path) -> None:
+    assert "--labels FILE" in error_of(flat)
+
+
+def test_no_images(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    assert "no class folder and no image" in error_of(tmp_path)
+    (tmp_path / "val" / "a").mkdir()
+    assert "no image in its 1 class folders (a: empty)" in error_of(tmp_path)
+    touch(tmp_path / "val" / "a" / "1.tif", tmp_path / "val" / "a" / "2.TXT")
+    assert "(a: other files: .tif, .txt)" in error_of(tmp_path)
+
+
+def test_empty_classes_are_named(tmp_path: Path) -> None:
+    touch(tmp_path / "val" / "z" / "1.jpg")
+    for name in "abcdefg":
+        (tmp_path / "val" / name).mkdir()
+    message = error_of(tmp_path)
+    assert "7 of 8 class folders hold no image" in message
+    assert "(a: empty, b: empty, c: empty, d: empty, e: empty and 2 more)" in message
+
+
+def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "val" / "a" / "1.jpg")
+    scandir = os.scandir
+
+    def refuse(path: bytes) -> object:
+        if path.endswith(b"/a"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert error_of(tmp_path) == f"{tmp_path}/val/a: cannot be listed: Permission denied"
+
+
+def test_kaggle_labels(flat: Path) -> None:
+    file = kaggle(
+        flat,
+        "ILSVRC2012_val_00000002,n03 0 0 9 9 n03 1 1 2 2 ",
+        "ILSVRC2012_val_00000000,n02 111 108 230 366 ",
+        "ILSVRC2012_val_00000001,n03 0 0 9 9",
+    )
+    folder = scan_folder(flat, "val", file)
+    assert relative(folder) == [f"ILSVRC2012_val_0000000{i}.JPEG" for i in range(3)]
+    assert folder.classes == ("n02", "n03")
+    assert folder.labels.tolist() == [0, 1, 1]
+
+
+def test_classes_are_those_of_train_where_they_include_all(flat: Path) -> None:
+    file = plain(flat, *(f"ILSVRC2012_val_0000000{i}.JPEG,n0{i + 2}" for i in range(3)))
+    for name in ("n01", "n02", "n03"):
+        touch(flat / "train" / name / "1.jpg")
+    assert scan_folder(flat, "val", file).classes == ("n02", "n03", "n04")
+    touch(flat / "train" / "n04" / "1.jpg")
+    folder = scan_folder(flat, "val", file)
+    assert folder.classes == ("n01", "n02", "n03", "n04")
+    assert folder.labels.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("header", ["path,label", "Path, Label", None])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_plain_labels(tmp_path: Path, header: str | None, mark: str) -> None:
+    touch(*(tmp_path / "val" / name for name in ("a, b.jpg", "deep/ünï.png", "c.jpg")))
+    rows = ['"a, b.jpg","great ""white"" shark"', "", "deep/ünï.png,katze", "c.jpg, hund "]
+    file = plain(tmp_path, *([mark + header] if header else []), *rows)
+    if mark and not header:
+        file.write_text(mark + file.read_text(encoding="utf-8"), encoding="utf-8")
+    folder = scan_folder(tmp_path, "val", file)
+    assert folder.classes == ('great "white" shark', "hund", "katze")
+    assert [folder.classes[i] for i in folder.labels] == [
+        'great "white" shark',
+        "hund",
+        "katze",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        (["ILSVRC2012_val_00000000,n01 1 2 3 4"], "no label for 2 of 3 images"),
+        (["nobody,n01 1 2 3 4"], "LOC_val_solution.csv:2: there is no image 'nobody'"),
+        (
+            ["ILSVRC2012_val_00000000,n01 1 2 3 4"] * 2,
+            ":3: 'ILSVRC2012_val_00000000' has a label in line 2 too",
+        ),
+        (["ILSVRC2012_val_00000000,n01 1 2 3"], ":2: expected a class and four whole numbers"),
+        (["ILSVRC2012_val_00000000,"], ":2: expected a class and four whole numbers"),
+        (["ILSVRC2012_val_00000000"], ":2: expected 2 fields, found 1"),
+        (["a,b,c"], ":2: expected 2 fields, found 3"),
+        ([",n01 1 2 3 4"], ":2: the path is empty"),
+        (['"ILSVRC2012_val_00000000,n01'], "not CSV"),
+        ([], "no label for 3 of 3 images"),
+    ],
+)
+def test_bad_kaggle_labels(flat: Path, rows: list[str], wanted: str) -> None:
+    assert wanted in error_of(flat, labels=kaggle(flat, *rows))
+
+
+def test_bad_labels_files(flat: Path) -> None:
+    assert "cannot be read: No such file" in error_of(flat, labels=flat / "none.csv")
+    latin = flat / "latin.csv"
+    latin.write_bytes("ILSVRC2012_val_00000000.JPEG,Käfer\n".encode("latin-1"))
+    assert "not UTF-8 text" in error_of(flat, labels=latin)
+    message = error_of(flat, labels=plain(flat, "val/ILSVRC2012_val_00000000.JPEG,n01"))
+    assert "labels.csv:1: there is no image 'val/ILSVRC2012_val_00000000.JPEG'" in message
+    assert f"expected paths relative to {flat / 'val'}" in message
+    assert ":1: the label is empty" in error_of(
+        flat, labels=plain(flat, "ILSVRC2012_val_00000000.JPEG,")
+    )
+
+
+def test_two_images_of_one_id(flat: Path) -> None:
+    touch(flat / "val" / "ILSVRC2012_val_00000000.png")
+    message = error_of(flat, labels=kaggle(flat, "ILSVRC2012_val_00000000,n01 1 2 3 4"))
+    assert "have the same id 'ILSVRC2012_val_00000000'" in message
+
+
+def test_labels_for_a_folder_without_images(tmp_path: Path) -> None:
+    touch(tmp_path / "val" / "readme.txt")
+    assert "no image, only: other files: .txt" in error_of(
+        tmp_path, labels=kaggle(tmp_path, "a,b 1 2 3 4")
+    )
+
+
+def test_ten_thousand_images_take_no_time(tmp_path: Path) -> None:
+    for label in range(10):
+        below = tmp_path / "val" / str(label)
+        below.mkdir(parents=True)
+        for i in range(1000):
+            os.close(os.open(below / f"{i}.jpg", os.O_CREAT | os.O_WRONLY))
+    start = time.process_time()
+    folder = scan_folder(tmp_path, "val")
+    assert len(folder) == 10_000
+    assert folder.digest() == folder.digest(0, 10**9) != folder.digest(0, -1)
+    assert time.process_time() - start < 2  # about 0.05 s; a quadratic step would take longer
