@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -37,7 +37,9 @@ class ShardProblem(NamedTuple):
     problem: str
 
 
-def verify_folder(folder: Path | str, jobs: int = -1) -> list[ShardProblem]:
+def verify_folder(
+    folder: Path | str, jobs: int = -1, done: Callable[[int], object] | None = None
+) -> list[ShardProblem]:
     """Verify all shards of a split, several at a time in processes of their own.
 
     A shard whose bytes are not those of the manifest is named and not looked into, as HDF5
@@ -46,6 +48,7 @@ def verify_folder(folder: Path | str, jobs: int = -1) -> list[ShardProblem]:
     Args:
         folder: OUT/SPLIT.
         jobs: processes; -1: one a CPU core.
+        done: called with the images of each shard that is verified.
 
     Returns:
         Every problem found, by the name of the file.
@@ -55,8 +58,13 @@ def verify_folder(folder: Path | str, jobs: int = -1) -> list[ShardProblem]:
     """
     manifest = read_manifest(Path(folder))
     jobs = 1 if len(manifest.entries) < 2 else jobs
-    found = Parallel(n_jobs=jobs)(delayed(verify_shard)(manifest, e) for e in manifest.entries)
-    problems = [problem for of_shard in found for problem in of_shard]
+    verify = Parallel(n_jobs=jobs, return_as="generator")
+    found = verify(delayed(verify_shard)(manifest, entry) for entry in manifest.entries)
+    problems = []
+    for entry, of_shard in zip(manifest.entries, found, strict=True):
+        problems += of_shard
+        if done is not None:
+            done(entry.images)
     known = {entry.name for entry in manifest.entries}
     expected = [manifest.shard_path(i).name for i in range(manifest.shard_count)]
     for name in expected:

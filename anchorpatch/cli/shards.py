@@ -1,0 +1,254 @@
+"""``anchorpatch shards``: look at shards that `extract` wrote."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from anchorpatch.cli.config import Command, did_you_mean
+from anchorpatch.cli.options import PATH, json_option
+from anchorpatch.cli.output import bytes_text, print_json, print_table
+from anchorpatch.errors import ShardError
+
+if TYPE_CHECKING:
+    from anchorpatch.shards.manifest import Manifest
+    from anchorpatch.shards.reader import ShardReader
+
+#: Kind of picture by the ending of its name.
+_PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP"}
+
+_folder = click.argument("folder", metavar="DIR", type=PATH)
+
+
+@click.group()
+def shards() -> None:
+    """Inspect, verify and show shards.
+
+    DIR is the folder of one split, such as ./shards/val, or the folder that holds several.
+    """
+
+
+@shards.command(cls=Command)
+@_folder
+@json_option
+def inspect(folder: Path, as_json: bool) -> None:
+    """Tell what shards hold: images, patches, classes, bytes, settings, skipped images.
+
+    All of it stands in the manifest; the shards themselves are not opened.
+    """
+    from anchorpatch.shards.manifest import read_manifest
+
+    facts = [_facts(read_manifest(split)) for split in _splits(folder)]
+    if as_json:
+        print_json({"splits": facts})
+        return
+    for i, of_split in enumerate(facts):
+        if i:
+            click.echo()
+        _print_facts(of_split)
+
+
+@shards.command(cls=Command)
+@_folder
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes.  [default: one a CPU core]")
+@json_option
+def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
+    """Verify shards: checksums, sizes, counts, and the bounds of every corner.
+
+    Names each bad shard with what is wrong, and then ends with status 1.
+    """
+    from anchorpatch.runtime.progress import Reporter, reporter
+    from anchorpatch.shards.manifest import read_manifest
+    from anchorpatch.shards.verify import verify_folder
+
+    report: Reporter = reporter()
+    splits: list[dict[str, Any]] = []
+    for split in _splits(folder):
+        manifest = read_manifest(split)
+        report.start(f"verify {manifest.header.split}", sum(e.images for e in manifest.entries))
+        try:
+            problems = verify_folder(split, jobs=jobs or -1, done=report.advance)
+        finally:
+            report.stop()
+        splits.append(
+            {
+                "folder": str(split),
+                "shards": manifest.shard_count,
+                "problems": [problem._asdict() for problem in problems],
+            }
+        )
+    bad = sum(len(split["problems"]) for split in splits)
+    if as_json:
+        print_json({"ok": not bad, "splits": splits})
+        return int(bool(bad))
+    for of_split in splits:
+        for problem in of_split["problems"]:
+            click.echo(f"{Path(of_split['folder'], problem['shard'])}: {problem['problem']}")
+        wrong = len({problem["shard"] for problem in of_split["problems"]})
+        verdict = f"{wrong} bad" if wrong else "all good"
+        click.echo(f"{of_split['folder']}: {of_split['shards']} shards, {verdict}")
+    return int(bool(bad))
+
+
+@shards.command(cls=Command)
+@_folder
+@click.argument("image")
+@click.option("--out", type=PATH, required=True, help="The picture to write, such as patches.png.")
+def show(folder: Path, image: str, out: Path) -> None:
+    """Draw the patches of one image, the strongest first, with their scores.
+
+    IMAGE is its path within the split, such as n01440764/ILSVRC2012_val_00000293.JPEG, or its
+    number from 0. Where the shards store images, the image with framed patches stands beside.
+    """
+    from anchorpatch.figures.overlay import patch_figure
+    from anchorpatch.shards.reader import ShardReader
+    from anchorpatch.shards.storage import write_whole
+
+    kind = _PICTURES.get(out.suffix.lower())
+    if kind is None:
+        raise click.BadParameter(
+            f"expected a name that ends in {', '.join(_PICTURES)}, got {out.name!r}",
+            param_hint="'--out'",
+        )
+    splits = _splits(folder)
+    if len(splits) > 1:
+        names = ", ".join(str(split) for split in splits)
+        raise click.BadParameter(f"expected one split, found {names}", param_hint="'DIR'")
+    reader = ShardReader(splits[0], partial=True)
+    row = _find(reader, image)
+    found = reader.image_patches(row)
+    # A name that is no UTF-8 cannot be printed as it is.
+    path = bytes(reader.path[row]).decode("utf-8", "replace")
+    label = reader.classes[reader.label[row]]
+    predicted = reader.network_classes[reader.predicted[row]]
+    caption = f"{path}: label {label}, predicted {predicted}, {len(found.pixels)} patches"
+    picture = patch_figure(
+        found.pixels,
+        found.corners,
+        found.scores,
+        image=reader.image(row) if reader.has_images else None,
+        caption=f"{caption} of {found.scale} px",
+    )
+    data = io.BytesIO()
+    picture.save(data, kind)
+    write_whole(out, data.getvalue())
+    click.echo(f"{caption} of {found.scale} px: {out}")
+
+
+def _splits(folder: Path) -> list[Path]:
+    """Return the folders of splits that DIR means.
+
+    Raises:
+        ShardError: there are none.
+    """
+    if (folder / "manifest.json").exists():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("*/manifest.json"))
+    if not found:
+        what = "no manifest.json in it or below" if folder.is_dir() else "no such folder"
+        raise ShardError(
+            f"{folder}: expected shards that `anchorpatch extract` wrote, found {what}"
+        )
+    return found
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    from anchorpatch.shards.layout import SCALES
+
+    entries = manifest.entries
+    header = manifest.header
+    scales = {
+        str(scale): {
+            "images": sum(entry.chosen[scale] for entry in entries),
+            "patches": sum(entry.patches[scale] for entry in entries),
+        }
+        for scale in SCALES
+    }
+    return {
+        "folder": str(manifest.folder),
+        "split": header.split,
+        "shards": manifest.shard_count - len(manifest.missing()),
+        "total_shards": manifest.shard_count,
+        "images": sum(entry.images for entry in entries),
+        "scales": scales,
+        "skipped": dict(Counter(reason for e in entries for _, reason in e.skipped).most_common()),
+        "bytes": sum(entry.bytes for entry in entries),
+        "classes": len(header.classes),
+        "network_classes": len(header.network_classes),
+        "same_classes": header.classes == header.network_classes,
+        "settings": header.settings.to_json(),
+        "weights_sha256": header.weights_sha256,
+        "anchorpatch_version": header.version,
+    }
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    images = facts["images"]
+    print_table(
+        ["scale", "images", "share", "patches", "mean patches"],
+        [
+            [
+                f"{scale} px",
+                f"{of_scale['images']:,}",
+                f"{of_scale['images'] / images:.1%}" if images else "-",
+                f"{of_scale['patches']:,}",
+                f"{of_scale['patches'] / of_scale['images']:.2f}" if of_scale["images"] else "-",
+            ]
+            for scale, of_scale in facts["scales"].items()
+        ],
+        title=facts["folder"],
+    )
+    s = facts["settings"]
+    size = bytes_text(facts["bytes"])
+    each = f", {bytes_text(facts['bytes'] / images)} an image" if images else ""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts["skipped"].items())
+    stored = "images stored" if s["store_images"] else "images not stored"
+    quality = f" of quality {s['jpeg_quality']}" if s["codec"] == "jpeg" else ""
+    same = ", the same as" if facts["same_classes"] else "; other than"
+    lines = [
+        f"shards: {facts['shards']} of {facts['total_shards']}, {s['shard_size']} images each",
+        f"images: {images:,} in {size}{each}",
+        f"skipped: {sum(facts['skipped'].values()):,}" + (f" ({reasons})" if reasons else ""),
+        f"classes: {facts['classes']:,}{same} the network's {facts['network_classes']:,}",
+        f"settings: preset {s['preset'] or 'none'}, K {'/'.join(map(str, s['max_patches']))}, "
+        f"T {s['iou_threshold']}, P {'/'.join(map(str, s['coverage']))}, {s['precision']}",
+        f"codec: {s['codec']}{quality}, {stored}",
+        f"weights: SHA-256 {facts['weights_sha256'][:12]}..., "
+        f"anchorpatch {facts['anchorpatch_version']}",
+    ]
+    click.echo("\n".join(lines))
+
+
+def _find(reader: ShardReader, image: str) -> int:
+    """Return the row of an image by its path or number.
+
+    Raises:
+        click.BadParameter: there is none, or it was skipped; names the nearest.
+    """
+    from anchorpatch.shards.layout import decode_text
+    from anchorpatch.shards.manifest import read_manifest
+
+    paths = [decode_text(path) for path in reader.path]
+    if image in paths:
+        return paths.index(image)
+    hint = "'IMAGE'"
+    if image.isdecimal():
+        if int(image) < len(paths):
+            return int(image)
+        raise click.BadParameter(
+            f"expected a number from 0 to {len(paths) - 1}, got {image}", param_hint=hint
+        )
+    for entry in read_manifest(reader.folder).entries:
+        for path, reason in entry.skipped:
+            if path == image:
+                raise click.BadParameter(f"{image} was skipped: {reason}", param_hint=hint)
+    ending = [path for path in paths if path.endswith(image)]
+    near = f" Did you mean {ending[0]!r}?" if ending else did_you_mean(image, paths)
+    raise click.BadParameter(
+        f"{image!r} is none of the {len(paths):,} images of {reader.folder}.{near}",
+        param_hint=hint,
+    )

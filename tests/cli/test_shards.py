@@ -1,0 +1,152 @@
+"""The real program on shards, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anchorpatch import __version__
+from tests.conftest import Program
+from tests.shards.samples import make_split
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("out")
+    make_split(folder / "val", store_images=True)
+    make_split(folder / "train", shards=2, codec="jpeg")
+    return folder
+
+
+def test_inspect_prints_a_plain_table_into_a_pipe(program: Program, out: Path) -> None:
+    result = program("shards", "inspect", out / "val")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = [line.rstrip() for line in result.stdout.splitlines()]
+    assert lines[0] == str(out / "val")
+    assert lines[1].split() == ["scale", "images", "share", "patches", "mean", "patches"]
+    assert [line.split()[0] for line in lines[2:5]] == ["63", "95", "111"]
+    assert lines[5] == "shards: 3 of 3, 8 images each"
+    assert lines[6].startswith("images: 21 in ")
+    assert lines[7:] == [
+        "skipped: 0",
+        "classes: 4; other than the network's 5",
+        "settings: preset figure, K 5/3/2, T 0.3, P 0.05/0.04/0.03, float32",
+        "codec: raw, images stored",
+        f"weights: SHA-256 abababababab..., anchorpatch {__version__}",
+    ]
+    assert "\x1b" not in result.stdout
+
+
+def test_inspect_json_of_several_splits(program: Program, out: Path) -> None:
+    result = program("shards", "inspect", out, "--json")
+    assert result.returncode == 0, result.stderr
+    train, val = json.loads(result.stdout)["splits"]
+    assert (train["split"], val["split"]) == ("train", "val")
+    assert (val["images"], train["images"], val["shards"]) == (21, 13, 3)
+    assert sum(scale["images"] for scale in val["scales"].values()) == 21
+    assert train["settings"]["codec"] == "jpeg"
+    assert val["bytes"] == sum(path.stat().st_size for path in (out / "val").glob("*.h5"))
+    assert (
+        "codec: jpeg of quality 95, images not stored" in program("shards", "inspect", out).stdout
+    )
+
+
+def test_a_folder_without_shards(program: Program, tmp_path: Path) -> None:
+    for name in ("inspect", "verify"):
+        result = program("shards", name, tmp_path)
+        assert result.returncode == 1
+        assert result.stdout == ""
+        assert result.stderr == (
+            f"anchorpatch: {tmp_path}: expected shards that `anchorpatch extract` wrote, "
+            "found no manifest.json in it or below\n"
+        )
+    assert "found no such folder" in program("shards", "inspect", tmp_path / "none").stderr
+
+
+def test_verify_says_all_good(program: Program, out: Path) -> None:
+    result = program("shards", "verify", out, "--jobs", 1)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == [
+        f"{out / 'train'}: 2 shards, all good",
+        f"{out / 'val'}: 3 shards, all good",
+    ]
+
+
+def test_verify_names_each_bad_shard_and_fails(program: Program, tmp_path: Path) -> None:
+    manifest, _ = make_split(tmp_path / "val")
+    data = bytearray(manifest.shard_path(2).read_bytes())
+    data[len(data) // 2] ^= 1
+    manifest.shard_path(2).write_bytes(data)
+    manifest.shard_path(0).unlink()
+    result = program("shards", "verify", tmp_path / "val", "--jobs", 2)
+    assert (result.returncode, result.stderr) == (1, "")
+    first, second, last = result.stdout.splitlines()
+    assert first == f"{manifest.shard_path(0)}: missing: run the same extract again"
+    assert second.startswith(f"{manifest.shard_path(2)}: expected SHA-256 ")
+    assert second.endswith("its bytes have changed")
+    assert last == f"{tmp_path / 'val'}: 3 shards, 2 bad"
+    result = program("shards", "verify", tmp_path, "--json", "--jobs", 1)
+    assert result.returncode == 1
+    found = json.loads(result.stdout)
+    assert found["ok"] is False
+    assert [p["shard"] for p in found["splits"][0]["problems"]] == ["val-00000.h5", "val-00002.h5"]
+
+
+def test_show_by_path_and_by_number(program: Program, out: Path, tmp_path: Path) -> None:
+    by_path, by_number = tmp_path / "path.png", tmp_path / "number.png"
+    result = program("shards", "show", out / "val", "cat/000003é.jpg", "--out", by_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("cat/000003é.jpg: label ")
+    assert result.stdout.endswith(f": {by_path}\n")
+    assert program("shards", "show", out / "val", "3", "--out", by_number).returncode == 0
+    with Image.open(by_path) as a, Image.open(by_number) as b:
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        assert a.width > 448
+
+
+def test_show_without_stored_images_shows_the_patches(
+    program: Program, out: Path, tmp_path: Path
+) -> None:
+    result = program("shards", "show", out / "train", "0", "--out", tmp_path / "a.jpg")
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "a.jpg") as picture:
+        assert picture.format == "JPEG"
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("000003é.jpg", "none of the 21 images of {val}. Did you mean 'cat/000003é.jpg'?"),
+        ("cat/000003e.jpg", "Did you mean 'cat/000003é.jpg'?"),
+        ("21", "expected a number from 0 to 20, got 21"),
+    ],
+)
+def test_show_of_an_image_that_is_not_there(
+    program: Program, out: Path, tmp_path: Path, image: str, message: str
+) -> None:
+    result = program("shards", "show", out / "val", image, "--out", tmp_path / "a.png")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message.format(val=out / "val") in result.stderr
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_show_wants_one_split_and_a_picture_name(
+    program: Program, out: Path, tmp_path: Path
+) -> None:
+    result = program("shards", "show", out, "0", "--out", tmp_path / "a.png")
+    assert result.returncode == 2
+    assert "expected one split, found" in result.stderr
+    result = program("shards", "show", out / "val", "0", "--out", tmp_path / "a.h5")
+    assert result.returncode == 2
+    assert "expected a name that ends in .png" in result.stderr
+
+
+def test_show_into_a_folder_that_is_not_there(program: Program, out: Path, tmp_path: Path) -> None:
+    result = program("shards", "show", out / "val", "0", "--out", tmp_path / "none" / "a.png")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"anchorpatch: {tmp_path / 'none' / 'a.png'}: cannot write: ")
+    assert result.stderr.count("\n") == 1
