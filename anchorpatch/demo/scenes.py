@@ -125,9 +125,8 @@ def make_scenes(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _write(folder / _MARKER, (json.dumps(parameters) + "\n").encode())
-            for split in SPLITS if train else SPLITS[1:]:
-                for name in CLASSES:
-                    (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for parent in {(folder / path).parent for path in wanted}:
+                parent.mkdir(parents=True, exist_ok=True)
             _draw_all(folder, seed, missing, jobs)
             _write(folder / _BOXES, _boxes_csv(seed, wanted))
         except OSError as error:

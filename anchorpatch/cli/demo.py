@@ -1,0 +1,169 @@
+"""``anchorpatch demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from anchorpatch.cli.config import Command
+from anchorpatch.cli.extract import print_summary
+from anchorpatch.cli.options import PATH, device_option, json_option, workers_option
+from anchorpatch.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from anchorpatch.demo.score import SceneScore
+
+_PICTURE = "patches.png"
+
+
+@click.command(cls=Command)
+@click.argument("folder", metavar="[DIR]", type=PATH, default=Path("anchorpatch-demo"))
+@click.option("--images", type=click.IntRange(min=1), default=300, help="Pictures to draw.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=1,
+    help="Of the pictures; the bundled weights were trained with 0.",
+)
+@click.option(
+    "--weights",
+    default="demo",
+    metavar="FILE|demo",
+    help="AnchorNet weights trained on scenes; demo: the bundled ones.",
+)
+@workers_option
+@device_option
+@click.option("--overwrite", is_flag=True, help="Replace shards made from other inputs.")
+@json_option
+def demo(
+    folder: Path,
+    images: int,
+    seed: int,
+    weights: str,
+    workers: int | None,
+    device: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    r"""Show the whole way on drawn pictures whose objects are known.
+
+    Draws scenes to DIR/scenes, extracts their patches into DIR/shards, verifies the shards,
+    compares the patches with the true boxes, and frames some in DIR/patches.png. Takes about a
+    minute. The same command again goes on where it stopped.
+
+    \b
+    anchorpatch demo
+    anchorpatch shards inspect anchorpatch-demo/shards/val
+    """
+    from anchorpatch.cli.extract import find_weights
+    from anchorpatch.demo.scenes import make_scenes
+    from anchorpatch.demo.score import score_scenes
+    from anchorpatch.errors import CorruptShard
+    from anchorpatch.jobs.extract import ExtractConfig, run
+    from anchorpatch.runtime.checkpoint import load_weights
+    from anchorpatch.runtime.progress import reporter
+    from anchorpatch.shards.verify import verify_folder
+
+    network = find_weights(weights, folder)
+    load_weights(network)  # a bad file is better found before anything is drawn
+    progress = reporter()
+    progress.message(f"drawing {images:,} scenes in {folder / 'scenes'}")
+    drawn = make_scenes(folder / "scenes", 0, images, seed)
+    config = ExtractConfig(
+        data=folder / "scenes",
+        split="val",
+        weights=network,
+        out=folder / "shards",
+        store_images=True,
+        workers=workers,
+        device=device,
+        overwrite=overwrite,
+    )
+    extracted = run(config, progress)
+    problems = verify_folder(extracted.folder)
+    if problems:
+        raise CorruptShard(
+            f"{extracted.folder / problems[0].shard}: {problems[0].problem}; "
+            f"{len(problems)} problems in all: see anchorpatch shards verify {extracted.folder}"
+        )
+    boxes = folder / "scenes" / "boxes.csv"
+    score = score_scenes(extracted.folder, boxes)
+    _write_picture(extracted.folder, boxes, folder / _PICTURE)
+    if as_json:
+        print_json(
+            {
+                "scenes": {**vars(drawn), "folder": str(drawn.folder)},
+                "extract": extracted.to_json(),
+                "verified_shards": extracted.shards,
+                "score": score.to_json(),
+                "picture": str(folder / _PICTURE),
+            }
+        )
+        return
+    print_summary(extracted, as_json=False)
+    click.echo(f"all {extracted.shards} shards verified\n")
+    _print_score(score)
+    click.echo(f"\npicture: {folder / _PICTURE}")
+
+
+def _print_score(score: SceneScore) -> None:
+    from anchorpatch.lsp import SCALES
+
+    print_table(
+        ["patch", "centre in the object's box", "box covered"],
+        [
+            [name, f"{fit.hit:.1%}", f"{fit.covered:.1%}"]
+            for name, fit in (
+                ("strongest", score.strongest),
+                ("random, same scale", score.random),
+                ("middle, same scale", score.centre),
+            )
+        ],
+    )
+    click.echo()
+    means = ["-" if mean is None else f"{mean:.1f} px" for mean in score.mean_scale.values()]
+    print_table(
+        ["object", *(f"{scale} px" for scale in SCALES), "mean scale"],
+        [
+            [size, *(f"{n:,}" for n in row.values()), mean]
+            for (size, row), mean in zip(score.counts.items(), means, strict=True)
+        ],
+    )
+    click.echo(
+        f"the mean scale {'grows' if score.grows else 'does not grow'} with the object; "
+        f"{score.matched:.1%} of the images chose the scale of their size"
+    )
+    if score.ordered is not None:
+        click.echo(
+            f"of two objects of different size the larger has the larger scale in "
+            f"{score.ordered:.1%} (chance 50 %, equal scales count one half)"
+        )
+
+
+def _write_picture(shards: Path, boxes_csv: Path, picture: Path, per_size: int = 3) -> None:
+    """Frame the patches of some images of each size, a row for each, of many classes."""
+    from anchorpatch.demo.scenes import SIZES, read_boxes
+    from anchorpatch.figures.sheet import Tile, contact_sheet, save_png
+    from anchorpatch.shards.reader import ShardReader
+
+    reader, boxes = ShardReader(shards), read_boxes(boxes_csv)
+    paths = [path.decode() for path in reader.path.tolist()]
+    truth = [boxes[f"{reader.header.split}/{path}"] for path in paths]
+    tiles, shown = [], [0] * len(reader.classes)
+    for size in SIZES:
+        of_size = [i for i, (name, _) in enumerate(truth) if name == size]
+        for _ in range(min(per_size, len(of_size))):
+            i = min(of_size, key=lambda i: (shown[reader.label[i]], i))
+            of_size.remove(i)
+            shown[reader.label[i]] += 1
+            patches = reader.image_patches(i)
+            seen = reader.network_classes[reader.predicted[i]]
+            caption = (
+                f"{size} {reader.classes[reader.label[i]]}: seen as {seen}, {patches.scale} px"
+            )
+            box = truth[i][1].in_crop()
+            tiles.append(Tile(reader.image(i), patches.scale, patches.corners, caption, box))
+    title = "Bold: the strongest patch. Thin: the others. Dashed: the true box."
+    save_png(contact_sheet(tiles, per_size, title), picture)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from anchorpatch.demo.scenes import CLASSES
+from anchorpatch.demo.weights import demo_weights
+from anchorpatch.errors import WeightsError
+from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
+
+
+def run(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "anchorpatch", "demo", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=180)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that have learnt nothing: enough to walk the whole way."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    save_weights(path, AnchorNet(len(CLASSES)).state_dict(), WeightsMeta("anchornet", CLASSES))
+    return path
+
+
+def test_demo_walks_the_whole_way_and_again(tmp_path: Path, weights: Path) -> None:
+    first = run("--images", 33, "--weights", weights, "--workers", 0, "--json", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    result = json.loads(first.stdout)
+    assert result["scenes"]["drawn"] == 33
+    assert result["extract"]["images"] == result["score"]["images"] == 33
+    assert result["verified_shards"] == result["extract"]["shards"] == 1
+    assert result["score"]["top1"] == pytest.approx(result["extract"]["top1"])
+    rows = {size: sum(row.values()) for size, row in result["score"]["counts"].items()}
+    assert rows == {"small": 13, "medium": 10, "large": 10}
+    picture = tmp_path / "anchorpatch-demo" / "patches.png"
+    assert result["picture"] == "anchorpatch-demo/patches.png"
+    with Image.open(picture) as image:
+        image.load()
+        assert image.width > 3 * 336
+    drawn = picture.read_bytes()
+
+    again = run("--images", 33, "--weights", weights, "--workers", 0, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert picture.read_bytes() == drawn
+    lines = again.stdout.splitlines()
+    assert "nothing was left to do" in lines
+    assert "all 1 shards verified" in lines
+    assert lines[-1] == "picture: anchorpatch-demo/patches.png"
+    for start in ("strongest ", "random, same scale ", "small ", "medium ", "large "):
+        assert any(line.startswith(start) for line in lines), start
+
+    shard = next((tmp_path / "anchorpatch-demo" / "shards" / "val").glob("*.h5"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    broken = run("--images", 33, "--weights", weights, "--workers", 0, cwd=tmp_path)
+    assert (broken.returncode, broken.stdout) == (1, "")
+    assert f"{shard.name}: expected SHA-256" in broken.stderr
+
+
+def test_missing_weights_end_before_anything_is_drawn(tmp_path: Path) -> None:
+    missing = run("--weights", "no.safetensors", cwd=tmp_path)
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert "no.safetensors" in missing.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_bundled_weights_find_the_objects(tmp_path: Path) -> None:
+    try:
+        demo_weights()
+    except WeightsError as error:
+        pytest.skip(str(error))
+    done = run("--images", 120, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    score = json.loads(done.stdout)["score"]
+    assert score["top1"] > 0.85
+    assert score["strongest"]["hit"] > 0.85
+    assert score["strongest"]["hit"] > score["centre"]["hit"] > score["random"]["hit"]
+    assert score["grows"] is True
