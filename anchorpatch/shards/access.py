@@ -22,8 +22,8 @@ from anchorpatch.shards.layout import (
     IMAGE_TABLE,
     PATCH_TABLE,
     SCALES,
-    ShardHeader,
-    read_attributes,
+    ShardSettings,
+    read_settings,
 )
 from anchorpatch.shards.manifest import ShardEntry
 
@@ -96,12 +96,12 @@ class ShardFile:
     """Where the large datasets of a shard lie.
 
     Attributes:
-        header: its attributes.
+        settings: what it was made with.
         places: offset in the file in bytes, and shape, of each dataset of pixels.
         blob_offsets: for codec jpeg, where each patch starts in the blob, by scale.
     """
 
-    header: ShardHeader
+    settings: ShardSettings
     places: Mapping[str, tuple[int, tuple[int, ...]]]
     blob_offsets: Mapping[int, NDArray[np.int64]]
 
@@ -115,8 +115,7 @@ class ShardFile:
         places: dict[str, tuple[int, tuple[int, ...]]] = {}
         blob_offsets = {}
         with open_shard(path) as file:
-            header, _ = read_attributes(file)
-            settings = header.settings
+            settings = read_settings(file)
             if settings.store_images:
                 shape = (entry.images, CROP_SIDE, CROP_SIDE, 3)
                 places["images/pixels"] = _place(file, "images/pixels", shape)
@@ -132,7 +131,7 @@ class ShardFile:
                         raise ValueError(f"patches/{scale}/offset does not fit {m} patches")
                     blob_offsets[scale] = offset
                     places[name] = _place(file, name, (int(offset[-1]),))
-        return cls(header, places, blob_offsets)
+        return cls(settings, places, blob_offsets)
 
 
 def _place(file: h5py.File, name: str, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:

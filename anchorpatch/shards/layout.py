@@ -56,6 +56,7 @@ __all__ = [
     "decode_text",
     "encode_text",
     "read_attributes",
+    "read_settings",
     "shard_name",
     "write_attributes",
 ]
@@ -233,8 +234,8 @@ def write_attributes(file: h5py.File, header: ShardHeader, files_sha256: str) ->
     file.attrs["network_classes"] = encode_text(header.network_classes)
 
 
-def read_attributes(file: h5py.File) -> tuple[ShardHeader, str]:
-    """Return the header of an open shard, and the digest of its files.
+def read_settings(file: h5py.File) -> ShardSettings:
+    """Return the settings of an open shard.
 
     Raises:
         ShardError: the format version is not ours, or the attributes are not a shard's.
@@ -249,17 +250,26 @@ def read_attributes(file: h5py.File) -> tuple[ShardHeader, str]:
             "read it with the version of anchorpatch that wrote it"
         )
     try:
-        header = ShardHeader(
-            split=decode_text(file.attrs["split"]),
-            classes=tuple(map(decode_text, file.attrs["classes"])),
-            network_classes=tuple(map(decode_text, file.attrs["network_classes"])),
-            settings=ShardSettings.from_json(json.loads(decode_text(file.attrs["settings"]))),
-            weights_sha256=decode_text(file.attrs["weights_sha256"]),
-            version=decode_text(file.attrs["anchorpatch_version"]),
-        )
-        return header, decode_text(file.attrs["files_sha256"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ShardError(f"{name}: expected the attributes of a shard: {error}") from error
+        return ShardSettings.from_json(json.loads(decode_text(file.attrs["settings"])))
+    except (ShardError, SettingsError) as error:
+        raise ShardError(f"{name}: {error}") from error
+
+
+def read_attributes(file: h5py.File) -> tuple[ShardHeader, str]:
+    """Return the header of an open shard, and the digest of its files.
+
+    Raises:
+        ShardError: as `read_settings`.
+    """
+    header = ShardHeader(
+        split=decode_text(file.attrs["split"]),
+        classes=tuple(map(decode_text, file.attrs["classes"])),
+        network_classes=tuple(map(decode_text, file.attrs["network_classes"])),
+        settings=read_settings(file),
+        weights_sha256=decode_text(file.attrs["weights_sha256"]),
+        version=decode_text(file.attrs["anchorpatch_version"]),
+    )
+    return header, decode_text(file.attrs["files_sha256"])
 
 
 def cut_patches(

@@ -244,7 +244,7 @@ class ShardReader:
         if found is None:
             path = self._files[index]
             found = ShardFile.load(path, self._entries[index])
-            if found.header.settings != self.settings:
+            if found.settings != self.settings:
                 raise CorruptShard(f"{path}: made with other settings than the manifest says")
             self._shards[index] = found
         return found

@@ -103,14 +103,15 @@ def verify_shard(manifest: Manifest, entry: ShardEntry) -> list[ShardProblem]:
 
 def _inside(manifest: Manifest, entry: ShardEntry, path: Path) -> Iterator[str]:
     """Yield what is wrong within a shard whose bytes are those that were written."""
-    header = ShardFile.load(path, entry).header
+    ShardFile.load(path, entry)
+    with open_shard(path) as file:
+        header, files_sha256 = read_attributes(file)
+        skipped = file["skipped/path"].shape[0]
     for name in ("split", "classes", "network_classes", "settings", "weights_sha256"):
         if getattr(header, name) != getattr(manifest.header, name):
             yield f"its {name} are not those of {MANIFEST_NAME}"
-    with open_shard(path) as file:
-        skipped = file["skipped/path"].shape[0]
-        if read_attributes(file)[1] != entry.files_sha256:
-            yield f"its file list is not that of {MANIFEST_NAME}"
+    if files_sha256 != entry.files_sha256:
+        yield f"its file list is not that of {MANIFEST_NAME}"
     start, stop = manifest.shard_range(int(entry.name.rpartition("-")[2].split(".")[0]))
     if entry.images + skipped != stop - start:
         yield f"expected {stop - start} images and skipped images, found {entry.images} + {skipped}"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -277,3 +278,30 @@ def test_another_format_version(tmp_path: Path) -> None:
         file.attrs.modify("format_version", 2)
     with pytest.raises(ShardError, match="expected format version 1, found 2"):
         ShardReader(tmp_path / "val").patches(63, [0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"codec": "raw"}', "val-00000.h5: settings: expected exactly the fields of format 1"),
+        ("{", "val-00000.h5: expected a shard, cannot be read"),
+    ],
+)
+def test_settings_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+    manifest, _ = make_split(tmp_path / "val")
+    path = manifest.shard_path(0)
+    with h5py.File(path, "r+") as file:
+        length = len(file.attrs["settings"])
+        file.attrs.modify("settings", np.bytes_(text.ljust(length)))
+    entry = replace(manifest.entries[0], bytes=path.stat().st_size)
+    manifest.commit(entry)
+    with pytest.raises(ShardError, match=message):
+        ShardReader(tmp_path / "val").patches(63, [0])
+
+
+def test_a_pickled_reader_is_small(tmp_path: Path) -> None:
+    """Workers get their own copy: it must not grow with the classes of every shard."""
+    make_split(tmp_path / "val", shards=6, per_shard=2, last=2)
+    reader = ShardReader(tmp_path / "val")
+    reader.patches(63, range(reader.patch_count(63)))
+    assert len(pickle.dumps(reader)) < 20_000
