@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Program
+from tests.oddities import make_oddities
+from tests.shards_oracle import check_folder
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a shard folder; the manifest without what no run decides."""
+    return {
+        p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".h5", ".json")
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(
+    tmp_path_factory: pytest.TempPathFactory, image_folder: Path, weights: Path
+) -> dict[str, bytes]:
+    """The files of an uninterrupted run without workers."""
+    out = tmp_path_factory.mktemp("reference")
+    arguments = [*common(image_folder, weights), "--out", out, "--workers", 0]
+    command = [sys.executable, "-m", "anchorpatch", *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert check_folder(out / "val")[0] == 40
+    return contents(out / "val")
+
+
+def common(image_folder: Path, weights: Path) -> list[object]:
+    options = ["--shard-size", 6, "--batch-size", 4, "--store-images"]
+    return ["extract", "--data", image_folder, "--weights", weights, *options]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_and_batches_do_not_change_the_bytes(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path,
+    reference: dict[str, bytes], workers: int,
+) -> None:  # fmt: skip
+    batch = {1: 5, 2: 64}[workers]
+    arguments = [*common(image_folder, weights), "--workers", workers, "--batch-size", batch]
+    result = program(*arguments, env={"OMP_NUM_THREADS": str(workers)})
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "shards/val") == reference
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_killed_and_run_again_gives_the_same_bytes(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path,
+    reference: dict[str, bytes], workers: int,
+) -> None:  # fmt: skip
+    arguments = [*common(image_folder, weights), "--out", tmp_path, "--workers", workers]
+    command = [sys.executable, "-m", "anchorpatch", *map(str, arguments)]
+    rng = random.Random(workers)
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # Wait until it has begun to write, then a random moment more.
+        deadline = time.monotonic() + 60
+        done = len(list(tmp_path.glob("val/*.h5*")))
+        while len(list(tmp_path.glob("val/*.h5*"))) == done and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = program(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "val") == reference
+
+
+def test_torchrun_gives_the_same_bytes_and_one_report(
+    tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes]
+) -> None:
+    arguments = ["-m", "anchorpatch", *common(image_folder, weights), "--out", tmp_path, "--json"]
+    result = subprocess.run(
+        [*TORCHRUN, *map(str, arguments)], capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "val") == reference
+    report = json.loads(result.stdout)
+    assert (report["images"], report["shards"], report["complete"]) == (40, 7, True)
+
+
+def test_tasks_do_their_parts(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes]
+) -> None:
+    arguments = common(image_folder, weights)
+    first = program(*arguments, "--task", "0/2", "--json")
+    assert json.loads(first.stdout)["shards"] == 4
+    assert not json.loads(first.stdout)["complete"]
+    slurm = {f"SLURM_ARRAY_TASK_{k}": v for k, v in {"ID": "2", "MIN": "1", "COUNT": "2"}.items()}
+    second = program(*arguments, env=slurm)
+    assert "part 1 of 2 (SLURM array task 1 of 2)" in second.stderr
+    assert contents(tmp_path / "shards/val") == reference
+
+
+def test_interrupts_end_with_their_status_and_leave_whole_shards(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes]
+) -> None:
+    arguments = [*common(image_folder, weights), "--out", tmp_path, "--workers", 2]
+    command = [sys.executable, "-m", "anchorpatch", *map(str, arguments)]
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        shutil.rmtree(tmp_path / "val", ignore_errors=True)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while not list(tmp_path.glob("val/*.h5*")) and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(number)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == status
+        assert errors.splitlines()[-1].endswith("the same command goes on from here")
+        assert "Traceback" not in errors
+        assert not list(tmp_path.glob("val/*.tmp"))
+    assert program(*arguments).returncode == 0
+    assert contents(tmp_path / "val") == reference
+
+
+def test_nothing_left_to_do_changes_nothing(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path
+) -> None:
+    arguments = [*common(image_folder, weights), "--limit", 12]
+    assert program(*arguments).returncode == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "shards/val").iterdir()}
+    again = program(*arguments)
+    assert "nothing was left to do" in again.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "shards/val").iterdir()}
+
+
+def test_other_inputs_are_refused_until_overwrite(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    arguments = ["extract", "--weights", weights, "--shard-size", 10, "--limit", 25]
+    assert program(*arguments).returncode == 0
+    before = contents(tmp_path / "shards/val")
+
+    def refused(*more: object, message: str) -> None:
+        result = program(*arguments, *more)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert "--overwrite" in result.stderr
+        assert contents(tmp_path / "shards/val") == before
+
+    refused("--iou-threshold", 0.8, message="--iou-threshold was 0.3, now 0.8")
+    refused("--codec", "image", message="--codec was raw, now image")
+    refused("--preset", "figure", message="--max-patches was 24,10,8, now 5,3,2")
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(weights.read_bytes())
+    assert program(*arguments, "--weights", other).returncode == 0  # the same bytes elsewhere
+    _other_weights(other)
+    refused("--weights", other, message="weights")
+    (data / "val/cat/00.JPEG").rename(data / "val/cat/00b.JPEG")
+    refused(message="cat/00b.JPEG")
+    (data / "val/cat/00b.JPEG").rename(data / "val/cat/00.JPEG")
+    with open(data / "val/cat/07.JPEG", "ab") as file:
+        file.write(b"junk")
+    refused(message="images were 25, now 25")
+    assert program(*arguments, "--overwrite", "--preset", "figure").returncode == 0
+    assert contents(tmp_path / "shards/val") != before
+
+
+def _other_weights(path: Path) -> None:
+    import torch
+
+    from anchorpatch.models.anchornet import AnchorNet
+    from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
+
+    torch.manual_seed(1)
+    save_weights(path, AnchorNet(2).state_dict(), WeightsMeta("anchornet", ("cat", "dog")))
+
+
+def test_dry_run_writes_nothing_and_foretells_the_bytes(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path
+) -> None:
+    arguments = ["extract", "--data", image_folder, "--weights", weights, "--json"]
+    foretold = json.loads(program(*arguments, "--dry-run").stdout)
+    assert not (tmp_path / "shards").exists()
+    assert (foretold["images"], foretold["shards"], foretold["pending"]) == (40, 1, 1)
+    written = json.loads(program(*arguments).stdout)
+    # All 40 images were in the sample.
+    assert abs(foretold["bytes"] - written["bytes"]) < 2000
+    done = program(*arguments[:-1], "--dry-run").stdout
+    assert "would write 0 of 1 shards" in done
+
+
+@pytest.mark.parametrize("codec", ["raw", "jpeg", "image"])
+def test_summary_counts_what_is_in_the_shards(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path, codec: str
+) -> None:
+    from anchorpatch.shards.reader import ShardReader
+
+    arguments = ["extract", "--data", image_folder, "--weights", weights, "--codec", codec]
+    report = json.loads(program(*arguments, "--preset", "finetune", "--json").stdout)
+    reader = ShardReader(tmp_path / "shards/val")
+    assert report["images"] == len(reader) == 40
+    for scale, row in report["scales"].items():
+        chosen = reader.scale == int(scale)
+        assert row["images"] == chosen.sum()
+        assert row["patches"] == reader.counts[chosen].sum() == reader.patch_count(int(scale))
+    assert report["top1"] == (reader.label == reader.predicted).mean()
+    files = (tmp_path / "shards/val").glob("*.h5")
+    assert report["bytes"] == sum(p.stat().st_size for p in files)
+
+
+def test_bad_and_odd_files(program: Program, tmp_path: Path, weights: Path) -> None:
+    folder = tmp_path / "data/val/cat"
+    folder.mkdir(parents=True)
+    expected = make_oddities(folder)
+    assert len(expected) >= 30
+    arguments = ["extract", "--weights", weights, "--max-bad", "60%"]
+    result = program(*arguments, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    manifest = json.loads((tmp_path / "shards/val/manifest.json").read_text())
+    skipped = {
+        Path(path).name: reason for entry in manifest["shards"] for path, reason in entry["skipped"]
+    }
+    assert skipped == {name: reason for name, reason in expected.items() if reason is not None}
+    from anchorpatch.shards.reader import ShardReader
+
+    found = {Path(os.fsdecode(path)).name for path in ShardReader(tmp_path / "shards/val").path}
+    assert found == {name for name, reason in expected.items() if reason is None}
+    assert program("shards", "verify", tmp_path / "shards").returncode == 0
+
+    strict = program(*arguments[:-2], "--out", "strict")
+    assert (strict.returncode, strict.stdout) == (1, "")
+    assert "images cannot be read (--max-bad 1.00%)" in strict.stderr
+    assert not list((tmp_path / "strict/val").glob("*.h5*"))
+
+
+def test_a_full_disk_ends_in_one_line_and_a_run_that_goes_on(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    arguments = [*common(image_folder, weights), "--out", disk]
+    try:
+        result = program(*arguments)
+        assert (result.returncode, result.stdout) == (1, "")
+        lines = result.stderr.splitlines()
+        assert len(lines) == 1
+        assert "No space left on device" in lines[0]
+        assert "free space and run the same command again" in lines[0]
+        assert not list((disk / "val").glob("*.tmp"))
+        assert len(list((disk / "val").glob("*.h5"))) >= 1
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert program(*arguments).returncode == 0
+        assert program("shards", "verify", disk).returncode == 0
+        assert contents(disk / "val") == reference
+    finally:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            subprocess.run(["umount", disk], check=True)
+
+
+def test_bad_weights_and_networks_are_one_line(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path
+) -> None:
+    import torch
+
+    from anchorpatch.models.anchornet import AnchorNet
+    from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
+
+    net = AnchorNet(2)
+    net.branches[1].classifier.bias.data[:] = float("nan")
+    broken = tmp_path / "broken.safetensors"
+    save_weights(broken, net.state_dict(), WeightsMeta("anchornet", ("cat", "dog")))
+    pickled = tmp_path / "pickled.pth"
+    torch.save(net.state_dict(), pickled)
+    for file, message in (
+        (tmp_path / "none.safetensors", "found none"),
+        (pickled, "expected safetensors"),
+        (broken, "cat/00.JPEG: AnchorNet gave NaN or infinity"),
+    ):
+        result = program("extract", "--data", image_folder, "--weights", file)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("shards/val/*.h5*"))
+    missing = program("extract", "--data", image_folder)
+    assert missing.returncode == 1
+    assert "`anchorpatch train`" in missing.stderr
+    assert "--weights demo" in missing.stderr
+
+
+def test_overwrite_is_for_one_process(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path
+) -> None:
+    result = program(
+        "extract", "--data", image_folder, "--weights", weights, "--overwrite", "--task", "0/2"
+    )
+    assert result.returncode == 2
+    assert "expected one process" in result.stderr
+
+
+@pytest.mark.photos
+@pytest.mark.parametrize("preset", ["figure", "finetune", "evaluate"])
+def test_photographs_give_patches_equal_to_their_crops(
+    program: Program, tmp_path: Path, photos: Path, weights: Path, preset: str
+) -> None:
+    arguments = ["extract", "--data", photos / "imagenet-photos", "--weights", weights]
+    result = program(*arguments, "--preset", preset, "--store-images", "--limit", 60)
+    assert result.returncode == 0, result.stderr
+    assert check_folder(tmp_path / "shards/val")[0] == 60
+    assert program("shards", "verify", tmp_path / "shards").returncode == 0

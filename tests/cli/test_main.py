@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import anchorpatch
+from tests.conftest import Program
+
+
+def test_version_and_help(program: Program) -> None:
+    assert program("--version").stdout == f"anchorpatch, version {anchorpatch.__version__}\n"
+    shown = program("--help")
+    assert shown.returncode == 0
+    for command in ("train", "extract", "shards", "models", "demo", "scenes"):
+        assert f"\n  {command} " in shown.stdout
+
+
+def test_help_does_not_load_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['anchorpatch', '--help']\n"
+        "from anchorpatch.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.endswith("False False\n")
+
+
+def test_help_is_quick(program: Program) -> None:
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        program("--help")
+        times.append(time.perf_counter() - began)
+    # 0.3 s is what the program promises on an idle machine; a loaded one gets more.
+    assert min(times) < 1.0
+
+
+def test_wrong_usage_is_status_2_on_stderr(program: Program) -> None:
+    for args, message in (
+        (["extrakt"], "Did you mean 'extract'?"),
+        (["extract", "--bach-size", 3], "'--batch-size'"),
+        (["extract", "--coverage", "a,b"], "expected 3 numbers"),
+        (["extract", "--max-bad", "120%"], "expected a share such as 0.01 or 1%"),
+        (["extract", "--task", "4/4"], "expected I/N with I from 0 to N - 1"),
+        (["extract", "--iou-threshold", "7"], "iou_threshold: expected a number from 0 to 1"),
+        (["--config", "none.toml", "models"], "settings file none.toml does not exist"),
+    ):
+        result = program(*args)
+        assert (result.returncode, result.stdout) == (2, ""), args
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_settings_file_and_environment(program: Program, tmp_path: Path) -> None:
+    (tmp_path / "anchorpatch.toml").write_text("[models]\nclasses = 20\nsize = 120\n")
+
+    def classes(*args: object, env: dict[str, str] | None = None) -> tuple[int, int]:
+        result = program("models", "--json", *args, env=env)
+        assert result.returncode == 0, result.stderr
+        data = json.loads(result.stdout)
+        return data["classes"], data["size"]
+
+    assert classes() == (20, 120)
+    assert classes(env={"ANCHORPATCH_MODELS_CLASSES": "30"}) == (30, 120)
+    assert classes("--classes", 40, env={"ANCHORPATCH_MODELS_CLASSES": "30"}) == (40, 120)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[models]\nclases = 3\n",
+            "table [models]: no such option: 'clases'. Did you mean 'classes'?",
+        ),
+        ("[modles]\n", "found 'modles'. Did you mean 'models'?"),
+        ("[models\n", "anchorpatch.toml: "),
+        ("[models]\nclasses = 'x'\n", "'x' is not a valid integer"),
+    ],
+)
+def test_bad_settings_files_are_refused(
+    program: Program, tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "anchorpatch.toml").write_text(text)
+    result = program("models")
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_models_lists_what_the_networks_are(program: Program) -> None:
+    lines = program("models").stdout.splitlines()
+    assert lines[1].split() == ["anchornet", "1,550,313", "0.4853", "63,", "95,", "111"]
+    assert lines[2].split()[2:4] == ["1,259,313", "0.3939"]
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    command = f"{sys.executable} -m anchorpatch --help | head -c 1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert result.stderr == ""
+
+
+def test_completion_works(program: Program) -> None:
+    env = {
+        "_ANCHORPATCH_COMPLETE": "bash_complete",
+        "COMP_WORDS": "anchorpatch ext",
+        "COMP_CWORD": "1",
+    }
+    # Completion is bound to the name of the program.
+    script = Path(sys.executable).with_name("anchorpatch")
+    result = subprocess.run([script], env={**os.environ, **env}, capture_output=True, text=True)
+    assert "extract" in result.stdout
