@@ -15,7 +15,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Command", "did_you_mean", "load_config"]
+__all__ = ["Command", "did_you_mean", "load_config", "with_layout"]
 
 _DEFAULT_FILE = "anchorpatch.toml"
 
@@ -25,6 +25,7 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.help = with_layout(self.help)
         self.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, hidden=True))
 
     def make_context(
@@ -46,6 +47,11 @@ class Command(click.Command):
                         + did_you_mean(name, names)
                     )
         return super().make_context(info_name, args, parent, **extra)
+
+
+def with_layout(text: str | None) -> str | None:
+    r"""Let a raw docstring ask click with ``\b`` to keep the line breaks of a paragraph."""
+    return text and text.replace("\\b\n", "\b\n")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

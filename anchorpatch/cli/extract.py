@@ -92,7 +92,7 @@ def extract(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write the semantic patches of a folder of images into HDF5 shards.
+    r"""Write the semantic patches of a folder of images into HDF5 shards.
 
     Images are DATA/SPLIT/CLASS/*.JPEG (also PNG, WebP, BMP), or lie flat in DATA/SPLIT with
     --labels. A run that was interrupted goes on when it is started again; the shards come out
@@ -102,7 +102,7 @@ def extract(
     anchorpatch extract --split val --data imagenet --weights demo --out shards
     torchrun --nproc-per-node 8 -m anchorpatch extract --split train --amp
     anchorpatch extract --split train --task 0/8
-    """  # noqa: D301 (click reads the character)
+    """
     from anchorpatch.jobs.extract import ExtractConfig, default_preset, forecast, run
     from anchorpatch.jobs.extract_summary import wait_for_ranks
     from anchorpatch.runtime.progress import Reporter, reporter

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from anchorpatch import __version__
-from anchorpatch.cli.config import load_config
+from anchorpatch.cli.config import load_config, with_layout
 from anchorpatch.errors import AnchorpatchError, Interrupted
 
 __all__ = ["cli", "main"]
@@ -24,6 +24,10 @@ _COMMANDS = ("train", "extract", "evaluate", "shards", "models", "demo", "scenes
 
 class LazyGroup(click.Group):
     """A group that imports a command's module when the command is asked for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.help = with_layout(self.help)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order of use, not of the alphabet."""
@@ -66,7 +70,7 @@ class LazyGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def cli(ctx: click.Context, config: str | None, debug: bool) -> None:
-    """Localize multi-scale semantic patches of images and train classifiers on them.
+    r"""Localize multi-scale semantic patches of images and train classifiers on them.
 
     \b
     anchorpatch train                 train the localiser, AnchorNet
@@ -77,7 +81,7 @@ def cli(ctx: click.Context, config: str | None, debug: bool) -> None:
     Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
     Shell completion: eval "$(_ANCHORPATCH_COMPLETE=bash_source anchorpatch)", also zsh, fish.
-    """  # noqa: D301 (click reads the character)
+    """
     if ctx.resilient_parsing:
         return
     ctx.default_map = load_config(config, _COMMANDS)

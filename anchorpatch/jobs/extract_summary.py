@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from anchorpatch.lsp import SCALES
 from anchorpatch.runtime.tasks import Task
+from anchorpatch.shards.layout import SCALES
 from anchorpatch.shards.manifest import read_manifest
 
 __all__ = ["ExtractSummary", "mean_patches", "summarize", "wait_for_ranks"]
