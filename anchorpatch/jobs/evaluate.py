@@ -1,0 +1,221 @@
+"""Evaluate AnchorNet on a labelled split: accuracy by branch and by Eq. 7, patches, cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anchorpatch.errors import DataError, TooManyBadImages
+from anchorpatch.images.folder import scan_folder
+from anchorpatch.images.loader import load_batches
+from anchorpatch.jobs.localizer import load_anchornet, normalize
+from anchorpatch.jobs.scores import Scores
+from anchorpatch.lsp import PRESETS, SCALES, decide, localize
+from anchorpatch.models.complexity import macs
+from anchorpatch.runtime.checkpoint import Weights, load_weights
+from anchorpatch.runtime.device import resolve_device
+from anchorpatch.runtime.distributed import World, process_group, sum_ranks
+from anchorpatch.runtime.memory import keep_freed_memory
+from anchorpatch.runtime.progress import Reporter
+
+__all__ = ["EvaluateConfig", "EvaluateSummary", "run"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is evaluated, and on what.
+
+    Attributes:
+        data: folder that holds the split.
+        weights: of AnchorNet.
+        split: name of the split's folder.
+        labels: CSV with the labels of a flat split folder.
+        batch_size: images in a batch; None for 16 on CPU and 256 on a GPU.
+        workers: loading processes.
+        device: auto, cpu or cuda.
+        amp: compute in bfloat16.
+        limit: take only the first images.
+        max_bad: share of unreadable images that fails the run.
+    """
+
+    data: Path
+    weights: Path
+    split: str = "val"
+    labels: Path | None = None
+    batch_size: int | None = None
+    workers: int = 0
+    device: str = "auto"
+    amp: bool = False
+    limit: int | None = None
+    max_bad: float = 0.01
+
+
+@dataclass(frozen=True)
+class EvaluateSummary:
+    """The figures of AnchorNet on a split; accuracies and shares from 0 to 1.
+
+    Attributes:
+        images: evaluated, each once.
+        skipped: that could not be decoded.
+        loss: sum of the six cross-entropies.
+        top1: by the decision of Eq. 7.
+        top5: gamma first, then the classes by their mean probability.
+        top1_by_output: by output, such as "localization_63".
+        top5_by_output: the same.
+        branch_share: images by chosen scale.
+        mean_patches: patches of an image by preset and scale, over the images that chose the
+            scale; "all" over all images. None where no image chose it.
+        gmacs: multiply-accumulates of localising one image, 1e9.
+        images_per_second: of network, decision and heatmaps, without decoding and LSP.
+    """
+
+    images: int
+    skipped: int
+    loss: float
+    top1: float
+    top5: float
+    top1_by_output: dict[str, float]
+    top5_by_output: dict[str, float]
+    branch_share: dict[str, float]
+    mean_patches: dict[str, dict[str, float | None]]
+    gmacs: float
+    images_per_second: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as JSON knows it."""
+        return asdict(self)
+
+
+def run(config: EvaluateConfig, progress: Reporter | None = None) -> EvaluateSummary:
+    """Evaluate AnchorNet.
+
+    Raises:
+        DataError: the folder's classes are not those of the weights.
+        WeightsError: the weights cannot be used.
+        TooManyBadImages: too many images cannot be decoded.
+    """
+    device = resolve_device(config.device)
+    with process_group(device) as world:
+        report = progress if progress is not None and world.is_main else Reporter()
+        if device.type == "cpu":
+            keep_freed_memory()
+        weights = load_weights(config.weights)
+        folder = scan_folder(config.data, config.split, config.labels)
+        if folder.classes != weights.meta.classes:
+            raise DataError(
+                f"{folder.root}: expected the {len(weights.meta.classes)} classes of "
+                f"{config.weights} ({_few(weights.meta.classes)}), found {len(folder.classes)} "
+                f"({_few(folder.classes)}); evaluate weights on the classes they know"
+            )
+        if config.limit is not None:
+            folder = folder.head(config.limit)
+        meter = _Meter(weights, device, amp=config.amp)
+        rows = list(world.share(len(folder)))
+        size = config.batch_size or (16 if device.type == "cpu" else 256)
+        loaded = load_batches(
+            folder,
+            [rows[i : i + size] for i in range(0, len(rows), size)],
+            workers=config.workers,
+            pin_memory=device.type == "cuda",
+        )
+        bad = 0
+        report.start("evaluating", len(folder))
+        try:
+            for found, pixels, _, missing in loaded:
+                bad += len(missing)
+                if len(found):
+                    meter.update(pixels, torch.from_numpy(folder.labels[found].astype(np.int64)))
+                report.advance((len(found) + len(missing)) * world.size)
+        finally:
+            loaded.close()
+            report.stop()
+        skipped = int(sum_ranks(torch.tensor(bad, device=device)))
+        if skipped > config.max_bad * len(folder):
+            raise TooManyBadImages(
+                f"{folder.root}: {skipped} of {len(folder)} images cannot be decoded, more than "
+                f"--max-bad {config.max_bad:.1%}; remove them or raise --max-bad"
+            )
+        return meter.summary(skipped, world)
+
+
+class _Meter:
+    """Runs the network on batches and counts."""
+
+    def __init__(self, weights: Weights, device: torch.device, *, amp: bool) -> None:
+        self.device, self.amp = device, amp
+        self.net = load_anchornet(weights).to(device).to(memory_format=torch.channels_last)
+        self.mean = torch.tensor(weights.meta.mean, device=device)
+        self.std = torch.tensor(weights.meta.std, device=device)
+        self.scores, self.patches = Scores(device), _MeanPatches(device)
+        self.seconds = 0.0
+
+    @torch.inference_mode()
+    def update(self, pixels: Tensor, labels: Tensor) -> None:
+        """Count a batch: uint8 pixels (n, 224, 224, 3) and labels (n,)."""
+        labels = labels.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            inputs = normalize(pixels.to(self.device), self.mean, self.std)
+            # Localising alone is timed: the outputs of the attention branches are no part of it.
+            began = self._now()
+            logits, features = self.net.localize(inputs)
+            decision = decide(logits.float().softmax(-1))
+            heatmaps = self.net.heatmaps(features, decision.predicted)
+            self.seconds += self._now() - began
+            self.scores.update(self.net(inputs), labels)
+        self.patches.update(heatmaps, decision.branch)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def summary(self, skipped: int, world: World) -> EvaluateSummary:
+        figures = self.scores.result()
+        seconds = float(sum_ranks(torch.tensor(self.seconds, device=self.device))) / world.size
+        return EvaluateSummary(
+            images=figures["images"],
+            skipped=skipped,
+            loss=figures["loss"],
+            top1=figures["top1"],
+            top5=figures["top5"],
+            top1_by_output=figures["top1_by_output"],
+            top5_by_output=figures["top5_by_output"],
+            branch_share=figures["branch_share"],
+            mean_patches=self.patches.result(),
+            gmacs=macs(self.net, 224, self.net.localize) / 1e9,
+            images_per_second=figures["images"] / max(seconds, 1e-9),
+        )
+
+
+class _MeanPatches:
+    """Sums of patches by preset and scale."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._images = torch.zeros(len(SCALES), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(PRESETS), len(SCALES), dtype=torch.float64, device=device)
+
+    def update(self, heatmaps: tuple[Tensor, ...], branch: Tensor) -> None:
+        """Select patches by every preset and count them."""
+        self._images += torch.bincount(branch, minlength=len(SCALES))
+        for row, settings in enumerate(PRESETS.values()):
+            counts = localize(heatmaps, branch, settings).counts.double()
+            self._sums[row] += torch.bincount(branch, counts, minlength=len(SCALES))
+
+    def result(self) -> dict[str, dict[str, float | None]]:
+        images, sums = sum_ranks(self._images).tolist(), sum_ranks(self._sums).tolist()
+        means: dict[str, dict[str, float | None]] = {}
+        for name, row in zip(PRESETS, sums, strict=True):
+            by_scale = zip(SCALES, row, images, strict=True)
+            means[name] = {str(scale): s / n if n else None for scale, s, n in by_scale}
+            means[name]["all"] = sum(row) / sum(images) if sum(images) else None
+        return means
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,543 @@
+"""The training loop: what every network here shares, whatever it learns and from what.
+
+A `Task` brings data, loss and evaluation; `Trainer` brings optimiser, schedule, averaging,
+processes, checkpoints, the log and orderly stops.
+
+One step takes ``batch_size`` images, whatever the number of processes and of parts a process
+works in: rank r of R with ``accumulate`` A takes R-th parts in A pieces. Gradients are those of
+the whole batch. Batch normalisation sees one piece (``batch_size / R / A`` images), or with
+``sync_batchnorm`` the pieces of all processes. The rate follows the batch linearly: ``lr``
+stands for 256 images (see `LoopConfig`).
+
+A run that was stopped, also by SIGKILL and within an epoch, goes on from its last checkpoint
+as if nothing had happened: with one process on CPU the weights are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from anchorpatch.errors import Interrupted, NonFiniteError, SettingsError, WeightsError
+from anchorpatch.jobs.runlog import RunLog
+from anchorpatch.runtime.checkpoint import load_state, save_state
+from anchorpatch.runtime.distributed import World, any_rank, average_buffers, sum_ranks
+from anchorpatch.runtime.memory import keep_freed_memory, peak_memory
+from anchorpatch.runtime.progress import Reporter
+from anchorpatch.runtime.signals import StopSignals
+
+__all__ = ["Batch", "LoopConfig", "Task", "Trainer", "rate_factor"]
+
+#: On a GPU, reading a loss waits for it: steps between two looks, and between two questions to
+#: the other processes whether to stop.
+_LOOK_EVERY = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How any network is trained; the defaults are those of section 4.1.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images of one step, over all processes and pieces.
+        accumulate: pieces in which a process works on its part of a step.
+        optimizer: "sgd" or "adamw".
+        lr: rate for a batch of 256. It scales linearly with the batch size for SGD, with its
+            square root for AdamW.
+        momentum: of SGD.
+        nesterov: take Nesterov's momentum.
+        weight_decay: of all parameters.
+        schedule: "step" divides the rate by 10 every ``step_epochs``, "cosine" lets it fall to 0.
+        step_epochs: see ``schedule``.
+        warmup_epochs: the rate rises linearly from 0 over these, may be a fraction.
+        label_smoothing: share of the target that all classes get.
+        ema_decay: of the moving average of weights, which is then what is evaluated and saved;
+            0 for none.
+        amp: compute in bfloat16 where that is safe.
+        channels_last: memory format; faster on CPU and GPU.
+        compile: pass the network through ``torch.compile``.
+        sync_batchnorm: normalise over the pieces of all processes.
+        checkpoint_minutes: time between checkpoints within an epoch; each epoch ends with one.
+        seed: of initial weights, order and augmentation.
+    """
+
+    epochs: int = 100
+    batch_size: int = 256
+    accumulate: int = 1
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    schedule: str = "step"
+    step_epochs: int = 30
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0
+    amp: bool = False
+    channels_last: bool = True
+    compile: bool = False
+    sync_batchnorm: bool = False
+    checkpoint_minutes: float = 10.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "step_epochs"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise SettingsError(f"lr: expected a number above 0, got {self.lr}")
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingsError(
+                    f"{name}: expected a number from 0 to below 1, got {getattr(self, name)}"
+                )
+        for name in ("weight_decay", "warmup_epochs", "checkpoint_minutes", "seed"):
+            if not getattr(self, name) >= 0:
+                raise SettingsError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.nesterov and not self.momentum:
+            raise SettingsError("nesterov: needs a momentum above 0")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise SettingsError(f"optimizer: expected sgd or adamw, got {self.optimizer!r}")
+        if self.schedule not in ("step", "cosine"):
+            raise SettingsError(f"schedule: expected step or cosine, got {self.schedule!r}")
+
+    @property
+    def rate(self) -> float:
+        """The rate at this batch size, before the schedule."""
+        share = self.batch_size / 256
+        return self.lr * (share if self.optimizer == "sgd" else math.sqrt(share))
+
+    def piece(self, world: World) -> int:
+        """Return the images of one piece.
+
+        Raises:
+            SettingsError: the batch does not divide evenly.
+        """
+        parts = world.size * self.accumulate
+        if self.batch_size % parts:
+            raise SettingsError(
+                f"batch size {self.batch_size} does not divide into {world.size} processes x "
+                f"{self.accumulate} pieces; choose a multiple of {parts}"
+            )
+        return self.batch_size // parts
+
+
+def rate_factor(config: LoopConfig, step: int, steps: int) -> float:
+    """Return the rate of a step as a multiple of the base rate.
+
+    Args:
+        config: schedule and warm-up.
+        step: number of the step, from the start of the run.
+        steps: of one epoch.
+
+    Example:
+        >>> [round(rate_factor(LoopConfig(), 10 * epoch, 10), 6) for epoch in (0, 29, 30, 60, 90)]
+        [1.0, 1.0, 0.1, 0.01, 0.001]
+        >>> cosine = LoopConfig(schedule="cosine", epochs=10, warmup_epochs=2)
+        >>> [round(rate_factor(cosine, step, 1), 2) for step in (0, 1, 2, 6, 9)]
+        [0.5, 1.0, 1.0, 0.5, 0.04]
+    """
+    warmup = round(config.warmup_epochs * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "step":
+        return float(0.1 ** (step // steps // config.step_epochs))
+    share = (step - warmup) / max(1, config.epochs * steps - warmup)
+    return (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
+def _synchronized(module: nn.Module) -> nn.Module:
+    synchronized: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    return synchronized
+
+
+def _optimizer(module: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            module.parameters(), lr=config.rate, weight_decay=config.weight_decay
+        )
+    return torch.optim.SGD(
+        module.parameters(),
+        lr=config.rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+
+
+class Batch(Protocol):
+    """A piece of a step, on the device."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the network reads (n, 3, H, W)."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Class index (n,), int64."""
+
+
+class Task(Protocol):
+    """What is trained, on what, towards what."""
+
+    #: Name in the training state.
+    kind: str
+    #: Optimiser steps of one epoch.
+    steps: int
+    #: What must be equal for a run to be resumed, as JSON values.
+    identity: dict[str, Any]
+
+    def build(self) -> nn.Module:
+        """Return the network with its initial weights, on the device."""
+
+    def batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
+        """Yield the pieces from a step of an epoch to the end of the run."""
+
+    def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the loss, a mean over the piece, and parts to log, means too."""
+
+    def evaluate(self, module: nn.Module, check: Any) -> dict[str, Any]:
+        """Return figures of the validation images, "top1" among them; calls check() at times."""
+
+    def save(self, path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write a weights file."""
+
+
+class _Stop(Exception):
+    """Leave the evaluation: a signal has come."""
+
+
+@dataclass
+class _Place:
+    """Where a run stands."""
+
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    images: int = 0  # of the epoch so far, in this process
+    seconds: float = 0.0  # of the epoch so far
+    best: float = -1.0
+    sums: dict[str, float] = field(default_factory=dict)  # of the epoch: part times images
+
+
+class Trainer:
+    """Runs a `Task` to its end, or until a signal.
+
+    Args:
+        task: what is trained.
+        config: how.
+        folder: of the run: last.pt, best.safetensors, last.safetensors, log.jsonl.
+        device: CPU or GPU.
+        world: the processes of the run.
+        report: where progress is shown.
+        log: takes the record of each epoch.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: LoopConfig,
+        folder: Path,
+        device: torch.device,
+        world: World,
+        report: Reporter,
+        log: RunLog,
+    ) -> None:
+        self.task, self.config, self.folder = task, config, folder
+        self.device, self.world, self.report, self.log = device, world, report, log
+        if device.type == "cpu":
+            keep_freed_memory()
+        torch.manual_seed(config.seed)
+        self.module = task.build()
+        if config.channels_last:
+            self.module = self.module.to(memory_format=torch.channels_last)
+        if config.sync_batchnorm and world.size > 1 and device.type == "cuda":
+            self.module = _synchronized(self.module)
+        self.wrapped = self._wrap(self.module)
+        self.average = self._averaged(self.module)
+        self.optimizer = _optimizer(self.module, config)
+        self.schedule = LambdaLR(self.optimizer, lambda s: rate_factor(config, s, task.steps))
+        self.place = _Place()
+        self.stop = StopSignals()
+        self._saved = time.monotonic()
+
+    # --- the run ------------------------------------------------------------------------------
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train from the last checkpoint, if there is one, to the end.
+
+        Returns:
+            The records of all epochs.
+
+        Raises:
+            Interrupted: a signal came; the checkpoint is written.
+            NonFiniteError: the loss is NaN or infinite; the last good checkpoint is kept.
+            WeightsError: last.pt cannot be read, or belongs to another configuration.
+            StorageError: the disk refused.
+        """
+        self._resume()
+        epochs, place = self.config.epochs, self.place
+        per_epoch = self.task.steps * self.config.batch_size
+        batches = None
+        with self.stop:
+            if place.epoch < epochs:
+                batches = self.task.batches(place.epoch, place.step)
+                done = place.epoch * per_epoch + place.step * self.config.batch_size
+                self.report.start("training", epochs * per_epoch, done)
+            try:
+                while place.epoch < epochs:
+                    assert batches is not None
+                    self._train_epoch(batches)
+                    self._finish_epoch()
+            finally:
+                if batches is not None:
+                    batches.close()
+                self.report.stop()
+        return self.log.records
+
+    def _train_epoch(self, batches: Generator[Batch, None, None]) -> None:
+        self.wrapped.train()
+        sums: dict[str, Tensor] = {}
+        began = time.monotonic()
+        while self.place.step < self.task.steps:
+            for piece in range(self.config.accumulate):
+                batch = next(batches)
+                last = piece + 1 == self.config.accumulate
+                with self._piece(last):
+                    loss, parts = self.task.loss(self.wrapped, batch)
+                    torch.autograd.backward(loss / self.config.accumulate)
+                n = len(batch.labels)
+                self.place.images += n
+                for name, value in {"loss": loss, **parts}.items():
+                    sums[name] = sums.get(name, 0.0) + value.detach().double() * n
+            self._check_finite(sums["loss"])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.schedule.step()
+            if self.average is not None:
+                self.average.update_parameters(self.module)
+            self.place.step += 1
+            self.report.advance(self.config.batch_size)
+            began = self._pause(sums, began)
+        self._collect(sums, began)
+
+    def _pause(self, sums: dict[str, Tensor], began: float) -> float:
+        """After a step: stop when asked to, and write a checkpoint when it is time."""
+        # One process can stop at any step. Several have to agree, which costs a message.
+        alone = self.world.size == 1
+        due = time.monotonic() - self._saved > self.config.checkpoint_minutes * 60
+        if not alone and self.place.step % _LOOK_EVERY and self.place.step < self.task.steps:
+            return began
+        # The main process's clock decides for all.
+        state = self.stop.received * 2 + (due and self.world.is_main)
+        state = any_rank(state, self.device)
+        if not state:
+            return began
+        self._collect(sums, began)
+        self._save(check=True)
+        if state >= 2:
+            self._interrupt(state // 2)
+        return time.monotonic()
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, log and write the weights of a trained epoch."""
+        place, task = self.place, self.task
+        module: nn.Module = self.module
+        average_buffers(module)
+        if self.average is not None:
+            average_buffers(self.average)
+            module = self.average.module
+        try:
+            validation = task.evaluate(module.eval(), self._check_stop)
+        except _Stop:
+            # The trained epoch is saved whole; only the evaluation is done again.
+            self._save()
+            self._interrupt(self.stop.received)
+        record = self._record(validation)
+        better = validation["top1"] > place.best
+        place.best = max(place.best, validation["top1"])
+        self.log.append(record)
+        if self.world.is_main:
+            task.save(self.folder / "last.safetensors", module.state_dict(), record)
+            if better:
+                task.save(self.folder / "best.safetensors", module.state_dict(), record)
+        place.epoch, place.step, place.images, place.seconds = place.epoch + 1, 0, 0, 0.0
+        place.sums = {}
+        self._save()
+        self.report.message(self.log.line(record, self.config.epochs))
+        if number := any_rank(self.stop.received, self.device):
+            self._interrupt(number)
+
+    def _record(self, validation: Mapping[str, Any]) -> dict[str, Any]:
+        names = sorted(self.place.sums)
+        total = sum_ranks(
+            torch.tensor(
+                [float(self.place.images), *(self.place.sums[name] for name in names)],
+                dtype=torch.float64,
+                device=self.device,
+            )
+        ).tolist()
+        return {
+            "epoch": self.place.epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train": {k: v / total[0] for k, v in zip(names, total[1:], strict=True)},
+            "val": validation,
+            "images_per_second": total[0] / max(self.place.seconds, 1e-9),
+            "seconds": self.place.seconds,
+            "peak_memory": peak_memory(self.device),
+        }
+
+    # --- parts of a step ----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _piece(self, last: bool) -> Generator[None, None, None]:
+        """Autocast; gradients are exchanged with the last piece of a step."""
+        with contextlib.ExitStack() as stack:
+            if not last and isinstance(self.wrapped, DistributedDataParallel):
+                stack.enter_context(self.wrapped.no_sync())
+            stack.enter_context(
+                torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp)
+            )
+            yield
+
+    def _check_finite(self, total: Tensor) -> None:
+        """Look at the sum of the losses, in which NaN and infinity stay."""
+        looks = self.device.type == "cpu" or not self.place.step % _LOOK_EVERY
+        if looks and not bool(torch.isfinite(total)):
+            rate = self.optimizer.param_groups[0]["lr"]
+            raise NonFiniteError(
+                f"the loss is not finite at step {self.place.step + 1} of epoch "
+                f"{self.place.epoch + 1} (rate {rate:.3g}); try a lower --lr, more "
+                "--warmup-epochs, or no --amp. The last checkpoint is kept"
+            )
+
+    def _collect(self, sums: dict[str, Tensor], began: float) -> None:
+        """Move the sums from the device into the place."""
+        for name, value in sums.items():
+            self.place.sums[name] = self.place.sums.get(name, 0.0) + float(value)
+        sums.clear()
+        self.place.seconds += time.monotonic() - began
+
+    def _check_stop(self) -> None:
+        # Several processes evaluate different numbers of batches: they finish instead.
+        if self.stop.received and self.world.size == 1:
+            raise _Stop
+
+    def _interrupt(self, number: int) -> None:
+        raise Interrupted(
+            f"stopped by signal {number} in epoch {self.place.epoch + 1}; "
+            "the same command goes on from here",
+            number,
+        )
+
+    # --- building and files -------------------------------------------------------------------
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        if self.world.size > 1:
+            gpu = [self.device.index] if self.device.type == "cuda" else None
+            # Gradients of 1 x 1 kernels have strides of no consequence, of which DDP warns.
+            warnings.filterwarnings("ignore", "Grad strides do not match")
+            module = DistributedDataParallel(module, device_ids=gpu)
+        if self.config.compile:
+            module.compile()
+        return module
+
+    def _averaged(self, module: nn.Module) -> AveragedModel | None:
+        decay = self.config.ema_decay
+        if not decay:
+            return None
+
+        def update(
+            average: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int
+        ) -> None:
+            # A young average leaves its random beginning behind faster.
+            n = float(count)
+            weight = 1 - min(decay, (1 + n) / (10 + n))
+            if average[0].is_floating_point():
+                torch._foreach_lerp_(list(average), list(current), weight)
+            else:  # counters
+                for a, c in zip(average, current, strict=True):
+                    a.copy_(c)
+
+        return AveragedModel(module, multi_avg_fn=update, use_buffers=True)
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "last.pt"
+
+    def _save(self, *, check: bool = False) -> None:
+        if check:
+            average_buffers(self.module)
+            total = torch.tensor(self.place.sums["loss"], dtype=torch.float64)
+            self._check_finite(total)
+        self._saved = time.monotonic()
+        if not self.world.is_main:
+            return
+        place = self.place
+        save_state(
+            self._checkpoint,
+            self.task.kind,
+            {
+                "identity": json.dumps(self.task.identity, sort_keys=True),
+                "module": self.module.state_dict(),
+                "average": self.average.state_dict() if self.average else {},
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "random": torch.get_rng_state(),
+                "epoch": place.epoch,
+                "step": place.step,
+                "images": place.images,
+                "seconds": place.seconds,
+                "best": place.best,
+                "sums": dict(place.sums),
+            },
+        )
+
+    def _resume(self) -> None:
+        if not self._checkpoint.is_file():
+            self.log.cut(0)
+            return
+        state = load_state(self._checkpoint, self.task.kind)
+        self._compare(json.loads(state["identity"]))
+        self.module.load_state_dict(state["module"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"])
+        place = self.place = _Place(*(state[k] for k in ("epoch", "step", "images")))
+        place.seconds, place.best, place.sums = state["seconds"], state["best"], state["sums"]
+        if not self.world.is_main:  # its share of the sums is lost; those of the first count
+            place.images, place.sums = 0, dict.fromkeys(place.sums, 0.0)
+        # A line may have been written for an epoch whose checkpoint was not.
+        self.log.cut(place.epoch)
+        if place.epoch < self.config.epochs:
+            self.report.message(
+                f"going on from {self._checkpoint}: epoch {place.epoch + 1}, step {place.step}"
+            )
+
+    def _compare(self, found: Mapping[str, Any]) -> None:
+        expected = json.loads(json.dumps(self.task.identity))
+        different = [
+            f"{name} {found.get(name)} there, {expected.get(name)} here"
+            for name in sorted(expected.keys() | found.keys())
+            if expected.get(name) != found.get(name)
+        ]
+        if different:
+            raise WeightsError(
+                f"{self._checkpoint}: a run of another configuration ({'; '.join(different)}); "
+                "give the same options, or another --runs, or start again with --overwrite"
+            )
