@@ -7,8 +7,8 @@ of a certain outline with a textured disc at its centre; the class is the pair o
 
 Outlines and textures alternate; each neighbouring pair of this closed chain is a class, ten in
 all, so that every outline and every texture belongs to two classes and neither cue tells the class
-alone. Three of four scenes also hold one or two *distractors* with one cue each, a bare textured
-disc or a plate with a plain disc. They stand next to the object's cues on the chain, so that the
+alone. Some scenes also hold one or two *distractors* with one cue each, a bare textured disc or a
+plate with a plain disc. They stand next to the object's cues on the chain, so that the
 cues of a picture with both fit three classes: only who sees outline and texture **together** can
 tell. That takes a window that spans the object: 63 px for a small one, 111 px for a large one.
 Colours are random and say nothing.
@@ -37,7 +37,7 @@ SIDE: Final = 256
 CROP: Final = 224
 
 #: Longest side of the object's box in pixels, by the name of its size.
-SIZES: Final = {"small": (44, 56), "medium": (74, 92), "large": (116, 140)}
+SIZES: Final = {"small": (50, 60), "medium": (78, 92), "large": (116, 140)}
 
 #: The chain of cues: outline, texture, outline, ... (closed). Neighbours make a class.
 _CHAIN: Final = (
@@ -50,7 +50,10 @@ _EDGES: Final = tuple((_CHAIN[i], _CHAIN[(i + 1) % len(_CHAIN)]) for i in range(
 CLASSES: Final = tuple(sorted(f"{a}_{b}" if a in _OUTLINES else f"{b}_{a}" for a, b in _EDGES))
 
 #: Chance of each of a scene's two distractors.
-_DISTRACTORS: Final = 0.5
+_DISTRACTORS: Final = 0.25
+
+#: Diameter of the textured disc, as a share of the object's.
+_TEXTURE: Final = 0.64
 
 _MARGIN: Final = (SIDE - CROP) // 2
 _SUPERSAMPLE: Final = 2
@@ -172,10 +175,12 @@ def _apart(center: Array, diameter: float, other: _Plate) -> bool:
 # --- drawing ----------------------------------------------------------------------------------
 
 
-def _color(rng: np.random.Generator, low: float, high: float) -> tuple[int, int, int]:
+def _color(
+    rng: np.random.Generator, low: float, high: float, chroma: float = 1.0
+) -> tuple[int, int, int]:
     """Return a random colour with a luma (ITU-R 601) between ``low`` and ``high`` of 255."""
     weights = np.array([0.299, 0.587, 0.114])
-    rgb = rng.uniform(0, 255, 3)
+    rgb = rng.uniform(128 - 128 * chroma, 127 + 128 * chroma, 3)
     goal = rng.uniform(low, high)
     for _ in range(3):  # clipping shifts the luma a little; three rounds settle it
         rgb = np.clip(rgb + goal - rgb @ weights, 0, 255)
@@ -217,7 +222,7 @@ def _paint(rng: np.random.Generator, canvas: Image.Image, plate: _Plate) -> None
         draw.polygon(points, fill=body)
         width = max(2, round(0.035 * plate.diameter * s))
         draw.line([*points, points[0], points[1]], fill=rim, width=width, joint="curve")
-    radius = 0.25 * plate.diameter * s
+    radius = _TEXTURE * plate.diameter / 2 * s
     x0, y0 = (round(c * s - radius) for c in plate.center)
     side = round(2 * radius)
     disc = Image.new("L", (side, side))
@@ -230,23 +235,27 @@ def _paint(rng: np.random.Generator, canvas: Image.Image, plate: _Plate) -> None
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """Return a gradient with soft noise, blobs and lines."""
+    """Return a gradient with soft noise, blobs and lines, all paler than objects are."""
     side = SIDE * _SUPERSAMPLE
-    corners = np.array([_color(rng, 70, 185) for _ in range(4)], np.uint8).reshape(2, 2, 3)
+
+    def pale() -> tuple[int, int, int]:
+        return _color(rng, 85, 170, chroma=0.5)
+
+    corners = np.array([pale() for _ in range(4)], np.uint8).reshape(2, 2, 3)
     canvas = Image.fromarray(corners).resize((side, side), Image.Resampling.BILINEAR)
-    for cells, share in ((12, 0.3), (64, 0.2)):
+    for cells, share in ((12, 0.2), (64, 0.1)):
         noise = rng.integers(40, 216, (cells, cells, 3), np.uint8)
         layer = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
         canvas = Image.blend(canvas, layer, share)
     draw = ImageDraw.Draw(canvas)
     for _ in range(rng.integers(5, 11)):
         (x, y), (a, b) = rng.uniform(0, side, 2), rng.uniform(0.01, 0.07, 2) * side
-        draw.ellipse((x - a, y - b, x + a, y + b), fill=_color(rng, 50, 205))
+        draw.ellipse((x - a, y - b, x + a, y + b), fill=pale())
     for _ in range(rng.integers(5, 11)):
         x, y, length = *rng.uniform(0, side, 2), rng.uniform(0.05, 0.35) * side
         angle, width = rng.uniform(0, math.pi), int(rng.integers(2, 9))
         end = (x + length * math.cos(angle), y + length * math.sin(angle))
-        draw.line([(x, y), end], fill=_color(rng, 50, 205), width=width)
+        draw.line([(x, y), end], fill=pale(), width=width)
     return canvas
 
 
