@@ -86,7 +86,7 @@ class ExtractConfig:
         compile: use ``torch.compile``.
         limit: take only the first images of the sorted list.
         max_bad: share of unreadable images that fails the run when exceeded.
-        overwrite: remove shards of other settings, weights or files instead of refusing.
+        overwrite: replace shards of other settings, weights or files instead of refusing.
         task: the part of the shards that this process does.
     """
 
@@ -184,11 +184,6 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
     """
     reporter = reporter or Reporter()
     plan = _plan(config)
-    if config.overwrite and not config.task.whole:
-        raise SettingsError(
-            f"--overwrite: expected one process, as several would remove each other's shards, "
-            f"found {config.task.source}; remove {plan.out} first"
-        )
     manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=config.overwrite)
     pending = [i for i in manifest.pending() if config.task.owns(i)]
     began = time.monotonic()

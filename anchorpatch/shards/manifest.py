@@ -184,8 +184,10 @@ def open_manifest(
         folder: the split's folder. It is made if need be.
         header: what the shards are made with.
         files: what they are made from.
-        overwrite: remove the shards and the manifest of this split first, and nothing else.
-            Of several processes that work together, one may say so, before the others start.
+        overwrite: where the inputs differ, or the manifest is damaged, remove the shards and the
+            manifest of this split first, and nothing else. With equal inputs it does nothing, so
+            a run that may begin anew can also be resumed, and several processes that work
+            together can all say so.
 
     Raises:
         ManifestMismatch: the inputs differ from those of the shards that are there; says how.
@@ -197,12 +199,16 @@ def open_manifest(
     with storage.refusals(path):
         folder.mkdir(parents=True, exist_ok=True)
     with storage.locked(folder / _LOCK_NAME):
+        if path.exists():
+            try:
+                manifest = read_manifest(folder)
+                _compare(manifest, header, files)
+                return manifest
+            except ShardError:
+                if not overwrite:
+                    raise
         if overwrite:
             _remove(folder, header.split)
-        if path.exists():
-            manifest = read_manifest(folder)
-            _compare(manifest, header, files)
-            return manifest
         stray = _shards(folder, header.split)
         if stray:
             raise ShardError(

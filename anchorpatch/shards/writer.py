@@ -43,8 +43,8 @@ from anchorpatch.shards.skeleton import Skeleton, open_skeleton, reserve
 
 __all__ = ["PatchBatch", "ShardWriter", "encode_jpeg"]
 
-#: Threads that encode JPEG; Pillow releases the interpreter lock. torchvision's encoder makes
-#: the same bytes at four fifths of the speed, as it wants the colours in planes.
+#: Threads that encode JPEG; Pillow releases the interpreter lock. torchvision makes files of the
+#: same mean size at four fifths of the speed, as it wants the colours in planes.
 _JPEG_THREADS: Final = min(4, os.cpu_count() or 1)
 
 #: Patches of one cut: bounds the memory of a batch (37 MB at scale 111).

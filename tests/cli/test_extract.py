@@ -301,16 +301,6 @@ def test_bad_weights_and_networks_are_one_line(
     assert "--weights demo" in missing.stderr
 
 
-def test_overwrite_is_for_one_process(
-    program: Program, tmp_path: Path, image_folder: Path, weights: Path
-) -> None:
-    result = program(
-        "extract", "--data", image_folder, "--weights", weights, "--overwrite", "--task", "0/2"
-    )
-    assert result.returncode == 2
-    assert "expected one process" in result.stderr
-
-
 @pytest.mark.photos
 @pytest.mark.parametrize("preset", ["figure", "finetune", "evaluate"])
 def test_photographs_give_patches_equal_to_their_crops(

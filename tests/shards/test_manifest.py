@@ -220,6 +220,13 @@ def test_files_added_after_the_last_full_shard(files_of: tuple[Manifest, list[st
         open_manifest(whole.folder, manifest.header, digest_of(paths))
 
 
+def test_overwrite_with_equal_inputs_continues(tmp_path: Path) -> None:
+    manifest, _ = make_split(tmp_path / "val")
+    files = FilesDigest(21, "f0" * 32, ())
+    assert open_manifest(manifest.folder, manifest.header, files, overwrite=True) == manifest
+    assert manifest.pending() == []
+
+
 def test_overwrite_removes_what_is_ours_and_nothing_else(tmp_path: Path) -> None:
     manifest, _ = make_split(tmp_path / "val")
     ours = {"val-00000.h5", "val-00001.h5", "val-00002.h5", "val-00007.h5.tmp"}
