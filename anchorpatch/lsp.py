@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -242,42 +243,35 @@ def localize(
     Raises:
         NonFiniteError: a heatmap of a chosen branch holds NaN or infinity.
     """
-    shapes = [(m.shape[1], m.shape[2]) for m in heatmaps]
-    limits = [candidate_count(h, w, p) for (h, w), p in zip(shapes, settings.coverage, strict=True)]
-    conflicts = [
-        _least_conflicting_overlap(h, w, theta, settings.iou_threshold)
-        for (h, w), theta in zip(shapes, scales, strict=True)
-    ]
-
-    def of_image(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=branch.device)[branch][:, None]
-
+    shapes = tuple((m.shape[1], m.shape[2]) for m in heatmaps)
+    n = max(candidate_count(h, w, p) for (h, w), p in zip(shapes, settings.coverage, strict=True))
     if check:
         _check_finite(heatmaps, branch)
-    n = max(limits)
+    table = _parameters(shapes, tuple(scales), settings, branch.device)[branch]
+    width, limit, theta, k, conflict = torch.split(table, 1, dim=1)
     candidate, score = _strongest(_chosen(heatmaps, branch), n)
-    width, theta = of_image([w for _, w in shapes]), of_image(scales)
     corner = torch.stack((candidate // width, candidate % width)).mul_(STRIDE)  # (2, N, n)
-    conflict, k = of_image(conflicts), of_image(settings.max_patches)
 
     # The candidates lie from the weakest to the strongest, and `left` numbers them 1 ... n, or 0
     # for one that is out or beyond the limit. The largest number left is the next patch; column
     # 0 is its place when there is none, far from everything.
     corner = torch.nn.functional.pad(corner, (1, 0), value=-(1 << 20))
     number = torch.arange(n + 1, dtype=torch.int32, device=branch.device)
-    left = number * (number > n - of_image(limits))
+    left = number * (number > n - limit)
     picked = torch.zeros(
         len(branch), max(settings.max_patches), dtype=torch.int32, device=left.device
     )
+    gap, overlap = torch.empty_like(corner), torch.empty_like(left)  # fresh memory costs time
     for i in range(min(picked.shape[1], n)):
         strongest = left.amax(1, keepdim=True)
         if left.device.type == "cpu" and not strongest.any():
             break
         picked[:, i : i + 1] = strongest
         here = corner.gather(2, strongest.long().expand(2, -1, -1))
-        overlap_y, overlap_x = (theta - (corner - here).abs_()).clamp_(min=0)
+        torch.sub(corner, here, out=gap).abs_().neg_().add_(theta).clamp_(min=0)
+        torch.mul(gap[0], gap[1], out=overlap)
         # Negative, so all ones when shifted, where the overlap is below the first conflicting one.
-        left &= (overlap_y.mul_(overlap_x).sub_(conflict)) >> 31
+        left &= overlap.sub_(conflict).bitwise_right_shift_(31)
     taken = (picked > 0) & (torch.arange(picked.shape[1], device=k.device) < k)
     column = (picked - 1).clamp_(min=0).long()
     corners = corner[..., 1:].gather(2, column.expand(2, -1, -1)).permute(1, 2, 0).long()
@@ -339,13 +333,30 @@ def _strongest(activation: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return found, activation.gather(1, found.long())
 
 
-def _least_conflicting_overlap(height: int, width: int, theta: int, threshold: float) -> int:
-    """Return the smallest overlap in pixels, of all that occur, whose IoU is not below T."""
-    table = iou_table(height, width, theta)
-    overlap = (table * 2 * theta * theta / (1 + table)).round().long()
-    conflicting = overlap[table >= threshold]
-    # IoU rises with the overlap, so one number divides the two. A patch conflicts with itself.
-    return int(conflicting.min())
+@lru_cache(maxsize=64)
+def _parameters(
+    shapes: tuple[tuple[int, int], ...],
+    scales: tuple[int, ...],
+    settings: LspSettings,
+    device: torch.device,
+) -> Tensor:
+    """Return int32 (branches, 5): grid width, candidates, theta, K, least conflicting overlap."""
+    branches = zip(shapes, scales, settings.max_patches, settings.coverage, strict=True)
+    rows = [
+        (w, candidate_count(h, w, p), theta, k, _conflicting(h, w, theta, settings.iou_threshold))
+        for (h, w), theta, k, p in branches
+    ]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def _conflicting(height: int, width: int, theta: int, threshold: float) -> int:
+    """Return the smallest overlap in pixels, of all that occur, whose IoU is not below T.
+
+    IoU rises with the overlap, so this one number divides the two. A patch conflicts with itself.
+    """
+    sides = [max(0, theta - STRIDE * i) for i in range(max(height, width))]
+    overlaps = {a * b for a in sides[:height] for b in sides[:width]}
+    return min(o for o in overlaps if o / (2 * theta * theta - o) >= threshold)
 
 
 def crop(images: Tensor, image: Tensor, corner: Tensor, theta: int) -> Tensor:

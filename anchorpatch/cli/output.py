@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -40,8 +41,14 @@ def print_table(
         table.add_column(column, justify="right" if i else "left", no_wrap=not terminal)
     for row in rows:
         table.add_row(*row)
-    # Rich folds at 80 columns where there is no terminal; a pipe has no width.
-    Console(file=sys.stdout, width=None if terminal else 1000, markup=False).print(table)
+    if terminal:
+        Console(markup=False).print(table)
+        return
+    # Rich folds at 80 columns where there is no terminal, and fills lines up; a pipe has no width.
+    console = Console(file=io.StringIO(), width=1000, markup=False)
+    with console.capture() as text:
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
 
 
 def bytes_text(count: float) -> str:
