@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from anchorpatch.runtime.progress import LineReporter, TerminalReporter, reporter
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_have_no_control_codes_and_count_what_came_before() -> None:
+    stream = io.StringIO()
+    lines = reporter(stream)
+    assert isinstance(lines, LineReporter)
+    lines = LineReporter(stream, interval=0)
+    lines.start("extract val", total=100, done=40)
+    lines.advance(20, patches=50, skipped=1)
+    lines.advance(20, patches=51, skipped=0)
+    lines.message("a message")
+    lines.stop()
+    first, second, third = stream.getvalue().splitlines()
+    assert first.startswith("extract val: 60/100 images, ")
+    assert ", 101 patches, 1 skipped, " in second
+    assert second.endswith(" s left")
+    assert third == "a message"
+    assert stream.getvalue().isprintable() or set(stream.getvalue()) & set("\x1b\r") == set()
+
+
+def test_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("anchorpatch.runtime.progress.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    lines = LineReporter(stream, interval=10)
+    lines.start("extract val", total=1000)
+    for _ in range(30):
+        now[0] += 1
+        lines.advance(10)
+    assert [line.split(", ")[1] for line in stream.getvalue().splitlines()] == ["10.0 images/s"] * 3
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    stream = Terminal()
+    bar = reporter(stream)
+    assert isinstance(bar, TerminalReporter)
+    bar.start("extract val", total=100, done=40)
+    bar.advance(60, patches=7)
+    bar.message("a [message] with brackets")
+    bar.stop()
+    assert "a [message] with brackets" in stream.getvalue()
+    assert "100/100" in stream.getvalue()

@@ -1,0 +1,44 @@
+"""What every module offers: a sorted, complete __all__ and the tree that errors.py draws."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+
+import pytest
+
+import anchorpatch
+from anchorpatch import errors
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(anchorpatch.__path__, "anchorpatch.")
+    if not module.name.endswith("__main__")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_all_is_sorted_and_true(name: str) -> None:
+    module = importlib.import_module(name)
+    names = list(getattr(module, "__all__", []))
+    constants = [n for n in names if n.isupper()]
+    classes = [n for n in names if n[0].isupper() and not n.isupper()]
+    others = [n for n in names if n[0].islower() or n[0] == "_"]
+    assert names == sorted(constants) + sorted(classes) + sorted(others)
+    for exported in names:
+        assert hasattr(module, exported)
+
+
+def test_the_error_tree_is_the_one_drawn() -> None:
+    drawn = re.findall(r"[├└]── (\w+)", errors.__doc__ or "")
+    assert (
+        ["AnchorpatchError", *sorted(drawn)]
+        == sorted(["AnchorpatchError", *drawn])
+        == errors.__all__
+    )
+    for name in errors.__all__:
+        cls = getattr(errors, name)
+        assert issubclass(cls, errors.AnchorpatchError)
+        assert inspect.getdoc(cls)
