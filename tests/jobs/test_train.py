@@ -1,0 +1,396 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from anchorpatch.errors import (
+    DataError,
+    Interrupted,
+    NonFiniteError,
+    SettingsError,
+    TooManyBadImages,
+    WeightsError,
+)
+from anchorpatch.jobs.train import RECIPES, TrainConfig, run
+from anchorpatch.runtime.checkpoint import load_weights
+from tests.jobs.training_runs import TRAIN, VAL, StopAt, make_pictures, state_of, tiny
+
+WEIGHTS = ("best.safetensors", "last.safetensors")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads on busy cores wait for each other; tests share the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "anchornet"
+    run(tiny(data, folder))
+    return folder
+
+
+def records(folder: Path) -> list[dict]:
+    """The lines of the log without what depends on the clock and the machine."""
+    free = {"seconds", "images_per_second", "peak_memory"}
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in free} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights bit for bit, losses exactly, and the whole training state."""
+    assert records(a) == records(b)
+    for name in WEIGHTS:
+        ours, theirs = (load_weights(folder / name).tensors for folder in (a, b))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, theirs = (state_of(folder) for folder in (a, b))
+    for part in ("module", "average"):
+        assert all(torch.equal(ours[part][key], theirs[part][key]) for key in theirs[part])
+
+
+def test_a_run_leaves_its_files(whole: Path, data: Path):
+    names = {"config.json", "log.jsonl", "last.pt", *WEIGHTS}
+    assert {path.name for path in whole.iterdir()} == names
+    first, last = records(whole)
+    assert (first["epoch"], last["epoch"]) == (1, 2)
+    assert first["val"]["images"] == VAL
+    assert set(first["train"]) == {"loss", *first["val"]["losses"]}
+    assert len(first["val"]["losses"]) == 6
+    six = sum(v for k, v in first["train"].items() if k != "loss")
+    assert first["train"]["loss"] == pytest.approx(six)
+    meta = load_weights(whole / "last.safetensors").meta
+    assert meta.classes == ("cat", "dog")
+    assert meta.training["record"]["val"] == last["val"]
+    assert meta.training["settings"]["batch_size"] == 4
+    assert json.loads((whole / "config.json").read_text())["data"] == str(data)
+
+
+def test_the_whole_run_again_is_equal_bit_for_bit(data: Path, whole: Path, tmp_path: Path):
+    run(tiny(data, tmp_path))
+    assert_same_run(tmp_path, whole)
+
+
+def test_workers_and_cache_change_nothing(data: Path, whole: Path, tmp_path: Path):
+    # The pictures are smaller than the cache's limit, so it holds them unchanged.
+    config = tiny(data, tmp_path / "run", workers=2, image_cache=tmp_path / "cache")
+    run(config)
+    assert records(tmp_path / "run") == records(whole)
+
+
+@pytest.mark.parametrize(
+    ("number", "images"),
+    [(signal.SIGINT, 8), (signal.SIGTERM, TRAIN), (signal.SIGTERM, TRAIN + 12)],
+)
+def test_a_signal_stops_and_the_same_run_goes_on(
+    data: Path, whole: Path, tmp_path: Path, number: int, images: int
+):
+    config = tiny(data, tmp_path, checkpoint_minutes=10.0)
+    with pytest.raises(Interrupted, match="the same command goes on") as caught:
+        run(config, StopAt(images, number))
+    assert caught.value.exit_status == 128 + number
+    state = state_of(tmp_path)
+    assert (state["epoch"] * TRAIN + state["step"] * 4) == images
+    rest = StopAt(-1)
+    run(config, rest)
+    assert f"epoch {images // TRAIN + 1}, step {images % TRAIN // 4}" in rest.lines[0] or (
+        images == TRAIN
+    )
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_signal_during_evaluation(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from anchorpatch.jobs.scores import Scores
+
+    update = Scores.update
+
+    def interrupted(self: Scores, *args: object) -> object:
+        signal.raise_signal(signal.SIGTERM)
+        return update(self, *args)
+
+    monkeypatch.setattr(Scores, "update", interrupted)
+    with pytest.raises(Interrupted):
+        run(tiny(data, tmp_path))
+    monkeypatch.undo()
+    run(tiny(data, tmp_path))
+    assert_same_run(tmp_path, whole)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+from anchorpatch.jobs.train import run
+torch.set_num_threads(1)
+from tests.jobs.training_runs import StopAt, tiny
+run(tiny(Path(sys.argv[1]), Path(sys.argv[2])), StopAt(int(sys.argv[3]), 9))
+"""
+
+
+def test_killed_within_an_epoch_and_resumed(data: Path, whole: Path, tmp_path: Path):
+    # It dies after its sixth step, whose checkpoint is not yet written.
+    done = subprocess.run([sys.executable, "-c", KILLED, data, tmp_path, "24"], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert (state_of(tmp_path)["epoch"], state_of(tmp_path)["step"]) == (1, 1)
+    run(tiny(data, tmp_path))
+    assert_same_run(tmp_path, whole)
+
+
+def test_killed_between_log_and_checkpoint(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Killed(Exception):
+        pass
+
+    def die(*args: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr("anchorpatch.jobs.train.save_weights", die)
+    with pytest.raises(Killed):
+        run(tiny(data, tmp_path))
+    assert len(records(tmp_path)) == 1
+    monkeypatch.undo()
+    run(tiny(data, tmp_path))
+    assert_same_run(tmp_path, whole)
+
+
+RANK = """
+import sys
+from pathlib import Path
+import torch
+from anchorpatch.jobs import train
+from anchorpatch.jobs.trainer import Trainer
+from tests.jobs.training_runs import tiny
+torch.set_num_threads(1)
+class Kept(Trainer):
+    def run(self):
+        records = super().run()
+        state = {**self.module.state_dict(), **self.average.state_dict()}
+        torch.save(state, f"{sys.argv[2]}-rank{self.world.rank}.pt")
+        return records
+train.Trainer = Kept
+train.run(tiny(Path(sys.argv[1]), Path(sys.argv[2])))
+"""
+
+
+def test_two_processes_end_with_the_same_weights(data: Path, tmp_path: Path):
+    script, folder = tmp_path / "rank.py", tmp_path / "run"
+    script.write_text(RANK)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, script, data, folder],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(f"{folder}-rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    # Five validation images, of which one process has three and the other two.
+    assert [record["val"]["images"] for record in records(folder)] == [VAL, VAL]
+    saved = load_weights(folder / "last.safetensors").tensors
+    assert all(torch.equal(ranks[0][f"module.{key}"], value) for key, value in saved.items())
+    assert state_of(folder)["sums"] == {}
+
+
+def test_a_finished_run_is_only_reported(data: Path, whole: Path, tmp_path: Path):
+    before = {path.name: path.stat().st_mtime_ns for path in whole.glob("*.safetensors")}
+    summary = run(tiny(data, whole))
+    assert summary.epochs == 2
+    assert {path.name: path.stat().st_mtime_ns for path in whole.glob("*.safetensors")} == before
+
+
+def test_other_settings_are_refused_until_overwrite(data: Path, tmp_path: Path):
+    run(tiny(data, tmp_path, epochs=1))
+    changed = tiny(data, tmp_path, epochs=1, lr=0.5)
+    with pytest.raises(WeightsError, match=r"lr 1\.0 there, 0\.5 here.*--overwrite"):
+        run(changed)
+    assert run(replace(changed, overwrite=True)).epochs == 1
+    assert len(records(tmp_path)) == 1
+
+
+def test_other_images_are_refused(data: Path, tmp_path: Path):
+    other = make_pictures(tmp_path / "data")
+    run(tiny(other, tmp_path / "run", epochs=1))
+    (other / "train" / "cat" / "00.png").unlink()
+    with pytest.raises(WeightsError, match="train_images"):
+        run(tiny(other, tmp_path / "run", epochs=1))
+
+
+def test_classes_must_be_the_same(tmp_path: Path):
+    data = make_pictures(tmp_path)
+    (data / "val" / "dog").rename(data / "val" / "wolf")
+    with pytest.raises(DataError, match="dog only in train, wolf only in val"):
+        run(tiny(data, tmp_path / "run"))
+
+
+def test_empty_classes_are_refused(tmp_path: Path):
+    data = make_pictures(tmp_path)
+    (data / "train" / "emu").mkdir()
+    with pytest.raises(DataError, match="emu"):
+        run(tiny(data, tmp_path / "run"))
+
+
+def test_too_few_images_for_a_batch(data: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="16 images are too few for a batch of 32"):
+        run(tiny(data, tmp_path, batch_size=32))
+
+
+def test_a_batch_must_divide_into_pieces(data: Path, tmp_path: Path):
+    with pytest.raises(SettingsError, match="choose a multiple of 3"):
+        run(tiny(data, tmp_path, accumulate=3))
+
+
+def test_divergence_stops_and_keeps_the_last_checkpoint(data: Path, tmp_path: Path):
+    with pytest.raises(NonFiniteError, match=r"at step \d+ of epoch \d+ \(rate .*lower --lr"):
+        run(tiny(data, tmp_path, lr=1e30))
+    for value in state_of(tmp_path)["sums"].values():
+        assert value == value
+
+
+def test_too_many_bad_images(tmp_path: Path):
+    data = make_pictures(tmp_path)
+    (data / "train" / "cat" / "00.png").write_bytes(b"no image")
+    with pytest.raises(TooManyBadImages, match=r"cat/00\.png \(not an image\)"):
+        run(tiny(data, tmp_path / "run", epochs=1))
+    summary = run(tiny(data, tmp_path / "run", epochs=1, max_bad=0.2))
+    assert summary.bad == {"not an image": 1}
+    (data / "val" / "cat" / "00.png").write_bytes(b"no image")
+    with pytest.raises(TooManyBadImages, match="1 of 5 images"):
+        run(tiny(data, tmp_path / "run2", epochs=1, max_bad=0.1))
+
+
+class Bomb:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_crafted_pickle_does_not_run(data: Path, tmp_path: Path):
+    trace, folder = tmp_path / "trace", tmp_path / "run"
+    folder.mkdir()
+    for write in (
+        lambda p: p.write_bytes(pickle.dumps(Bomb(trace))),
+        lambda p: torch.save(Bomb(trace), p),
+    ):
+        write(folder / "last.pt")
+        with pytest.raises(WeightsError, match=r"last\.pt: .* was not run"):
+            run(tiny(data, folder))
+        write(tmp_path / "init.safetensors")
+        with pytest.raises(WeightsError, match=r"init\.safetensors: expected safetensors"):
+            run(tiny(data, tmp_path / "other", init=tmp_path / "init.safetensors"))
+    assert not trace.exists()
+
+
+def test_a_truncated_checkpoint_is_refused(data: Path, tmp_path: Path):
+    run(tiny(data, tmp_path, epochs=1))
+    content = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(WeightsError, match=r"last\.pt: expected training state, found a damaged"):
+        run(tiny(data, tmp_path, epochs=1))
+
+
+def test_init_takes_over_what_fits(data: Path, whole: Path, tmp_path: Path):
+    config = tiny(data, tmp_path / "a", epochs=1, lr=1e-12, init=whole / "last.safetensors")
+    run(replace(config, ema_decay=0.0, weight_decay=0.0))
+    ours, theirs = (load_weights(f / "last.safetensors").tensors for f in (tmp_path / "a", whole))
+    for key, value in ours.items():
+        if key.endswith("weight"):
+            assert torch.allclose(value, theirs[key])
+    three = make_pictures(tmp_path / "data", ("cat", "dog", "emu"))
+    run(replace(config, data=three, folder=tmp_path / "b", ema_decay=0.0, weight_decay=0.0))
+    ours = load_weights(tmp_path / "b" / "last.safetensors").tensors
+    assert torch.allclose(ours["stem.0.weight"], theirs["stem.0.weight"])
+    assert ours["branches.0.classifier.weight"].shape[0] == 3
+
+
+def test_init_of_another_network_is_refused(data: Path, whole: Path, tmp_path: Path):
+    with pytest.raises(WeightsError, match="same --se"):
+        run(tiny(data, tmp_path, se=False, init=whole / "last.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "lr": 1e-3},
+        {"attention_loss": False},
+        {"se": False, "weighted_mean": False},
+        {"schedule": "cosine", "label_smoothing": 0.1, "nesterov": True, "ema_decay": 0.0},
+        {"amp": True},
+        {"channels_last": False},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_options_train(data: Path, tmp_path: Path, changes: dict):
+    summary = run(tiny(data, tmp_path, epochs=1, **changes))
+    assert summary.last["train"]["loss"] < 20
+    meta = load_weights(summary.weights).meta
+    assert meta.se is changes.get("se", True)
+    assert meta.weighted_mean is changes.get("weighted_mean", True)
+
+
+def test_attention_branches_rest_without_their_losses(data: Path, tmp_path: Path):
+    run(tiny(data, tmp_path, epochs=1, attention_loss=False, weight_decay=0.0, ema_decay=0.0))
+    tensors = load_weights(tmp_path / "last.safetensors").tensors
+    assert not tensors["branches.0.attention_classifier.bias"].any()
+    assert tensors["branches.0.classifier.bias"].any()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epochs": 0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"momentum": 1.0},
+        {"ema_decay": -0.1},
+        {"schedule": "linear"},
+        {"optimizer": "adam"},
+        {"recipe": "big"},
+        {"crop_size": 110},
+        {"min_area": 0.0},
+        {"nesterov": True, "momentum": 0.0},
+        {"seed": -1},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_settings_that_no_run_could_use(changes: dict):
+    name = next(iter(changes))
+    with pytest.raises(SettingsError, match=name):
+        TrainConfig(data=Path("data"), folder=Path("runs"), **changes)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_settings(recipe: str):
+    TrainConfig(data=Path(), folder=Path(), recipe=recipe, **RECIPES[recipe])
+
+
+def test_learning_shows_in_the_losses(data: Path, tmp_path: Path):
+    run(tiny(data, tmp_path, epochs=5, ema_decay=0.0, min_area=0.9, checkpoint_minutes=9.0))
+    losses = [record["train"]["loss"] for record in records(tmp_path)]
+    assert losses[-1] < losses[0] - 0.3

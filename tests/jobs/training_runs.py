@@ -1,0 +1,68 @@
+"""Tiny training runs: 16 pictures of two classes, crops of 111 px."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from anchorpatch.jobs.train import TrainConfig
+from anchorpatch.runtime.progress import Reporter
+from tests.conftest import draw_photo
+
+TRAIN, VAL = 16, 5
+TINTS = ("red", "blue", "lime")
+
+
+def make_pictures(data: Path, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
+    """Draw DATA/train and DATA/val; each class has a tint."""
+    for split, n in (("train", TRAIN), ("val", VAL)):
+        for i in range(n):
+            folder = data / split / classes[i % len(classes)]
+            folder.mkdir(parents=True, exist_ok=True)
+            photo = draw_photo(1000 * len(split) + i, (130, 120))
+            tint = Image.new("RGB", photo.size, TINTS[i % len(classes)])
+            Image.blend(photo, tint, 0.5).save(folder / f"{i:02d}.png")
+    return data
+
+
+def tiny(data: Path, folder: Path, **changes: Any) -> TrainConfig:
+    """A run of two epochs with four steps each."""
+    config = TrainConfig(
+        data=data,
+        folder=folder,
+        epochs=2,
+        batch_size=4,
+        crop_size=111,
+        lr=1.0,
+        ema_decay=0.9,
+        warmup_epochs=0.5,
+        device="cpu",
+        checkpoint_minutes=0.0,
+    )
+    return replace(config, **changes)
+
+
+class StopAt(Reporter):
+    """Sends this process a signal after so many images."""
+
+    def __init__(self, images: int, number: int = signal.SIGTERM) -> None:
+        self.images, self.number, self.lines = images, number, []
+
+    def advance(self, n: int, **counts: int) -> None:
+        self.images -= n
+        if self.images == 0:
+            os.kill(os.getpid(), self.number)
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """The content of last.pt."""
+    return torch.load(folder / "last.pt", weights_only=True)["state"]
