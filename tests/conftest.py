@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Tests run side by side, one a core; threads of theirs would only get in each other's way.
+# Set before anything loads torch, and for the programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -33,7 +37,11 @@ def program(tmp_path: Path) -> Program:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of an untrained AnchorNet for the two classes of `image_folder`."""
+    """Weights of an untrained AnchorNet for the two classes of `image_folder`.
+
+    Batch normalisation has seen some photos and the classifiers are not too small, so that
+    images differ in class, branch and activations.
+    """
     import torch
 
     from anchorpatch.models.anchornet import AnchorNet
@@ -41,8 +49,15 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     net = AnchorNet(2)
-    for branch in net.branches:  # else all activations are nearly equal
-        torch.nn.init.normal_(branch.classifier.weight)
+    for branch in net.branches:
+        torch.nn.init.normal_(branch.classifier.weight, std=0.1)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # takes the statistics of the photos as they are
+    photos = [np.asarray(draw_photo(seed, (224, 224))) for seed in range(16)]
+    inputs = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2) / 255 * 4 - 2
+    with torch.no_grad():
+        net(inputs)
     path = tmp_path_factory.mktemp("weights") / "anchornet.safetensors"
     save_weights(path, net.state_dict(), WeightsMeta("anchornet", ("cat", "dog")))
     return path

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from anchorpatch.errors import NonFiniteError, WeightsError
+from anchorpatch.jobs.localizer import Localized, Localizer, load_anchornet, normalize
+from anchorpatch.lsp import PRESETS, SCALES
+from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights, save_weights
+from tests.conftest import draw_photo
+from tests.lsp_oracle import algorithm_1
+from tests.test_lsp import decide_slowly
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    photos = [np.asarray(draw_photo(seed, (224, 224))) for seed in range(21)]
+    return torch.from_numpy(np.stack(photos))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_equals_the_straight_way(weights: Path, pixels: torch.Tensor, preset: str) -> None:
+    """The whole F, Eq. 6-8 branch by branch, Algorithm 1 line by line."""
+    loaded, s = load_weights(weights), PRESETS[preset]
+    with Localizer(loaded, s, CPU) as localizer:
+        found = localizer.submit(pixels).result()
+    net = load_anchornet(loaded)
+    mean, std = torch.tensor(loaded.meta.mean), torch.tensor(loaded.meta.std)
+    with torch.no_grad():
+        maps = net.full(normalize(pixels, mean, std))
+    chosen, compared = set(), 0
+    for i in range(len(pixels)):
+        p = torch.stack([f[i].mean((1, 2)).softmax(0) for f in maps])
+        gamma, j = decide_slowly(p.numpy())
+        assert (found.predicted[i], found.scale[i]) == (gamma, SCALES[j])
+        np.testing.assert_allclose(found.branch_prob[i], p.max(1).values, rtol=0.01)
+        expected = algorithm_1(
+            maps[j][i, gamma].tolist(), SCALES[j], s.max_patches[j], s.iou_threshold, s.coverage[j]
+        )
+        # Below that, activations are rounding errors of a peaked attention, in any order.
+        strong = [patch for patch in expected if patch[1] > 1e-3 * expected[0][1]]
+        n = len(strong)
+        assert [tuple(c) for c in found.corners[i, :n]] == [corner for corner, _ in strong]
+        scores = [score for _, score in strong]
+        # An exponential of exponentials: rounding of the features grows.
+        np.testing.assert_allclose(found.scores[i, :n], scores, rtol=0.02)
+        compared += n
+        chosen.add(j)
+    assert len(chosen) > 1
+    assert compared > 2 * len(pixels)
+
+
+@pytest.mark.parametrize("size", [1, 7, 16])
+def test_an_image_does_not_depend_on_its_batch(
+    weights: Path, pixels: torch.Tensor, size: int
+) -> None:
+    with Localizer(load_weights(weights), PRESETS["evaluate"], CPU) as localizer:
+        whole = localizer.submit(pixels).result()
+        parts = [localizer.submit(part).result() for part in torch.split(pixels, size)]
+    for name, column in zip(Localized._fields, whole, strict=True):
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        assert column.dtype == joined.dtype
+        np.testing.assert_array_equal(column, joined, err_msg=name)
+
+
+def test_nan_names_the_image(tmp_path: Path, pixels: torch.Tensor) -> None:
+    net = AnchorNet(2)
+    net.branches[2].gate.bias.data[:] = float("nan")
+    save_weights(tmp_path / "w", net.state_dict(), WeightsMeta("anchornet", ("a", "b")))
+    with (
+        Localizer(load_weights(tmp_path / "w"), PRESETS["figure"], CPU) as localizer,
+        pytest.raises(NonFiniteError) as caught,
+    ):
+        localizer.submit(pixels).result()
+    assert caught.value.row == 0
+
+
+def test_weights_for_another_transform_are_refused(tmp_path: Path) -> None:
+    meta = WeightsMeta("anchornet", ("a", "b"), resize=288, crop=256)
+    save_weights(tmp_path / "w", AnchorNet(2).state_dict(), meta)
+    with pytest.raises(WeightsError, match="expected weights for the transform 256 -> 224"):
+        load_anchornet(load_weights(tmp_path / "w"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("amp", [False, True])
+def test_gpu_agrees_with_cpu(weights: Path, pixels: torch.Tensor, amp: bool, compile: bool) -> None:
+    loaded, s, gpu = load_weights(weights), PRESETS["evaluate"], torch.device("cuda", 0)
+    with Localizer(loaded, s, CPU) as localizer:
+        expected = localizer.submit(pixels).result()
+    with Localizer(loaded, s, gpu, batch_size=8, amp=amp, compile=compile) as localizer:
+        found = localizer.submit(pixels).result()
+    tolerance = 0.05 if amp else 1e-3
+    np.testing.assert_allclose(found.branch_prob, expected.branch_prob, atol=tolerance)
+    assert (found.predicted == expected.predicted).mean() > (0.8 if amp else 0.99)
