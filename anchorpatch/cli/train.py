@@ -100,7 +100,7 @@ _RECIPE = "  [default: by --recipe]"
 )
 @click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
 @click.option("--tensorboard", is_flag=True, help="Write event files too.")
-@click.option("--overwrite", is_flag=True, help="Throw an earlier run away.")
+@click.option("--overwrite", is_flag=True, help="Throw a run of other settings away.")
 @json_option
 def train(
     data: Path,

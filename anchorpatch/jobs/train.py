@@ -6,18 +6,17 @@ Folder -> random crops -> six cross-entropies -> SGD -> runs/anchornet/{best,las
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from anchorpatch.errors import DataError, SettingsError, TooManyBadImages, WeightsError
+from anchorpatch.errors import DataError, TooManyBadImages, WeightsError
 from anchorpatch.images.cache import build_cache
 from anchorpatch.images.folder import ImageFolder, scan_folder
 from anchorpatch.images.loader import load_batches
@@ -25,7 +24,8 @@ from anchorpatch.images.training import RandomCrop, epoch_order, load_training_b
 from anchorpatch.jobs.localizer import normalize
 from anchorpatch.jobs.runlog import RunLog
 from anchorpatch.jobs.scores import OUTPUTS, Scores, six_losses
-from anchorpatch.jobs.trainer import Batch, LoopConfig, Trainer
+from anchorpatch.jobs.train_config import FREE, RECIPES, TrainConfig
+from anchorpatch.jobs.trainer import Batch, Trainer
 from anchorpatch.models.anchornet import AnchorNet, Logits
 from anchorpatch.runtime.checkpoint import (
     WeightsMeta,
@@ -40,86 +40,6 @@ from anchorpatch.runtime.distributed import World, process_group
 from anchorpatch.runtime.progress import Reporter
 
 __all__ = ["RECIPES", "TrainConfig", "TrainSummary", "run"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(LoopConfig):
-    """How AnchorNet is trained; see `LoopConfig` for the rest.
-
-    Attributes:
-        data: folder with ``train/`` and ``val/``.
-        folder: of the run, by convention RUNS/anchornet.
-        labels: CSV with the labels of a flat ``val/``.
-        recipe: name under which the settings are recorded.
-        crop_size: side of the training crops in pixels; validation always takes 224.
-        min_area: smallest share of the picture that a training crop shows.
-        se: build the squeeze-and-excitation blocks.
-        weighted_mean: multiply S by H * W.
-        attention_loss: add the three losses of the attention branches.
-        init: weights to start from; classifiers of other classes start anew.
-        image_cache: folder for decoded training pictures; None decodes files each epoch.
-        max_bad: share of unreadable training images that fails the run.
-        workers: loading processes.
-        device: auto, cpu or cuda.
-        tensorboard: write event files.
-        overwrite: throw an earlier run in ``folder`` away.
-    """
-
-    data: Path
-    folder: Path
-    labels: Path | None = None
-    recipe: str = "paper"
-    crop_size: int = 224
-    min_area: float = 0.08
-    se: bool = True
-    weighted_mean: bool = True
-    attention_loss: bool = True
-    init: Path | None = None
-    image_cache: Path | None = None
-    max_bad: float = 0.01
-    workers: int = 0
-    device: str = "auto"
-    tensorboard: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.recipe not in RECIPES:
-            raise SettingsError(f"recipe: expected {' or '.join(RECIPES)}, got {self.recipe!r}")
-        if self.crop_size < 111:
-            raise SettingsError(
-                f"crop_size: AnchorNet's largest patch needs 111 px, got {self.crop_size}"
-            )
-        if not 0 < self.min_area <= 1:
-            raise SettingsError(f"min_area: expected a share above 0, got {self.min_area}")
-
-
-#: What each recipe sets. ``paper`` is section 4.1, the defaults. ``small`` is for a few thousand
-#: images: small batches give many steps, crops of 176 px are half the work and show objects at
-#: about the size that validation does (magnified crops of 224 px do not).
-RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "paper": {},
-    "small": {
-        "epochs": 30,
-        "batch_size": 32,
-        "accumulate": 2,
-        "lr": 0.4,
-        "nesterov": True,
-        "weight_decay": 5e-4,
-        "schedule": "cosine",
-        "warmup_epochs": 1.0,
-        "label_smoothing": 0.0,
-        "ema_decay": 0.99,
-        "crop_size": 176,
-        "min_area": 0.35,
-    },
-}
-
-#: Settings that change nothing about the result, so that a resumed run may differ in them.
-_FREE: Final = frozenset(
-    {"data", "folder", "labels", "init", "max_bad", "workers", "device", "tensorboard"}
-    | {"overwrite", "checkpoint_minutes", "image_cache", "recipe"}
-)
 
 
 @dataclass(frozen=True)
@@ -159,12 +79,13 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
     with process_group(device) as world:
         report = progress if progress is not None and world.is_main else Reporter()
         train, val = _folders(config)
-        if world.is_main:
-            _prepare(config)
-        world.wait()
         task = _AnchorNetTask(config, train, val, device, world, report)
         log = RunLog(config.folder, main=world.is_main, tensorboard=config.tensorboard)
-        records = Trainer(task, config, config.folder, device, world, report, log).run()
+        trainer = Trainer(task, config, config.folder, device, world, report, log)
+        trainer.resume(overwrite=config.overwrite)
+        if world.is_main:
+            _write_config(config)
+        records = trainer.run()
         best = max(records, key=lambda record: float(record["val"]["top1"]))
         return TrainSummary(
             weights=config.folder / "best.safetensors",
@@ -197,14 +118,10 @@ def _folders(config: TrainConfig) -> tuple[ImageFolder, ImageFolder]:
     return train, val
 
 
-def _prepare(config: TrainConfig) -> None:
-    if config.overwrite:
-        for name in ("last.pt", "log.jsonl", "best.safetensors", "last.safetensors"):
-            (config.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(config.folder / "tensorboard", ignore_errors=True)
-    if not (config.folder / "last.pt").exists():
-        text = json.dumps({**asdict(config), "versions": versions()}, default=str, indent=2)
-        write_atomically(config.folder / "config.json", lambda f: f.write(text.encode()))
+def _write_config(config: TrainConfig) -> None:
+    document = {**asdict(config), "versions": versions()}
+    text = json.dumps(document, default=str, indent=2) + "\n"
+    write_atomically(config.folder / "config.json", lambda file: file.write(text.encode()))
 
 
 class _Piece(NamedTuple):
@@ -241,7 +158,7 @@ class _AnchorNetTask:
                 build_cache(train, config.image_cache, max(1, config.workers))
             world.wait()
             self.cache = build_cache(train, config.image_cache, 1)
-        settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _FREE}
+        settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE}
         self.identity = {
             **settings,
             "image_cache": config.image_cache is not None,

@@ -228,8 +228,25 @@ def test_other_settings_are_refused_until_overwrite(data: Path, tmp_path: Path):
     changed = tiny(data, tmp_path, epochs=1, lr=0.5)
     with pytest.raises(WeightsError, match=r"lr 1\.0 there, 0\.5 here.*--overwrite"):
         run(changed)
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 1.0
     assert run(replace(changed, overwrite=True)).epochs == 1
     assert len(records(tmp_path)) == 1
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.5
+
+
+def test_overwrite_resumes_the_same_run(data: Path, whole: Path, tmp_path: Path):
+    config = tiny(data, tmp_path, overwrite=True)
+    with pytest.raises(Interrupted):
+        run(config, StopAt(TRAIN + 4))
+    rest = StopAt(-1)
+    run(config, rest)
+    assert "going on from" in rest.lines[0]
+    assert_same_run(tmp_path, whole)
+
+
+def test_synchronised_normalisation_needs_gpus(data: Path, tmp_path: Path):
+    with pytest.raises(SettingsError, match="sync_batchnorm"):
+        run(tiny(data, tmp_path, sync_batchnorm=True))
 
 
 def test_other_images_are_refused(data: Path, tmp_path: Path):
@@ -313,6 +330,7 @@ def test_a_truncated_checkpoint_is_refused(data: Path, tmp_path: Path):
     (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(WeightsError, match=r"last\.pt: expected training state, found a damaged"):
         run(tiny(data, tmp_path, epochs=1))
+    assert run(tiny(data, tmp_path, epochs=1, overwrite=True)).epochs == 1
 
 
 def test_init_takes_over_what_fits(data: Path, whole: Path, tmp_path: Path):

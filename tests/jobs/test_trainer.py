@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from anchorpatch.jobs.loop_config import LoopConfig, rate_factor
 from anchorpatch.jobs.runlog import RunLog
-from anchorpatch.jobs.trainer import LoopConfig, Trainer, rate_factor
+from anchorpatch.jobs.trainer import Trainer
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 
@@ -70,6 +71,7 @@ def train(folder: Path, **settings: Any) -> tuple[dict[str, Tensor], list[dict[s
     trainer = Trainer(
         Linear(config), config, folder, torch.device("cpu"), World(), Reporter(), RunLog(folder)
     )
+    trainer.resume()
     records = trainer.run()
     return load_file(folder / "last.safetensors"), records
 

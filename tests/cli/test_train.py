@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from anchorpatch.runtime.checkpoint import load_weights
+from tests.conftest import Program
+from tests.jobs.training_runs import TRAIN, VAL, make_pictures
+
+OPTIONS = ("--epochs", 1, "--batch-size", 4, "--crop-size", 111, "--device", "cpu", "--workers", 0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def test_train_then_evaluate(program: Program, data: Path, tmp_path: Path):
+    done = program("train", "--data", data, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    best = tmp_path / "runs" / "anchornet" / "best.safetensors"
+    assert f"1 epochs on {TRAIN} images of 2 classes, measured on {VAL}: " in done.stdout
+    assert "epoch 1/1: loss " in done.stderr
+    assert "\x1b" not in done.stderr + done.stdout
+
+    figures = program("evaluate", "anchornet", "--data", data, "--workers", 0, "--json")
+    assert figures.returncode == 0, figures.stderr
+    result = json.loads(figures.stdout)
+    record = load_weights(best).meta.training["record"]["val"]
+    assert result["images"] == VAL
+    assert result["top1"] == record["top1"]
+    assert result["top1_by_output"] == record["top1_by_output"]
+    assert result["loss"] == pytest.approx(record["loss"], rel=1e-5)
+    assert result["gmacs"] == pytest.approx(0.39, abs=0.01)
+    assert set(result["mean_patches"]) == {"figure", "finetune", "evaluate"}
+    assert result["mean_patches"]["figure"]["all"] <= 5
+
+    table = program("evaluate", "anchornet", "--data", data, "--workers", 0)
+    assert "decision (Eq. 7)" in table.stdout
+    assert f"{VAL} images, 0 skipped; " in table.stdout
+
+
+def test_the_small_recipe_and_options_before_it(program: Program, data: Path, tmp_path: Path):
+    done = program(
+        "train", "--data", data, *OPTIONS, "--recipe", "small", "--accumulate", 1, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == [TRAIN, VAL]
+    config = json.loads((tmp_path / "runs" / "anchornet" / "config.json").read_text())
+    assert (config["recipe"], config["schedule"], config["nesterov"]) == ("small", "cosine", True)
+    assert (config["accumulate"], config["batch_size"]) == (1, 4)
+
+
+def test_other_classes_are_one_clear_line(
+    program: Program, data: Path, tmp_path: Path, weights: Path
+):
+    three = make_pictures(tmp_path / "three", ("cat", "dog", "emu"))
+    done = program("evaluate", "anchornet", "--data", three, "--weights", weights)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "expected the 2 classes of" in done.stderr
+    assert "found 3 (cat, dog, emu)" in done.stderr
+
+
+def test_missing_data_is_one_clear_line(program: Program):
+    done = program("train")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "data" in done.stderr
+
+
+def test_a_wrong_option_is_wrong_usage(program: Program):
+    assert program("train", "--recipe", "large").returncode == 2
+    assert program("evaluate", "resnet9000").returncode == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_write_a_checkpoint(data: Path, tmp_path: Path, number: int, status: int):
+    command = [
+        sys.executable,
+        "-m",
+        "anchorpatch",
+        "train",
+        "--data",
+        data,
+        *OPTIONS,
+        "--epochs",
+        999,
+    ]
+    process = subprocess.Popen(
+        [*map(str, command)],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        log = tmp_path / "runs" / "anchornet" / "log.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.is_file() and log.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == status
+    assert stderr.splitlines()[-1].endswith("the same command goes on from here")
+    assert (tmp_path / "runs" / "anchornet" / "last.pt").is_file()
