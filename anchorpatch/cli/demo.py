@@ -159,10 +159,10 @@ def _write_picture(shards: Path, boxes_csv: Path, picture: Path, per_size: int =
             of_size.remove(i)
             shown[reader.label[i]] += 1
             patches = reader.image_patches(i)
+            label = reader.classes[reader.label[i]]
             seen = reader.network_classes[reader.predicted[i]]
-            caption = (
-                f"{size} {reader.classes[reader.label[i]]}: seen as {seen}, {patches.scale} px"
-            )
+            mistaken = f" as {seen}" if seen != label else ""
+            caption = f"{size} {label}{mistaken}, {patches.scale} px"
             box = truth[i][1].in_crop()
             tiles.append(Tile(reader.image(i), patches.scale, patches.corners, caption, box))
     title = "Bold: the strongest patch. Thin: the others. Dashed: the true box."

@@ -109,13 +109,14 @@ def extract(
     from anchorpatch.runtime.tasks import resolve_task
 
     part = resolve_task(task)
+    lsp = _overridden(
+        preset or default_preset(options["split"]), max_patches, iou_threshold, coverage
+    )
     config = ExtractConfig(
         data=data,
         weights=find_weights(weights, runs),
         preset=preset,
-        lsp=_overridden(
-            preset or default_preset(options["split"]), max_patches, iou_threshold, coverage
-        ),
+        lsp=lsp,
         compile=compile_,
         task=part,
         **options,

@@ -30,17 +30,13 @@ def print_table(
     from rich.table import Table
 
     terminal = sys.stdout.isatty()
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.ROUNDED if terminal else None,
-        pad_edge=terminal,
-        highlight=False,
-    )
+    table = Table(box=box.ROUNDED if terminal else None, pad_edge=terminal, highlight=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=not terminal)
     for row in rows:
         table.add_row(*row)
+    if title:
+        click.echo(title)  # rich would fold it to the width of the table
     if terminal:
         Console(markup=False).print(table)
         return
