@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +105,7 @@ def show(folder: Path, image: str, out: Path) -> None:
     """
     from anchorpatch.figures.overlay import patch_figure
     from anchorpatch.shards.reader import ShardReader
-    from anchorpatch.shards.storage import write_whole
+    from anchorpatch.storage import write_atomically
 
     kind = _PICTURES.get(out.suffix.lower())
     if kind is None:
@@ -133,9 +132,7 @@ def show(folder: Path, image: str, out: Path) -> None:
         image=reader.image(row) if reader.has_images else None,
         caption=f"{caption} of {found.scale} px",
     )
-    data = io.BytesIO()
-    picture.save(data, kind)
-    write_whole(out, data.getvalue())
+    write_atomically(out, lambda file: picture.save(file, kind))
     click.echo(f"{caption} of {found.scale} px: {out}")
 
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.runtime.checkpoint import write_atomically
+from anchorpatch.storage import write_atomically
 
 __all__ = ["COLORS", "TRUTH", "Tile", "contact_sheet", "save_png"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorpatch.errors import MissingDependency, StorageError
-from anchorpatch.runtime.checkpoint import write_atomically
+from anchorpatch.storage import write_atomically
 
 __all__ = ["RunLog"]
 

@@ -33,11 +33,11 @@ from anchorpatch.runtime.checkpoint import (
     load_weights,
     save_weights,
     versions,
-    write_atomically,
 )
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import World, process_group
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.storage import write_atomically
 
 __all__ = ["RECIPES", "TrainConfig", "TrainSummary", "run"]
 

@@ -7,17 +7,16 @@ file under its final name is whole.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import pickle
 import platform
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import safetensors
 import safetensors.torch
@@ -26,7 +25,8 @@ import torchvision
 from torch import Tensor, nn
 
 import anchorpatch
-from anchorpatch.errors import StorageError, WeightsError
+from anchorpatch.errors import WeightsError
+from anchorpatch.storage import write_atomically
 
 __all__ = [
     "Weights",
@@ -37,7 +37,6 @@ __all__ = [
     "save_state",
     "save_weights",
     "versions",
-    "write_atomically",
 ]
 
 _KEY: Final = "anchorpatch"
@@ -98,31 +97,6 @@ class Weights:
     tensors: dict[str, Tensor]
     meta: WeightsMeta
     sha256: str
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a file that appears under its name only when it is whole.
-
-    Raises:
-        StorageError: the disk refused; what stood under ``path`` before is untouched.
-    """
-    # With the process in the name, two ranks or runs never write into one temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(
-            f"{path} could not be written: {error.strerror or error}; "
-            "free space or choose another folder, then run the command again"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def save_weights(

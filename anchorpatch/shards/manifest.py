@@ -22,8 +22,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from anchorpatch import storage
 from anchorpatch.errors import ManifestMismatch, ShardError
-from anchorpatch.shards import storage
 from anchorpatch.shards.compare import first_changed_path, header_differences
 from anchorpatch.shards.layout import (
     FORMAT_VERSION,
@@ -318,7 +318,9 @@ def _write(manifest: Manifest) -> None:
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in fields.items()]
     shards = ",\n".join(f"    {json.dumps(entry.to_json())}" for entry in manifest.entries)
     text = "{\n" + "\n".join(lines) + f'\n  "shards": [\n{shards}\n  ]\n}}\n'
-    storage.write_whole(manifest.folder / MANIFEST_NAME, text.encode())
+    storage.write_atomically(
+        manifest.folder / MANIFEST_NAME, lambda file: file.write(text.encode())
+    )
 
 
 def _compare(manifest: Manifest, header: ShardHeader, files: FilesDigest) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
+from anchorpatch import storage
 from anchorpatch.errors import ShardError
-from anchorpatch.shards import storage
 from anchorpatch.shards.access import ShardFile, check_size, open_shard, read_table
 from anchorpatch.shards.layout import CROP_SIDE, MANIFEST_NAME, SCALES, read_attributes
 from anchorpatch.shards.manifest import Manifest, ShardEntry, read_manifest

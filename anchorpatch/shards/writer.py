@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from anchorpatch import storage
 from anchorpatch.errors import ShardError
-from anchorpatch.shards import storage
 from anchorpatch.shards.layout import (
     CROP_SIDE,
     IMAGE_TABLE,

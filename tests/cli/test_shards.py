@@ -145,8 +145,13 @@ def test_show_wants_one_split_and_a_picture_name(
     assert "expected a name that ends in .png" in result.stderr
 
 
-def test_show_into_a_folder_that_is_not_there(program: Program, out: Path, tmp_path: Path) -> None:
-    result = program("shards", "show", out / "val", "0", "--out", tmp_path / "none" / "a.png")
+def test_show_makes_the_folder_of_the_picture(program: Program, out: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "a.png"
+    assert program("shards", "show", out / "val", "0", "--out", picture).returncode == 0
+    assert picture.is_file()
+    (tmp_path / "file").write_text("in the way")
+    wrong = tmp_path / "file" / "a.png"
+    result = program("shards", "show", out / "val", "0", "--out", wrong)
     assert result.returncode == 1
-    assert result.stderr.startswith(f"anchorpatch: {tmp_path / 'none' / 'a.png'}: cannot write: ")
+    assert result.stderr.startswith(f"anchorpatch: {wrong}: cannot write: ")
     assert result.stderr.count("\n") == 1

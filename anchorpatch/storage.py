@@ -7,14 +7,14 @@ import fcntl
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import IO, Any, BinaryIO, Final
 
 from anchorpatch.errors import StorageError
 
-__all__ = ["locked", "refusals", "replace", "sha256_of", "try_lock", "write_whole"]
+__all__ = ["locked", "refusals", "replace", "sha256_of", "try_lock", "write_atomically"]
 
 #: A disk without room in its several ways: full, over quota, over the file size limit.
 _NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -115,18 +115,19 @@ def sha256_of(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that others see the old one or the new one, never a part.
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill a file that others see whole or not at all; its folder is made.
 
     Raises:
-        StorageError: the disk refuses; the old file is as it was.
+        StorageError: the disk refuses; what stood under ``path`` before is as it was.
     """
-    with refusals(path, needed=len(data)):
+    with refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own: without locks two processes may be here at once.
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                write(file)
                 replace(file, temporary, path)
         except BaseException:
             with suppress(OSError):

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from anchorpatch import storage
 from anchorpatch.errors import StorageError
-from anchorpatch.shards import storage, writer
+from anchorpatch.shards import writer
 from anchorpatch.shards.layout import CODECS, shard_name
 from anchorpatch.shards.manifest import FilesDigest, open_manifest
 from anchorpatch.shards.verify import verify_folder
@@ -192,7 +193,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from anchorpatch.errors import StorageError
-from tests.shards.test_storage import write_split
+from tests.test_storage import write_split
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 try:
     write_split(Path(sys.argv[1]))
@@ -208,7 +209,7 @@ def test_a_limit_on_the_file_size(tmp_path: Path, limit: int) -> None:
         [sys.executable, "-c", LIMITED, str(tmp_path / "val"), str(limit)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[1],
     )
     assert (result.returncode, result.stderr) == (3, ""), result.stderr
     assert result.stdout.count("\n") == 1
@@ -254,8 +255,9 @@ def test_copying_goes_on_where_the_kernel_cannot(
 KILLED = """
 import os, sys
 from pathlib import Path
-from tests.shards.test_storage import write_split
-from anchorpatch.shards import storage, writer
+from tests.test_storage import write_split
+from anchorpatch import storage
+from anchorpatch.shards import writer
 name, _, n = sys.argv[2].partition(":")
 real, left = getattr(os, name), int(n)
 def dying(*args, **kwargs):
@@ -275,7 +277,7 @@ def test_a_killed_run_is_made_good_by_the_next(tmp_path: Path, moment: str) -> N
     result = subprocess.run(
         [sys.executable, "-c", KILLED, str(folder), moment],
         capture_output=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[1],
     )
     assert result.returncode == -signal.SIGKILL, result.stderr
     write_split(tmp_path / "whole" / "val")
