@@ -22,7 +22,7 @@ __all__ = ["ShardProblem", "verify_folder", "verify_shard"]
 _Table = dict[str, NDArray[Any]]
 
 #: Leftovers of a run that was killed: no fault, as the next run clears them away.
-_LEFTOVERS: Final = re.compile(r"\.manifest\.lock|manifest\.json\.[0-9a-f]{12}\.tmp|.*\.h5\.tmp")
+_LEFTOVERS: Final = re.compile(r"\.manifest\.lock|\.manifest\.json\.[0-9a-f]{12}\.tmp|.*\.h5\.tmp")
 
 
 class ShardProblem(NamedTuple):
