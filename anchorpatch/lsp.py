@@ -247,7 +247,8 @@ def localize(
     n = max(candidate_count(h, w, p) for (h, w), p in zip(shapes, settings.coverage, strict=True))
     if check:
         _check_finite(heatmaps, branch)
-    table = _parameters(shapes, tuple(scales), settings, branch.device)[branch]
+    table, rounds = _parameters(shapes, tuple(scales), settings, branch.device)
+    table = table[branch]
     width, limit, theta, k, conflict = torch.split(table, 1, dim=1)
     candidate, score = _strongest(_chosen(heatmaps, branch), n)
     row = torch.div(candidate, width, rounding_mode="trunc")
@@ -259,11 +260,10 @@ def localize(
     corner = torch.nn.functional.pad(corner, (1, 0), value=-(1 << 20))
     number = torch.arange(n + 1, dtype=torch.int32, device=branch.device)
     left = number * (number > n - limit)
-    picked = torch.zeros(
-        len(branch), max(settings.max_patches), dtype=torch.int32, device=left.device
-    )
+    order = torch.arange(max(settings.max_patches), dtype=torch.int32, device=branch.device)
+    picked = torch.zeros(len(branch), len(order), dtype=torch.int32, device=branch.device)
     gap, overlap = torch.empty_like(corner), torch.empty_like(left)  # fresh memory costs time
-    for i in range(min(picked.shape[1], n)):
+    for i in range(min(rounds, n)):
         strongest = left.amax(1, keepdim=True)
         if left.device.type == "cpu" and not strongest.any():
             break
@@ -273,7 +273,10 @@ def localize(
         torch.mul(gap[0], gap[1], out=overlap)
         # Negative, so all ones when shifted, where the overlap is below the first conflicting one.
         left &= overlap.sub_(conflict).bitwise_right_shift_(31)
-    taken = (picked > 0) & (torch.arange(picked.shape[1], device=k.device) < k)
+    # Where no two patches conflict, Algorithm 1 takes the strongest candidates one by one.
+    alone = (n - order) * (order < limit)
+    picked = torch.where(conflict == theta * theta, alone, picked)
+    taken = (picked > 0) & (order < k)
     column = (picked - 1).clamp_(min=0).long()
     corners = corner[..., 1:].gather(2, column.expand(2, -1, -1)).permute(1, 2, 0).long()
     return Patches(taken.sum(1), corners * taken[..., None], score.gather(1, column) * taken)
@@ -341,14 +344,20 @@ def _parameters(
     scales: tuple[int, ...],
     settings: LspSettings,
     device: torch.device,
-) -> Tensor:
-    """Return int32 (branches, 5): grid width, candidates, theta, K, least conflicting overlap."""
-    branches = zip(shapes, scales, settings.max_patches, settings.coverage, strict=True)
+) -> tuple[Tensor, int]:
+    """Return the numbers of each branch, and how many patches need a look at conflicts.
+
+    The numbers are int32 (branches, 5): grid width, candidates, theta, K, least conflicting
+    overlap.
+    """
     rows = [
         (w, candidate_count(h, w, p), theta, k, _conflicting(h, w, theta, settings.iou_threshold))
-        for (h, w), theta, k, p in branches
+        for (h, w), theta, k, p in zip(
+            shapes, scales, settings.max_patches, settings.coverage, strict=True
+        )
     ]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    rounds = max(k if conflict < theta * theta else 0 for _, _, theta, k, conflict in rows)
+    return torch.tensor(rows, dtype=torch.int32, device=device), rounds
 
 
 def _conflicting(height: int, width: int, theta: int, threshold: float) -> int:
