@@ -247,9 +247,10 @@ def localize(
     n = max(candidate_count(h, w, p) for (h, w), p in zip(shapes, settings.coverage, strict=True))
     if check:
         _check_finite(heatmaps, branch)
-    table, rounds = _parameters(shapes, tuple(scales), settings, branch.device)
-    table = table[branch]
-    width, limit, theta, k, conflict = torch.split(table, 1, dim=1)
+    # torch.compile looks behind a cache anyway, and warns of it.
+    parameters = _parameters.__wrapped__ if torch.compiler.is_compiling() else _parameters
+    table, rounds = parameters(shapes, tuple(scales), settings, branch.device)
+    width, limit, theta, k, conflict = torch.split(table[branch], 1, dim=1)
     candidate, score = _strongest(_chosen(heatmaps, branch), n)
     row = torch.div(candidate, width, rounding_mode="trunc")
     corner = torch.stack((row, candidate - row * width)).mul_(STRIDE)  # (2, N, n)
