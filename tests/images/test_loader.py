@@ -84,10 +84,14 @@ def assert_same(got: list[Batch], wanted: list[Batch]) -> None:
         assert a.bad == b.bad
 
 
-def workers_alive() -> int:
+def own_workers() -> list[multiprocessing.process.BaseProcess]:
     # joblib keeps processes of its own for later, which other tests may have started.
     children = multiprocessing.active_children()
-    return sum(not type(child).__name__.startswith("Loky") for child in children)
+    return [child for child in children if not type(child).__name__.startswith("Loky")]
+
+
+def workers_alive() -> int:
+    return len(own_workers())
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
@@ -191,7 +195,7 @@ def test_workers_start_at_once_and_end_with_the_iterator(small: ImageFolder) -> 
 def test_a_killed_worker_is_one_clear_error(small: ImageFolder) -> None:
     batches = load_batches(small, [range(20)] * 200, workers=2, prefetch=1)
     next(batches)
-    victim = multiprocessing.active_children()[0].pid
+    victim = own_workers()[0].pid
     assert victim
     os.kill(victim, signal.SIGKILL)
     with pytest.raises(AnchorpatchError, match="a loading worker was killed") as caught:
@@ -203,7 +207,7 @@ def test_a_killed_worker_is_one_clear_error(small: ImageFolder) -> None:
 def test_workers_leave_signals_to_the_parent(small: ImageFolder) -> None:
     batches = load_batches(small, [range(5)] * 20, workers=2, prefetch=1)
     next(batches)
-    for child in multiprocessing.active_children():
+    for child in own_workers():
         assert child.pid
         os.kill(child.pid, signal.SIGINT)
         os.kill(child.pid, signal.SIGTERM)
