@@ -167,10 +167,7 @@ def _decode(data: bytes) -> Decoded:
         if image.width * image.height > MAX_PIXELS:
             raise ImageError("too many pixels")
         orientation = _orientation(image)
-        if image.format == "PNG":
-            # Pillow skips the checksums of the pixels' chunks, and deflate seldom notices.
-            with _open(data) as again:
-                again.verify()
+        _verify(image, data)
         # MPO: a JPEG with several frames; both decoders read the first.
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
             try:
@@ -234,6 +231,13 @@ def _resized(image: Image.Image) -> npt.NDArray[np.uint8]:
     )
     crop = image.resize((CROP, CROP), Image.Resampling.BILINEAR, box=box)
     return np.array(crop.convert("RGB"))
+
+
+def _verify(image: Image.Image, data: bytes) -> None:
+    """Check a PNG; Pillow skips the checksums of the pixels' chunks, and deflate seldom notices."""
+    if image.format == "PNG":
+        with _open(data) as again:
+            again.verify()
 
 
 def _as_rgb_or_grey(image: Image.Image) -> Image.Image:

@@ -23,8 +23,9 @@ import stat
 import sys
 import threading
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -34,10 +35,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from anchorpatch.errors import AnchorpatchError, ImageError, SettingsError
-from anchorpatch.images.decode import CROP, decode
+from anchorpatch.images.decode import CROP, Decoded, decode
 from anchorpatch.images.folder import ImageFolder
 
-__all__ = ["MAX_BYTES", "Batch", "load_batches", "read_image"]
+__all__ = ["MAX_BYTES", "Batch", "fill_batch", "load_batches", "read_image", "serve_batches"]
 
 #: Files of more bytes are not read: an uncompressed image of `MAX_PIXELS` fits.
 MAX_BYTES: Final = 1 << 30
@@ -105,13 +106,77 @@ def load_batches(
         raise SettingsError(f"workers: expected a whole number of at least 0, got {workers}")
     if prefetch < 1:
         raise SettingsError(f"prefetch: expected a whole number of at least 1, got {prefetch}")
+    return serve_batches(
+        partial(_Images, str(folder.root)),
+        _Requests(folder, batches),
+        batch_bytes=max(map(len, batches), default=0) * CROP * CROP * 3,
+        workers=workers if len(batches) else 0,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+    )
+
+
+def serve_batches(
+    images: Callable[[bool], Dataset[Any]],
+    requests: Iterable[Any],
+    *,
+    batch_bytes: int,
+    workers: int,
+    prefetch: int,
+    pin_memory: bool,
+) -> Generator[Batch, None, None]:
+    """Turn each request into a batch, in order, by ``images[request]``; see `load_batches`.
+
+    Args:
+        images: makes what a worker holds; told whether batches may travel in shared memory.
+        requests: the work of each batch.
+        batch_bytes: pixels of the largest batch.
+        workers: processes; 0 works in this thread.
+        prefetch: batches that each worker is ahead.
+        pin_memory: put the pixels into page-locked memory, where there is a GPU.
+    """
     pin_memory = pin_memory and torch.cuda.is_available()
-    root, requests = str(folder.root), _Requests(folder, batches)
-    if workers == 0 or not len(batches):
-        return _in_this_process(_Images(root), requests, pin_memory)
-    in_flight = max(map(len, batches)) * CROP * CROP * 3 * (workers * prefetch + 2)
-    images = _Images(root, shared=_fits_shared_memory(in_flight))
-    return _in_workers(images, requests, workers, prefetch, pin_memory)
+    if workers == 0:
+        return _in_this_process(images(True), requests, pin_memory)
+    shared = _fits_shared_memory(batch_bytes * (workers * prefetch + 2))
+    return _in_workers(images(shared), requests, workers, prefetch, pin_memory)
+
+
+def fill_batch(
+    index: npt.NDArray[np.int64],
+    paths: npt.NDArray[np.bytes_],
+    side: int,
+    decode: Callable[[int, str], tuple[npt.NDArray[np.uint8], tuple[int, int]]],
+    *,
+    shared: bool,
+) -> tuple[Any, ...]:
+    """Return a `Batch` as a plain tuple; without shared memory its pixels are an array.
+
+    Args:
+        index: row of each image (n,).
+        paths: its relative path (n,).
+        side: of the pixels.
+        decode: from row and path to pixels (side, side, 3) and the size of the source; raises
+            ImageError for a bad image.
+        shared: whether the batch may travel in shared memory.
+    """
+    n = len(index)
+    # Allocated once and filled in place; stacking would copy every image twice.
+    pixels = np.empty((n, side, side, 3), np.uint8)
+    size = np.empty((n, 2), np.int32)
+    good: list[int] = []
+    bad: list[tuple[int, str]] = []
+    for row, path in zip(index.tolist(), paths.tolist(), strict=True):
+        try:
+            decoded = decode(row, path.decode())
+        except ImageError as error:
+            bad.append((row, error.reason))
+            continue
+        pixels[len(good)], size[len(good)] = decoded
+        good.append(row)
+    m = len(good)
+    kept = torch.from_numpy(pixels[:m]) if shared else pixels[:m]
+    return np.array(good, np.int64), kept, size[:m].copy(), bad
 
 
 def read_image(path: str) -> bytes:
@@ -167,24 +232,11 @@ class _Images(Dataset[Any]):
     shared: bool = True
 
     def __getitem__(self, request: _Request) -> tuple[Any, ...]:
-        """Return a `Batch` as a plain tuple; without shared memory its pixels are an array."""
-        n = len(request.index)
-        # Allocated once and filled in place; stacking would copy every image twice.
-        pixels = np.empty((n, CROP, CROP, 3), np.uint8)
-        size = np.empty((n, 2), np.int32)
-        good: list[int] = []
-        bad: list[tuple[int, str]] = []
-        for row, path in zip(request.index.tolist(), request.paths.tolist(), strict=True):
-            try:
-                decoded = decode(read_image(os.path.join(self.root, path.decode())))
-            except ImageError as error:
-                bad.append((row, error.reason))
-                continue
-            pixels[len(good)], size[len(good)] = decoded
-            good.append(row)
-        m = len(good)
-        kept = torch.from_numpy(pixels[:m]) if self.shared else pixels[:m]
-        return np.array(good, np.int64), kept, size[:m].copy(), bad
+        """Return the batch of a request."""
+        return fill_batch(request.index, request.paths, CROP, self._decode, shared=self.shared)
+
+    def _decode(self, _: int, path: str) -> Decoded:
+        return decode(read_image(os.path.join(self.root, path)))
 
 
 def _unchanged(batch: Any) -> Any:

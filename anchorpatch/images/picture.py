@@ -16,6 +16,7 @@ from anchorpatch.images.decode import (
     _open,
     _orientation,
     _reason,
+    _verify,
 )
 
 __all__ = ["decode_picture"]
@@ -46,6 +47,7 @@ def decode_picture(data: bytes) -> Image.Image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ImageError("too many pixels")
                 orientation = _orientation(image)
+                _verify(image, data)
                 image.load()
                 picture = _as_rgb_or_grey(image)
                 if orientation in _TRANSPOSE:

@@ -8,31 +8,19 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from anchorpatch.errors import ImageError
 from anchorpatch.images.cache import PictureCache
 from anchorpatch.images.folder import ImageFolder
-from anchorpatch.images.loader import (
-    Batch,
-    _as_batch,
-    _fits_shared_memory,
-    _from_workers,
-    _one_thread,
-    _start_worker,
-    _started,
-    _unchanged,
-    read_image,
-)
+from anchorpatch.images.loader import Batch, fill_batch, read_image, serve_batches
 from anchorpatch.images.picture import decode_picture
 
 __all__ = ["RandomCrop", "epoch_order", "load_training_batches", "random_box", "random_crop"]
@@ -126,24 +114,14 @@ def load_training_batches(
     Returns:
         Batches whose pixels are uint8 (n, size, size, 3).
     """
-    pin_memory = pin_memory and torch.cuda.is_available()
-    requests = _Requests(folder, plan)
-    if workers == 0:
-        return _in_this_process(_Crops(str(folder.root), crop, cache, True), requests, pin_memory)
-    shared = _fits_shared_memory(256 * crop.size**2 * 3 * (workers * _PREFETCH + 2))
-    loader = DataLoader(
-        _Crops(str(folder.root), crop, cache, shared),
-        batch_size=None,
-        sampler=requests,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=_PREFETCH,
+    return serve_batches(
+        partial(_Crops, str(folder.root), crop, cache),
+        _Requests(folder, plan),
+        batch_bytes=256 * crop.size**2 * 3,
+        workers=workers,
+        prefetch=_PREFETCH,
         pin_memory=pin_memory,
-        multiprocessing_context="fork" if sys.platform == "linux" else None,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),
     )
-    return _from_workers(_started(loader), pin_memory)
 
 
 class _Request(NamedTuple):
@@ -174,35 +152,15 @@ class _Crops(Dataset[Any]):
     shared: bool
 
     def __getitem__(self, request: _Request) -> tuple[Any, ...]:
-        """Return a `Batch` as a plain tuple; without shared memory its pixels are an array."""
-        n, side = len(request.rows), self.crop.size
-        pixels = np.empty((n, side, side, 3), np.uint8)
-        size = np.empty((n, 2), np.int32)
-        good: list[int] = []
-        bad: list[tuple[int, str]] = []
-        for row, path in zip(request.rows.tolist(), request.paths.tolist(), strict=True):
-            try:
-                picture = self._picture(row, path)
-                pixels[len(good)] = random_crop(picture, self.crop, request.epoch, row)
-            except ImageError as error:
-                bad.append((row, error.reason))
-                continue
-            size[len(good)] = picture.height, picture.width
-            good.append(row)
-        m = len(good)
-        kept = torch.from_numpy(pixels[:m]) if self.shared else pixels[:m]
-        return np.array(good, np.int64), kept, size[:m].copy(), bad
+        """Return the batch of a request."""
+        decode = partial(self._crop, request.epoch)
+        return fill_batch(request.rows, request.paths, self.crop.size, decode, shared=self.shared)
 
-    def _picture(self, row: int, path: bytes) -> Image.Image:
+    def _crop(
+        self, epoch: int, row: int, path: str
+    ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         if self.cache is not None:
-            return self.cache[row]
-        return decode_picture(read_image(os.path.join(self.root, path.decode())))
-
-
-def _in_this_process(
-    crops: _Crops, requests: _Requests, pin_memory: bool
-) -> Generator[Batch, None, None]:
-    for request in requests:
-        with _one_thread():
-            item = crops[request]
-        yield _as_batch(item, pin_memory)
+            picture = self.cache[row]
+        else:
+            picture = decode_picture(read_image(os.path.join(self.root, path)))
+        return random_crop(picture, self.crop, epoch, row), (picture.height, picture.width)

@@ -46,3 +46,11 @@ def test_bad_files_carry_a_reason(data: bytes, reason: str):
     with pytest.raises(ImageError) as caught:
         decode_picture(data)
     assert caught.value.reason == reason
+
+
+def test_a_png_with_a_wrong_checksum_is_damaged():
+    data = bytearray(encoded(draw_photo(0, (40, 40))))
+    assert decode_picture(bytes(data)).size == (40, 40)
+    data[data.index(b"IDAT") + 4 + 1000] ^= 1
+    with pytest.raises(ImageError):
+        decode_picture(bytes(data))
