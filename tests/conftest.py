@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,11 @@ from PIL import Image
 # Tests run side by side, one a core; threads of theirs would only get in each other's way.
 # Set before anything loads torch, and for the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts its background jobs with Ctrl-C ignored, and so would the programs be that tests
+# start in order to interrupt them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
