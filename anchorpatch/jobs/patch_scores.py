@@ -1,0 +1,448 @@
+"""Accuracy of an ordinary network on patches, and on whole images (section 4.3).
+
+The decision on an image adds the softmax distributions of its patches and takes the class with
+the largest sum; equal sums go to the lower class index. Distributions are computed and added in
+float64, patch after patch, so that neither the batch size nor the number of processes changes
+the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from anchorpatch.errors import CorruptShard, DataError, NonFiniteError, ShardError, WeightsError
+from anchorpatch.jobs.localizer import normalize
+from anchorpatch.lsp import SCALES
+from anchorpatch.runtime.checkpoint import WeightsMeta
+from anchorpatch.runtime.distributed import World, sum_ranks
+from anchorpatch.shards.reader import ShardReader
+
+__all__ = [
+    "ImageBatch",
+    "Keep",
+    "PatchFigures",
+    "ScaleFigures",
+    "check_classes",
+    "score_images",
+    "score_patches",
+]
+
+#: Takes rows of images (n,), int64, and their mean distributions (n, C), float64.
+Keep: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.float64]], None]
+
+#: A class of probability 0 counts with the smallest number that has a logarithm.
+_TINY: Final = torch.finfo(torch.float64).tiny
+
+
+class ImageBatch(NamedTuple):
+    """Whole images for `score_images`.
+
+    Attributes:
+        rows: of the images (n,), int64.
+        pixels: uint8 (n, H, W, 3), all of one size.
+        labels: class index (n,), int64.
+    """
+
+    rows: NDArray[np.int64]
+    pixels: Tensor
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ScaleFigures:
+    """The figures of images of one scale; shares from 0 to 1.
+
+    Attributes:
+        images: each counted once.
+        patches: that the network saw.
+        top1: share of images whose label is the class of the largest sum; None without images.
+        top5: share of images whose label is among the five largest; None without images.
+        loss: mean over images of -log of the label's mean probability; None without images.
+    """
+
+    images: int
+    patches: int
+    top1: float | None
+    top5: float | None
+    loss: float | None
+
+    @property
+    def mean_patches(self) -> float | None:
+        """Patches an image; None without images."""
+        return self.patches / self.images if self.images else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as JSON knows them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PatchFigures:
+    """The figures of a network on patches: by scale, and over all images.
+
+    Attributes:
+        images: each counted once.
+        patches: that the network saw.
+        top1: share of images that are decided right.
+        top5: share of images whose label is among the five largest sums.
+        loss: mean over images of -log of the label's mean probability.
+        by_scale: the same of the images that chose each scale.
+    """
+
+    images: int
+    patches: int
+    top1: float
+    top5: float
+    loss: float
+    by_scale: dict[int, ScaleFigures]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as JSON knows them."""
+        by_scale = {str(scale): figures.to_json() for scale, figures in self.by_scale.items()}
+        return {**vars(self), "by_scale": by_scale}
+
+
+def check_classes(reader: ShardReader, meta: WeightsMeta) -> None:
+    """Raise DataError unless a network's classes are the folders that the labels index."""
+    if reader.classes != meta.classes:
+        raise DataError(
+            f"{reader.folder}: expected the {len(meta.classes)} classes of the weights of "
+            f"{meta.architecture} ({_few(meta.classes)}), found {len(reader.classes)} "
+            f"({_few(reader.classes)}); use weights that were trained on these classes"
+        )
+
+
+@torch.inference_mode()
+def score_patches(
+    module: nn.Module,
+    reader: ShardReader,
+    *,
+    world: World,
+    device: torch.device,
+    meta: WeightsMeta,
+    batch_size: int,
+    amp: bool = False,
+    scales: Sequence[int] = SCALES,
+    check: Callable[[], object] = lambda: None,
+    keep: Keep | None = None,
+    most: int | None = None,
+    limit: int | None = None,
+    advance: Callable[[int], object] = lambda images: None,
+) -> PatchFigures:
+    """Decide on every image by the sum of its patches' distributions.
+
+    Each process takes its share of the images, all patches of an image in one process.
+
+    Args:
+        module: the network, in evaluation mode and on the device.
+        reader: of the shards.
+        world: the processes.
+        device: of the network.
+        meta: the network's classes, and the mean and deviation of its input.
+        batch_size: patches in a batch, all of one scale.
+        amp: compute in bfloat16; distributions stay float64.
+        scales: the images that chose one of these are counted.
+        check: called between batches, may raise.
+        keep: gets the images of this process as they are decided, by scale in order.
+        most: take only the strongest patches of each image, so many.
+        limit: take only the first images.
+        advance: told how many images were decided.
+
+    Returns:
+        The figures of all processes' images.
+
+    Raises:
+        DataError: the network knows other classes than the shards.
+        ShardError: there is no image, or one without patches.
+        CorruptShard: a shard cannot be read.
+        WeightsError: the network does not give one logit for each class.
+        NonFiniteError: the network gave NaN or infinity.
+    """
+    check_classes(reader, meta)
+    _check_tables(reader)
+    run = _Distributions(module, device, meta, amp)
+    mine = np.array(world.share(min(limit or len(reader), len(reader))), np.int64)
+    sums = torch.zeros(len(SCALES), len(_Sum), dtype=torch.float64, device=device)
+    for j, scale in enumerate(SCALES):
+        if scale not in scales:
+            continue
+        plan = _Plan.of(reader, scale, mine[reader.scale[mine] == scale], batch_size, most)
+        carry: Tensor | None = None
+        for part, pixels in _ahead(plan, lambda part: _pixels(part, reader, device)):
+            check()
+            added = _added(run(pixels), part, carry)
+            carry = added[-1] if part.open else None
+            rows, decided = part.decided, added[: len(part.decided)]
+            counted = _count(decided, reader.label[rows], device)
+            counted[_Sum.PATCHES] = len(part.rows)
+            sums[j] += counted
+            if keep is not None and len(rows):
+                totals = plan.counts[part.first : part.first + len(rows), None]
+                keep(rows, decided.cpu().numpy() / totals)
+            advance(len(rows))
+    return _patch_figures(sum_ranks(sums), reader, scales)
+
+
+@torch.inference_mode()
+def score_images(
+    module: nn.Module,
+    batches: Iterable[ImageBatch],
+    *,
+    device: torch.device,
+    meta: WeightsMeta,
+    amp: bool = False,
+    check: Callable[[], object] = lambda: None,
+    keep: Keep | None = None,
+    advance: Callable[[int], object] = lambda images: None,
+) -> ScaleFigures:
+    """Decide on whole images, each by its own distribution.
+
+    Args:
+        module: the network, in evaluation mode and on the device.
+        batches: this process's share of the images.
+        device: of the network.
+        meta: the network's classes, and the mean and deviation of its input.
+        amp: compute in bfloat16; distributions stay float64.
+        check: called between batches, may raise.
+        keep: gets the images of this process as they are decided.
+        advance: told how many images were decided.
+
+    Returns:
+        The figures of all processes' images; an image counts as one patch.
+
+    Raises:
+        WeightsError: the network does not give one logit for each class.
+        NonFiniteError: the network gave NaN or infinity.
+    """
+    run = _Distributions(module, device, meta, amp)
+    sums = torch.zeros(len(_Sum), dtype=torch.float64, device=device)
+    for batch in batches:
+        check()
+        probabilities = run(batch.pixels)
+        counted = _count(probabilities, batch.labels, device)
+        counted[_Sum.PATCHES] = len(batch.rows)
+        sums += counted
+        if keep is not None:
+            keep(batch.rows, probabilities.cpu().numpy())
+        advance(len(batch.rows))
+    return _figures(sum_ranks(sums).tolist())
+
+
+class _Sum(IntEnum):
+    """Columns of what is summed over images and processes."""
+
+    IMAGES, PATCHES, TOP1, TOP5, LOSS, BAD = range(6)
+
+
+class _Distributions:
+    """From uint8 pixels (n, H, W, 3) to the softmax distributions (n, C), float64."""
+
+    def __init__(
+        self, module: nn.Module, device: torch.device, meta: WeightsMeta, amp: bool
+    ) -> None:
+        self.module, self.device, self.meta, self.amp = module, device, meta, amp
+        self.mean = torch.tensor(meta.mean, device=device)
+        self.std = torch.tensor(meta.std, device=device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        inputs = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.module(inputs)
+        expected = (len(pixels), len(self.meta.classes))
+        if not isinstance(logits, Tensor) or logits.shape != expected:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise WeightsError(
+                f"{self.meta.architecture}: expected logits {expected} of {len(pixels)} inputs, "
+                f"found {found}; the network does not fit the classes of the shards"
+            )
+        return logits.double().softmax(-1)
+
+
+class _Part(NamedTuple):
+    """One batch of patches of a scale.
+
+    Attributes:
+        scale: side of the patches in pixels.
+        rows: of the patches among those of the scale (m,), int64.
+        lengths: patches in this batch of each of its images (k,), int64.
+        decided: rows of the images whose last patch is here, int64.
+        first: index of the first of the k images in the plan.
+        open: patches of the last image follow.
+    """
+
+    scale: int
+    rows: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    decided: NDArray[np.int64]
+    first: int
+    open: bool
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The patches of images of one scale in full batches; an image may lie in several.
+
+    Attributes:
+        scale: side of the patches in pixels.
+        images: rows of the images (n,), int64.
+        first: row of the first patch of each image (n,), int64.
+        counts: patches of each image (n,), int64.
+        size: patches in a batch.
+    """
+
+    scale: int
+    images: NDArray[np.int64]
+    first: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    size: int
+
+    @classmethod
+    def of(
+        cls,
+        reader: ShardReader,
+        scale: int,
+        images: NDArray[np.int64],
+        size: int,
+        most: int | None,
+    ) -> _Plan:
+        counts = reader.counts[images].astype(np.int64)
+        if most is not None:
+            counts = np.minimum(counts, most)
+        return cls(scale, images, reader.first[images], counts, size)
+
+    def __iter__(self) -> Iterator[_Part]:
+        ends = np.cumsum(self.counts)
+        total = int(ends[-1]) if len(ends) else 0
+        for a in range(0, total, self.size):
+            b = min(a + self.size, total)
+            patches = np.arange(a, b)
+            image = np.searchsorted(ends, patches, side="right")
+            lo, hi = int(image[0]), int(image[-1])
+            begins = ends[image] - self.counts[image]
+            whole = hi if ends[hi] > b else hi + 1
+            yield _Part(
+                scale=self.scale,
+                rows=self.first[image] + patches - begins,
+                lengths=np.bincount(image - lo),
+                decided=self.images[lo:whole],
+                first=lo,
+                open=whole == hi,
+            )
+
+
+def _pixels(part: _Part, reader: ShardReader, device: torch.device) -> Tensor:
+    pixels = torch.from_numpy(reader.patches(part.scale, part.rows))
+    return pixels.pin_memory() if device.type == "cuda" else pixels
+
+
+def _ahead(
+    plan: Iterable[_Part], fetch: Callable[[_Part], Tensor]
+) -> Iterator[tuple[_Part, Tensor]]:
+    """Fetch each part's pixels in a thread, one part ahead of the network."""
+    with ThreadPoolExecutor(1, thread_name_prefix="patches") as thread:
+        waiting: list[tuple[_Part, Any]] = []
+        for part in plan:
+            waiting.append((part, thread.submit(fetch, part)))
+            if len(waiting) > 1:
+                before, pixels = waiting.pop(0)
+                yield before, pixels.result()
+        for part, pixels in waiting:
+            yield part, pixels.result()
+
+
+def _added(probabilities: Tensor, part: _Part, carry: Tensor | None) -> Tensor:
+    """Return the sum of distributions of each image of a batch (k, C).
+
+    Args:
+        probabilities: of the patches (m, C).
+        part: says which are of one image.
+        carry: sum of the first image's patches that went before (C,), where there are some.
+    """
+    lengths = part.lengths
+    if carry is not None:
+        # Put in front, a sum goes on patch by patch as if no batch had ended.
+        probabilities = torch.cat((carry[None], probabilities))
+        lengths = np.concatenate((lengths[:1] + 1, lengths[1:]))
+    return torch.segment_reduce(
+        probabilities,
+        "sum",
+        lengths=torch.from_numpy(lengths).to(probabilities.device),
+        axis=0,
+        unsafe=True,
+    )
+
+
+def _count(sums: Tensor, labels: NDArray[Any], device: torch.device) -> Tensor:
+    """Return the columns of `_Sum` for decided images.
+
+    Args:
+        sums: of their distributions (n, C).
+        labels: class index (n,).
+        device: of the sums.
+    """
+    label = torch.from_numpy(np.asarray(labels, np.int64)).to(device)[:, None]
+    own = sums.gather(1, label)
+    # The label's place in the order by falling sum; the lower of two equal classes is first.
+    before = (sums > own) | ((sums == own) & (torch.arange(sums.shape[1], device=device) < label))
+    place = before.sum(1)
+    finite = sums.isfinite().all(1)
+    # Distributions sum to 1, so the sum over classes is the number of patches.
+    loss = -(own[:, 0] / sums.sum(1)).clamp_min(_TINY).log()
+    columns = (finite.new_ones(len(label)), finite.new_zeros(len(label)), place < 1, place < 5)
+    return torch.stack([*(c.double() for c in columns), loss, (~finite).double()]).sum(1)
+
+
+def _figures(sums: Sequence[float]) -> ScaleFigures:
+    images, patches, top1, top5, loss, bad = sums
+    if bad:
+        raise NonFiniteError(
+            f"the network gave NaN or infinity for {bad:,.0f} of {images:,.0f} images; "
+            "use other weights, or no --amp"
+        )
+    mean = [value / images if images else None for value in (top1, top5, loss)]
+    return ScaleFigures(int(images), int(patches), *mean)
+
+
+def _patch_figures(sums: Tensor, reader: ShardReader, scales: Sequence[int]) -> PatchFigures:
+    total = _figures(sums.sum(0).tolist())
+    if total.top1 is None or total.top5 is None or total.loss is None:
+        chosen = ", ".join(map(str, scales))
+        raise ShardError(
+            f"{reader.folder}: expected images of the scales {chosen} px, found none; "
+            "choose another --split or --scale"
+        )
+    by_scale = {
+        scale: _figures(row)
+        for scale, row in zip(SCALES, sums.tolist(), strict=True)
+        if scale in scales
+    }
+    return PatchFigures(total.images, total.patches, total.top1, total.top5, total.loss, by_scale)
+
+
+def _check_tables(reader: ShardReader) -> None:
+    """Raise unless every image has patches and a label."""
+    empty = np.flatnonzero(reader.counts < 1)
+    if len(empty):
+        raise ShardError(
+            f"{reader.folder}: {len(empty):,} of {len(reader):,} images have no patch, the first "
+            f"is {reader.path[empty[0]].decode()}; extract them again"
+        )
+    wrong = np.flatnonzero((reader.label < 0) | (reader.label >= len(reader.classes)))
+    if len(wrong):
+        raise CorruptShard(
+            f"{reader.folder}: {reader.path[wrong[0]].decode()}: expected a label from 0 to "
+            f"{len(reader.classes) - 1}, found {reader.label[wrong[0]]}; extract again"
+        )
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
