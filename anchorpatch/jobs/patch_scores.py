@@ -9,21 +9,22 @@ the figures.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from enum import IntEnum
-from typing import Any, Final, NamedTuple, TypeAlias
+from contextlib import closing
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from anchorpatch.errors import CorruptShard, DataError, NonFiniteError, ShardError, WeightsError
+from anchorpatch.errors import CorruptShard, DataError, ShardError, WeightsError
 from anchorpatch.jobs.localizer import normalize
+from anchorpatch.jobs.score_figures import PatchFigures, ScaleFigures, Sum, count, figures_of
 from anchorpatch.lsp import SCALES
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.distributed import World, sum_ranks
+from anchorpatch.shards.batches import load_rows
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = [
@@ -32,15 +33,13 @@ __all__ = [
     "PatchFigures",
     "ScaleFigures",
     "check_classes",
+    "check_tables",
     "score_images",
     "score_patches",
 ]
 
 #: Takes rows of images (n,), int64, and their mean distributions (n, C), float64.
 Keep: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.float64]], None]
-
-#: A class of probability 0 counts with the smallest number that has a logarithm.
-_TINY: Final = torch.finfo(torch.float64).tiny
 
 
 class ImageBatch(NamedTuple):
@@ -57,60 +56,6 @@ class ImageBatch(NamedTuple):
     labels: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class ScaleFigures:
-    """The figures of images of one scale; shares from 0 to 1.
-
-    Attributes:
-        images: each counted once.
-        patches: that the network saw.
-        top1: share of images whose label is the class of the largest sum; None without images.
-        top5: share of images whose label is among the five largest; None without images.
-        loss: mean over images of -log of the label's mean probability; None without images.
-    """
-
-    images: int
-    patches: int
-    top1: float | None
-    top5: float | None
-    loss: float | None
-
-    @property
-    def mean_patches(self) -> float | None:
-        """Patches an image; None without images."""
-        return self.patches / self.images if self.images else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as JSON knows them."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class PatchFigures:
-    """The figures of a network on patches: by scale, and over all images.
-
-    Attributes:
-        images: each counted once.
-        patches: that the network saw.
-        top1: share of images that are decided right.
-        top5: share of images whose label is among the five largest sums.
-        loss: mean over images of -log of the label's mean probability.
-        by_scale: the same of the images that chose each scale.
-    """
-
-    images: int
-    patches: int
-    top1: float
-    top5: float
-    loss: float
-    by_scale: dict[int, ScaleFigures]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as JSON knows them."""
-        by_scale = {str(scale): figures.to_json() for scale, figures in self.by_scale.items()}
-        return {**vars(self), "by_scale": by_scale}
-
-
 def check_classes(reader: ShardReader, meta: WeightsMeta) -> None:
     """Raise DataError unless a network's classes are the folders that the labels index."""
     if reader.classes != meta.classes:
@@ -118,6 +63,22 @@ def check_classes(reader: ShardReader, meta: WeightsMeta) -> None:
             f"{reader.folder}: expected the {len(meta.classes)} classes of the weights of "
             f"{meta.architecture} ({_few(meta.classes)}), found {len(reader.classes)} "
             f"({_few(reader.classes)}); use weights that were trained on these classes"
+        )
+
+
+def check_tables(reader: ShardReader) -> None:
+    """Raise unless every image has patches and a label."""
+    empty = np.flatnonzero(reader.counts < 1)
+    if len(empty):
+        raise ShardError(
+            f"{reader.folder}: {len(empty):,} of {len(reader):,} images have no patch, the first "
+            f"is {reader.path[empty[0]].decode()}; extract them again"
+        )
+    wrong = np.flatnonzero((reader.label < 0) | (reader.label >= len(reader.classes)))
+    if len(wrong):
+        raise CorruptShard(
+            f"{reader.folder}: {reader.path[wrong[0]].decode()}: expected a label from 0 to "
+            f"{len(reader.classes) - 1}, found {reader.label[wrong[0]]}; extract again"
         )
 
 
@@ -136,6 +97,7 @@ def score_patches(
     keep: Keep | None = None,
     most: int | None = None,
     limit: int | None = None,
+    threads: int = 2,
     advance: Callable[[int], object] = lambda images: None,
 ) -> PatchFigures:
     """Decide on every image by the sum of its patches' distributions.
@@ -155,6 +117,7 @@ def score_patches(
         keep: gets the images of this process as they are decided, by scale in order.
         most: take only the strongest patches of each image, so many.
         limit: take only the first images.
+        threads: that read patches ahead.
         advance: told how many images were decided.
 
     Returns:
@@ -168,27 +131,29 @@ def score_patches(
         NonFiniteError: the network gave NaN or infinity.
     """
     check_classes(reader, meta)
-    _check_tables(reader)
+    check_tables(reader)
     run = _Distributions(module, device, meta, amp)
     mine = np.array(world.share(min(limit or len(reader), len(reader))), np.int64)
-    sums = torch.zeros(len(SCALES), len(_Sum), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(SCALES), len(Sum), dtype=torch.float64, device=device)
     for j, scale in enumerate(SCALES):
         if scale not in scales:
             continue
         plan = _Plan.of(reader, scale, mine[reader.scale[mine] == scale], batch_size, most)
         carry: Tensor | None = None
-        for part, pixels in _ahead(plan, lambda part: _pixels(part, reader, device)):
-            check()
-            added = _added(run(pixels), part, carry)
-            carry = added[-1] if part.open else None
-            rows, decided = part.decided, added[: len(part.decided)]
-            counted = _count(decided, reader.label[rows], device)
-            counted[_Sum.PATCHES] = len(part.rows)
-            sums[j] += counted
-            if keep is not None and len(rows):
-                totals = plan.counts[part.first : part.first + len(rows), None]
-                keep(rows, decided.cpu().numpy() / totals)
-            advance(len(rows))
+        loaded = load_rows(reader, plan, threads=threads, pin_memory=device.type == "cuda")
+        with closing(loaded):
+            for part, (pixels, _) in loaded:
+                check()
+                added = _added(run(pixels), part, carry)
+                carry = added[-1] if part.open else None
+                rows, decided = part.decided, added[: len(part.decided)]
+                counted = count(decided, reader.label[rows], device)
+                counted[Sum.PATCHES] = len(part.rows)
+                sums[j] += counted
+                if keep is not None and len(rows):
+                    totals = plan.counts[part.first : part.first + len(rows), None]
+                    keep(rows, decided.cpu().numpy() / totals)
+                advance(len(rows))
     return _patch_figures(sum_ranks(sums), reader, scales)
 
 
@@ -224,23 +189,17 @@ def score_images(
         NonFiniteError: the network gave NaN or infinity.
     """
     run = _Distributions(module, device, meta, amp)
-    sums = torch.zeros(len(_Sum), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(Sum), dtype=torch.float64, device=device)
     for batch in batches:
         check()
         probabilities = run(batch.pixels)
-        counted = _count(probabilities, batch.labels, device)
-        counted[_Sum.PATCHES] = len(batch.rows)
+        counted = count(probabilities, batch.labels, device)
+        counted[Sum.PATCHES] = len(batch.rows)
         sums += counted
         if keep is not None:
             keep(batch.rows, probabilities.cpu().numpy())
         advance(len(batch.rows))
-    return _figures(sum_ranks(sums).tolist())
-
-
-class _Sum(IntEnum):
-    """Columns of what is summed over images and processes."""
-
-    IMAGES, PATCHES, TOP1, TOP5, LOSS, BAD = range(6)
+    return figures_of(sum_ranks(sums).tolist())
 
 
 class _Distributions:
@@ -339,26 +298,6 @@ class _Plan:
             )
 
 
-def _pixels(part: _Part, reader: ShardReader, device: torch.device) -> Tensor:
-    pixels = torch.from_numpy(reader.patches(part.scale, part.rows))
-    return pixels.pin_memory() if device.type == "cuda" else pixels
-
-
-def _ahead(
-    plan: Iterable[_Part], fetch: Callable[[_Part], Tensor]
-) -> Iterator[tuple[_Part, Tensor]]:
-    """Fetch each part's pixels in a thread, one part ahead of the network."""
-    with ThreadPoolExecutor(1, thread_name_prefix="patches") as thread:
-        waiting: list[tuple[_Part, Any]] = []
-        for part in plan:
-            waiting.append((part, thread.submit(fetch, part)))
-            if len(waiting) > 1:
-                before, pixels = waiting.pop(0)
-                yield before, pixels.result()
-        for part, pixels in waiting:
-            yield part, pixels.result()
-
-
 def _added(probabilities: Tensor, part: _Part, carry: Tensor | None) -> Tensor:
     """Return the sum of distributions of each image of a batch (k, C).
 
@@ -381,39 +320,8 @@ def _added(probabilities: Tensor, part: _Part, carry: Tensor | None) -> Tensor:
     )
 
 
-def _count(sums: Tensor, labels: NDArray[Any], device: torch.device) -> Tensor:
-    """Return the columns of `_Sum` for decided images.
-
-    Args:
-        sums: of their distributions (n, C).
-        labels: class index (n,).
-        device: of the sums.
-    """
-    label = torch.from_numpy(np.asarray(labels, np.int64)).to(device)[:, None]
-    own = sums.gather(1, label)
-    # The label's place in the order by falling sum; the lower of two equal classes is first.
-    before = (sums > own) | ((sums == own) & (torch.arange(sums.shape[1], device=device) < label))
-    place = before.sum(1)
-    finite = sums.isfinite().all(1)
-    # Distributions sum to 1, so the sum over classes is the number of patches.
-    loss = -(own[:, 0] / sums.sum(1)).clamp_min(_TINY).log()
-    columns = (finite.new_ones(len(label)), finite.new_zeros(len(label)), place < 1, place < 5)
-    return torch.stack([*(c.double() for c in columns), loss, (~finite).double()]).sum(1)
-
-
-def _figures(sums: Sequence[float]) -> ScaleFigures:
-    images, patches, top1, top5, loss, bad = sums
-    if bad:
-        raise NonFiniteError(
-            f"the network gave NaN or infinity for {bad:,.0f} of {images:,.0f} images; "
-            "use other weights, or no --amp"
-        )
-    mean = [value / images if images else None for value in (top1, top5, loss)]
-    return ScaleFigures(int(images), int(patches), *mean)
-
-
 def _patch_figures(sums: Tensor, reader: ShardReader, scales: Sequence[int]) -> PatchFigures:
-    total = _figures(sums.sum(0).tolist())
+    total = figures_of(sums.sum(0).tolist())
     if total.top1 is None or total.top5 is None or total.loss is None:
         chosen = ", ".join(map(str, scales))
         raise ShardError(
@@ -421,27 +329,11 @@ def _patch_figures(sums: Tensor, reader: ShardReader, scales: Sequence[int]) -> 
             "choose another --split or --scale"
         )
     by_scale = {
-        scale: _figures(row)
+        scale: figures_of(row)
         for scale, row in zip(SCALES, sums.tolist(), strict=True)
         if scale in scales
     }
     return PatchFigures(total.images, total.patches, total.top1, total.top5, total.loss, by_scale)
-
-
-def _check_tables(reader: ShardReader) -> None:
-    """Raise unless every image has patches and a label."""
-    empty = np.flatnonzero(reader.counts < 1)
-    if len(empty):
-        raise ShardError(
-            f"{reader.folder}: {len(empty):,} of {len(reader):,} images have no patch, the first "
-            f"is {reader.path[empty[0]].decode()}; extract them again"
-        )
-    wrong = np.flatnonzero((reader.label < 0) | (reader.label >= len(reader.classes)))
-    if len(wrong):
-        raise CorruptShard(
-            f"{reader.folder}: {reader.path[wrong[0]].decode()}: expected a label from 0 to "
-            f"{len(reader.classes) - 1}, found {reader.label[wrong[0]]}; extract again"
-        )
 
 
 def _few(names: tuple[str, ...]) -> str:
