@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from anchorpatch.errors import MissingDependency, StorageError
+from anchorpatch.jobs.loop_config import LoopConfig
+from anchorpatch.runtime.checkpoint import versions
 from anchorpatch.storage import write_atomically
 
-__all__ = ["RunLog"]
+__all__ = ["RunLog", "write_config"]
 
 
 class RunLog:
@@ -78,13 +81,15 @@ class RunLog:
             self._writer.flush()
 
     @staticmethod
-    def line(record: Mapping[str, Any], epochs: int) -> str:
+    def line(record: Mapping[str, Any], epochs: int, unit: str = "images") -> str:
         """Return a record as one line for people."""
-        val = record["val"]
+        val, waiting = record["val"], record.get("waiting", 0.0)
+        # Below that, faster loading would make no odds.
+        note = f" ({waiting:.0%} of the time waiting for data)" if waiting >= 0.1 else ""
         return (
             f"epoch {record['epoch']}/{epochs}: loss {record['train']['loss']:.3f}, "
             f"val loss {val['loss']:.3f}, top-1 {val['top1']:.1%}, top-5 {val['top5']:.1%}, "
-            f"rate {record['lr']:.2g}, {record['images_per_second']:,.1f} images/s"
+            f"rate {record['lr']:.2g}, {record[f'{unit}_per_second']:,.1f} {unit}/s{note}"
         )
 
 
@@ -96,3 +101,14 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]
         elif isinstance(value, (int, float)):
             pairs.append((prefix + name, float(value)))
     return pairs
+
+
+def write_config(folder: Path, config: LoopConfig) -> None:
+    """Write ``config.json``: the settings of a run and the versions of the software.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    document = {**asdict(config), "versions": versions()}
+    text = json.dumps(document, default=str, indent=2) + "\n"
+    write_atomically(folder / "config.json", lambda file: file.write(text.encode()))

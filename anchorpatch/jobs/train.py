@@ -5,11 +5,10 @@ Folder -> random crops -> six cross-entropies -> SGD -> runs/anchornet/{best,las
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,22 +21,21 @@ from anchorpatch.images.folder import ImageFolder, scan_folder
 from anchorpatch.images.loader import load_batches
 from anchorpatch.images.training import RandomCrop, epoch_order, load_training_batches
 from anchorpatch.jobs.localizer import normalize
-from anchorpatch.jobs.runlog import RunLog
+from anchorpatch.jobs.runlog import RunLog, write_config
 from anchorpatch.jobs.scores import OUTPUTS, Scores, six_losses
+from anchorpatch.jobs.task import Batch, Piece, Waiting
 from anchorpatch.jobs.train_config import FREE, RECIPES, TrainConfig
-from anchorpatch.jobs.trainer import Batch, Trainer
+from anchorpatch.jobs.trainer import Trainer
 from anchorpatch.models.anchornet import AnchorNet, Logits
 from anchorpatch.runtime.checkpoint import (
     WeightsMeta,
     load_into,
     load_weights,
     save_weights,
-    versions,
 )
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import World, process_group
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.storage import write_atomically
 
 __all__ = ["RECIPES", "TrainConfig", "TrainSummary", "run"]
 
@@ -84,7 +82,7 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
         trainer = Trainer(task, config, config.folder, device, world, report, log)
         trainer.resume(overwrite=config.overwrite)
         if world.is_main:
-            _write_config(config)
+            write_config(config.folder, config)
         records = trainer.run()
         best = max(records, key=lambda record: float(record["val"]["top1"]))
         return TrainSummary(
@@ -118,21 +116,11 @@ def _folders(config: TrainConfig) -> tuple[ImageFolder, ImageFolder]:
     return train, val
 
 
-def _write_config(config: TrainConfig) -> None:
-    document = {**asdict(config), "versions": versions()}
-    text = json.dumps(document, default=str, indent=2) + "\n"
-    write_atomically(config.folder / "config.json", lambda file: file.write(text.encode()))
-
-
-class _Piece(NamedTuple):
-    inputs: Tensor
-    labels: Tensor
-
-
 class _AnchorNetTask:
-    """What the training loop needs to know about AnchorNet; see `trainer.Task`."""
+    """What the training loop needs to know about AnchorNet; see `task.Task`."""
 
     kind = "anchornet"
+    unit = "images"
 
     def __init__(
         self,
@@ -147,6 +135,8 @@ class _AnchorNetTask:
         self.device, self.world = device, world
         self.piece = config.piece(world)
         self.steps = len(train) // config.batch_size
+        self.size = self.steps * config.batch_size
+        self.waiting = Waiting()
         self.bad: dict[int, str] = {}
         self.meta = WeightsMeta("anchornet", train.classes, config.se, config.weighted_mean)
         self._mean = torch.tensor(self.meta.mean, device=device)
@@ -187,7 +177,7 @@ class _AnchorNetTask:
             pin_memory=self.device.type == "cuda",
         )
         try:
-            for batch in loaded:
+            for batch in self.waiting.watch(loaded):
                 rows, pixels, _, bad = batch
                 if bad:
                     self._note_bad(dict(bad), len(rows))
@@ -250,12 +240,13 @@ class _AnchorNetTask:
             counts[reason] = counts.get(reason, 0) + 1
         return counts
 
-    def _on_device(self, rows: npt.NDArray[np.int64], pixels: Tensor, of: ImageFolder) -> _Piece:
+    def _on_device(self, rows: npt.NDArray[np.int64], pixels: Tensor, of: ImageFolder) -> Piece:
         labels = torch.from_numpy(of.labels[rows].astype(np.int64))
         inputs = normalize(pixels.to(self.device, non_blocking=True), self._mean, self._std)
         if not self.config.channels_last:
             inputs = inputs.contiguous()
-        return _Piece(inputs, labels.to(self.device, non_blocking=True))
+        share = 1 / self.world.size / self.config.accumulate
+        return Piece(inputs, labels.to(self.device, non_blocking=True), share)
 
     def _note_bad(self, bad: Mapping[int, str], good: int) -> None:
         self.bad.update(bad)

@@ -5,7 +5,8 @@ processes, checkpoints, the log and orderly stops.
 
 One step takes ``batch_size`` images, whatever the number of processes and of parts a process
 works in: rank r of R with ``accumulate`` A takes R-th parts in A pieces. Gradients are those of
-the whole batch. Batch normalisation sees one piece (``batch_size / R / A`` images), or with
+the whole batch: each piece weighs by its share of the images, as pieces may differ in size.
+Batch normalisation sees one piece (``batch_size / R / A`` images), or with
 ``sync_batchnorm`` the pieces of all processes. The rate follows the batch linearly: ``lr``
 stands for 256 images (see `LoopConfig`).
 
@@ -22,7 +23,7 @@ import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,57 +34,20 @@ from torch.optim.swa_utils import AveragedModel
 from anchorpatch.errors import Interrupted, NonFiniteError, SettingsError, WeightsError
 from anchorpatch.jobs.loop_config import LoopConfig, build_optimizer, rate_factor
 from anchorpatch.jobs.runlog import RunLog
+from anchorpatch.jobs.task import Batch, Task
 from anchorpatch.runtime.checkpoint import load_state, save_state
 from anchorpatch.runtime.distributed import World, any_rank, average_buffers, sum_ranks
 from anchorpatch.runtime.memory import keep_freed_memory, peak_memory
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.runtime.signals import StopSignals
 
-__all__ = ["Batch", "Task", "Trainer"]
+__all__ = ["Trainer"]
 
 #: On a GPU, reading a loss waits for it: steps between two looks, and between two questions to
 #: the other processes whether to stop.
 _LOOK_EVERY = 20
 
 _WEIGHTS = ("last.safetensors", "best.safetensors")
-
-
-class Batch(Protocol):
-    """A piece of a step, on the device."""
-
-    @property
-    def inputs(self) -> Tensor:
-        """What the network reads (n, 3, H, W)."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Class index (n,), int64."""
-
-
-class Task(Protocol):
-    """What is trained, on what, towards what."""
-
-    #: Name in the training state.
-    kind: str
-    #: Optimiser steps of one epoch.
-    steps: int
-    #: What must be equal for a run to be resumed, as JSON values.
-    identity: dict[str, Any]
-
-    def build(self) -> nn.Module:
-        """Return the network with its initial weights, on the device."""
-
-    def batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
-        """Yield the pieces from a step of an epoch to the end of the run."""
-
-    def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return the loss, a mean over the piece, and parts to log, means too."""
-
-    def evaluate(self, module: nn.Module, check: Any) -> dict[str, Any]:
-        """Return figures of the validation images, "top1" among them; calls check() at times."""
-
-    def save(self, path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write a weights file."""
 
 
 def _synchronized(module: nn.Module) -> nn.Module:
@@ -101,8 +65,9 @@ class _Place:
 
     epoch: int = 0
     step: int = 0  # within the epoch
-    images: int = 0  # of the epoch so far, in this process
+    images: int = 0  # or patches, of the epoch so far, in this process
     seconds: float = 0.0  # of the epoch so far
+    waited: float = 0.0  # seconds of these that passed without data
     best: float = -1.0
     sums: dict[str, float] = field(default_factory=dict)  # of the epoch: part times images
 
@@ -190,16 +155,15 @@ class Trainer:
             NonFiniteError: the loss is NaN or infinite; the last good checkpoint is kept.
             StorageError: the disk refused.
         """
-        epochs, place = self.config.epochs, self.place
-        per_epoch = self.task.steps * self.config.batch_size
-        batches = None
+        epochs, batches = self.config.epochs, None
         with self.stop:
-            if place.epoch < epochs:
-                batches = self.task.batches(place.epoch, place.step)
-                done = place.epoch * per_epoch + place.step * self.config.batch_size
-                self.report.start("training", epochs * per_epoch, done)
+            if self.place.epoch < epochs:
+                batches = self.task.batches(self.place.epoch, self.place.step)
+                self.report.start(
+                    "training", epochs * self.task.size, self._counted(), self.task.unit
+                )
             try:
-                while place.epoch < epochs:
+                while self.place.epoch < epochs:
                     assert batches is not None
                     self._train_epoch(batches)
                     self._finish_epoch()
@@ -219,8 +183,9 @@ class Trainer:
                 last = piece + 1 == self.config.accumulate
                 with self._piece(last):
                     loss, parts = self.task.loss(self.wrapped, batch)
-                    torch.autograd.backward(loss / self.config.accumulate)
-                n = len(batch.labels)
+                    # Over the processes, gradients are averaged; shares ask for their sum.
+                    torch.autograd.backward(loss * (batch.share * self.world.size))
+                n = len(batch.labels) if batch.share else 0
                 self.place.images += n
                 for name, value in {"loss": loss, **parts}.items():
                     sums[name] = sums.get(name, 0.0) + value.detach().double() * n
@@ -230,10 +195,16 @@ class Trainer:
             self.schedule.step()
             if self.average is not None:
                 self.average.update_parameters(self.module)
+            before = self._counted()
             self.place.step += 1
-            self.report.advance(self.config.batch_size)
+            self.report.advance(self._counted() - before)
             began = self._pause(sums, began)
         self._collect(sums, began)
+
+    def _counted(self) -> int:
+        """Return how many images or patches the run has seen, all processes together."""
+        place, size = self.place, self.task.size
+        return place.epoch * size + place.step * size // self.task.steps
 
     def _pause(self, sums: dict[str, Tensor], began: float) -> float:
         """After a step: stop when asked to, and write a checkpoint when it is time."""
@@ -274,10 +245,9 @@ class Trainer:
         if self.world.is_main:
             for name in _WEIGHTS if better else _WEIGHTS[:1]:
                 task.save(self.folder / name, module.state_dict(), record)
-        place.epoch, place.step, place.images, place.seconds = place.epoch + 1, 0, 0, 0.0
-        place.sums = {}
+        self.place = _Place(place.epoch + 1, best=place.best)
         self._save()
-        self.report.message(self.log.line(record, self.config.epochs))
+        self.report.message(self.log.line(record, self.config.epochs, self.task.unit))
         if number := any_rank(self.stop.received, self.device):
             self._interrupt(number)
 
@@ -285,18 +255,23 @@ class Trainer:
         names = sorted(self.place.sums)
         total = sum_ranks(
             torch.tensor(
-                [float(self.place.images), *(self.place.sums[name] for name in names)],
+                [
+                    *(float(self.place.images), self.place.waited, self.place.seconds),
+                    *(self.place.sums[name] for name in names),
+                ],
                 dtype=torch.float64,
                 device=self.device,
             )
         ).tolist()
+        images, waited, seconds = total[:3]
         return {
             "epoch": self.place.epoch + 1,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "train": {k: v / total[0] for k, v in zip(names, total[1:], strict=True)},
+            "train": {k: v / images for k, v in zip(names, total[3:], strict=True)},
             "val": validation,
-            "images_per_second": total[0] / max(self.place.seconds, 1e-9),
+            f"{self.task.unit}_per_second": images / max(self.place.seconds, 1e-9),
             "seconds": self.place.seconds,
+            "waiting": waited / max(seconds, 1e-9),
             "peak_memory": peak_memory(self.device),
         }
 
@@ -330,6 +305,7 @@ class Trainer:
             self.place.sums[name] = self.place.sums.get(name, 0.0) + float(value)
         sums.clear()
         self.place.seconds += time.monotonic() - began
+        self.place.waited += self.task.waiting.take()
 
     def _check_stop(self) -> None:
         # Several processes evaluate different numbers of batches: they finish instead.
@@ -401,6 +377,7 @@ class Trainer:
                 "step": place.step,
                 "images": place.images,
                 "seconds": place.seconds,
+                "waited": place.waited,
                 "best": place.best,
                 "sums": dict(place.sums),
             },
@@ -415,6 +392,7 @@ class Trainer:
         torch.set_rng_state(state["random"])
         place = self.place = _Place(*(state[k] for k in ("epoch", "step", "images")))
         place.seconds, place.best, place.sums = state["seconds"], state["best"], state["sums"]
+        place.waited = state.get("waited", 0.0)  # version 0.1 did not measure it
         if not self.world.is_main:  # its share of the sums is lost; those of the first count
             place.images, place.sums = 0, dict.fromkeys(place.sums, 0.0)
         # A line may have been written for an epoch whose checkpoint was not.

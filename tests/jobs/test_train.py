@@ -52,7 +52,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def records(folder: Path) -> list[dict]:
     """The lines of the log without what depends on the clock and the machine."""
-    free = {"seconds", "images_per_second", "peak_memory"}
+    free = {"seconds", "images_per_second", "peak_memory", "waiting"}
     lines = (folder / "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in free} for line in lines]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +14,12 @@ from torch import Tensor, nn
 
 from anchorpatch.jobs.loop_config import LoopConfig, rate_factor
 from anchorpatch.jobs.runlog import RunLog
+from anchorpatch.jobs.task import Piece, Waiting
 from anchorpatch.jobs.trainer import Trainer
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 
 IMAGES, BATCH = 24, 8
-
-
-class Piece(NamedTuple):
-    inputs: Tensor
-    labels: Tensor
 
 
 @dataclass
@@ -33,6 +29,9 @@ class Linear:
     config: LoopConfig
     kind = "linear"
     steps = IMAGES // BATCH
+    unit = "images"
+    size = IMAGES
+    waiting = Waiting()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -41,23 +40,23 @@ class Linear:
     def points(self) -> Piece:
         generator = torch.Generator().manual_seed(1)
         inputs = torch.randn(IMAGES, 4, generator=generator, dtype=torch.float64)
-        return Piece(inputs, (inputs[:, 0] > 0).long())
+        return Piece(inputs, (inputs[:, 0] > 0).long(), 1.0)
 
     def build(self) -> nn.Module:
         return nn.Linear(4, 2, dtype=torch.float64)
 
     def batches(self, epoch: int, step: int) -> Generator[Piece, None, None]:
-        inputs, labels = self.points()
-        n = BATCH // self.config.accumulate
+        inputs, labels, _ = self.points()
         for now in range(epoch, self.config.epochs):
-            for start in range(step * BATCH if now == epoch else 0, IMAGES, n):
-                yield Piece(inputs[start : start + n], labels[start : start + n])
+            for start in range(step * BATCH if now == epoch else 0, IMAGES, BATCH):
+                for rows in torch.arange(start, start + BATCH).tensor_split(self.config.accumulate):
+                    yield Piece(inputs[rows], labels[rows], len(rows) / BATCH)
 
     def loss(self, module: nn.Module, batch: Piece) -> tuple[Tensor, Mapping[str, Tensor]]:
         return nn.functional.cross_entropy(module(batch.inputs), batch.labels), {}
 
     def evaluate(self, module: nn.Module, check: Any) -> dict[str, Any]:
-        inputs, labels = self.points()
+        inputs, labels, _ = self.points()
         top1 = float((module(inputs).argmax(-1) == labels).double().mean())
         return {"top1": top1, "top5": 1.0, "loss": 0.0}
 
@@ -80,7 +79,7 @@ def oracle(config: LoopConfig) -> Tensor:
     """SGD written out."""
     torch.manual_seed(config.seed)
     module = nn.Linear(4, 2, dtype=torch.float64)
-    inputs, labels = Linear(config).points()
+    inputs, labels, _ = Linear(config).points()
     velocity = [torch.zeros_like(p) for p in module.parameters()]
     for step in range(config.epochs * 3):
         rows = slice(step % 3 * BATCH, step % 3 * BATCH + BATCH)
@@ -94,7 +93,7 @@ def oracle(config: LoopConfig) -> Tensor:
     return module.weight.detach()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 8])
 @pytest.mark.parametrize("schedule", ["step", "cosine"])
 def test_steps_are_those_of_the_whole_batch(tmp_path: Path, accumulate: int, schedule: str):
     settings: dict[str, Any] = {"schedule": schedule, "step_epochs": 2, "warmup_epochs": 1.0}
