@@ -1,44 +1,202 @@
-"""Networks by name."""
+"""Networks by name: ours, every classifier of torchvision, and timm's where it is installed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Final
 
+import torch
+import torchvision
 from torch import nn
 
-from anchorpatch.errors import SettingsError
+from anchorpatch.errors import MissingDependency, SettingsError
 from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.models.hcgnet import hcgnet_b, hcgnet_c
 
-__all__ = ["NETWORKS", "Network", "build"]
+__all__ = [
+    "NETWORKS",
+    "TIMM",
+    "Network",
+    "about",
+    "build",
+    "build_on_meta",
+    "check_name",
+    "run_name",
+    "timm_module",
+    "torchvision_name",
+    "torchvision_names",
+]
+
+#: What the name of a network of timm begins with.
+TIMM: Final = "timm:"
+
+#: torchvision's networks that have further outputs in training, or that expect another
+#: normalisation: built without the former, and with the one that their weights were trained with.
+_OPTIONS: Final[dict[str, dict[str, Any]]] = {
+    name: {"aux_logits": False, "transform_input": True, "init_weights": True}
+    for name in ("googlenet", "inception_v3")
+}
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network that can be built by name.
+    """A network with a name of its own.
 
     Attributes:
         build: takes the number of classes.
         about: one line for people.
+        torchvision: its name there, where it is torchvision's.
     """
 
     build: Callable[[int], nn.Module]
     about: str
+    torchvision: str | None = None
 
 
-NETWORKS: dict[str, Network] = {
+def _from_torchvision(name: str, classes: int) -> nn.Module:
+    options = _OPTIONS.get(name, {})
+    module: nn.Module = torchvision.models.get_model(
+        name, weights=None, num_classes=classes, **options
+    )
+    return module
+
+
+def _borrowed(name: str, about: str) -> Network:
+    return Network(partial(_from_torchvision, name), about, name)
+
+
+#: AnchorNet and the networks of Tables 3 and 4.
+NETWORKS: Final[dict[str, Network]] = {
     "anchornet": Network(AnchorNet, "the localiser: three branches with attention (Tables 1, 2)"),
+    "resnet50": _borrowed("resnet50", "ResNet-50 of torchvision"),
+    "resnext50": _borrowed("resnext50_32x4d", "ResNeXt-50 (32x4d) of torchvision"),
+    "densenet169": _borrowed("densenet169", "DenseNet-169 of torchvision"),
+    "hcgnet_b": Network(hcgnet_b, "HCGNet-B (Yang et al., 2019)"),
+    "hcgnet_c": Network(hcgnet_c, "HCGNet-C (Yang et al., 2019)"),
 }
 
 
+@lru_cache
+def torchvision_names() -> tuple[str, ...]:
+    """Return the names of torchvision's classifiers.
+
+    Example:
+        >>> "resnet18" in torchvision_names()
+        True
+    """
+    return tuple(torchvision.models.list_models(module=torchvision.models))
+
+
+def torchvision_name(name: str) -> str | None:
+    """Return what torchvision calls a network, or None where it has none of that name.
+
+    Example:
+        >>> torchvision_name("resnext50"), torchvision_name("hcgnet_b")
+        ('resnext50_32x4d', None)
+    """
+    if name in NETWORKS:
+        return NETWORKS[name].torchvision
+    return name if name in torchvision_names() else None
+
+
+def timm_module() -> Any:
+    """Return the package timm.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingDependency(
+            f"names that begin with {TIMM!r} need the package timm, which is not installed: "
+            "run pip install 'anchorpatch[timm]'"
+        ) from error
+    return timm
+
+
+def check_name(name: str) -> None:
+    """Do nothing where `build` knows the name.
+
+    Raises:
+        SettingsError: no network has that name; names the nearest.
+        MissingDependency: it is one of timm's, which is not installed.
+    """
+    if name in NETWORKS or name in torchvision_names():
+        return
+    if name.startswith(TIMM):
+        timm = timm_module()
+        if timm.is_model(name.removeprefix(TIMM)):
+            return
+        known: Iterable[str] = (TIMM + other for other in timm.list_models())
+    else:
+        known = (*NETWORKS, *torchvision_names())
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise SettingsError(
+        f"no network is named {name!r}: {hint}`anchorpatch models` lists those of the paper; any "
+        f"classifier of torchvision works by its name, and timm's as {TIMM}NAME"
+    )
+
+
 def build(name: str, classes: int = 1000) -> nn.Module:
-    """Build a network by its name.
+    """Build a network by its name, with random weights.
+
+    Args:
+        name: of `NETWORKS`, of torchvision's classifiers, or "timm:NAME".
+        classes: number of outputs.
 
     Raises:
         SettingsError: no network has that name.
+        MissingDependency: it is one of timm's, which is not installed.
+
+    Example:
+        >>> build("resnet18", classes=10).fc.out_features
+        10
     """
-    try:
+    check_name(name)
+    if name in NETWORKS:
         return NETWORKS[name].build(classes)
-    except KeyError:
-        known = ", ".join(NETWORKS)
-        raise SettingsError(f"no network is named {name!r}; known are: {known}") from None
+    if name.startswith(TIMM):
+        module: nn.Module = timm_module().create_model(
+            name.removeprefix(TIMM), pretrained=False, num_classes=classes
+        )
+        return module
+    return _from_torchvision(name, classes)
+
+
+def build_on_meta(name: str, classes: int = 1000) -> nn.Module:
+    """Build a network without memory for its weights, to count and to try sizes.
+
+    A network whose construction computes with tensors, such as a RegNet, is first built as by
+    `build`.
+    """
+    check_name(name)
+    try:
+        with torch.device("meta"):
+            return build(name, classes)
+    except (NotImplementedError, RuntimeError):
+        return build(name, classes).to("meta")
+
+
+def about(name: str) -> str:
+    """Return one line on a network."""
+    if name in NETWORKS:
+        return NETWORKS[name].about
+    if name.startswith(TIMM):
+        return f"{name.removeprefix(TIMM)} of timm"
+    return f"{name} of torchvision"
+
+
+def run_name(name: str) -> str:
+    """Return the folder name of a network's run.
+
+    Example:
+        >>> run_name("resnet50"), run_name("timm:resnet50.a1_in1k")
+        ('resnet50', 'timm-resnet50.a1_in1k')
+    """
+    return re.sub(r"[^\w.-]", "-", name)

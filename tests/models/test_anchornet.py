@@ -148,7 +148,7 @@ def test_ablations_change_what_they_name() -> None:
 
 
 def test_unknown_networks_are_named_with_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match="'anchornett'; known are: anchornet"):
+    with pytest.raises(SettingsError, match="'anchornett': did you mean 'anchornet'"):
         build("anchornett")
     with pytest.raises(SettingsError, match="at least one class"):
         AnchorNet(0)
