@@ -28,6 +28,7 @@ from anchorpatch.shards.batches import load_rows
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = [
+    "Distributions",
     "ImageBatch",
     "Keep",
     "PatchFigures",
@@ -132,7 +133,7 @@ def score_patches(
     """
     check_classes(reader, meta)
     check_tables(reader)
-    run = _Distributions(module, device, meta, amp)
+    run = Distributions(module, device, meta, amp)
     mine = np.array(world.share(min(limit or len(reader), len(reader))), np.int64)
     sums = torch.zeros(len(SCALES), len(Sum), dtype=torch.float64, device=device)
     for j, scale in enumerate(SCALES):
@@ -188,7 +189,7 @@ def score_images(
         WeightsError: the network does not give one logit for each class.
         NonFiniteError: the network gave NaN or infinity.
     """
-    run = _Distributions(module, device, meta, amp)
+    run = Distributions(module, device, meta, amp)
     sums = torch.zeros(len(Sum), dtype=torch.float64, device=device)
     for batch in batches:
         check()
@@ -202,8 +203,15 @@ def score_images(
     return figures_of(sum_ranks(sums).tolist())
 
 
-class _Distributions:
-    """From uint8 pixels (n, H, W, 3) to the softmax distributions (n, C), float64."""
+class Distributions:
+    """From uint8 pixels (n, H, W, 3) to the softmax distributions (n, C), float64.
+
+    Args:
+        module: the network, in evaluation mode and on the device.
+        device: of the network.
+        meta: the network's classes, and the mean and deviation of its input.
+        amp: compute in bfloat16; distributions stay float64.
+    """
 
     def __init__(
         self, module: nn.Module, device: torch.device, meta: WeightsMeta, amp: bool
@@ -213,6 +221,11 @@ class _Distributions:
         self.std = torch.tensor(meta.std, device=device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
+        """Run the network on a batch.
+
+        Raises:
+            WeightsError: the network does not give one logit for each class.
+        """
         inputs = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             logits = self.module(inputs)
