@@ -7,13 +7,24 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from anchorpatch.models.anchornet import AnchorNet
 
-__all__ = ["anchornet_receptive_fields", "macs", "parameters", "receptive_field"]
+__all__ = [
+    "anchornet_receptive_fields",
+    "macs",
+    "macs_at",
+    "parameters",
+    "receptive_field",
+    "refusal",
+]
+
+#: What networks raise when an image has a side that they cannot take.
+_REFUSALS = (AssertionError, RuntimeError, ValueError)
 
 
 def parameters(module: nn.Module) -> int:
@@ -54,6 +65,47 @@ def macs(
     finally:
         module.train(training)
     return int(counter.get_total_flops()) // 2
+
+
+def macs_at(module: nn.Module, sizes: Iterable[int]) -> dict[int, int | None]:
+    """Return `macs` by size, None where the network cannot take it."""
+    counts: dict[int, int | None] = {}
+    for size in sizes:
+        try:
+            counts[size] = macs(module, size)
+        except _REFUSALS:
+            counts[size] = None
+    return counts
+
+
+def refusal(module: nn.Module, size: int) -> str | None:
+    """Return why a network cannot take images of a size in pixels, or None where it can.
+
+    One image goes through, in evaluation mode; where the network's operators can, without
+    memory and without computing anything.
+
+    Example:
+        >>> refusal(nn.Conv2d(3, 8, 3), 63) is None
+        True
+        >>> refusal(nn.Linear(64, 10), 63)
+        'mat1 and mat2 shapes cannot be multiplied (189x63 and 64x10)'
+    """
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    shadow = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            try:
+                functional_call(module, shadow, torch.empty(1, 3, size, size, device="meta"))
+            except (NotImplementedError, *_REFUSALS):
+                parameter = next(module.parameters())
+                module(torch.zeros(1, 3, size, size, device=parameter.device))
+    except _REFUSALS as error:
+        return " ".join(str(error).split())[:120] or type(error).__name__
+    finally:
+        module.train(training)
+    return None
 
 
 class _Shortened(TorchFunctionMode):

@@ -1,0 +1,254 @@
+"""Networks for patches, ready with their weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from anchorpatch.errors import SettingsError, WeightsError
+from anchorpatch.jobs.network_weights import Found, of_checkpoint, pretrained, read_file
+from anchorpatch.lsp import SCALES
+from anchorpatch.models.complexity import refusal
+from anchorpatch.models.registry import build, check_name
+from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights
+
+__all__ = ["Network", "check_sides", "load_checkpoint", "load_network"]
+
+#: Classifiers that inception_v3 and googlenet have in training only; they are built without.
+_AUXILIARY: Final = ("AuxLogits.", "aux1.", "aux2.")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that is ready to be trained or evaluated.
+
+    Attributes:
+        module: in evaluation mode, on the CPU.
+        meta: its name, the classes of its outputs and the normalisation of its input.
+        source: where the weights came from, for people.
+    """
+
+    module: nn.Module
+    meta: WeightsMeta
+    source: str
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def load_network(
+    name: str,
+    classes: tuple[str, ...],
+    weights: str | os.PathLike[str] = "default",
+    message: Callable[[str], None] = _silent,
+    *,
+    replace_head: bool = False,
+) -> Network:
+    """Build a network and fill it with weights.
+
+    Args:
+        name: as `anchorpatch.models.registry.build` takes it.
+        classes: names of the outputs, in their order.
+        weights: "default" for the pretrained set of torchvision or timm (downloaded once),
+            "none" for random weights, or a file: our safetensors, another program's, or a torch
+            file of a state dict. A file that names no classes is taken to have the right ones
+            when their number is right.
+        message: is told what takes long or is not as a user may think.
+        replace_head: give the network a new last layer where the weights are for other classes;
+            otherwise that is an error.
+
+    Raises:
+        SettingsError: no such network, or AnchorNet, which is none for patches.
+        WeightsError: the weights cannot be had, read or used.
+        MissingDependency: the network is timm's, which is not installed.
+    """
+    if name == "anchornet":
+        raise SettingsError(
+            "anchornet localises patches and does not classify them: name another network, such "
+            "as resnet50"
+        )
+    check_name(name)
+    meta = WeightsMeta(architecture=name, classes=tuple(classes))
+    if weights == "none":
+        return Network(build(name, len(classes)).eval(), meta, "random weights")
+    if weights == "default":
+        found = pretrained(name, meta.classes, message)
+    else:
+        found = read_file(Path(weights), name)
+    module = build(name, len(classes)).eval()
+    _fill(module, found, meta, message, replace_head=replace_head)
+    return Network(module, _with_normalization(meta, found), found.source)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Network:
+    """Build the network that one of our weights files holds.
+
+    Args:
+        path: written by `anchorpatch finetune`: its metadata name the network and its classes.
+
+    Raises:
+        WeightsError: the file is missing, damaged, another program's, or of AnchorNet.
+    """
+    weights = load_weights(path, None)
+    name = weights.meta.architecture
+    if name == "anchornet":
+        raise WeightsError(
+            f"{path}: expected a network for patches, found weights of anchornet; name a file "
+            "that `anchorpatch finetune` wrote"
+        )
+    module = build(name, len(weights.meta.classes)).eval()
+    found = of_checkpoint(weights)
+    _fill(module, found, weights.meta, _silent, replace_head=False)
+    return Network(module, weights.meta, found.source)
+
+
+def check_sides(name: str, module: nn.Module, sides: Sequence[int] = SCALES) -> None:
+    """Do nothing where a network takes images of all these sides.
+
+    Args:
+        name: of the network.
+        module: the network; it is run without computing anything, where it can.
+        sides: in pixels.
+
+    Raises:
+        SettingsError: it cannot take a side.
+    """
+    reasons = {side: reason for side in sides if (reason := refusal(module, side)) is not None}
+    if reasons:
+        listed = ", ".join(map(str, reasons))
+        raise SettingsError(
+            f"{name} cannot take images of {listed} px ({next(iter(reasons.values()))}): choose a "
+            "network without a fixed or larger size of input, such as resnet50"
+        )
+
+
+def _with_normalization(meta: WeightsMeta, found: Found) -> WeightsMeta:
+    changes: dict[str, Any] = {
+        key: tuple(float(x) for x in value)
+        for key, value in (("mean", found.mean), ("std", found.std))
+        if value is not None
+    }
+    return replace(meta, **changes)
+
+
+def _fill(
+    module: nn.Module,
+    found: Found,
+    meta: WeightsMeta,
+    message: Callable[[str], None],
+    *,
+    replace_head: bool,
+) -> None:
+    """Load weights, but for a head of other classes.
+
+    Raises:
+        WeightsError: they do not fit.
+    """
+    # The module's own state stands below: it has the versions that some modules ask for, the
+    # new head, and the counters that old files lack.
+    state = module.state_dict()
+    tensors = {key: value for key, value in found.tensors.items() if _belongs(key, state)}
+    wrong = [
+        key
+        for key in sorted(state.keys() | tensors.keys())
+        if _shape(state, key) != _shape(tensors, key)
+        and not (key.endswith("num_batches_tracked") and key not in tensors)
+    ]
+    head = _head_keys(module, len(meta.classes))
+    if wrong and not all(_differs_in_classes(state, tensors, key, head) for key in wrong):
+        _refuse_keys(found, meta, state, tensors, wrong)
+    if wrong or (found.classes is not None and found.classes != meta.classes):
+        _refuse_head_unless(replace_head, found, meta, tensors, head)
+        message(
+            f"{found.source}: its head for {_classes_text(found, tensors, head)} gives way to a "
+            f"new one for {len(meta.classes):,} ({_few(meta.classes)})"
+        )
+        tensors = {key: value for key, value in tensors.items() if key not in head}
+    elif found.classes is None:
+        message(
+            f"{found.source}: names no classes; its {len(meta.classes):,} outputs are taken for "
+            f"the classes in their order ({_few(meta.classes)})"
+        )
+    state.update(tensors)
+    module.load_state_dict(state)
+
+
+def _belongs(key: str, state: Mapping[str, Tensor]) -> bool:
+    return key in state or not key.startswith(_AUXILIARY)
+
+
+def _shape(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(tensors[key].shape) if key in tensors else None
+
+
+def _head_keys(module: nn.Module, classes: int) -> tuple[str, ...]:
+    """Return the names of weight and bias of the layer that gives the logits."""
+    head = ""
+    for name, layer in module.named_modules():
+        linear = isinstance(layer, nn.Linear) and layer.out_features == classes
+        conv = isinstance(layer, nn.Conv2d) and layer.out_channels == classes
+        if linear or (conv and layer.kernel_size == (1, 1)):
+            head = name
+    return (f"{head}.weight", f"{head}.bias") if head else ()
+
+
+def _differs_in_classes(
+    state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], key: str, head: tuple[str, ...]
+) -> bool:
+    if key not in head or key not in state:
+        return False
+    found = _shape(tensors, key)
+    return found is None or found[1:] == tuple(state[key].shape[1:])
+
+
+def _refuse_keys(
+    found: Found,
+    meta: WeightsMeta,
+    state: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    wrong: Sequence[str],
+) -> None:
+    def described(shape: tuple[int, ...] | None) -> str:
+        return "nothing" if shape is None else " x ".join(map(str, shape)) or "a number"
+
+    few = "; ".join(
+        f"{key}: expected {described(_shape(state, key))}, found {described(_shape(tensors, key))}"
+        for key in wrong[:3]
+    )
+    more = f"; and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
+    raise WeightsError(
+        f"{found.source}: expected weights of {meta.architecture}, found other tensors ({few}"
+        f"{more}); name a file of this network"
+    )
+
+
+def _refuse_head_unless(
+    replace_head: bool,
+    found: Found,
+    meta: WeightsMeta,
+    tensors: Mapping[str, Tensor],
+    head: tuple[str, ...],
+) -> None:
+    if not replace_head:
+        raise WeightsError(
+            f"{found.source}: expected outputs for the {len(meta.classes):,} classes "
+            f"{_few(meta.classes)}, found {_classes_text(found, tensors, head)}; fine-tune them "
+            f"on these classes: anchorpatch finetune {meta.architecture} --weights ..."
+        )
+
+
+def _classes_text(found: Found, tensors: Mapping[str, Tensor], head: tuple[str, ...]) -> str:
+    if found.classes is not None:
+        return f"{len(found.classes):,} ({_few(found.classes)})"
+    sizes = [len(tensors[key]) for key in head if key in tensors]
+    return f"{sizes[0]:,}" if sizes else "no classes"
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
