@@ -20,13 +20,14 @@ from anchorpatch.cli.options import (
     workers_option,
 )
 from anchorpatch.cli.output import print_json, print_table
+from anchorpatch.cli.training_options import RECORD_COLUMNS, loop_options, record_rows, run_options
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.train import TrainSummary
 
 __all__ = ["train"]
 
-_RECIPE = "  [default: by --recipe]"
+_RECIPE = "by --recipe"
 
 
 @click.command(cls=Command)
@@ -39,39 +40,17 @@ _RECIPE = "  [default: by --recipe]"
     default="paper",
     help="Section 4.1, or what suits a few thousand images; any option goes before it.",
 )
-@click.option("--epochs", type=click.IntRange(min=1), help="Passes over train." + _RECIPE)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    help="Images of a step, over all processes." + _RECIPE,
-)
-@click.option(
-    "--accumulate", type=click.IntRange(min=1), help="Pieces a process works in." + _RECIPE
-)
-@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="What steps." + _RECIPE)
-@click.option(
-    "--lr",
-    type=float,
-    help="Rate for a batch of 256; others scale it: linearly for sgd, by the square root for adamw."
-    + _RECIPE,
-)
-@click.option("--weight-decay", type=float, help="Of all parameters." + _RECIPE)
-@click.option(
-    "--schedule",
-    type=click.Choice(["step", "cosine"]),
-    help="A tenth every 30 epochs, or a cosine to 0." + _RECIPE,
-)
-@click.option("--warmup-epochs", type=float, help="The rate rises over these." + _RECIPE)
-@click.option(
-    "--label-smoothing", type=float, help="Share of the target that all classes get." + _RECIPE
-)
-@click.option("--ema-decay", type=float, help="Average the weights; 0 does not." + _RECIPE)
+@loop_options(_RECIPE)
 @click.option(
     "--crop-size",
     type=click.IntRange(min=111),
-    help="Side of training crops in px; validation takes 224." + _RECIPE,
+    help="Side of training crops in px; validation takes 224.  [default: by --recipe]",
 )
-@click.option("--min-area", type=Share(), help="Smallest share of the picture in a crop." + _RECIPE)
+@click.option(
+    "--min-area",
+    type=Share(),
+    help="Smallest share of the picture in a crop.  [default: by --recipe]",
+)
 @click.option("--se/--no-se", default=True, help="Squeeze-and-excitation.")
 @click.option(
     "--weighted-mean/--no-weighted-mean", default=True, help="Take S times H*W, not S as printed."
@@ -88,19 +67,8 @@ _RECIPE = "  [default: by --recipe]"
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of weights, order and crops.")
 @workers_option
 @device_option
-@click.option("--amp", is_flag=True, help="Compute in bfloat16.")
-@click.option("--channels-last/--no-channels-last", default=True, help="Memory format.")
-@click.option("--compile", "compile_", is_flag=True, help="Use torch.compile.")
-@click.option("--sync-batchnorm", is_flag=True, help="Normalise over all GPUs.")
-@click.option(
-    "--checkpoint-minutes",
-    type=click.FloatRange(min=0),
-    default=10.0,
-    help="Between checkpoints within an epoch.",
-)
 @click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
-@click.option("--tensorboard", is_flag=True, help="Write event files too.")
-@click.option("--overwrite", is_flag=True, help="Throw a run of other settings away.")
+@run_options
 @json_option
 def train(
     data: Path,
@@ -144,19 +112,7 @@ def print_summary(summary: TrainSummary, as_json: bool) -> None:
     if as_json:
         print_json({**vars(summary), "weights": str(summary.weights)})
         return
-    rows = []
-    for name, record in (("best", summary.best), ("last", summary.last)):
-        val = record["val"]
-        rows.append(
-            [
-                f"{name}: epoch {record['epoch']}",
-                f"{val['top1']:.2%}",
-                f"{val['top5']:.2%}",
-                f"{val['loss']:.3f}",
-                f"{record['train']['loss']:.3f}",
-            ]
-        )
-    print_table(["weights", "top-1", "top-5", "val loss", "train loss"], rows)
+    print_table(RECORD_COLUMNS, record_rows(summary.best, summary.last))
     train_images, val_images = summary.images
     lines = [
         f"{summary.epochs} epochs on {train_images:,} images of {summary.classes} classes, "

@@ -103,12 +103,12 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]
     return pairs
 
 
-def write_config(folder: Path, config: LoopConfig) -> None:
-    """Write ``config.json``: the settings of a run and the versions of the software.
+def write_config(folder: Path, config: LoopConfig, **more: Any) -> None:
+    """Write ``config.json``: the settings of a run, more JSON values, the software's versions.
 
     Raises:
         StorageError: the disk refused.
     """
-    document = {**asdict(config), "versions": versions()}
+    document = {**asdict(config), **more, "versions": versions()}
     text = json.dumps(document, default=str, indent=2) + "\n"
     write_atomically(folder / "config.json", lambda file: file.write(text.encode()))

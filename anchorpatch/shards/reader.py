@@ -133,6 +133,11 @@ class ShardReader:
         return self._column(f"images/{_IMAGE_COLUMNS[name]}")
 
     @property
+    def sha256(self) -> list[str]:
+        """SHA-256 of each shard, as the manifest has it."""
+        return [entry.sha256 for entry in self._entries]
+
+    @property
     def has_images(self) -> bool:
         """Whether the crop of each image is stored."""
         return self.settings.store_images

@@ -1,0 +1,221 @@
+"""``anchorpatch finetune``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from anchorpatch.cli.config import Command
+from anchorpatch.cli.options import (
+    PATH,
+    Share,
+    SharedOption,
+    data_option,
+    device_option,
+    json_option,
+    runs_option,
+)
+from anchorpatch.cli.output import print_json, print_table
+from anchorpatch.cli.training_options import RECORD_COLUMNS, loop_options, record_rows, run_options
+
+if TYPE_CHECKING:
+    from anchorpatch.jobs.finetune import FinetuneSummary
+
+__all__ = ["DEFAULTS", "finetune"]
+
+#: What the help says; the values are those of `FinetuneConfig`, as a test makes sure.
+DEFAULTS = {
+    "epochs": "5; 30 with --weights none",
+    "batch_size": "256",
+    "accumulate": "1",
+    "optimizer": "sgd",
+    "lr": "0.01; 0.1 with --weights none",
+    "weight_decay": "0.0001",
+    "schedule": "cosine",
+    "warmup_epochs": "0.5",
+    "label_smoothing": "0.0",
+    "ema_decay": "0.0",
+}
+
+
+@click.command(cls=Command)
+@click.argument("network")
+@click.option(
+    "--shards",
+    cls=SharedOption,
+    shared="ANCHORPATCH_SHARDS",
+    type=PATH,
+    default=Path("shards"),
+    help="Folder with the shards of train and val; also $ANCHORPATCH_SHARDS.",
+)
+@runs_option
+@click.option(
+    "--weights",
+    default="default",
+    metavar="default|none|FILE",
+    help="Start from the pretrained weights of torchvision or timm, random ones, or a file.",
+)
+@click.option(
+    "--scale",
+    type=click.Choice(["63", "95", "111"]),
+    help="Train and measure on patches of one scale alone.  [default: one network for all three]",
+)
+@click.option(
+    "--patches-per-image",
+    type=click.IntRange(min=1),
+    help="Random patches of each image an epoch.  [default: all]",
+)
+@click.option(
+    "--baseline",
+    is_flag=True,
+    help="Train on whole images, with as many MACs as the run on patches in RUNS/NETWORK, or as "
+    "such a run would take; with --epochs, so many passes.",
+)
+@data_option
+@loop_options(DEFAULTS, "patches")
+@click.option("--flip/--no-flip", default=True, help="Mirror every second picture.")
+@click.option(
+    "--jitter",
+    type=float,
+    default=0.2,
+    help="Brightness, contrast and saturation change by up to this share.",
+)
+@click.option(
+    "--min-area",
+    type=Share(),
+    default=0.35,
+    help="Smallest share of a whole image in a crop of --baseline.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Of new weights, order, augmentation."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    help="Threads that read shards, processes that decode images; 0: the main one does it.  "
+    "[default: one a CPU core]",
+)
+@device_option
+@run_options
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and its cost.")
+@json_option
+def finetune(
+    network: str,
+    runs: Path,
+    weights: str,
+    scale: str | None,
+    baseline: bool,
+    workers: int | None,
+    compile_: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    r"""Fine-tune NETWORK on the patches in SHARDS/train, measured on SHARDS/val.
+
+    NETWORK is resnet50, resnext50, densenet169, hcgnet_b, hcgnet_c, any classifier of
+    torchvision, or timm:NAME. An image is decided by the sum of the softmax distributions of
+    its patches. RUNS/NETWORK gets best.safetensors, last.safetensors, log.jsonl, config.json
+    and last.pt (RUNS/NETWORK-63 with --scale 63, RUNS/NETWORK-baseline with --baseline). A run
+    that was stopped goes on when it is started again.
+
+    \b
+    anchorpatch finetune resnet50 --amp
+    anchorpatch finetune resnet50 --baseline --data imagenet --amp
+    torchrun --nproc-per-node 8 -m anchorpatch finetune densenet169 --amp --sync-batchnorm
+    """
+    from anchorpatch.jobs.finetune import SCRATCH, FinetuneConfig, forecast, run, run_folder
+    from anchorpatch.runtime.device import cpu_count
+    from anchorpatch.runtime.progress import reporter
+
+    given = {name: value for name, value in options.items() if value is not None}
+    side = None if scale is None else int(scale)
+    config = FinetuneConfig(
+        network=network,
+        folder=run_folder(runs, network, scale=side, baseline=baseline),
+        like=run_folder(runs, network) if baseline and "epochs" not in given else None,
+        weights=weights,
+        scale=side,
+        baseline=baseline,
+        workers=cpu_count() if workers is None else workers,
+        compile=compile_,
+        **{**(SCRATCH if weights == "none" else {}), **given},
+    )
+    if dry_run:
+        print_forecast(forecast(config), as_json)
+        return
+    summary = run(config, reporter())
+    if int(os.environ.get("RANK", 0)) == 0:
+        print_summary(summary, as_json)
+
+
+def print_forecast(plan: Mapping[str, Any], as_json: bool) -> None:
+    """Print what a run would do."""
+    if as_json:
+        print_json(plan)
+        return
+    cost, unit = plan["cost"], plan["unit"]
+    rows = [
+        [f"{side} px", f"{n:,}", f"{cost['macs_by_side'][side] / 1e9:.3f}"]
+        for side, n in cost["rows_an_epoch"].items()
+    ]
+    rows.append(["all", f"{sum(cost['rows_an_epoch'].values()):,}", ""])
+    print_table(["size", f"{unit} an epoch", f"GMACs of {_a(unit)}"], rows)
+    train, val = plan["images"]
+    click.echo(
+        f"{plan['network']} from {_weights_text(plan['weights'])}, on {plan['source']}: "
+        f"{train:,} training and {val:,} validation images of {plan['classes']:,} classes"
+    )
+    click.echo(
+        f"{cost['epochs']} epochs of {cost['steps_an_epoch']:,} steps of {plan['batch_size']} "
+        f"{unit}: {cost['macs'] / 1e9:,.1f} GMACs forward, about three times as many in all"
+    )
+    if "budget" in cost:
+        click.echo(
+            f"budget: {cost['budget']['macs'] / 1e9:,.1f} GMACs, those of {cost['budget']['of']}"
+        )
+    click.echo(f"would write {plan['folder']}")
+
+
+def _a(unit: str) -> str:
+    return {"patches": "one patch", "images": "one image"}[unit]
+
+
+def _weights_text(weights: str) -> str:
+    return {"default": "pretrained weights", "none": "random weights"}.get(weights, weights)
+
+
+def print_summary(summary: FinetuneSummary, as_json: bool) -> None:
+    """Print what a run came to."""
+    if as_json:
+        print_json({**vars(summary), "weights": str(summary.weights)})
+        return
+    print_table(RECORD_COLUMNS, record_rows(summary.best, summary.last))
+    by_scale = summary.best["val"].get("by_scale")
+    if by_scale:
+        click.echo()
+        print_table(
+            ["best, by scale", "images", "patches an image", "top-1", "top-5"],
+            [
+                [
+                    f"{scale} px",
+                    f"{found['images']:,}",
+                    f"{found['patches'] / found['images']:.2f}",
+                    f"{found['top1']:.2%}",
+                    f"{found['top5']:.2%}",
+                ]
+                for scale, found in by_scale.items()
+                if found["images"]
+            ],
+        )
+    train, val = summary.images
+    cost = summary.cost
+    click.echo(
+        f"{summary.network}: {summary.epochs} epochs on {summary.source} "
+        f"({cost['macs'] / 1e9:,.1f} GMACs forward), {train:,} images of {summary.classes:,} "
+        f"classes, measured on {val:,}: {summary.weights}"
+    )
