@@ -67,12 +67,16 @@ def macs(
     return int(counter.get_total_flops()) // 2
 
 
-def macs_at(module: nn.Module, sizes: Iterable[int]) -> dict[int, int | None]:
+def macs_at(
+    module: nn.Module,
+    sizes: Iterable[int],
+    forward: Callable[[torch.Tensor], Any] | None = None,
+) -> dict[int, int | None]:
     """Return `macs` by size, None where the network cannot take it."""
     counts: dict[int, int | None] = {}
     for size in sizes:
         try:
-            counts[size] = macs(module, size)
+            counts[size] = macs(module, size, forward)
         except _REFUSALS:
             counts[size] = None
     return counts
