@@ -4,104 +4,196 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from anchorpatch.cli.config import Command
 from anchorpatch.cli.extract import find_weights
 from anchorpatch.cli.options import (
+    PATH,
     Share,
+    SharedOption,
     data_option,
     device_option,
     json_option,
     labels_option,
     runs_option,
-    weights_option,
     workers_option,
 )
-from anchorpatch.cli.output import print_json, print_table
-
-if TYPE_CHECKING:
-    from anchorpatch.jobs.evaluate import EvaluateSummary
 
 __all__ = ["evaluate"]
 
+#: Options that only one of the two kinds of evaluation has.
+_OF_ANCHORNET = ("labels", "max_bad")
+_OF_NETWORKS = (
+    "shards",
+    "protocol",
+    "scale",
+    "baseline_weights",
+    "whole",
+    "anchornet_weights",
+    "speed",
+    "predictions",
+)
+
+#: Options without a meaning for one patch against a rescaled image.
+_OF_TABLE_3 = ("baseline_weights", "whole", "anchornet_weights", "speed", "predictions")
+
 
 @click.command(cls=Command)
-@click.argument("network", type=click.Choice(["anchornet"]))
+@click.argument("network")
+@click.option(
+    "--shards",
+    cls=SharedOption,
+    shared="ANCHORPATCH_SHARDS",
+    type=PATH,
+    default=Path("shards"),
+    help="Folder of the shards, SHARDS/SPLIT; also $ANCHORPATCH_SHARDS.",
+)
 @data_option
-@click.option("--split", default="val", help="Name of the folder below --data.")
+@click.option("--split", default="val", help="Name of the folder below --shards and --data.")
 @labels_option
-@weights_option
+@click.option(
+    "--weights",
+    metavar="FILE|default|demo",
+    help="Weights; default: the published ones of NETWORK; demo: the bundled ones of anchornet.  "
+    "[default: RUNS/NETWORK/best.safetensors]",
+)
 @runs_option
+@click.option(
+    "--protocol",
+    type=click.Choice(["patches", "rescale"]),
+    default="patches",
+    help="All patches against whole images (Table 3), or the strongest patch against the image "
+    "rescaled to its size (Table 4).",
+)
+@click.option(
+    "--scale",
+    type=click.Choice(["63", "95", "111"]),
+    multiple=True,
+    show_default=False,
+    help="Only images that chose this scale; may be given again.",
+)
+@click.option(
+    "--baseline-weights",
+    metavar="FILE|default",
+    help="Weights for whole images.  [default: RUNS/NETWORK-baseline/best.safetensors where it "
+    "exists, else those of --weights]",
+)
+@click.option("--whole/--no-whole", default=True, help="Evaluate whole images too.")
+@click.option(
+    "--anchornet-weights",
+    metavar="FILE|demo",
+    help="AnchorNet weights, for speed.  [default: RUNS/anchornet/best.safetensors]",
+)
+@click.option("--speed/--no-speed", default=True, help="Measure images a second.")
+@click.option("--predictions", type=PATH, help="Write each image's decision to FILE.csv or .npz.")
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
-    help="Images in a batch.  [default: 16 on CPU, 256 on a GPU]",
+    help="Patches or images in a batch.  [default: 32 on CPU (anchornet: 16), 256 on a GPU]",
 )
 @workers_option
 @device_option
 @click.option("--amp", is_flag=True, help="Compute in bfloat16.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take only the first N images.")
 @click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "markdown", "csv", "json"]),
+    default="table",
+    help="How the result is printed.",
+)
 @json_option
+@click.pass_context
 def evaluate(
+    ctx: click.Context,
+    /,
     network: str,
-    data: Path,
-    weights: str | None,
-    runs: Path,
-    workers: int | None,
+    form: str,
     as_json: bool,
+    workers: int | None,
     **options: Any,
 ) -> None:
-    """Measure a network on a labelled folder.
+    """Measure a network: an ordinary one on patches, or anchornet on images.
 
-    For anchornet: top-1 and top-5 of every branch and of the decision of Eq. 7, the share of
-    images that each branch is chosen for, patches an image for each preset, and the cost.
+    NETWORK is one of `anchorpatch models`. It is evaluated on the shards of a split: top-1 and
+    top-5 by the sum of the softmaxes of an image's patches, cost and speed, beside whole images.
+
+    For anchornet, on a labelled folder: top-1 and top-5 of every branch and of the decision of
+    Eq. 7, the share of images that each branch is chosen for, patches an image for each preset,
+    and the cost. --labels and --max-bad are for anchornet alone; --shards, --protocol, --scale,
+    --baseline-weights, --whole, --anchornet-weights, --speed and --predictions for the others.
 
     \b
+    anchorpatch evaluate resnet50
+    anchorpatch evaluate resnet50 --protocol rescale --weights default
+    anchorpatch evaluate resnet50 --scale 63 --weights runs/resnet50-63/best.safetensors
     anchorpatch evaluate anchornet --data imagenet --split val
     """  # noqa: D301 (click reads the character)
+    if network == "anchornet":
+        _refuse(ctx, _OF_NETWORKS, "is for networks on patches, not for anchornet")
+        if form in ("markdown", "csv"):
+            raise click.UsageError(f"--format {form} is for networks on patches.", ctx)
+    else:
+        _refuse(ctx, _OF_ANCHORNET, "is for anchornet alone")
+        if options["protocol"] == "rescale":
+            _refuse(ctx, _OF_TABLE_3, "goes with --protocol patches")
+    from anchorpatch.runtime.device import cpu_count  # torch is slow to import
+
+    options["workers"] = cpu_count() if workers is None else workers
+    form = "json" if as_json else form
+    if network == "anchornet":
+        _evaluate_anchornet(form, options)
+    else:
+        _evaluate_network(network, form, options)
+
+
+def _refuse(ctx: click.Context, names: tuple[str, ...], why: str) -> None:
+    """Refuse options of the other kind; a settings file may hold those of both."""
+    for param in ctx.command.params:
+        given = ctx.get_parameter_source(param.name or "")
+        if param.name in names and given is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{param.opts[0]} {why}.", ctx)
+
+
+def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:
+    from anchorpatch.cli.evaluate_output import print_anchornet
     from anchorpatch.jobs.evaluate import EvaluateConfig, run
-    from anchorpatch.runtime.device import cpu_count
     from anchorpatch.runtime.progress import reporter
 
-    config = EvaluateConfig(
-        data=data,
-        weights=find_weights(weights, runs),
-        workers=cpu_count() if workers is None else workers,
-        **options,
-    )
-    summary = run(config, reporter())
-    if int(os.environ.get("RANK", 0)) == 0:
-        print_summary(summary, as_json)
+    weights, runs = options.pop("weights"), options.pop("runs")
+    known = {k: v for k, v in options.items() if k not in (*_OF_NETWORKS, "scale")}
+    summary = run(EvaluateConfig(weights=find_weights(weights, runs), **known), reporter())
+    if _is_main():
+        print_anchornet(summary, form == "json")
 
 
-def print_summary(summary: EvaluateSummary, as_json: bool) -> None:
-    """Print the figures of an evaluation."""
-    if as_json:
-        print_json(summary.to_json())
-        return
-    rows = []
-    for output, top1 in summary.top1_by_output.items():
-        part, scale = output.split("_")
-        share = f"{summary.branch_share[scale]:.1%}" if part == "localization" else "-"
-        rows.append(
-            [f"{part} {scale} px", f"{top1:.2%}", f"{summary.top5_by_output[output]:.2%}", share]
-        )
-    rows.append(["decision (Eq. 7)", f"{summary.top1:.2%}", f"{summary.top5:.2%}", "100.0%"])
-    print_table(["output", "top-1", "top-5", "chosen for"], rows)
-    click.echo()
-    scales = list(summary.branch_share)
-    print_table(
-        ["preset: patches an image", *(f"{scale} px" for scale in scales), "all"],
-        [
-            [name, *("-" if (m := means[s]) is None else f"{m:.2f}" for s in [*scales, "all"])]
-            for name, means in summary.mean_patches.items()
-        ],
+def _evaluate_network(network: str, form: str, options: dict[str, Any]) -> None:
+    from anchorpatch.cli.evaluate_output import print_table_3, print_table_4
+    from anchorpatch.jobs.evaluate_network import EvaluateNetworkConfig, run, run_rescale
+    from anchorpatch.lsp import SCALES
+    from anchorpatch.runtime.progress import reporter
+
+    chosen = {int(scale) for scale in options.pop("scale")}
+    protocol, anchornet = options.pop("protocol"), options.pop("anchornet_weights")
+    config = EvaluateNetworkConfig(
+        network=network,
+        scales=tuple(scale for scale in SCALES if not chosen or scale in chosen),
+        anchornet_weights=find_weights(anchornet, options["runs"]) if anchornet else None,
+        **{k: v for k, v in options.items() if k not in _OF_ANCHORNET},
     )
-    click.echo(
-        f"\n{summary.images:,} images, {summary.skipped:,} skipped; {summary.gmacs:.4f} GMACs, "
-        f"{summary.images_per_second:,.1f} images/s without decoding"
-    )
+    if protocol == "rescale":
+        table_4 = run_rescale(config, reporter())
+        if _is_main():
+            print_table_4(table_4, form)
+    else:
+        table_3 = run(config, reporter())
+        if _is_main():
+            print_table_3(table_3, form)
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
-__all__ = ["bytes_text", "print_json", "print_table"]
+__all__ = ["bytes_text", "print_csv", "print_json", "print_markdown", "print_table"]
 
 
 def print_json(result: Any) -> None:
@@ -45,6 +46,22 @@ def print_table(
     with console.capture() as text:
         console.print(table)
     click.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
+
+
+def print_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table, aligned as `print_table`."""
+    rule = ["---:" if i else ":---" for i in range(len(columns))]
+    for row in (columns, rule, *rows):
+        click.echo(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
+
+
+def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows of values as CSV with a header; None is an empty field."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0])
+    writer.writerows(row.values() for row in rows)
+    click.echo(text.getvalue(), nl=False)
 
 
 def bytes_text(count: float) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -25,6 +26,7 @@ from anchorpatch.lsp import SCALES
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.distributed import World, sum_ranks
 from anchorpatch.shards.batches import load_rows
+from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "ScaleFigures",
     "check_classes",
     "check_tables",
+    "open_shards",
     "score_images",
     "score_patches",
 ]
@@ -65,6 +68,26 @@ def check_classes(reader: ShardReader, meta: WeightsMeta) -> None:
             f"{meta.architecture} ({_few(meta.classes)}), found {len(reader.classes)} "
             f"({_few(reader.classes)}); use weights that were trained on these classes"
         )
+
+
+def open_shards(shards: Path, split: str) -> ShardReader:
+    """Open SHARDS/SPLIT to train or evaluate a network on its patches.
+
+    Raises:
+        ShardError: there are no shards, no images in them, or an image has no patch.
+        CorruptShard: a shard cannot be read.
+    """
+    folder = shards / split
+    if not (folder / MANIFEST_NAME).is_file():
+        raise ShardError(
+            f"{folder}: expected shards, found no {MANIFEST_NAME}; make them by "
+            f"`anchorpatch extract --split {split} --out {shards}`, or name another --shards"
+        )
+    reader = ShardReader(folder)
+    if not len(reader):
+        raise ShardError(f"{folder}: expected shards with images, found none in them")
+    check_tables(reader)
+    return reader
 
 
 def check_tables(reader: ShardReader) -> None:

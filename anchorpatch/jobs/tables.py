@@ -186,13 +186,17 @@ def _patch_row(scale: str, found: ScaleFigures, total: float, costs: Costs) -> T
         images=found.images,
         mean_patches=found.mean_patches,
         gmacs=gmacs,
-        saved=None if gmacs is None else 1 - gmacs / whole,
+        saved=_saved(gmacs, whole),
         gmacs_with_anchornet=both,
-        saved_with_anchornet=None if both is None else 1 - both / whole,
+        saved_with_anchornet=_saved(both, whole),
         top1=found.top1,
         top5=found.top5,
         loss=found.loss,
     )
+
+
+def _saved(gmacs: float | None, whole: float) -> float | None:
+    return None if gmacs is None or not whole else 1 - gmacs / whole
 
 
 def table_4_rows(

@@ -1,0 +1,55 @@
+"""Settings of the evaluation of an ordinary network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from anchorpatch.lsp import SCALES
+
+__all__ = ["EvaluateNetworkConfig"]
+
+
+@dataclass(frozen=True)
+class EvaluateNetworkConfig:
+    """What is evaluated, and on what.
+
+    Attributes:
+        network: name of the network.
+        shards: folder that holds the split's shards.
+        split: name of the split's folder.
+        runs: folder of training runs.
+        weights: a file, "default" or "none"; None for RUNS/NETWORK/best.safetensors.
+        whole: also evaluate whole images, where there are some.
+        baseline_weights: the same as ``weights`` for whole images; None for
+            RUNS/NETWORK-baseline/best.safetensors where it exists, else ``weights``.
+        data: folder of the images, for shards that hold no whole images.
+        anchornet_weights: of AnchorNet, to measure speed; None for
+            RUNS/anchornet/best.safetensors where it exists.
+        speed: measure images a second.
+        scales: the images that chose one of these are counted.
+        predictions: file for the decision on each image, .csv or .npz.
+        batch_size: patches or images in a batch; None for 32 on CPU and 256 on a GPU.
+        workers: processes that decode the images of ``data``.
+        device: auto, cpu or cuda.
+        amp: compute in bfloat16.
+        limit: take only the first images.
+    """
+
+    network: str
+    shards: Path = Path("shards")
+    split: str = "val"
+    runs: Path = Path("runs")
+    weights: str | Path | None = None
+    whole: bool = True
+    baseline_weights: str | Path | None = None
+    data: Path = Path("data")
+    anchornet_weights: Path | None = None
+    speed: bool = True
+    scales: tuple[int, ...] = SCALES
+    predictions: Path | None = None
+    batch_size: int | None = None
+    workers: int = 0
+    device: str = "auto"
+    amp: bool = False
+    limit: int | None = None

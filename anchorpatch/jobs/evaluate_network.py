@@ -1,0 +1,95 @@
+"""Evaluate an ordinary network on shards of patches: Tables 3 and 4.
+
+Shards -> network -> softmax -> sum over an image's patches -> accuracy, beside the same network
+on whole images, with the cost of both.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+from torchvision.transforms import v2
+
+from anchorpatch.errors import DataError
+from anchorpatch.jobs.evaluate_config import EvaluateNetworkConfig
+from anchorpatch.jobs.evaluate_parts import Evaluation
+from anchorpatch.jobs.patch_scores import ImageBatch
+from anchorpatch.jobs.predictions import Predictions, check_predictions_path
+from anchorpatch.jobs.tables import WHOLE, Table3, Table4, table_3_rows, table_4_rows
+from anchorpatch.runtime.progress import Reporter
+
+__all__ = ["EvaluateNetworkConfig", "run", "run_rescale"]
+
+
+def run(config: EvaluateNetworkConfig, progress: Reporter | None = None) -> Table3:
+    """Evaluate a network on patches and on whole images (Table 3).
+
+    Raises:
+        ShardError: there are no shards, no images in them, or an image has no patch.
+        CorruptShard: a shard cannot be read.
+        DataError: the shards have other classes than the weights.
+        WeightsError: weights are missing, or another network's.
+        SettingsError: no such network, or it cannot take a patch.
+        StorageError: the predictions cannot be written.
+    """
+    if config.predictions is not None:
+        check_predictions_path(config.predictions)
+    with Evaluation.prepare(config, progress) as job:
+        whole, why_not = job.find_whole()
+        anchornet, no_speed = job.find_anchornet(whole, why_not)
+        baseline = job.baseline() if whole is not None and config.whole else None
+        costs = job.costs()
+        figures = job.score_whole(baseline, whole) if baseline and whole else None
+        predictions = None
+        if config.predictions is not None:
+            predictions = Predictions(config.predictions, job.reader, job.device)
+        patches = job.score_patches(keep=predictions.keep if predictions else None)
+        if predictions is not None:
+            predictions.write(job.world)
+        speed = job.measure(whole, anchornet) if anchornet and whole else None
+        missing = {"row 224": why_not if config.whole else None, "speed": no_speed}
+        return Table3(
+            network=config.network,
+            shards=str(job.reader.folder),
+            weights=job.network.source,
+            whole_weights=baseline.source if baseline else None,
+            whole_source=whole.source if whole and baseline else None,
+            gmacs_whole=costs.network[WHOLE],
+            gmacs_anchornet=costs.anchornet,
+            rows=table_3_rows(patches, figures, costs),
+            speed=speed,
+            left_out=tuple(f"{what}: {why}" for what, why in missing.items() if why),
+        )
+
+
+def run_rescale(config: EvaluateNetworkConfig, progress: Reporter | None = None) -> Table4:
+    """Compare the strongest patch of each image with the image rescaled to its size (Table 4).
+
+    Raises:
+        DataError: there are no whole images, or the shards have other classes than the weights.
+        AnchorpatchError: as `run`.
+    """
+    with Evaluation.prepare(config, progress) as job:
+        whole, why_not = job.find_whole()
+        if whole is None:
+            raise DataError(f"rescaling needs the whole images, but {why_not}")
+        rescaled = {
+            scale: job.score_whole(job.network, whole, (scale,), partial(_rescaled, side=scale))
+            for scale in config.scales
+        }
+        return Table4(
+            network=config.network,
+            shards=str(job.reader.folder),
+            weights=job.network.source,
+            whole_source=whole.source,
+            rows=table_4_rows(rescaled, job.score_patches(most=1)),
+        )
+
+
+def _rescaled(batch: ImageBatch, side: int) -> ImageBatch:
+    """Make whole images as small as a patch: antialiased bilinear."""
+    pixels: Tensor = v2.functional.resize(
+        batch.pixels.permute(0, 3, 1, 2), [side, side], antialias=True
+    )
+    return batch._replace(pixels=pixels.permute(0, 2, 3, 1))

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import csv
+import math
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from anchorpatch.errors import (
+    AnchorpatchError,
+    CorruptShard,
+    DataError,
+    SettingsError,
+    ShardError,
+    StorageError,
+    WeightsError,
+)
+from anchorpatch.jobs.evaluate_network import EvaluateNetworkConfig, run, run_rescale
+from anchorpatch.jobs.whole_images import WholeImages, find_whole_images
+from anchorpatch.lsp import SCALES
+from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.models.complexity import macs
+from anchorpatch.models.registry import build
+from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
+from anchorpatch.runtime.progress import Reporter
+from anchorpatch.shards import ShardReader
+from tests.jobs.patch_shards import Drawn, classes_of, write_shards
+
+NETWORK, SEVEN = "mobilenet_v3_small", classes_of(7)
+
+
+class Lines(Reporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def images(n: int = 9, seed: int = 0) -> list[Drawn]:
+    rng = random.Random(seed)
+    return [
+        Drawn(
+            rng.choice(SCALES),
+            rng.randrange(7),
+            [[rng.randrange(256) for _ in range(200)] for _ in range(rng.randint(1, 5))],
+        )
+        for _ in range(n)
+    ]
+
+
+def lively(seed: int) -> nn.Module:
+    """A network whose outputs differ from picture to picture."""
+    torch.manual_seed(seed)
+    module = build(NETWORK, len(SEVEN))
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.3)
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean, std=0.1)
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of patches and crops, shards of patches alone, their images, and weights."""
+    root = tmp_path_factory.mktemp("evaluate")
+    for name, stored in (("stored", True), ("shards", False)):
+        write_shards(root / name / "val", images(), SEVEN, store_images=stored)
+    reader = ShardReader(root / "stored" / "val")
+    for i, path in enumerate(reader.path.tolist()):
+        file = root / "data" / "val" / path.decode()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Of 256 px, the transform of validation cuts the middle out.
+        framed = np.zeros((256, 256, 3), np.uint8)
+        framed[16:240, 16:240] = reader.image(i)
+        Image.fromarray(framed).save(file)
+    for name, seed in ((NETWORK, 0), (f"{NETWORK}-baseline", 1)):
+        meta = WeightsMeta(NETWORK, SEVEN)
+        save_weights(root / "runs" / name / "best.safetensors", lively(seed).state_dict(), meta)
+    return root
+
+
+def config_of(root: Path, **changes: object) -> EvaluateNetworkConfig:
+    config = EvaluateNetworkConfig(
+        NETWORK,
+        shards=root / "stored",
+        runs=root / "runs",
+        data=root / "data",
+        speed=False,
+        device="cpu",
+        batch_size=4,
+    )
+    return replace(config, **changes)
+
+
+@torch.no_grad()
+def softmax(module: nn.Module, pixels: np.ndarray) -> list[float]:
+    """The distribution of one picture, uint8 (H, W, 3), in plain Python from the logits on."""
+    mean, std = (np.array(v) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    values = torch.from_numpy((pixels / 255 - mean) / std).float().permute(2, 0, 1)[None]
+    powers = [math.exp(v) for v in module(values)[0].tolist()]
+    return [p / sum(powers) for p in powers]
+
+
+def summed(module: nn.Module, reader: ShardReader, i: int, most: int = 99) -> list[float]:
+    parts = [softmax(module, pixels) for pixels in reader.image_patches(i).pixels[:most]]
+    return [sum(column) for column in zip(*parts, strict=True)]
+
+
+def ranking(total: list[float]) -> list[int]:
+    return sorted(range(len(total)), key=lambda c: (-total[c], c))
+
+
+def test_table_3_equals_image_by_image(root: Path):
+    table = run(config_of(root))
+    reader, module = ShardReader(root / "stored" / "val"), lively(0)
+    decided = [ranking(summed(module, reader, i)) for i in range(len(reader))]
+    cost = {side: macs(module, side) / 1e9 for side in (*SCALES, 224)}
+    net = AnchorNet(7)
+    both = macs(net, 224, net.localize) / 1e9
+    spent = 0.0
+    for row, scale in zip(table.rows[1:-1], SCALES, strict=True):
+        rows = [i for i in range(len(reader)) if reader.scale[i] == scale]
+        assert (row.scale, row.images) == (str(scale), len(rows))
+        assert row.top1 == sum(decided[i][0] == reader.label[i] for i in rows) / len(rows)
+        assert row.top5 == sum(reader.label[i] in decided[i][:5] for i in rows) / len(rows)
+        patches = sum(int(reader.counts[i]) for i in rows)
+        assert row.mean_patches == patches / len(rows)
+        assert row.gmacs == pytest.approx(patches * cost[scale] / len(rows))
+        spent += patches * cost[scale]
+    last = table.rows[-1]
+    right = [decided[i][0] == reader.label[i] for i in range(len(reader))]
+    assert (last.scale, last.images, last.top1) == ("all", 9, sum(right) / 9)
+    assert last.gmacs_with_anchornet == pytest.approx(spent / 9 + both)
+    assert last.saved == pytest.approx(1 - spent / 9 / cost[224])
+
+
+def test_whole_images_by_the_baseline_from_crops_or_files(root: Path):
+    reader, module = ShardReader(root / "stored" / "val"), lively(1)
+    best = [ranking(softmax(module, reader.image(i))) for i in range(len(reader))]
+    expected = sum(b[0] == reader.label[i] for i, b in enumerate(best)) / len(reader)
+    stored = run(config_of(root, speed=True))
+    files = run(config_of(root, shards=root / "shards"))
+    assert stored.whole_source == "the stored crops"
+    assert files.whole_source == f"the images in {root / 'data' / 'val'}"
+    assert stored.whole_weights == f"{root}/runs/{NETWORK}-baseline/best.safetensors"
+    assert (stored.rows[0].scale, stored.rows[0].top1) == ("224", expected)
+    assert files.rows == stored.rows
+    assert "anchornet/best.safetensors does not exist" in stored.left_out[0]
+    assert files.left_out == ()
+
+
+def test_one_scale_counts_its_images_alone(root: Path):
+    one = run(config_of(root, scales=(63,), baseline_weights="none"))
+    n = sum(image.scale == 63 for image in images())
+    assert [(row.scale, row.images) for row in one.rows] == [("224", n), ("63", n), ("all", n)]
+    assert one.whole_weights == "random weights"
+    part = run(config_of(root, limit=4, whole=False))
+    assert (part.rows[-1].images, part.whole_source, part.left_out) == (4, None, ())
+
+
+def test_what_is_left_out_is_said(root: Path, tmp_path: Path):
+    config = config_of(root, shards=root / "shards", data=tmp_path, speed=True)
+    table = run(config)
+    assert table.rows[0].scale == "63"
+    assert table.left_out[0].startswith("row 224: ")
+    assert f"there is no folder {tmp_path / 'val'}: extract with --store-images" in str(table)
+    assert table.left_out[1].startswith("speed: ")
+    shutil.copytree(root / "data" / "val", tmp_path / "val")
+    next((tmp_path / "val").glob("*/*")).unlink()
+    found = find_whole_images(ShardReader(root / "shards" / "val"), tmp_path, "val")
+    assert "1 of its 9 images are not in" in str(found)
+
+
+def test_speed_is_measured(root: Path, weights: Path):
+    report = Lines()
+    speed = run(
+        config_of(root, speed=True, anchornet_weights=weights, batch_size=16, whole=False), report
+    ).speed
+    assert speed is not None
+    assert (speed.images, speed.rounds) == (9, 3)
+    assert speed.ratio == pytest.approx(speed.patches / speed.whole)
+    assert min(speed.whole, speed.patches) > 0
+    assert speed.mean_patches >= 1
+    assert any("not the weights that the shards were made with" in line for line in report.lines)
+
+
+def test_predictions(root: Path, tmp_path: Path):
+    reader, module = ShardReader(root / "stored" / "val"), lively(0)
+    text, binary = tmp_path / "out" / "p.csv", tmp_path / "p.npz"
+    for path in (text, binary):
+        run(config_of(root, predictions=path, whole=False, scales=(63, 111)))
+    chosen = [i for i in range(len(reader)) if reader.scale[i] != 95]
+    lines = list(csv.DictReader(text.read_text().splitlines()))
+    with np.load(binary) as arrays:
+        found = dict(arrays)
+    assert [line["path"] for line in lines] == found["path"].tolist()
+    assert found["classes"].tolist() == list(SEVEN)
+    for k, i in enumerate(chosen):
+        mean = [v / reader.counts[i] for v in summed(module, reader, i)]
+        best = ranking(mean)[:5]
+        line = lines[k]
+        assert line["path"] == reader.path[i].decode()
+        assert line["label"] == SEVEN[reader.label[i]]
+        assert (line["scale"], line["patches"]) == (str(reader.scale[i]), str(reader.counts[i]))
+        assert [line[f"class{n}"] for n in range(1, 6)] == [SEVEN[c] for c in best]
+        values = [float(line[f"probability{n}"]) for n in range(1, 6)]
+        assert values == pytest.approx([mean[c] for c in best], rel=1e-4)
+        assert found["top5"][k].tolist() == best
+        np.testing.assert_allclose(found["probabilities"][k], mean, rtol=1e-4)
+    assert len(lines) == len(found["label"]) == len(chosen)
+
+
+def test_table_4_equals_image_by_image(root: Path):
+    table = run_rescale(config_of(root))
+    reader, module = ShardReader(root / "stored" / "val"), lively(0)
+    for row, scale in zip(table.rows, (*SCALES, None), strict=True):
+        rows = [i for i in range(len(reader)) if scale in (None, reader.scale[i])]
+        localized = [ranking(summed(module, reader, i, most=1)) for i in rows]
+        small = []
+        for i in rows:
+            side = int(reader.scale[i])
+            size = (side, side)
+            # Pillow's reducing filters are antialiased.
+            image = Image.fromarray(reader.image(i)).resize(size, Image.Resampling.BILINEAR)
+            small.append(ranking(softmax(module, np.asarray(image))))
+        right = [
+            sum(best[0] == reader.label[i] for i, best in zip(rows, found, strict=True))
+            for found in (small, localized)
+        ]
+        assert row.images == len(rows)
+        assert row.rescaled_top1 == pytest.approx(right[0] / len(rows))
+        assert row.localized_top1 == pytest.approx(right[1] / len(rows))
+    with pytest.raises(DataError, match=r"rescaling needs the whole images, but .* --data"):
+        run_rescale(config_of(root, shards=root / "shards", data=root / "nowhere"))
+
+
+def test_a_file_that_cannot_be_read(root: Path, tmp_path: Path):
+    data = shutil.copytree(root / "data", tmp_path / "data")
+    reader = ShardReader(root / "shards" / "val")
+    (data / "val" / reader.path[2].decode()).write_bytes(b"no image")
+    found = find_whole_images(reader, data, "val")
+    assert isinstance(found, WholeImages)
+    with pytest.raises(DataError, match=r"0002\.png: expected the image .* cannot be read"):
+        list(found.batches(np.arange(9), 4))
+
+
+def test_errors_are_one_clear_line(root: Path, tmp_path: Path):
+    def fails(kind: type[AnchorpatchError], *parts: str, **changes: object) -> None:
+        with pytest.raises(kind) as caught:
+            run(config_of(root, **changes))
+        assert "\n" not in str(caught.value)
+        for part in parts:
+            assert part in str(caught.value)
+
+    missing = tmp_path / "s"
+    fails(
+        ShardError,
+        f"{missing}/val: expected shards",
+        "anchorpatch extract --split val",
+        shards=missing,
+    )
+    fails(SettingsError, "no network is named 'resnet51'", network="resnet51")
+    fails(SettingsError, "vit_b_16 cannot take images of 63, 95, 111 px", network="vit_b_16")
+    fails(WeightsError, "run `anchorpatch finetune squeezenet1_0`", network="squeezenet1_0")
+    weights = root / "runs" / NETWORK / "best.safetensors"
+    other = {"network": "squeezenet1_0", "weights": weights}
+    fails(WeightsError, f"expected weights of squeezenet1_0, found {NETWORK}", **other)
+    write_shards(tmp_path / "six" / "val", [Drawn(63, 1, [[5] * 6])], classes_of(6))
+    six = ("expected outputs for the 6 classes class00", "found 7 (class00")
+    fails(WeightsError, *six, shards=tmp_path / "six")
+    renamed = tuple(f"other{i}" for i in range(7))
+    write_shards(tmp_path / "renamed" / "val", [Drawn(63, 1, [[5] * 7])], renamed)
+    fails(WeightsError, "classes other0", "found 7 (class00", shards=tmp_path / "renamed")
+    copy = shutil.copytree(root / "stored", tmp_path / "copy")
+    (copy / "val" / "val-00001.h5").write_bytes(b"cut")
+    fails(CorruptShard, "val-00001.h5: expected", "found 3: run the same extract", shards=copy)
+    fails(SettingsError, ".csv or .npz, found .txt", predictions=tmp_path / "p.txt")
+    (tmp_path / "folder.csv").mkdir()
+    fails(StorageError, "it is a folder", predictions=tmp_path / "folder.csv")
+    fails(StorageError, "cannot write", predictions=weights / "p.csv")
