@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from anchorpatch.errors import MissingDependency, SettingsError, WeightsError
+from anchorpatch.jobs.network_weights import read_file
+from anchorpatch.jobs.networks import Network, check_sides, load_checkpoint, load_network
+from anchorpatch.models.registry import build, build_on_meta
+from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
+
+#: A small network whose head is a linear layer, and one whose head is a convolution.
+LINEAR, CONV = "shufflenet_v2_x0_5", "squeezenet1_1"
+THREE, FOUR = ("ape", "bee", "cat"), ("ape", "bee", "cat", "dog")
+IMAGENET = ("n01440764", *(f"n0{1440764 + i}" for i in range(1, 999)), "n15075141")
+
+
+def state_of(name: str, classes: int, seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return dict(build(name, classes).state_dict())
+
+
+def load(
+    name: str, classes: tuple[str, ...], weights: str | Path, **options: bool
+) -> tuple[Network, list[str]]:
+    messages: list[str] = []
+    return load_network(name, classes, weights, messages.append, **options), messages
+
+
+def error_of(name: str, classes: tuple[str, ...], weights: str | Path, **options: bool) -> str:
+    with pytest.raises(WeightsError) as raised:
+        load_network(name, classes, weights, **options)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def assert_same(module: nn.Module, state: dict[str, Tensor], without: str = "-") -> None:
+    own = module.state_dict()
+    assert own.keys() == state.keys()
+    for key, value in state.items():
+        assert own[key].equal(value) != key.startswith(without), key
+
+
+def test_random_weights() -> None:
+    torch.manual_seed(0)
+    network, messages = load(LINEAR, THREE, "none")
+    assert_same(network.module, state_of(LINEAR, 3))
+    assert not network.module.training
+    assert (network.meta.architecture, network.meta.classes) == (LINEAR, THREE)
+    assert (network.source, messages) == ("random weights", [])
+
+
+def test_our_own_files_come_back_whole(tmp_path: Path) -> None:
+    state = state_of(LINEAR, 3)
+    meta = WeightsMeta(LINEAR, THREE, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    path = tmp_path / "best.safetensors"
+    save_weights(path, state, meta)
+    for network in (load(LINEAR, THREE, path)[0], load_checkpoint(path)):
+        assert_same(network.module, state)
+        assert (network.meta.mean, network.meta.std) == (meta.mean, meta.std)
+        assert network.meta.classes == THREE
+        assert network.source == str(path)
+
+
+@pytest.mark.parametrize("other", [("ape", "bee", "cow"), ("bee", "ape", "cat"), FOUR])
+def test_our_file_for_other_classes(tmp_path: Path, other: tuple[str, ...]) -> None:
+    state = state_of(LINEAR, 3, seed=1)
+    path = tmp_path / "best.safetensors"
+    save_weights(path, state, WeightsMeta(LINEAR, THREE))
+    assert "found 3 (ape, bee, cat)" in error_of(LINEAR, other, path)
+    network, messages = load(LINEAR, other, path, replace_head=True)
+    assert network.meta.classes == other
+    own = network.module.state_dict()
+    for key, value in state.items():
+        assert own[key].shape != value.shape or own[key].equal(value) != key.startswith("fc.")
+    assert messages == [
+        f"{path}: its head for 3 (ape, bee, cat) gives way to a new one for {len(other)} "
+        f"({', '.join(other[:3])}{', ...' if len(other) > 3 else ''})"
+    ]
+
+
+def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "best.safetensors"
+    save_weights(path, state_of(LINEAR, 3), WeightsMeta(LINEAR, THREE))
+    assert f"expected weights of {CONV}, found {LINEAR}" in error_of(CONV, THREE, path)
+    # The same network by two names.
+    save_weights(path, state_of(LINEAR, 3), WeightsMeta("resnext50_32x4d", THREE))
+    assert read_file(path, "resnext50").classes == THREE
+    save_weights(path, {}, WeightsMeta("anchornet", THREE))
+    with pytest.raises(WeightsError, match="expected a network for patches, found weights of"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", [LINEAR, CONV])
+@pytest.mark.parametrize("wrapped", ["plain", "state_dict", "model", "module.", "safetensors"])
+def test_files_of_other_programs(tmp_path: Path, name: str, wrapped: str) -> None:
+    state = state_of(name, 3, seed=2)
+    stored: dict[str, object] = dict(state)
+    path = tmp_path / "weights"
+    if wrapped == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        if wrapped in ("state_dict", "model"):
+            stored = {wrapped: stored, "epoch": 3}
+        elif wrapped == "module.":
+            stored = {"state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}}
+        torch.save(stored, path)
+    network, messages = load(name, THREE, path)
+    assert_same(network.module, state)
+    assert network.source == str(path)
+    assert "3 outputs are taken for the classes in their order (ape, bee, cat)" in messages[0]
+    assert "expected outputs for the 4 classes ape, bee, cat, ..., found 3" in error_of(
+        name, FOUR, path
+    )
+    network, messages = load(name, FOUR, path, replace_head=True)
+    head = "fc" if name == LINEAR else "classifier.1"
+    changed = {k for k, v in network.module.state_dict().items() if v.shape != state[k].shape}
+    assert changed == {f"{head}.weight", f"{head}.bias"}
+    assert messages == [f"{path}: its head for 3 gives way to a new one for 4 (ape, bee, cat, ...)"]
+
+
+def test_files_without_a_head_or_counters(tmp_path: Path) -> None:
+    state = state_of(LINEAR, 3, seed=3)
+    path = tmp_path / "backbone.pth"
+    kept = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    torch.save({k: v for k, v in kept.items() if not k.endswith("num_batches_tracked")}, path)
+    network, messages = load(LINEAR, THREE, path, replace_head=True)
+    assert_same(network.module, state, without="fc.")
+    assert "its head for no classes gives way" in messages[0]
+    assert "found no classes" in error_of(LINEAR, THREE, path)
+
+
+def test_other_keys_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    torch.save(state_of(CONV, 3), path)
+    message = error_of(LINEAR, THREE, path, replace_head=True)
+    assert "found other tensors (classifier.1.bias: expected nothing, found 3; " in message
+    assert message.endswith("more); name a file of this network")
+    state = state_of(LINEAR, 3)
+    state["conv1.0.weight"] = torch.zeros(24, 1, 3, 3)
+    torch.save(state, path)
+    assert "(conv1.0.weight: expected 24 x 3 x 3 x 3, found 24 x 1 x 3 x 3)" in error_of(
+        LINEAR, THREE, path, replace_head=True
+    )
+
+
+def test_old_names_of_densenet(tmp_path: Path) -> None:
+    path = tmp_path / "densenet.pth"
+    one = torch.ones(1)
+    torch.save(
+        {"features.denseblock1.denselayer2.norm.1.weight": one, "features.norm0.bias": one}, path
+    )
+    found = read_file(path, "densenet121").tensors
+    assert set(found) == {"features.denseblock1.denselayer2.norm1.weight", "features.norm0.bias"}
+
+
+def test_auxiliary_classifiers_are_left_out(tmp_path: Path) -> None:
+    state = state_of("googlenet", 3)
+    path = tmp_path / "googlenet.pth"
+    torch.save({**state, "aux1.fc2.weight": torch.zeros(1000, 1024)}, path)
+    assert_same(load("googlenet", THREE, path)[0].module, state)
+
+
+def test_networks_that_ask_for_the_version_of_their_state(tmp_path: Path) -> None:
+    state = state_of("mnasnet0_5", 3)
+    path = tmp_path / "mnasnet.safetensors"
+    save_weights(path, state, WeightsMeta("mnasnet0_5", THREE))
+    assert_same(load_checkpoint(path).module, state)
+
+
+class Crafted:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (os.environ["CRAFTED"],)
+
+
+def test_a_crafted_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRAFTED", str(tmp_path / "run"))
+    for i, save in enumerate(
+        (
+            lambda file: torch.save({"state_dict": Crafted()}, file),
+            lambda file: torch.save({"w": Crafted()}, file, _use_new_zipfile_serialization=False),
+            lambda file: pickle.dump(Crafted(), file),
+        )
+    ):
+        path = tmp_path / f"{i}.pth"
+        with open(path, "wb") as file:
+            save(file)
+        message = error_of(LINEAR, THREE, path)
+        assert "a pickle of other objects, which was not run" in message
+        assert str(path) in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"state_dict": {"a": 1}}, "expected a state dict (names and tensors), found other values"),
+        ([torch.zeros(1)], "found list"),
+        ({}, "found other values"),
+    ],
+)
+def test_torch_files_that_are_no_state_dict(tmp_path: Path, document: object, message: str) -> None:
+    torch.save(document, tmp_path / "a.pth")
+    assert message in error_of(LINEAR, THREE, tmp_path / "a.pth")
+
+
+def test_damaged_missing_and_other_files(tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole", tmp_path / "cut"
+    torch.save(state_of(CONV, 3), whole)
+    path.write_bytes(whole.read_bytes()[:100_000])
+    assert "damaged" in error_of(CONV, THREE, path)
+    safetensors.torch.save_file(state_of(CONV, 3), whole)
+    path.write_bytes(whole.read_bytes()[:100_000])
+    assert "damaged or cut-off file of 100000 bytes" in error_of(CONV, THREE, path)
+    path.write_bytes(b"")
+    assert "file of 0 bytes" in error_of(CONV, THREE, path)
+    assert "--weights takes default, none or a file" in error_of(CONV, THREE, tmp_path / "no")
+    assert "Is a directory" in error_of(CONV, THREE, tmp_path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """torchvision's cache in an empty folder, and no network."""
+
+    def blocked(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.delenv("TORCH_HUB", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", blocked)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_pretrained_sets_in_the_cache_need_no_network(cache: Path) -> None:
+    file = "shufflenetv2_x0.5-f707e7126e.pth"
+    message = error_of(LINEAR, THREE, "default")
+    assert f"cannot download https://download.pytorch.org/models/{file}" in message
+    assert "no route to host" in message
+    assert f"--weights {file} or put it into {cache}" in message
+    state = state_of(LINEAR, 1000, seed=4)
+    torch.save(state, cache / file)
+    network, messages = load(LINEAR, IMAGENET, "default")
+    assert_same(network.module, state)
+    assert network.source == f"{file} (IMAGENET1K_V1 of torchvision)"
+    assert network.meta.mean == (0.485, 0.456, 0.406)
+    assert messages == []
+    for classes in (THREE, tuple(f"class {i}" for i in range(1000))):
+        assert "found 1,000 (tench, goldfish, great white shark, ...)" in error_of(
+            LINEAR, classes, "default"
+        )
+        network, messages = load(LINEAR, classes, "default", replace_head=True)
+        assert len(messages) == 1
+        assert len(network.module.fc.weight) == len(classes)
+        assert network.module.conv5[0].weight.equal(state["conv5.0.weight"])
+    (cache / file).write_bytes(b"PK")
+    assert "remove it to have it downloaded again" in error_of(LINEAR, THREE, "default")
+
+
+def test_a_download_goes_into_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = state_of(LINEAR, 1000)
+
+    def download(url: str, file: str, digest: str | None, progress: bool) -> None:
+        assert (url.rsplit("/", 1)[1], digest) == (Path(file).name, "f707e7126e")
+        torch.save(state, file)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    network, messages = load(LINEAR, IMAGENET, "default")
+    assert_same(network.module, state)
+    assert messages[0].startswith("downloading https://download.pytorch.org/models/shufflenet")
+
+
+def test_networks_without_a_pretrained_set() -> None:
+    assert "hcgnet_b has no pretrained set: give --weights none" in error_of(
+        "hcgnet_b", THREE, "default"
+    )
+
+
+def test_pretrained_sets_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    import huggingface_hub
+
+    def blocked(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    name = "timm:test_resnet"
+    monkeypatch.setattr("urllib.request.urlopen", blocked)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    message = error_of(name, THREE, "default")
+    assert "no route to host" in message
+    assert "fetch model.safetensors from there" in message
+    state = state_of(name, 1000)
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(state, file)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(file))
+    network, messages = load(name, IMAGENET, "default")
+    assert_same(network.module, state)
+    assert messages == []
+    network, messages = load(name, THREE, file, replace_head=True)
+    assert network.module.conv1[0].weight.equal(state["conv1.0.weight"])
+    assert "its head for 1,000 gives way" in messages[0]
+
+
+def test_names_are_checked_before_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="did you mean 'resnet50'"):
+        load_network("resnet5O", THREE, "missing file")
+    with pytest.raises(SettingsError, match="anchornet localises patches"):
+        load_network("anchornet", THREE)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingDependency, match="timm"):
+        load_network("timm:resnet18", THREE)
+
+
+def test_sides_that_networks_cannot_take() -> None:
+    check_sides(LINEAR, build(LINEAR, 3))
+    with pytest.raises(SettingsError, match=r"vit_b_32 cannot take images of 63, 95, 111 px \(Wr"):
+        check_sides("vit_b_32", build_on_meta("vit_b_32", 3))
+    inception = build_on_meta("inception_v3", 3).train()
+    check_sides("inception_v3", inception, (95, 111))
+    with pytest.raises(SettingsError, match=r"inception_v3 cannot take images of 63 px"):
+        check_sides("inception_v3", inception)
+    assert inception.training
+
+
+def test_trying_sides_changes_nothing_and_needs_no_meta_device() -> None:
+    net = build(LINEAR, 3).train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    check_sides(LINEAR, net)
+    assert_same(net, before)
+    assert net.training
+
+    def stubborn(self: nn.Module, x: Tensor) -> Tensor:
+        return self.weight * float(x.mean())  # a number that the meta device has not
+
+    net = nn.Conv2d(3, 3, 1)
+    net.forward = types.MethodType(stubborn, net)
+    check_sides("stubborn", net)
