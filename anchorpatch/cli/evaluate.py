@@ -71,9 +71,7 @@ _OF_TABLE_3 = ("baseline_weights", "whole", "anchornet_weights", "speed", "predi
 @click.option(
     "--scale",
     type=click.Choice(["63", "95", "111"]),
-    multiple=True,
-    show_default=False,
-    help="Only images that chose this scale; may be given again.",
+    help="Only images that chose this scale, by RUNS/NETWORK-SCALE where there is no RUNS/NETWORK.",
 )
 @click.option(
     "--baseline-weights",
@@ -101,7 +99,6 @@ _OF_TABLE_3 = ("baseline_weights", "whole", "anchornet_weights", "speed", "predi
 @click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
 @click.option(
     "--format",
-    "form",
     type=click.Choice(["table", "markdown", "csv", "json"]),
     default="table",
     help="How the result is printed.",
@@ -112,7 +109,7 @@ def evaluate(
     ctx: click.Context,
     /,
     network: str,
-    form: str,
+    format: str,
     as_json: bool,
     workers: int | None,
     **options: Any,
@@ -130,9 +127,10 @@ def evaluate(
     \b
     anchorpatch evaluate resnet50
     anchorpatch evaluate resnet50 --protocol rescale --weights default
-    anchorpatch evaluate resnet50 --scale 63 --weights runs/resnet50-63/best.safetensors
+    anchorpatch evaluate resnet50 --scale 63 --predictions 63.csv
     anchorpatch evaluate anchornet --data imagenet --split val
     """  # noqa: D301 (click reads the character)
+    form = "json" if as_json else format
     if network == "anchornet":
         _refuse(ctx, _OF_NETWORKS, "is for networks on patches, not for anchornet")
         if form in ("markdown", "csv"):
@@ -144,7 +142,6 @@ def evaluate(
     from anchorpatch.runtime.device import cpu_count  # torch is slow to import
 
     options["workers"] = cpu_count() if workers is None else workers
-    form = "json" if as_json else form
     if network == "anchornet":
         _evaluate_anchornet(form, options)
     else:
@@ -165,7 +162,7 @@ def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:
     from anchorpatch.runtime.progress import reporter
 
     weights, runs = options.pop("weights"), options.pop("runs")
-    known = {k: v for k, v in options.items() if k not in (*_OF_NETWORKS, "scale")}
+    known = {k: v for k, v in options.items() if k not in _OF_NETWORKS}
     summary = run(EvaluateConfig(weights=find_weights(weights, runs), **known), reporter())
     if _is_main():
         print_anchornet(summary, form == "json")
@@ -177,11 +174,11 @@ def _evaluate_network(network: str, form: str, options: dict[str, Any]) -> None:
     from anchorpatch.lsp import SCALES
     from anchorpatch.runtime.progress import reporter
 
-    chosen = {int(scale) for scale in options.pop("scale")}
+    scale = options.pop("scale")
     protocol, anchornet = options.pop("protocol"), options.pop("anchornet_weights")
     config = EvaluateNetworkConfig(
         network=network,
-        scales=tuple(scale for scale in SCALES if not chosen or scale in chosen),
+        scales=SCALES if scale is None else (int(scale),),
         anchornet_weights=find_weights(anchornet, options["runs"]) if anchornet else None,
         **{k: v for k, v in options.items() if k not in _OF_ANCHORNET},
     )

@@ -60,13 +60,13 @@ def print_table_3(table: Table3, form: str) -> None:
     )
     rows = [
         [
-            _scale(row.scale),
+            row.scale,
             f"{row.images:,}",
             _number(row.mean_patches),
             _number(row.gmacs, 3),
-            _share(row.saved, 1),
+            _share(row.saved, 0),
             _number(row.gmacs_with_anchornet, 3),
-            _share(row.saved_with_anchornet, 1),
+            _share(row.saved_with_anchornet, 0),
             _share(row.top1),
             _share(row.top5),
         ]
@@ -96,7 +96,7 @@ def print_table_4(table: Table4, form: str) -> None:
     """Print localising against rescaling: as a table, markdown, csv or json."""
     rows = [
         [
-            _scale(row.scale),
+            row.scale,
             f"{row.images:,}",
             _share(row.rescaled_top1),
             _share(row.localized_top1),
@@ -129,10 +129,6 @@ def _print(
     else:
         print_table(columns, rows)
         click.echo("\n" + "\n".join(notes))
-
-
-def _scale(scale: str) -> str:
-    return "all" if scale == "all" else f"{scale} px"
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -19,7 +19,8 @@ class EvaluateNetworkConfig:
         shards: folder that holds the split's shards.
         split: name of the split's folder.
         runs: folder of training runs.
-        weights: a file, "default" or "none"; None for RUNS/NETWORK/best.safetensors.
+        weights: a file, "default" or "none"; None for RUNS/NETWORK/best.safetensors, or for
+            one scale RUNS/NETWORK-SCALE/best.safetensors where that is all there is.
         whole: also evaluate whole images, where there are some.
         baseline_weights: the same as ``weights`` for whole images; None for
             RUNS/NETWORK-baseline/best.safetensors where it exists, else ``weights``.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from anchorpatch.errors import WeightsError
 from anchorpatch.jobs.evaluate_config import EvaluateNetworkConfig
+from anchorpatch.jobs.finetune_config import run_folder
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.network_speed import Speed, measure_speed
 from anchorpatch.jobs.networks import Network, check_sides, load_network
@@ -32,7 +33,7 @@ from anchorpatch.jobs.whole_images import WholeImages, find_whole_images
 from anchorpatch.lsp import SCALES, LspSettings
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import macs
-from anchorpatch.models.registry import build_on_meta, check_name, run_name
+from anchorpatch.models.registry import build_on_meta, check_name
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import World, process_group
@@ -104,7 +105,7 @@ class Evaluation:
         """Return the network for whole images; see `EvaluateNetworkConfig`."""
         source = self.config.baseline_weights
         if source is None:
-            path = _best(self.config.runs, f"{run_name(self.config.network)}-baseline")
+            path = _best(run_folder(self.config.runs, self.config.network, baseline=True))
             if not path.is_file():
                 return self.network
             source = path
@@ -177,7 +178,7 @@ class Evaluation:
         self, whole: WholeImages | None, why_not: str | None
     ) -> tuple[Weights | None, str | None]:
         """Return AnchorNet's weights if speed can be measured, or why it cannot."""
-        path, best = self.config.anchornet_weights, _best(self.config.runs, "anchornet")
+        path, best = self.config.anchornet_weights, _best(run_folder(self.config.runs, "anchornet"))
         if not self.config.speed:
             return None, None
         if self.config.scales != SCALES:
@@ -226,18 +227,23 @@ def _on(network: Network, device: torch.device) -> torch.nn.Module:
     return module.to(memory_format=torch.channels_last)
 
 
-def _best(runs: Path, name: str) -> Path:
-    return runs / name / "best.safetensors"
+def _best(folder: Path) -> Path:
+    return folder / "best.safetensors"
 
 
 def _trained(config: EvaluateNetworkConfig) -> Path:
-    path = _best(config.runs, run_name(config.network))
-    if not path.is_file():
-        raise WeightsError(
-            f"{path} does not exist: run `anchorpatch finetune {config.network}`, or name weights "
-            "with --weights FILE (--weights default: the published ones)"
-        )
-    return path
+    """Return the weights for patches that `finetune` wrote: of all scales, or of the one."""
+    path = _best(run_folder(config.runs, config.network))
+    if path.is_file():
+        return path
+    if len(config.scales) == 1:
+        of_scale = _best(run_folder(config.runs, config.network, scale=config.scales[0]))
+        if of_scale.is_file():
+            return of_scale
+    raise WeightsError(
+        f"{path} does not exist: run `anchorpatch finetune {config.network}`, or name weights "
+        "with --weights FILE (--weights default: the published ones)"
+    )
 
 
 def _load(name: str, reader: ShardReader, source: str | Path, report: Reporter) -> Network:

@@ -158,11 +158,16 @@ def test_whole_images_by_the_baseline_from_crops_or_files(root: Path):
     assert files.left_out == ()
 
 
-def test_one_scale_counts_its_images_alone(root: Path):
+def test_one_scale_counts_its_images_alone(root: Path, tmp_path: Path):
     one = run(config_of(root, scales=(63,), baseline_weights="none"))
     n = sum(image.scale == 63 for image in images())
     assert [(row.scale, row.images) for row in one.rows] == [("224", n), ("63", n), ("all", n)]
     assert one.whole_weights == "random weights"
+    alone = tmp_path / f"{NETWORK}-63" / "best.safetensors"
+    alone.parent.mkdir()
+    alone.hardlink_to(root / "runs" / NETWORK / "best.safetensors")
+    own = run(config_of(root, scales=(63,), runs=tmp_path, whole=False))
+    assert (own.weights, own.rows[0]) == (str(alone), one.rows[1])
     part = run(config_of(root, limit=4, whole=False))
     assert (part.rows[-1].images, part.whole_source, part.left_out) == (4, None, ())
 
