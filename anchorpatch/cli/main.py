@@ -19,7 +19,10 @@ from anchorpatch.errors import AnchorpatchError, Interrupted
 __all__ = ["cli", "main"]
 
 #: Command -> module of this package that holds a click command of the same name.
-_COMMANDS = ("train", "extract", "finetune", "evaluate", "shards", "models", "demo", "scenes")
+_COMMANDS = (
+    *("train", "extract", "finetune", "evaluate", "predict"),
+    *("shards", "models", "demo", "scenes"),
+)
 
 
 class LazyGroup(click.Group):
@@ -76,6 +79,7 @@ def cli(ctx: click.Context, config: str | None, debug: bool) -> None:
     anchorpatch train                 train the localiser, AnchorNet
     anchorpatch extract --split val   write the patches of a folder into HDF5 shards
     anchorpatch finetune resnet50     train an ordinary network on the patches
+    anchorpatch predict dog.jpg       classify pictures by their patches
 
     Every option may also stand in ./anchorpatch.toml or in an environment variable
     ANCHORPATCH_<COMMAND>_<OPTION>. Results go to stdout, progress and messages to stderr.

@@ -17,7 +17,7 @@ def test_version_and_help(program: Program) -> None:
     assert program("--version").stdout == f"anchorpatch, version {anchorpatch.__version__}\n"
     shown = program("--help")
     assert shown.returncode == 0
-    for command in ("train", "extract", "shards", "models", "demo", "scenes"):
+    for command in ("train", "extract", "predict", "shards", "models", "demo", "scenes"):
         assert f"\n  {command} " in shown.stdout
 
 

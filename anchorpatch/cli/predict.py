@@ -1,0 +1,177 @@
+"""``anchorpatch predict``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from anchorpatch.cli.config import Command
+from anchorpatch.cli.extract import find_weights
+from anchorpatch.cli.options import PATH, device_option, json_option, runs_option, weights_option
+from anchorpatch.cli.output import print_json
+
+if TYPE_CHECKING:
+    from anchorpatch.jobs.predict import Prediction
+
+__all__ = ["predict"]
+
+
+@click.command(cls=Command)
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option(
+    "--network",
+    type=PATH,
+    metavar="CHECKPOINT",
+    help="Weights that `anchorpatch finetune` wrote.  [required]",
+)
+@weights_option
+@runs_option
+@click.option(
+    "--preset",
+    type=click.Choice(["figure", "finetune", "evaluate"]),
+    default="evaluate",
+    help="Values of K, T and P.",
+)
+@click.option("--top", type=click.IntRange(min=1), default=5, help="Classes to tell of an image.")
+@click.option("--out", type=PATH, help="Folder for a picture of each image with its patches.")
+@device_option
+@json_option
+def predict(
+    images: tuple[str, ...],
+    network: Path | None,
+    weights: str | None,
+    runs: Path,
+    preset: str,
+    top: int,
+    out: Path | None,
+    device: str,
+    as_json: bool,
+) -> int:
+    r"""Classify pictures by their patches: files in, classes out, without shards.
+
+    AnchorNet finds the patches of each IMAGE and the network of CHECKPOINT decides by the sum of
+    their softmax distributions, as `extract` and `evaluate` do for a whole split. Corners are
+    pixels (y, x) of the 224 px centre crop. An IMAGE of - reads names from stdin, one a line.
+
+    \b
+    anchorpatch predict dog.jpg --network runs/resnet50/best.safetensors
+    find photos -name '*.jpg' | anchorpatch predict - --network best.safetensors --json
+
+    A file that is no picture is named on stderr, the others go on, and the status is 1.
+    """
+    if network is None:
+        raise click.UsageError(
+            "Missing option '--network'. Name weights that `anchorpatch finetune` wrote, such as "
+            f"{runs / 'resnet50' / 'best.safetensors'}."
+        )
+    from anchorpatch.jobs.predict import PredictConfig, Predictor, Unreadable
+    from anchorpatch.lsp import PRESETS
+
+    lsp = PRESETS[preset]
+    predictor = Predictor(PredictConfig(network, find_weights(weights, runs), lsp, top, device))
+    pictures = None if out is None else _Pictures(out)
+    found: list[dict[str, Any]] = []
+    bad: list[dict[str, str]] = []
+    for result in predictor.predict(_names(images)):
+        if isinstance(result, Unreadable):
+            bad.append({"path": _printable(result.path), "reason": result.reason})
+            click.echo(f"anchorpatch: {_printable(result.path)}: {result.reason}", err=True)
+            continue
+        drawn = None if pictures is None else pictures.draw(result)
+        if as_json:
+            found.append(_facts(result, drawn))
+        else:
+            click.echo(_text(result, drawn))
+    if as_json:
+        meta = predictor.network.meta
+        print_json(
+            {
+                "network": str(network),
+                "architecture": meta.architecture,
+                "classes": len(meta.classes),
+                "settings": {"preset": preset, **asdict(lsp)},
+                "images": found,
+                "unreadable": bad,
+            }
+        )
+    return int(bool(bad))
+
+
+def _names(images: Iterable[str]) -> Iterator[str]:
+    for image in images:
+        if image == "-":
+            # Bytes: a file's name need not be text.
+            lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
+            yield from (os.fsdecode(line) for line in lines if line)
+        else:
+            yield image
+
+
+def _printable(path: str) -> str:
+    """Return a file's name with what is no text replaced."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def _facts(result: Prediction, drawn: Path | None) -> dict[str, Any]:
+    facts = {**result.to_json(), "path": _printable(result.path)}
+    return facts if drawn is None else {**facts, "picture": _printable(str(drawn))}
+
+
+def _text(result: Prediction, drawn: Path | None) -> str:
+    (name, probability), *others = result.classes
+    lines = [f"{_printable(result.path)}: {name} {probability:.1%}"]
+    if others:
+        lines.append("  then " + ", ".join(f"{name} {p:.1%}" for name, p in others))
+    patches = ", ".join(
+        f"({y}, {x}) {score:.3g}"
+        for (y, x), score in zip(result.corners.tolist(), result.scores.tolist(), strict=True)
+    )
+    lines.append(
+        f"  {len(result.scores)} patches of {result.scale} px, (y, x) and score: {patches}"
+    )
+    if drawn is not None:
+        lines.append(f"  {_printable(str(drawn))}")
+    return "\n".join(lines)
+
+
+class _Pictures:
+    """Draws each image with its patches into a folder, under a name of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._taken: set[str] = set()
+
+    def draw(self, result: Prediction) -> Path:
+        """Write the picture and return its path.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        from anchorpatch.figures.overlay import patch_figure
+        from anchorpatch.storage import write_atomically
+
+        name, probability = result.classes[0]
+        picture = patch_figure(
+            result.patches,
+            result.corners,
+            result.scores,
+            image=result.crop,
+            caption=f"{_printable(Path(result.path).name)}: {name} {probability:.1%}, "
+            f"{len(result.scores)} patches of {result.scale} px",
+        )
+        path = self.folder / self._name(Path(result.path).stem)
+        write_atomically(path, lambda file: picture.save(file, "PNG"))
+        return path
+
+    def _name(self, stem: str) -> str:
+        # Pictures of the same name may lie in several folders.
+        names = (f"{stem}-patches{f'-{i}' if i > 1 else ''}.png" for i in range(1, 1 << 30))
+        name = next(name for name in names if name not in self._taken)
+        self._taken.add(name)
+        return name

@@ -1,0 +1,240 @@
+"""From picture files to classes in one pass, without shards.
+
+Decode, AnchorNet, LSP, crop, network, sum of softmaxes: the same steps as extracting a split and
+evaluating a network on it, and the same results.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anchorpatch.errors import ImageError, NonFiniteError
+from anchorpatch.images.decode import Decoded, decode
+from anchorpatch.images.loader import read_image
+from anchorpatch.jobs.localizer import Localized, Localizer
+from anchorpatch.jobs.networks import Network, check_sides, load_checkpoint
+from anchorpatch.jobs.patch_scores import Distributions
+from anchorpatch.lsp import PRESETS, SCALES, LspSettings, crop
+from anchorpatch.runtime.checkpoint import load_weights
+from anchorpatch.runtime.device import cpu_count, resolve_device
+
+__all__ = ["PredictConfig", "Prediction", "Predictor", "Unreadable"]
+
+#: Images in a batch on a GPU; few, since a batch is always filled up.
+_GPU_IMAGES: Final = 32
+
+#: Patches in a batch of the network.
+_PATCHES: Final = 64
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What decides on the pictures.
+
+    Attributes:
+        network: a weights file of `anchorpatch finetune`.
+        weights: a weights file of AnchorNet.
+        lsp: K, T and P of Algorithm 1.
+        top: classes to tell of each picture.
+        device: auto, cpu or cuda.
+    """
+
+    network: Path
+    weights: Path
+    lsp: LspSettings = PRESETS["evaluate"]
+    top: int = 5
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says of one picture.
+
+    Attributes:
+        path: of the file.
+        size: height and width of the picture in pixels.
+        scale: chosen theta in pixels.
+        classes: the likeliest ones with their probabilities, the mean over the patches.
+        corners: top-left (y, x) of each patch in the crop (k, 2), the strongest first.
+        scores: activation of each patch (k,).
+        crop: the 224 px crop that AnchorNet saw, uint8 (224, 224, 3).
+        patches: what the network saw, uint8 (k, theta, theta, 3).
+    """
+
+    path: str
+    size: tuple[int, int]
+    scale: int
+    classes: tuple[tuple[str, float], ...]
+    corners: NDArray[np.int16]
+    scores: NDArray[np.float32]
+    crop: NDArray[np.uint8]
+    patches: NDArray[np.uint8]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the prediction as JSON knows it, without pixels."""
+        return {
+            "path": self.path,
+            "size": list(self.size),
+            "class": self.classes[0][0],
+            "probability": self.classes[0][1],
+            "top": [{"class": name, "probability": p} for name, p in self.classes],
+            "scale": self.scale,
+            "patches": [
+                {"y": y, "x": x, "score": score}
+                for (y, x), score in zip(self.corners.tolist(), self.scores.tolist(), strict=True)
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that is no picture.
+
+    Attributes:
+        path: of the file.
+        reason: why, as `extract` counts it.
+    """
+
+    path: str
+    reason: str
+
+
+class Predictor:
+    """AnchorNet and a network, loaded and checked.
+
+    Args:
+        config: what decides.
+
+    Raises:
+        WeightsError: a file cannot be used.
+        SettingsError: the network cannot take patches of a scale, or there is no such device.
+    """
+
+    def __init__(self, config: PredictConfig) -> None:
+        self.config, device = config, resolve_device(config.device)
+        self.network: Network = load_checkpoint(config.network)
+        check_sides(self.network.meta.architecture, self.network.module)
+        self._localizer = Localizer(
+            load_weights(config.weights), config.lsp, device, batch_size=_GPU_IMAGES
+        )
+        module = self.network.module.to(device)
+        self._run = Distributions(module, device, self.network.meta, amp=False)
+
+    def predict(self, paths: Iterable[str]) -> Iterator[Prediction | Unreadable]:
+        """Yield what each file is, in their order; files are read some ahead.
+
+        Raises:
+            NonFiniteError: one of the networks gave NaN or infinity.
+        """
+        names = iter(paths)
+        chunks = iter(lambda: list(itertools.islice(names, self._localizer.chunk)), [])
+        with self._localizer, _decoders() as pool:
+            ahead: deque[tuple[list[str], list[Future[Decoded | str]]]] = deque()
+            for chunk in chunks:
+                ahead.append((chunk, [pool.submit(_decoded, name) for name in chunk]))
+                if len(ahead) > 1:
+                    yield from self._chunk(*ahead.popleft())
+            for last in ahead:
+                yield from self._chunk(*last)
+
+    def _chunk(
+        self, paths: list[str], decoded: list[Future[Decoded | str]]
+    ) -> Iterator[Prediction | Unreadable]:
+        found = [future.result() for future in decoded]
+        good = [i for i, image in enumerate(found) if isinstance(image, Decoded)]
+        images = [image for image in found if isinstance(image, Decoded)]
+        predictions = iter(self._decide([paths[i] for i in good], images) if good else ())
+        for path, image in zip(paths, found, strict=True):
+            yield next(predictions) if isinstance(image, Decoded) else Unreadable(path, image)
+
+    @torch.inference_mode()
+    def _decide(self, paths: list[str], images: list[Decoded]) -> list[Prediction]:
+        pixels = torch.from_numpy(np.stack([image.pixels for image in images]))
+        try:
+            local = self._localizer.submit(pixels).result()
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{paths[error.row or 0]}: {error}; the weights {self.config.weights} may be "
+                "damaged or badly trained: train or download them again"
+            ) from error
+        patches, sums = self._distributions(local, pixels)
+        means = sums / torch.from_numpy(local.counts)[:, None]
+        for path, finite in zip(paths, means.isfinite().all(1).tolist(), strict=True):
+            if not finite:
+                raise NonFiniteError(
+                    f"{path}: {self.network.source} gave NaN or infinity: fine-tune it again"
+                )
+        return [
+            self._prediction(i, path, images[i], local, patches[i], means[i])
+            for i, path in enumerate(paths)
+        ]
+
+    def _distributions(
+        self, local: Localized, pixels: Tensor
+    ) -> tuple[list[NDArray[np.uint8]], Tensor]:
+        """Return the patches of each image, and the sums of their softmaxes (n, C), float64."""
+        n = len(pixels)
+        patches: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * n
+        sums = torch.zeros(n, len(self.network.meta.classes), dtype=torch.float64)
+        for scale in SCALES:
+            rows = np.flatnonzero(local.scale == scale)
+            if not len(rows):
+                continue
+            counts = local.counts[rows]
+            image = torch.from_numpy(np.repeat(rows, counts))
+            corners = np.concatenate([local.corners[i, : local.counts[i]] for i in rows])
+            cut = crop(pixels, image, torch.from_numpy(corners.astype(np.int64)), scale)
+            for begin in range(0, len(cut), _PATCHES):
+                part = slice(begin, begin + _PATCHES)
+                sums.index_add_(0, image[part], self._run(cut[part]).cpu())
+            split = np.split(cut.numpy(), np.cumsum(counts)[:-1])
+            for i, of_image in zip(rows.tolist(), split, strict=True):
+                patches[i] = of_image
+        return patches, sums
+
+    def _prediction(
+        self,
+        i: int,
+        path: str,
+        image: Decoded,
+        local: Localized,
+        patches: NDArray[np.uint8],
+        means: Tensor,
+    ) -> Prediction:
+        # Stable: of equal probabilities the lower class goes first, as in the evaluation.
+        best = torch.sort(means, descending=True, stable=True).indices[: self.config.top].tolist()
+        count = local.counts[i]
+        return Prediction(
+            path=path,
+            size=image.size,
+            scale=int(local.scale[i]),
+            classes=tuple((self.network.meta.classes[c], float(means[c])) for c in best),
+            corners=local.corners[i, :count],
+            scores=local.scores[i, :count],
+            crop=image.pixels,
+            patches=patches,
+        )
+
+
+def _decoders() -> ThreadPoolExecutor:
+    # Images are too small to share out, and a new thread starts with all cores.
+    return ThreadPoolExecutor(cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _decoded(path: str) -> Decoded | str:
+    """Return the picture, or why there is none."""
+    try:
+        return decode(read_image(path))
+    except ImageError as error:
+        return error.reason

@@ -1,0 +1,90 @@
+"""The real program on pictures, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import Program
+from tests.jobs.small_networks import save_small_network
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_network(tmp_path_factory.mktemp("network") / "best.safetensors")
+
+
+def test_classes_patches_and_pictures(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path, network: Path
+) -> None:
+    good = [image_folder / "val" / name / "00.JPEG" for name in ("cat", "dog")]
+    (tmp_path / "bad.jpg").write_text("no picture")
+    images = [good[0], "bad.jpg", good[1], "none.jpg"]
+    arguments = ["predict", *images, "--network", network, "--weights", weights]
+    result = program(*arguments, "--out", "drawn", "--top", 2, "--json")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "anchorpatch: bad.jpg: not an image",
+        "anchorpatch: none.jpg: missing",
+    ]
+    report = json.loads(result.stdout)
+    assert (report["architecture"], report["classes"]) == ("shufflenet_v2_x0_5", 3)
+    assert report["settings"]["preset"] == "evaluate"
+    assert report["unreadable"] == [
+        {"path": "bad.jpg", "reason": "not an image"},
+        {"path": "none.jpg", "reason": "missing"},
+    ]
+    assert [image["path"] for image in report["images"]] == [str(path) for path in good]
+    # Both are called 00.JPEG: neither picture may replace the other.
+    assert [image["picture"] for image in report["images"]] == [
+        "drawn/00-patches.png",
+        "drawn/00-patches-2.png",
+    ]
+    for image in report["images"]:
+        with Image.open(tmp_path / image["picture"]) as picture:
+            assert picture.width > 448
+        assert image["class"] == image["top"][0]["class"]
+        assert 1 >= image["top"][0]["probability"] >= image["top"][1]["probability"] >= 0
+        scores = [patch["score"] for patch in image["patches"]]
+        assert scores == sorted(scores, reverse=True)
+        for patch in image["patches"]:
+            assert min(patch["y"], patch["x"]) >= 0
+            assert max(patch["y"], patch["x"]) <= 224 - image["scale"]
+
+
+def test_names_from_stdin_and_plain_text(
+    tmp_path: Path, image_folder: Path, weights: Path, network: Path
+) -> None:
+    odd = tmp_path / os.fsdecode(b"odd \xff name.jpg")
+    odd.write_bytes((image_folder / "val/cat/01.JPEG").read_bytes())
+    names = os.fsencode(odd) + b"\n\n" + os.fsencode(image_folder / "val/cat/02.JPEG") + b"\n"
+    arguments = ["predict", "-", "--network", network, "--weights", weights]
+    command = [sys.executable, "-m", "anchorpatch", *map(str, arguments)]
+    result = subprocess.run(command, input=names, capture_output=True, timeout=240)
+    assert (result.returncode, result.stderr) == (0, b"")
+    lines = result.stdout.decode().splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith(f"{tmp_path}/odd \ufffd name.jpg: ")
+    assert lines[3].startswith(f"{image_folder / 'val/cat/02.JPEG'}: ")
+    for begin in (0, 3):
+        assert lines[begin].endswith("%")
+        assert lines[begin + 1].startswith("  then ")
+        count, of, what = lines[begin + 2].split()[:3]
+        assert (what, of) == ("of", "patches")
+        assert lines[begin + 2].count("(") == int(count) + 1
+
+
+def test_wrong_usage(program: Program, weights: Path) -> None:
+    result = program("predict", "a.jpg")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "Missing option '--network'. Name weights that `anchorpatch finetune`" in result.stderr
+    result = program("predict", "a.jpg", "--network", weights, "--weights", weights)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "expected a network for patches" in result.stderr
+    assert result.stderr.count("\n") == 1

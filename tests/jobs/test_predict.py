@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from anchorpatch.errors import NonFiniteError, WeightsError
+from anchorpatch.jobs.extract import ExtractConfig, run
+from anchorpatch.jobs.networks import load_checkpoint
+from anchorpatch.jobs.predict import PredictConfig, Prediction, Predictor, Unreadable
+from anchorpatch.lsp import PRESETS
+from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
+from anchorpatch.shards.reader import ShardReader
+from tests.jobs.small_networks import save_small_network
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_network(tmp_path_factory.mktemp("network") / "best.safetensors")
+
+
+def predict(config: PredictConfig, paths: list[Path]) -> list[Prediction | Unreadable]:
+    return list(Predictor(config).predict(map(str, paths)))
+
+
+def test_the_same_as_extracting_and_adding_softmaxes(
+    tmp_path: Path, image_folder: Path, weights: Path, network: Path
+) -> None:
+    lsp = PRESETS["evaluate"]
+    run(ExtractConfig(image_folder, "val", weights, tmp_path, lsp=lsp, workers=0))
+    reader = ShardReader(tmp_path / "val")
+    paths = [image_folder / "val" / path.decode() for path in reader.path]
+    found = predict(PredictConfig(network, weights, lsp, top=2), paths)
+    module = load_checkpoint(network).module
+    mean = torch.tensor([0.485, 0.456, 0.406])
+    std = torch.tensor([0.229, 0.224, 0.225])
+    assert len(found) == len(reader) == 40
+    scales = set()
+    for i, prediction in enumerate(found):
+        assert isinstance(prediction, Prediction)
+        stored = reader.image_patches(i)
+        assert prediction.path == str(paths[i])
+        assert prediction.scale == stored.scale == prediction.patches.shape[1]
+        assert prediction.size == tuple(reader.size[i])
+        np.testing.assert_array_equal(prediction.corners, stored.corners)
+        np.testing.assert_array_equal(prediction.scores, stored.scores)
+        np.testing.assert_array_equal(prediction.patches, stored.pixels)
+        scales.add(stored.scale)
+        if i % 4:
+            continue
+        total = torch.zeros(3, dtype=torch.float64)
+        for patch in torch.from_numpy(stored.pixels.copy()):
+            inputs = ((patch / 255 - mean) / std).permute(2, 0, 1)[None]
+            with torch.no_grad():
+                total += module(inputs)[0].double().softmax(0)
+        total /= len(stored.pixels)
+        best = sorted(range(3), key=lambda c: -total[c])[:2]
+        assert [name for name, _ in prediction.classes] == ["abc"[c] for c in best]
+        for (_, p), c in zip(prediction.classes, best, strict=True):
+            assert p == pytest.approx(float(total[c]), abs=1e-5)
+    assert len(scales) > 1
+
+
+def test_bad_files_keep_their_places(
+    tmp_path: Path, image_folder: Path, weights: Path, network: Path
+) -> None:
+    good = sorted((image_folder / "val" / "cat").iterdir())
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty.jpg").touch()
+    bad = {
+        tmp_path / "text.jpg": "not an image",
+        tmp_path / "empty.jpg": "empty file",
+        tmp_path / "none.jpg": "missing",
+        tmp_path: "not a regular file",
+    }
+    paths = [*list(bad)[:2], *good[:17], list(bad)[2], good[0], list(bad)[3]]
+    found = predict(PredictConfig(network, weights), paths)
+    assert [result.path for result in found] == [str(path) for path in paths]
+    for result, path in zip(found, paths, strict=True):
+        assert isinstance(result, Unreadable) == (path in bad)
+        if isinstance(result, Unreadable):
+            assert result.reason == bad[path]
+    # A picture's result does not depend on those around it.
+    first, again = found[2], found[20]
+    assert isinstance(first, Prediction)
+    assert isinstance(again, Prediction)
+    assert first.to_json() == again.to_json()
+    config = PredictConfig(network, weights)
+    assert predict(config, []) == []
+    assert [type(r) for r in predict(config, [tmp_path])] == [Unreadable]
+
+
+def test_files_are_read_only_a_little_ahead(
+    image_folder: Path, weights: Path, network: Path
+) -> None:
+    path = str(image_folder / "val" / "cat" / "00.JPEG")
+    asked = 0
+
+    def endless():
+        nonlocal asked
+        while True:
+            asked += 1
+            yield path
+
+    results = Predictor(PredictConfig(network, weights)).predict(endless())
+    assert isinstance(next(results), Prediction)
+    assert asked <= 64
+    results.close()
+
+
+def test_files_that_are_no_networks_for_patches(
+    tmp_path: Path, weights: Path, network: Path
+) -> None:
+    path = tmp_path / "vit.safetensors"
+    save_weights(path, {}, WeightsMeta("squeezenet1_1", ("a",)))
+    for of_network, of_anchornet, message in (
+        (path, weights, "expected weights of squeezenet1_1, found other tensors"),
+        (tmp_path / "none", weights, "expected a weights file, found none"),
+        (weights, weights, "expected a network for patches, found weights of anchornet"),
+        (network, network, "expected weights of anchornet, found shufflenet"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            Predictor(PredictConfig(of_network, of_anchornet))
+
+
+def test_nan_is_told_with_the_picture(
+    tmp_path: Path, image_folder: Path, weights: Path, network: Path
+) -> None:
+    path = tmp_path / "nan.safetensors"
+    save_small_network(path, bias=float("nan"))
+    picture = image_folder / "val" / "dog" / "03.JPEG"
+    with pytest.raises(NonFiniteError, match=r"03\.JPEG: .*nan\.safetensors gave NaN"):
+        predict(PredictConfig(path, weights), [picture])
