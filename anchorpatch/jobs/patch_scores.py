@@ -8,9 +8,8 @@ the figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anchorpatch.errors import CorruptShard, DataError, ShardError, WeightsError
+from anchorpatch.jobs.image_parts import ScalePlan, added_by_image
 from anchorpatch.jobs.localizer import normalize
 from anchorpatch.jobs.score_figures import PatchFigures, ScaleFigures, Sum, count, figures_of
 from anchorpatch.lsp import SCALES
@@ -162,13 +162,13 @@ def score_patches(
     for j, scale in enumerate(SCALES):
         if scale not in scales:
             continue
-        plan = _Plan.of(reader, scale, mine[reader.scale[mine] == scale], batch_size, most)
+        plan = ScalePlan.of(reader, scale, mine[reader.scale[mine] == scale], batch_size, most)
         carry: Tensor | None = None
         loaded = load_rows(reader, plan, threads=threads, pin_memory=device.type == "cuda")
         with closing(loaded):
             for part, (pixels, _) in loaded:
                 check()
-                added = _added(run(pixels), part, carry)
+                added = added_by_image(run(pixels), part, carry)
                 carry = added[-1] if part.open else None
                 rows, decided = part.decided, added[: len(part.decided)]
                 counted = count(decided, reader.label[rows], device)
@@ -260,100 +260,6 @@ class Distributions:
                 f"found {found}; the network does not fit the classes of the shards"
             )
         return logits.double().softmax(-1)
-
-
-class _Part(NamedTuple):
-    """One batch of patches of a scale.
-
-    Attributes:
-        scale: side of the patches in pixels.
-        rows: of the patches among those of the scale (m,), int64.
-        lengths: patches in this batch of each of its images (k,), int64.
-        decided: rows of the images whose last patch is here, int64.
-        first: index of the first of the k images in the plan.
-        open: patches of the last image follow.
-    """
-
-    scale: int
-    rows: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    decided: NDArray[np.int64]
-    first: int
-    open: bool
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The patches of images of one scale in full batches; an image may lie in several.
-
-    Attributes:
-        scale: side of the patches in pixels.
-        images: rows of the images (n,), int64.
-        first: row of the first patch of each image (n,), int64.
-        counts: patches of each image (n,), int64.
-        size: patches in a batch.
-    """
-
-    scale: int
-    images: NDArray[np.int64]
-    first: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    size: int
-
-    @classmethod
-    def of(
-        cls,
-        reader: ShardReader,
-        scale: int,
-        images: NDArray[np.int64],
-        size: int,
-        most: int | None,
-    ) -> _Plan:
-        counts = reader.counts[images].astype(np.int64)
-        if most is not None:
-            counts = np.minimum(counts, most)
-        return cls(scale, images, reader.first[images], counts, size)
-
-    def __iter__(self) -> Iterator[_Part]:
-        ends = np.cumsum(self.counts)
-        total = int(ends[-1]) if len(ends) else 0
-        for a in range(0, total, self.size):
-            b = min(a + self.size, total)
-            patches = np.arange(a, b)
-            image = np.searchsorted(ends, patches, side="right")
-            lo, hi = int(image[0]), int(image[-1])
-            begins = ends[image] - self.counts[image]
-            whole = hi if ends[hi] > b else hi + 1
-            yield _Part(
-                scale=self.scale,
-                rows=self.first[image] + patches - begins,
-                lengths=np.bincount(image - lo),
-                decided=self.images[lo:whole],
-                first=lo,
-                open=whole == hi,
-            )
-
-
-def _added(probabilities: Tensor, part: _Part, carry: Tensor | None) -> Tensor:
-    """Return the sum of distributions of each image of a batch (k, C).
-
-    Args:
-        probabilities: of the patches (m, C).
-        part: says which are of one image.
-        carry: sum of the first image's patches that went before (C,), where there are some.
-    """
-    lengths = part.lengths
-    if carry is not None:
-        # Put in front, a sum goes on patch by patch as if no batch had ended.
-        probabilities = torch.cat((carry[None], probabilities))
-        lengths = np.concatenate((lengths[:1] + 1, lengths[1:]))
-    return torch.segment_reduce(
-        probabilities,
-        "sum",
-        lengths=torch.from_numpy(lengths).to(probabilities.device),
-        axis=0,
-        unsafe=True,
-    )
 
 
 def _patch_figures(sums: Tensor, reader: ShardReader, scales: Sequence[int]) -> PatchFigures:
