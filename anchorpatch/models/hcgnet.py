@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from anchorpatch.errors import SettingsError
 
@@ -51,6 +52,21 @@ class _Conv(nn.Sequential):
         )
 
 
+class _VectorNorm(nn.BatchNorm1d):
+    """Batch normalisation of vectors (N, k).
+
+    The last batch of an epoch may hold a lone image, which has no statistics of its own: it is
+    normalised with the running ones.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1 or not self.training:
+            return super().forward(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+
+
 class _Context(nn.Module):
     """Sums a map over its positions, weighted by a softmax over them: (N, k, H, W) to (N, k)."""
 
@@ -71,7 +87,7 @@ class _UpdateGate(nn.Module):
         hidden = 2 * channels // reduction
         self.contexts = nn.ModuleList(_Context(channels) for _ in range(2))
         self.squeeze = nn.Sequential(
-            nn.Linear(2 * channels, hidden), nn.BatchNorm1d(hidden), nn.Tanh()
+            nn.Linear(2 * channels, hidden), _VectorNorm(hidden), nn.Tanh()
         )
         self.logits = nn.ModuleList(nn.Linear(hidden, channels) for _ in range(2))
 
@@ -91,7 +107,7 @@ class _ForgetGate(nn.Module):
         self.context = _Context(channels)
         self.gate = nn.Sequential(
             nn.Linear(channels, hidden),
-            nn.BatchNorm1d(hidden),
+            _VectorNorm(hidden),
             nn.Tanh(),
             nn.Linear(hidden, channels),
             nn.Sigmoid(),
@@ -159,8 +175,6 @@ class Transition(nn.Module):
 
 class HCGNet(nn.Module):
     """Blocks of densely connected SMG cells with a transition between each two.
-
-    Training needs at least two images a batch: the gates normalise vectors over the batch.
 
     Args:
         growth: new channels k of a cell, for each block.

@@ -153,6 +153,17 @@ def test_training_steps_lower_the_loss() -> None:
     assert losses[-1] < losses[0]
 
 
+def test_a_lone_image_can_be_trained_on() -> None:
+    torch.manual_seed(0)
+    net = HCGNet((8, 8), (1, 1), classes=2)
+    net(torch.randn(4, 3, 63, 63))
+    vectors = [m for m in net.modules() if isinstance(m, nn.BatchNorm1d)]
+    before = [m.running_mean.clone() for m in vectors]
+    net(torch.randn(1, 3, 63, 63)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    assert all(m.running_mean.equal(b) for m, b in zip(vectors, before, strict=True))
+
+
 @pytest.mark.parametrize(
     ("growth", "cells", "classes"),
     [((8,), (1, 1), 2), ((), (), 2), ((8,), (0,), 2), ((6,), (1,), 2), ((8,), (1,), 0)],
