@@ -81,6 +81,11 @@ def run(config: FinetuneConfig, progress: Reporter | None = None) -> FinetuneSum
         report = progress if progress is not None and world.is_main else Reporter()
         setup = prepare(config, world)
         config = setup.config
+        if setup.train.header.weights_sha256 != setup.val.header.weights_sha256:
+            report.message(
+                f"{config.shards}: the AnchorNet that made the shards of val is not the one that "
+                "made those of train; the figures will be those of a mixture"
+            )
         task = _FinetuneTask(setup, device, world, report.message)
         log = RunLog(config.folder, main=world.is_main, tensorboard=config.tensorboard)
         trainer = Trainer(task, config, config.folder, device, world, report, log)

@@ -3,11 +3,11 @@
 A `Task` brings data, loss and evaluation; `Trainer` brings optimiser, schedule, averaging,
 processes, checkpoints, the log and orderly stops.
 
-One step takes ``batch_size`` images, whatever the number of processes and of parts a process
-works in: rank r of R with ``accumulate`` A takes R-th parts in A pieces. Gradients are those of
-the whole batch: each piece weighs by its share of the images, as pieces may differ in size.
-Batch normalisation sees one piece (``batch_size / R / A`` images), or with
-``sync_batchnorm`` the pieces of all processes. The rate follows the batch linearly: ``lr``
+One step takes ``batch_size`` images, or up to so many patches of one scale, whatever the number of
+processes and of parts a process works in: rank r of R with ``accumulate`` A takes R-th parts in A
+pieces. Gradients are those of the whole batch: each piece weighs by its share of the images, as
+pieces may differ in size. Batch normalisation sees one piece (``batch_size / R / A`` images), or
+with ``sync_batchnorm`` the pieces of all processes. The rate follows the batch linearly: ``lr``
 stands for 256 images (see `LoopConfig`).
 
 A run that was stopped, also by SIGKILL and within an epoch, goes on from its last checkpoint

@@ -234,7 +234,8 @@ class ShardReader:
                 return np.asarray(image)
         except OSError as error:
             raise CorruptShard(
-                f"{self._files[shard]}: a JPEG patch cannot be decoded: {error}"
+                f"{self._files[shard]}: a JPEG patch cannot be decoded; remove the shard and run "
+                "the same extract again"
             ) from error
 
     def _pixels(self, shard: int, name: str) -> NDArray[np.uint8]:

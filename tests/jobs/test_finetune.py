@@ -139,8 +139,7 @@ def test_pixels_and_labels_of_a_step(shards: Path, tmp_path: Path):
             assert np.allclose(inputs.numpy().transpose(1, 2, 0), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("images", [TRAIN, FEW], ids=["plenty", "few"])
-@pytest.mark.parametrize("accumulate", [3, 4])
+@pytest.mark.parametrize(("images", "accumulate"), [(TRAIN, 3), (FEW, 4)], ids=["plenty", "few"])
 def test_pieces_give_the_gradient_of_the_whole_batch(tmp_path: Path, images: list, accumulate: int):
     write_shards(tmp_path / "shards" / "train", images)
     write_shards(tmp_path / "shards" / "val", VAL)
@@ -463,8 +462,9 @@ def test_a_scale_without_patches(tmp_path: Path):
 def test_other_shards_and_weights_are_another_run(whole: Path, shards: Path, tmp_path: Path):
     write_shards(tmp_path / "train", TRAIN, seed=5)
     write_shards(tmp_path / "val", VAL, weights_sha256="cd" * 32)
-    config = tiny(tmp_path, tmp_path / "run", epochs=1)
-    run(config)
+    report = StopAt(-1)
+    run(tiny(tmp_path, tmp_path / "run", epochs=1), report)
+    assert "the AnchorNet that made the shards of val is not" in report.lines[0]
     for moved, match in (
         (tiny(shards, tmp_path / "run", epochs=1), "train_shards"),
         (tiny(tmp_path, tmp_path / "run", epochs=1, network="plain"), "network tiny there, plain"),
