@@ -538,6 +538,24 @@ def test_options_train(shards: Path, tmp_path: Path, changes: dict):
     assert found.last["train"]["loss"] < 3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_augments_as_cpu_and_resumes(shards: Path, tmp_path: Path):
+    from anchorpatch.jobs.finetune import _FinetuneTask
+
+    inputs = []
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        setup = prepare(tiny(shards, tmp_path, baseline=True, epochs=1), World())
+        task = _FinetuneTask(setup, device, World(), print)
+        task.build()
+        inputs.append(torch.cat([batch.inputs.cpu() for batch in task.batches(0, 0)]))
+    assert torch.allclose(*inputs, atol=1e-3)
+    config = tiny(shards, tmp_path / "run", device="cuda", amp=True)
+    with pytest.raises(Interrupted):
+        run(config, StopAt(45 // STEPS))
+    assert run(config).epochs == 2
+
+
 def test_folders_of_runs():
     runs = Path("runs")
     assert run_folder(runs, "resnet50") == runs / "resnet50"
