@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,12 +12,12 @@ from anchorpatch.cli.extract import find_weights
 from anchorpatch.cli.options import (
     PATH,
     Share,
-    SharedOption,
     data_option,
     device_option,
     json_option,
     labels_option,
     runs_option,
+    shards_option,
     workers_option,
 )
 
@@ -43,14 +42,7 @@ _OF_TABLE_3 = ("baseline_weights", "whole", "anchornet_weights", "speed", "predi
 
 @click.command(cls=Command)
 @click.argument("network")
-@click.option(
-    "--shards",
-    cls=SharedOption,
-    shared="ANCHORPATCH_SHARDS",
-    type=PATH,
-    default=Path("shards"),
-    help="Folder of the shards, SHARDS/SPLIT; also $ANCHORPATCH_SHARDS.",
-)
+@shards_option
 @data_option
 @click.option("--split", default="val", help="Name of the folder below --shards and --data.")
 @labels_option

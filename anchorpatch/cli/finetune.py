@@ -11,13 +11,12 @@ import click
 
 from anchorpatch.cli.config import Command
 from anchorpatch.cli.options import (
-    PATH,
     Share,
-    SharedOption,
     data_option,
     device_option,
     json_option,
     runs_option,
+    shards_option,
 )
 from anchorpatch.cli.output import print_json, print_table
 from anchorpatch.cli.training_options import RECORD_COLUMNS, loop_options, record_rows, run_options
@@ -44,14 +43,7 @@ DEFAULTS = {
 
 @click.command(cls=Command)
 @click.argument("network")
-@click.option(
-    "--shards",
-    cls=SharedOption,
-    shared="ANCHORPATCH_SHARDS",
-    type=PATH,
-    default=Path("shards"),
-    help="Folder with the shards of train and val; also $ANCHORPATCH_SHARDS.",
-)
+@shards_option
 @runs_option
 @click.option(
     "--weights",

@@ -18,6 +18,7 @@ __all__ = [
     "json_option",
     "labels_option",
     "runs_option",
+    "shards_option",
     "weights_option",
     "workers_option",
 ]
@@ -117,6 +118,15 @@ runs_option = click.option(
     type=PATH,
     default=Path("runs"),
     help="Folder of training runs; also $ANCHORPATCH_RUNS.",
+)
+
+shards_option = click.option(
+    "--shards",
+    cls=SharedOption,
+    shared="ANCHORPATCH_SHARDS",
+    type=PATH,
+    default=Path("shards"),
+    help="Folder that holds the shards of each split; also $ANCHORPATCH_SHARDS.",
 )
 
 device_option = click.option(

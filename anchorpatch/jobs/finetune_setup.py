@@ -10,19 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from anchorpatch.errors import DataError, SettingsError, ShardError
+from anchorpatch.errors import DataError, SettingsError
 from anchorpatch.jobs.finetune_config import FinetuneConfig
 from anchorpatch.jobs.finetune_data import Data, PatchData, WholeData
 from anchorpatch.jobs.finetune_plan import Plan
 from anchorpatch.jobs.networks import check_sides
-from anchorpatch.jobs.patch_scores import check_tables
+from anchorpatch.jobs.patch_scores import open_shards
 from anchorpatch.jobs.whole_images import WholeImages, find_whole_images
 from anchorpatch.lsp import SCALES
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build_on_meta
 from anchorpatch.runtime.distributed import World
 from anchorpatch.shards.batches import visited
-from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = ["Cost", "Setup", "prepare"]
@@ -95,7 +94,7 @@ def prepare(config: FinetuneConfig, world: World) -> Setup:
             baseline needs are missing.
         SettingsError: the network cannot take the patches, or the batch is too small.
     """
-    train, val = (_open(config.shards, split) for split in ("train", "val"))
+    train, val = (open_shards(config.shards, split) for split in ("train", "val"))
     _same_classes(config.shards, train, val)
     data = _data(config, train, val)
     counts = data.counts()
@@ -121,20 +120,6 @@ def prepare(config: FinetuneConfig, world: World) -> Setup:
         budget=budget,
     )
     return Setup(config, train, val, data, plan, cost)
-
-
-def _open(shards: Path, split: str) -> ShardReader:
-    folder = shards / split
-    if not (folder / MANIFEST_NAME).is_file():
-        raise ShardError(
-            f"{folder}: expected shards, found no {MANIFEST_NAME}; make them by "
-            f"`anchorpatch extract --split {split} --out {shards}`, or name another --shards"
-        )
-    reader = ShardReader(folder)
-    if not len(reader):
-        raise ShardError(f"{folder}: expected shards with images, found none in them")
-    check_tables(reader)
-    return reader
 
 
 def _same_classes(shards: Path, train: ShardReader, val: ShardReader) -> None:

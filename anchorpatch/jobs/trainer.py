@@ -264,9 +264,10 @@ class Trainer:
             )
         ).tolist()
         images, waited, seconds = total[:3]
+        last_step = (self.place.epoch + 1) * self.task.steps - 1
         return {
             "epoch": self.place.epoch + 1,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.config.rate * rate_factor(self.config, last_step, self.task.steps),
             "train": {k: v / images for k, v in zip(names, total[3:], strict=True)},
             "val": validation,
             f"{self.task.unit}_per_second": images / max(self.place.seconds, 1e-9),
