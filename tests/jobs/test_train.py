@@ -16,6 +16,7 @@ import torch
 from anchorpatch.errors import (
     DataError,
     Interrupted,
+    MissingDependency,
     NonFiniteError,
     SettingsError,
     TooManyBadImages,
@@ -370,6 +371,25 @@ def test_options_train(data: Path, tmp_path: Path, changes: dict):
     meta = load_weights(summary.weights).meta
     assert meta.se is changes.get("se", True)
     assert meta.weighted_mean is changes.get("weighted_mean", True)
+
+
+def test_tensorboard_gets_every_figure_of_an_epoch(data: Path, tmp_path: Path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    summary = run(tiny(data, tmp_path, epochs=1, tensorboard=True))
+    found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"lr", "train/loss", "val/top1", "val/top1_by_output/attention_63"} <= set(
+        found.Tags()["scalars"]
+    )
+    assert found.Scalars("val/top1")[0].value == pytest.approx(summary.last["val"]["top1"])
+
+
+def test_tensorboard_that_is_not_there_is_one_clear_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'anchorpatch\[tensorboard\]'"):
+        run(tiny(data, tmp_path, tensorboard=True))
+    assert not list(tmp_path.iterdir())
 
 
 def test_attention_branches_rest_without_their_losses(data: Path, tmp_path: Path):
