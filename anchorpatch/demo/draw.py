@@ -7,11 +7,14 @@ of a certain outline with a textured disc at its centre; the class is the pair o
 
 Outlines and textures alternate; each neighbouring pair of this closed chain is a class, ten in
 all, so that every outline and every texture belongs to two classes and neither cue tells the class
-alone. Some scenes also hold one or two *distractors* with one cue each, a bare textured disc or a
-plate with a plain disc. They stand next to the object's cues on the chain, so that the
-cues of a picture with both fit three classes: only who sees outline and texture **together** can
-tell. That takes a window that spans the object: 63 px for a small one, 111 px for a large one.
-Colours are random and say nothing.
+alone. Most scenes also hold one or two *distractors* with one cue each, a bare textured disc or a
+plate with a plain disc. They stand next to the object's cues on the chain, so that the cues of a
+picture with both fit three classes: only who sees outline and texture **together** can tell.
+
+That is what ties an object's size to a scale. The textured disc has about 38 px whatever the size,
+so the gap between it and the outline grows with the object: a window of 63 px holds a small object
+whole, but of a large one the texture or the outline. Distractors stand close by, so that a window
+of 111 px on a small object also holds cues of other classes. Colours are random and say nothing.
 
 The validation transform (short side 256, centre crop 224) cuts a margin of 16 px and resamples
 nothing; the object always lies inside the crop.
@@ -37,7 +40,7 @@ SIDE: Final = 256
 CROP: Final = 224
 
 #: Longest side of the object's box in pixels, by the name of its size.
-SIZES: Final = {"small": (50, 60), "medium": (78, 92), "large": (116, 140)}
+SIZES: Final = {"small": (50, 60), "medium": (78, 92), "large": (120, 144)}
 
 #: The chain of cues: outline, texture, outline, ... (closed). Neighbours make a class.
 _CHAIN: Final = (
@@ -50,10 +53,13 @@ _EDGES: Final = tuple((_CHAIN[i], _CHAIN[(i + 1) % len(_CHAIN)]) for i in range(
 CLASSES: Final = tuple(sorted(f"{a}_{b}" if a in _OUTLINES else f"{b}_{a}" for a, b in _EDGES))
 
 #: Chance of each of a scene's two distractors.
-_DISTRACTORS: Final = 0.25
+_DISTRACTORS: Final = 0.9
 
-#: Diameter of the textured disc, as a share of the object's.
-_TEXTURE: Final = 0.64
+#: Diameters of a bare textured disc in pixels, about those inside objects.
+_BARE: Final = (32, 44)
+
+#: Diameters in pixels of a plate with a plain disc, beside a small object and beside others.
+_EMPTY: Final = {True: (50, 60), False: (50, 92)}
 
 _MARGIN: Final = (SIDE - CROP) // 2
 _SUPERSAMPLE: Final = 2
@@ -141,7 +147,7 @@ def _place_object(rng: np.random.Generator, class_index: int, size: str) -> _Pla
 
 
 def _place_distractors(rng: np.random.Generator, class_index: int, target: _Plate) -> list[_Plate]:
-    """Place the single cues: behind the object, but never so that two of them make a whole."""
+    """Place the single cues: close to the object, which covers them, and apart from each other."""
     outline_name, texture = CLASSES[class_index].split("_")
     n = len(_CHAIN)
     a, b = _CHAIN.index(outline_name), _CHAIN.index(texture)
@@ -151,25 +157,33 @@ def _place_distractors(rng: np.random.Generator, class_index: int, target: _Plat
     cues = [_CHAIN[(start + i) % n] for i in range(4)]
     cues = [cue for cue in cues if cue not in (outline_name, texture)]
     cues = [cue for cue in cues if rng.random() < _DISTRACTORS]
+    small = target.diameter <= SIZES["small"][1]
     placed = [target]
     for cue in rng.permutation(cues):
-        for _ in range(30):
-            diameter = float(np.exp(rng.uniform(np.log(36), np.log(130))))
-            center = rng.uniform(_MARGIN + 10, SIDE - _MARGIN - 10, 2)
-            if all(_apart(center, diameter, other) for other in placed):
-                x, y = float(center[0]), float(center[1])
-                if cue in _OUTLINES:
-                    outline = _outline(rng, cue, diameter) + center
-                    placed.append(_Plate((x, y), diameter, outline, None))
-                else:
-                    placed.append(_Plate((x, y), diameter, None, str(cue)))
+        is_plate = cue in _OUTLINES
+        for _ in range(60):
+            diameter = rng.uniform(*(_EMPTY[small] if is_plate else _BARE))
+            gap = rng.uniform(-0.1, 0.3) * diameter
+            turn, distance = rng.uniform(0, math.tau), (target.diameter + diameter) / 2 + gap
+            x = target.center[0] + distance * math.cos(turn)
+            y = target.center[1] + distance * math.sin(turn)
+            inside = min(x, y) > _MARGIN + 10 and max(x, y) < SIDE - _MARGIN - 10
+            if inside and all(_apart((x, y), diameter, other) for other in placed[1:]):
+                outline = _outline(rng, cue, diameter) + np.array((x, y)) if is_plate else None
+                placed.append(_Plate((x, y), diameter, outline, None if is_plate else str(cue)))
                 break
     return placed[1:]
 
 
-def _apart(center: Array, diameter: float, other: _Plate) -> bool:
-    distance = math.dist(center, other.center)
-    return distance > 0.45 * max(diameter, other.diameter) + 0.25 * min(diameter, other.diameter)
+def _apart(center: tuple[float, float], diameter: float, other: _Plate) -> bool:
+    return math.dist(center, other.center) > 0.4 * (diameter + other.diameter)
+
+
+def _disc(plate: _Plate) -> float:
+    """Return the diameter of the disc at a plate's centre: about the same whatever its size."""
+    if plate.outline is None:
+        return plate.diameter
+    return 30 + 0.08 * plate.diameter
 
 
 # --- drawing ----------------------------------------------------------------------------------
@@ -222,7 +236,7 @@ def _paint(rng: np.random.Generator, canvas: Image.Image, plate: _Plate) -> None
         draw.polygon(points, fill=body)
         width = max(2, round(0.035 * plate.diameter * s))
         draw.line([*points, points[0], points[1]], fill=rim, width=width, joint="curve")
-    radius = _TEXTURE * plate.diameter / 2 * s
+    radius = _disc(plate) / 2 * s
     x0, y0 = (round(c * s - radius) for c in plate.center)
     side = round(2 * radius)
     disc = Image.new("L", (side, side))
@@ -277,7 +291,7 @@ def draw_scene(
 
     Example:
         >>> image, box = draw_scene(7, 0, "large")
-        >>> image.shape, 116 <= max(box.x1 - box.x0, box.y1 - box.y0) <= 142
+        >>> image.shape, 120 <= max(box.x1 - box.x0, box.y1 - box.y0) <= 146
         ((256, 256, 3), True)
     """
     rng, target = _begin(seed, class_index, size)

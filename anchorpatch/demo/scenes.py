@@ -39,7 +39,7 @@ __all__ = [
 SPLITS: Final = ("train", "val")
 
 #: Changes with the drawings, so that sets of other drawings are told apart.
-_VERSION: Final = 1
+_VERSION: Final = 2
 _MARKER: Final = "scenes.json"
 _BOXES: Final = "boxes.csv"
 _HEADER: Final = ("path", "class", "size", "x0", "y0", "x1", "y1")

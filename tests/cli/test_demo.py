@@ -81,8 +81,8 @@ def test_bundled_weights_find_the_objects(tmp_path: Path) -> None:
     done = run("--images", 120, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     score = json.loads(done.stdout)["score"]
-    assert score["top1"] > 0.85
-    assert score["strongest"]["hit"] > 0.85
+    assert score["top1"] > 0.95
+    assert score["strongest"]["hit"] > 0.95
     assert score["strongest"]["hit"] > score["centre"]["hit"] > score["random"]["hit"]
-    # Over 1,000 scenes the mean scale grows with every size; 120 tell the ends apart.
-    assert score["mean_scale"]["small"] < score["mean_scale"]["large"]
+    assert score["grows"]
+    assert score["ordered"] > 0.6

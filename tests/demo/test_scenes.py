@@ -262,4 +262,4 @@ def test_boxes_map_to_the_validation_crop(tmp_path: Path) -> None:
 def test_the_marker_names_the_parameters(tmp_path: Path) -> None:
     make_scenes(tmp_path, train=1, val=2, seed=3, jobs=1)
     marker = json.loads((tmp_path / "scenes.json").read_text())
-    assert marker == {"scenes": 1, "train": 1, "val": 2, "seed": 3}
+    assert marker == {"scenes": 2, "train": 1, "val": 2, "seed": 3}
