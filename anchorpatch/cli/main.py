@@ -108,7 +108,7 @@ def _run(args: list[str]) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; run the same command again to go on", 130, debug)
+        return _fail("interrupted; run the same command again", 130, debug)
     except AnchorpatchError as error:
         return _fail(str(error), error.exit_status, debug)
     except BrokenPipeError:
@@ -131,4 +131,4 @@ def _fail(message: str, status: int, debug: bool) -> int:
 
 
 def _raise_interrupted(number: int, frame: FrameType | None) -> Any:
-    raise Interrupted("terminated; run the same command again to go on", number)
+    raise Interrupted("terminated; run the same command again", number)

@@ -120,7 +120,7 @@ def test_interrupts_end_with_their_status_and_leave_whole_shards(
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1]
         assert process.returncode == status
-        assert errors.splitlines()[-1].endswith("the same command goes on from here")
+        assert errors.splitlines()[-1].endswith("run the same command again")
         assert "Traceback" not in errors
         assert not list(tmp_path.glob("val/*.tmp"))
     assert program(*arguments).returncode == 0
