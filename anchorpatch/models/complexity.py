@@ -91,8 +91,8 @@ def refusal(module: nn.Module, size: int) -> str | None:
     Example:
         >>> refusal(nn.Conv2d(3, 8, 3), 63) is None
         True
-        >>> refusal(nn.Linear(64, 10), 63)
-        'mat1 and mat2 shapes cannot be multiplied (189x63 and 64x10)'
+        >>> "cannot be multiplied" in refusal(nn.Linear(64, 10), 63)
+        True
     """
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     shadow = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
