@@ -14,6 +14,7 @@ from torch import Tensor
 from anchorpatch.errors import DataError, TooManyBadImages
 from anchorpatch.images.folder import scan_folder
 from anchorpatch.images.loader import load_batches
+from anchorpatch.jobs.class_names import few
 from anchorpatch.jobs.localizer import load_anchornet, normalize
 from anchorpatch.jobs.scores import Scores
 from anchorpatch.lsp import PRESETS, SCALES, decide, localize
@@ -110,8 +111,8 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> EvaluateSum
         if folder.classes != weights.meta.classes:
             raise DataError(
                 f"{folder.root}: expected the {len(weights.meta.classes)} classes of "
-                f"{config.weights} ({_few(weights.meta.classes)}), found {len(folder.classes)} "
-                f"({_few(folder.classes)}); evaluate weights on the classes they know"
+                f"{config.weights} ({few(weights.meta.classes)}), found {len(folder.classes)} "
+                f"({few(folder.classes)}); evaluate weights on the classes they know"
             )
         if config.limit is not None:
             folder = folder.head(config.limit)
@@ -215,7 +216,3 @@ class _MeanPatches:
             means[name] = {str(scale): s / n if n else None for scale, s, n in by_scale}
             means[name]["all"] = sum(row) / sum(images) if sum(images) else None
         return means
-
-
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

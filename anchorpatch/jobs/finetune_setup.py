@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from anchorpatch.errors import DataError, SettingsError
+from anchorpatch.jobs.class_names import differing
 from anchorpatch.jobs.finetune_config import FinetuneConfig
 from anchorpatch.jobs.finetune_data import Data, PatchData, WholeData
 from anchorpatch.jobs.finetune_plan import Plan
@@ -125,14 +126,9 @@ def prepare(config: FinetuneConfig, world: World) -> Setup:
 def _same_classes(shards: Path, train: ShardReader, val: ShardReader) -> None:
     if train.classes == val.classes:
         return
-    ours, theirs = set(train.classes), set(val.classes)
-    lacking = [f"{name} only in train" for name in sorted(ours - theirs)]
-    lacking += [f"{name} only in val" for name in sorted(theirs - ours)]
-    more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-    found = ", ".join(lacking[:5]) + more if lacking else "another order"
     raise DataError(
-        f"{shards}: expected train and val shards of the same classes, found {found}; extract "
-        "both splits of one data set"
+        f"{shards}: expected train and val shards of the same classes, found "
+        f"{differing(train.classes, val.classes)}; extract both splits of one data set"
     )
 
 

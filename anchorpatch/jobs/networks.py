@@ -11,6 +11,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from anchorpatch.errors import SettingsError, WeightsError
+from anchorpatch.jobs.class_names import few
 from anchorpatch.jobs.network_weights import Found, of_checkpoint, pretrained, read_file
 from anchorpatch.lsp import SCALES
 from anchorpatch.models.complexity import refusal
@@ -167,13 +168,13 @@ def _fill(
         _refuse_head_unless(replace_head, found, meta, tensors, head)
         message(
             f"{found.source}: its head for {_classes_text(found, tensors, head)} gives way to a "
-            f"new one for {len(meta.classes):,} ({_few(meta.classes)})"
+            f"new one for {len(meta.classes):,} ({few(meta.classes)})"
         )
         tensors = {key: value for key, value in tensors.items() if key not in head}
     elif found.classes is None:
         message(
             f"{found.source}: names no classes; its {len(meta.classes):,} outputs are taken for "
-            f"the classes in their order ({_few(meta.classes)})"
+            f"the classes in their order ({few(meta.classes)})"
         )
     state.update(tensors)
     module.load_state_dict(state)
@@ -238,17 +239,13 @@ def _refuse_head_unless(
     if not replace_head:
         raise WeightsError(
             f"{found.source}: expected outputs for the {len(meta.classes):,} classes "
-            f"{_few(meta.classes)}, found {_classes_text(found, tensors, head)}; fine-tune them "
+            f"{few(meta.classes)}, found {_classes_text(found, tensors, head)}; fine-tune them "
             f"on these classes: anchorpatch finetune {meta.architecture} --weights ..."
         )
 
 
 def _classes_text(found: Found, tensors: Mapping[str, Tensor], head: tuple[str, ...]) -> str:
     if found.classes is not None:
-        return f"{len(found.classes):,} ({_few(found.classes)})"
+        return f"{len(found.classes):,} ({few(found.classes)})"
     sizes = [len(tensors[key]) for key in head if key in tensors]
     return f"{sizes[0]:,}" if sizes else "no classes"
-
-
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

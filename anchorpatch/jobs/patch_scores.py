@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anchorpatch.errors import CorruptShard, DataError, ShardError, WeightsError
+from anchorpatch.jobs.class_names import few
 from anchorpatch.jobs.image_parts import ScalePlan, added_by_image
 from anchorpatch.jobs.localizer import normalize
 from anchorpatch.jobs.score_figures import PatchFigures, ScaleFigures, Sum, count, figures_of
@@ -65,8 +66,8 @@ def check_classes(reader: ShardReader, meta: WeightsMeta) -> None:
     if reader.classes != meta.classes:
         raise DataError(
             f"{reader.folder}: expected the {len(meta.classes)} classes of the weights of "
-            f"{meta.architecture} ({_few(meta.classes)}), found {len(reader.classes)} "
-            f"({_few(reader.classes)}); use weights that were trained on these classes"
+            f"{meta.architecture} ({few(meta.classes)}), found {len(reader.classes)} "
+            f"({few(reader.classes)}); use weights that were trained on these classes"
         )
 
 
@@ -276,7 +277,3 @@ def _patch_figures(sums: Tensor, reader: ShardReader, scales: Sequence[int]) -> 
         if scale in scales
     }
     return PatchFigures(total.images, total.patches, total.top1, total.top5, total.loss, by_scale)
-
-
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

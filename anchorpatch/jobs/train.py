@@ -20,6 +20,7 @@ from anchorpatch.images.cache import build_cache
 from anchorpatch.images.folder import ImageFolder, scan_folder
 from anchorpatch.images.loader import load_batches
 from anchorpatch.images.training import RandomCrop, epoch_order, load_training_batches
+from anchorpatch.jobs.class_names import differing
 from anchorpatch.jobs.localizer import normalize
 from anchorpatch.jobs.runlog import RunLog, write_config
 from anchorpatch.jobs.scores import OUTPUTS, Scores, six_losses
@@ -100,13 +101,9 @@ def _folders(config: TrainConfig) -> tuple[ImageFolder, ImageFolder]:
     train = scan_folder(config.data, "train")
     val = scan_folder(config.data, "val", config.labels)
     if train.classes != val.classes:
-        ours, theirs = set(train.classes), set(val.classes)
-        lacking = [f"{name} only in train" for name in sorted(ours - theirs)]
-        lacking += [f"{name} only in val" for name in sorted(theirs - ours)]
-        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
         raise DataError(
             f"{config.data}: train and val must hold the same classes, found "
-            f"{', '.join(lacking[:5])}{more}; add or remove the folders"
+            f"{differing(train.classes, val.classes)}; add or remove the folders"
         )
     if len(train) < config.batch_size:
         raise DataError(
