@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from anchorpatch.cli.output import bytes_text, print_json, print_table
 from anchorpatch.errors import ShardError
 
 if TYPE_CHECKING:
-    from anchorpatch.shards.manifest import Manifest
+    from anchorpatch.shards.facts import SplitFacts
     from anchorpatch.shards.reader import ShardReader
 
 #: Kind of picture by the ending of its name.
@@ -39,11 +38,12 @@ def inspect(folder: Path, as_json: bool) -> None:
 
     All of it stands in the manifest; the shards themselves are not opened.
     """
+    from anchorpatch.shards.facts import split_facts
     from anchorpatch.shards.manifest import read_manifest
 
-    facts = [_facts(read_manifest(split)) for split in _splits(folder)]
+    facts = [split_facts(read_manifest(split)) for split in _splits(folder)]
     if as_json:
-        print_json({"splits": facts})
+        print_json({"splits": [of_split.to_json() for of_split in facts]})
         return
     for i, of_split in enumerate(facts):
         if i:
@@ -153,69 +153,38 @@ def _splits(folder: Path) -> list[Path]:
     return found
 
 
-def _facts(manifest: Manifest) -> dict[str, Any]:
-    from anchorpatch.shards.layout import SCALES
-
-    entries = manifest.entries
-    header = manifest.header
-    scales = {
-        str(scale): {
-            "images": sum(entry.chosen[scale] for entry in entries),
-            "patches": sum(entry.patches[scale] for entry in entries),
-        }
-        for scale in SCALES
-    }
-    return {
-        "folder": str(manifest.folder),
-        "split": header.split,
-        "shards": manifest.shard_count - len(manifest.missing()),
-        "total_shards": manifest.shard_count,
-        "images": sum(entry.images for entry in entries),
-        "scales": scales,
-        "skipped": dict(Counter(reason for e in entries for _, reason in e.skipped).most_common()),
-        "bytes": sum(entry.bytes for entry in entries),
-        "classes": len(header.classes),
-        "network_classes": len(header.network_classes),
-        "same_classes": header.classes == header.network_classes,
-        "settings": header.settings.to_json(),
-        "weights_sha256": header.weights_sha256,
-        "anchorpatch_version": header.version,
-    }
-
-
-def _print_facts(facts: dict[str, Any]) -> None:
-    images = facts["images"]
+def _print_facts(facts: SplitFacts) -> None:
+    images = facts.images
     print_table(
         ["scale", "images", "share", "patches", "mean patches"],
         [
             [
                 f"{scale} px",
-                f"{of_scale['images']:,}",
-                f"{of_scale['images'] / images:.1%}" if images else "-",
-                f"{of_scale['patches']:,}",
-                f"{of_scale['patches'] / of_scale['images']:.2f}" if of_scale["images"] else "-",
+                f"{found.images:,}",
+                f"{found.images / images:.1%}" if images else "-",
+                f"{found.patches:,}",
+                "-" if found.mean_patches is None else f"{found.mean_patches:.2f}",
             ]
-            for scale, of_scale in facts["scales"].items()
+            for scale, found in facts.scales.items()
         ],
-        title=facts["folder"],
+        title=facts.folder,
     )
-    s = facts["settings"]
-    size = bytes_text(facts["bytes"])
-    each = f", {bytes_text(facts['bytes'] / images)} an image" if images else ""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts["skipped"].items())
-    stored = "images stored" if s["store_images"] else "images not stored"
-    quality = f" of quality {s['jpeg_quality']}" if s["codec"] == "jpeg" else ""
-    same = ", the same as" if facts["same_classes"] else "; other than"
+    s = facts.settings
+    each = f", {bytes_text(facts.bytes / images)} an image" if images else ""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts.skipped.items())
+    stored = "images stored" if s.store_images else "images not stored"
+    quality = f" of quality {s.jpeg_quality}" if s.codec == "jpeg" else ""
+    same = ", the same as" if facts.same_classes else "; other than"
     lines = [
-        f"shards: {facts['shards']} of {facts['total_shards']}, {s['shard_size']} images each",
-        f"images: {images:,} in {size}{each}",
-        f"skipped: {sum(facts['skipped'].values()):,}" + (f" ({reasons})" if reasons else ""),
-        f"classes: {facts['classes']:,}{same} the network's {facts['network_classes']:,}",
-        f"settings: preset {s['preset'] or 'none'}, K {'/'.join(map(str, s['max_patches']))}, "
-        f"T {s['iou_threshold']}, P {'/'.join(map(str, s['coverage']))}, {s['precision']}",
-        f"codec: {s['codec']}{quality}, {stored}",
-        f"weights: SHA-256 {facts['weights_sha256'][:12]}..., "
-        f"anchorpatch {facts['anchorpatch_version']}",
+        f"shards: {facts.shards} of {facts.total_shards}, {s.shard_size} images each",
+        f"images: {images:,} in {bytes_text(facts.bytes)}{each}",
+        f"skipped: {sum(facts.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
+        f"classes: {facts.classes:,}{same} the network's {facts.network_classes:,}",
+        f"settings: preset {s.preset or 'none'}, K {'/'.join(map(str, s.max_patches))}, "
+        f"T {s.iou_threshold}, P {'/'.join(map(str, s.coverage))}, {s.precision}",
+        f"codec: {s.codec}{quality}, {stored}",
+        f"weights: SHA-256 {facts.weights_sha256[:12]}..., "
+        f"anchorpatch {facts.anchorpatch_version}",
     ]
     click.echo("\n".join(lines))
 
