@@ -183,8 +183,7 @@ def _print_facts(facts: SplitFacts) -> None:
         f"settings: preset {s.preset or 'none'}, K {'/'.join(map(str, s.max_patches))}, "
         f"T {s.iou_threshold}, P {'/'.join(map(str, s.coverage))}, {s.precision}",
         f"codec: {s.codec}{quality}, {stored}",
-        f"weights: SHA-256 {facts.weights_sha256[:12]}..., "
-        f"anchorpatch {facts.anchorpatch_version}",
+        f"weights: SHA-256 {facts.weights_sha256[:12]}..., anchorpatch {facts.anchorpatch_version}",
     ]
     click.echo("\n".join(lines))
 
