@@ -31,6 +31,7 @@ __all__ = [
     "candidate_count",
     "crop",
     "decide",
+    "first_argmax",
     "grid_size",
     "iou",
     "iou_table",
@@ -169,7 +170,7 @@ class Decision(NamedTuple):
     branch: Tensor
 
 
-def _first_argmax(x: Tensor) -> Tensor:
+def first_argmax(x: Tensor) -> Tensor:
     """Arg max over the last axis; of equal values the first, on every device."""
     size = x.shape[-1]
     index = torch.arange(size, device=x.device)
@@ -192,16 +193,16 @@ def decide(probabilities: Tensor) -> Decision:
         >>> decision.predicted.item(), SCALES[decision.branch.item()]
         (0, 95)
     """
-    branch_class = _first_argmax(probabilities)
+    branch_class = first_argmax(probabilities)
     branch_prob = probabilities.amax(-1)
     # (7): the class of two or three branches, else that of the surest branch.
     votes = (branch_class[:, :, None] == branch_class[:, None, :]).sum(-1)
-    majority = branch_class.gather(1, _first_argmax(votes)[:, None])[:, 0]
-    surest = branch_class.gather(1, _first_argmax(branch_prob)[:, None])[:, 0]
+    majority = branch_class.gather(1, first_argmax(votes)[:, None])[:, 0]
+    surest = branch_class.gather(1, first_argmax(branch_prob)[:, None])[:, 0]
     predicted = torch.where(votes.amax(-1) >= 2, majority, surest)
     # (8): of the branches whose own maximum is at gamma, the surest.
     at_gamma = probabilities.gather(2, predicted[:, None, None].expand(-1, len(SCALES), 1))[..., 0]
-    branch = _first_argmax((branch_prob == at_gamma) * branch_prob)
+    branch = first_argmax((branch_prob == at_gamma) * branch_prob)
     return Decision(branch_class, branch_prob, predicted, branch)
 
 
