@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import click
@@ -95,6 +97,9 @@ _OF_TABLE_3 = ("baseline_weights", "whole", "anchornet_weights", "speed", "predi
     default="table",
     help="How the result is printed.",
 )
+@click.option(
+    "--result", type=PATH, help="Also write the result to FILE.json, for `anchorpatch report`."
+)
 @json_option
 @click.pass_context
 def evaluate(
@@ -153,10 +158,11 @@ def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:
     from anchorpatch.jobs.evaluate import EvaluateConfig, run
     from anchorpatch.runtime.progress import reporter
 
-    weights, runs = options.pop("weights"), options.pop("runs")
+    weights, runs, result = (options.pop(name) for name in ("weights", "runs", "result"))
     known = {k: v for k, v in options.items() if k not in _OF_NETWORKS}
     summary = run(EvaluateConfig(weights=find_weights(weights, runs), **known), reporter())
     if _is_main():
+        _write_result(result, summary.to_json())
         print_anchornet(summary, form == "json")
 
 
@@ -166,7 +172,7 @@ def _evaluate_network(network: str, form: str, options: dict[str, Any]) -> None:
     from anchorpatch.lsp import SCALES
     from anchorpatch.runtime.progress import reporter
 
-    scale = options.pop("scale")
+    scale, result = options.pop("scale"), options.pop("result")
     protocol, anchornet = options.pop("protocol"), options.pop("anchornet_weights")
     config = EvaluateNetworkConfig(
         network=network,
@@ -177,11 +183,21 @@ def _evaluate_network(network: str, form: str, options: dict[str, Any]) -> None:
     if protocol == "rescale":
         table_4 = run_rescale(config, reporter())
         if _is_main():
+            _write_result(result, table_4.to_json())
             print_table_4(table_4, form)
     else:
         table_3 = run(config, reporter())
         if _is_main():
+            _write_result(result, table_3.to_json())
             print_table_3(table_3, form)
+
+
+def _write_result(path: Path | None, result: dict[str, Any]) -> None:
+    from anchorpatch.storage import write_atomically
+
+    if path is not None:
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _is_main() -> bool:

@@ -90,7 +90,7 @@ class EvaluateSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as JSON knows it."""
-        return asdict(self)
+        return {"protocol": "anchornet", **asdict(self)}
 
 
 def run(config: EvaluateConfig, progress: Reporter | None = None) -> EvaluateSummary:

@@ -47,13 +47,18 @@ def test_one_process_and_two_give_the_same_table(program: Program, root: Path, t
     assert one.returncode == 0, one.stderr
     assert "\x1b" not in one.stdout + one.stderr
     two = subprocess.run(
-        [*TORCHRUN, "-m", "anchorpatch", *common(root, *options, tmp_path / "two.csv")],
+        [
+            *TORCHRUN,
+            *("-m", "anchorpatch", *common(root, *options, tmp_path / "two.csv")),
+            *("--result", tmp_path / "table3.json"),
+        ],
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert two.returncode == 0, two.stderr
     expected, found = json.loads(one.stdout), json.loads(two.stdout)
+    assert json.loads((tmp_path / "table3.json").read_text()) == found
     assert [row["scale"] for row in found["rows"]] == ["224", "63", "95", "111", "all"]
     for a, b in zip(expected["rows"], found["rows"], strict=True):
         assert b.pop("loss") == pytest.approx(a.pop("loss"), rel=1e-6)
@@ -67,6 +72,20 @@ def test_one_process_and_two_give_the_same_table(program: Program, root: Path, t
         assert a[:9] == b[:9]
         if a[0] != "path":
             assert [*map(float, a[9:])] == pytest.approx([*map(float, b[9:])], rel=1e-4)
+
+
+def test_the_result_goes_to_a_file_whatever_is_printed(
+    program: Program, root: Path, tmp_path: Path
+):
+    file = tmp_path / "new" / "table4.json"
+    args = common(root, "--protocol", "rescale", "--format", "markdown", "--result", file)
+    done = program(*args)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("| scale | images |")
+    document = json.loads(file.read_text())
+    assert (document["protocol"], document["network"]) == ("rescale", NETWORK)
+    assert [row["images"] for row in document["rows"]] == [3, 2, 2, 7]
+    assert [path.name for path in file.parent.iterdir()] == ["table4.json"]
 
 
 def test_errors_and_wrong_usage(program: Program, root: Path, tmp_path: Path):

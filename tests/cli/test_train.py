@@ -41,7 +41,12 @@ def test_train_then_evaluate(program: Program, data: Path, tmp_path: Path):
     assert set(result["mean_patches"]) == {"figure", "finetune", "evaluate"}
     assert result["mean_patches"]["figure"]["all"] <= 5
 
-    table = program("evaluate", "anchornet", "--data", data, "--workers", 0)
+    file = tmp_path / "result.json"
+    table = program("evaluate", "anchornet", "--data", data, "--workers", 0, "--result", file)
+    written = json.loads(file.read_text())
+    for of_one_run in (result, written):
+        del of_one_run["images_per_second"]
+    assert written == result
     assert "decision (Eq. 7)" in table.stdout
     assert f"{VAL} images, 0 skipped; " in table.stdout
 
