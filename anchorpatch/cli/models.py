@@ -32,8 +32,9 @@ def models(
 ) -> None:
     r"""List networks with their parameters and their GMACs for whole images and for patches.
 
-    NAME is anchornet, hcgnet_b, hcgnet_c, resnext50, any classifier of torchvision by its name
-    there, or timm:NAME where timm is installed. Without one, the networks of the paper.
+    NAME is anchornet, bagnet33, bagnet77, saccader, hcgnet_b, hcgnet_c, resnext50, any classifier
+    of torchvision by its name there, or timm:NAME where timm is installed. Without one, the
+    networks of the paper.
 
     \b
     anchorpatch models
@@ -43,7 +44,7 @@ def models(
     All figures are computed from the networks. GMACs count convolutions and matrix products of
     one image or patch; "-" stands where a network cannot take one of that side. AnchorNet
     appears as trained, with the full class maps F, and as `extract` runs it, which builds the
-    map of one class only.
+    map of one class only. The BagNets and Saccader count their maps of all classes too.
     """
     if table3 or only_names:
         if names or (table3 and only_names):
@@ -71,8 +72,10 @@ def models(
             for row in rows
         ],
     )
-    for fields in [row["receptive_fields"] for row in rows if row["network"] == "anchornet"]:
-        click.echo(f"receptive fields of anchornet: {', '.join(map(str, fields))} px")
+    for name, fields in [(row["network"], row["receptive_fields"]) for row in rows]:
+        if fields is not None and " " not in name:
+            plural = "s" if len(fields) > 1 else ""
+            click.echo(f"receptive field{plural} of {name}: {', '.join(map(str, fields))} px")
     if not names:
         click.echo(
             "Any classifier of torchvision works by its name (--names lists them), and timm's as "
@@ -92,8 +95,7 @@ def _gmacs_text(gmacs: float | None) -> str:
 
 
 def _rows(names: tuple[str, ...], classes: int, size: int) -> list[dict[str, Any]]:
-    from anchorpatch.models.complexity import macs_at, parameters
-    from anchorpatch.models.registry import NETWORKS, build_on_meta, check_name
+    from anchorpatch.models.registry import NETWORKS, check_name
     from anchorpatch.runtime.progress import reporter
 
     for name in names:
@@ -107,12 +109,23 @@ def _rows(names: tuple[str, ...], classes: int, size: int) -> list[dict[str, Any
             if name == "anchornet":
                 rows += _anchornet_rows(classes, size)
             else:
-                net = build_on_meta(name, classes)
-                rows.append(_row(name, parameters(net), macs_at(net, _sides(size)), size))
+                rows.append(_network_row(name, classes, size))
             progress.advance(1)
     finally:
         progress.stop()
     return rows
+
+
+def _network_row(name: str, classes: int, size: int) -> dict[str, Any]:
+    from anchorpatch.models.bagnet import BagNet
+    from anchorpatch.models.complexity import macs_at, parameters
+    from anchorpatch.models.registry import build_on_meta
+    from anchorpatch.models.saccader import Saccader
+
+    net = build_on_meta(name, classes)
+    forward = net.logit_map if isinstance(net, BagNet) else None  # what localises
+    fields = [net.theta] if isinstance(net, BagNet | Saccader) else None
+    return _row(name, parameters(net), macs_at(net, _sides(size), forward), size, fields)
 
 
 def _anchornet_rows(classes: int, size: int) -> list[dict[str, Any]]:

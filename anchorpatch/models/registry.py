@@ -15,7 +15,9 @@ from torch import nn
 
 from anchorpatch.errors import MissingDependency, SettingsError
 from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.models.bagnet import bagnet33, bagnet77
 from anchorpatch.models.hcgnet import hcgnet_b, hcgnet_c
+from anchorpatch.models.saccader import saccader
 
 __all__ = [
     "NETWORKS",
@@ -69,7 +71,7 @@ def _borrowed(name: str, about: str) -> Network:
     return Network(partial(_from_torchvision, name), about, name)
 
 
-#: AnchorNet and the networks of Tables 3 and 4.
+#: AnchorNet, the networks of Tables 3 and 4, and AnchorNet's peers.
 NETWORKS: Final[dict[str, Network]] = {
     "anchornet": Network(AnchorNet, "the localiser: three branches with attention (Tables 1, 2)"),
     "resnet50": _borrowed("resnet50", "ResNet-50 of torchvision"),
@@ -77,6 +79,9 @@ NETWORKS: Final[dict[str, Network]] = {
     "densenet169": _borrowed("densenet169", "DenseNet-169 of torchvision"),
     "hcgnet_b": Network(hcgnet_b, "HCGNet-B (Yang et al., 2019)"),
     "hcgnet_c": Network(hcgnet_c, "HCGNet-C (Yang et al., 2019)"),
+    "bagnet33": Network(bagnet33, "BagNet-33 (Brendel and Bethge, 2019): a localiser of 33 px"),
+    "bagnet77": Network(bagnet77, "BagNet-77-lowD: a localiser of 77 px, under Saccader"),
+    "saccader": Network(saccader, "Saccader (Elsayed et al., 2019): hard attention at 77 px"),
 }
 
 

@@ -28,6 +28,23 @@ def test_a_table_of_networks(program: Program) -> None:
     assert "\x1b" not in result.stdout
 
 
+def test_the_peers_of_anchornet(program: Program) -> None:
+    result = program("models", "bagnet33", "bagnet77", "saccader")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split() for line in lines[1:4]] == [
+        ["bagnet33", "18,310,184", "17.1817", "3.5483", "2.4431", "0.8625"],
+        ["bagnet77", "20,573,736", "14.1092", "2.2514", "1.4271", "-"],
+        ["saccader", "35,523,112", "19.5035", "2.6250", "1.5616", "-"],
+    ]
+    assert lines[4:] == [
+        "receptive field of bagnet33: 33 px",
+        "receptive field of bagnet77: 77 px",
+        "receptive field of saccader: 77 px",
+    ]
+
+
 def test_named_networks_for_other_classes_and_sizes(program: Program) -> None:
     result = program("models", "vit_b_32", "resnet18", "--classes", 10, "--size", 160, "--json")
     assert (result.returncode, result.stderr) == (0, "")
