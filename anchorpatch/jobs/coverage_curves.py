@@ -1,0 +1,198 @@
+"""The curves of Figure 6, from what a network was right about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = ["LOCALIZERS", "PEERS", "CoverageResult", "Curve", "Series", "curves_of"]
+
+#: Localizers with weights of their own.
+PEERS: Final = ("bagnet33", "bagnet77", "saccader")
+
+#: All localizers of Figure 6, in the order of the summary.
+LOCALIZERS: Final = (
+    *("anchornet", "branch63", "branch95", "branch111"),
+    *PEERS,
+    *("gradcam", "sobel", "centre", "random"),
+)
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Top-1 by area, one way; shares from 0 to 1.
+
+    Attributes:
+        top1: of each area (A,).
+        spread: standard deviation over seeds (A,); None with one seed.
+        auc: area under the curve, by the trapezoid rule.
+        auc_error: standard error of ``auc`` over the images; None with one image.
+        auc_spread: standard deviation of ``auc`` over seeds; None with one seed.
+        gain: by how much ``auc`` is better than AnchorNet's; None without AnchorNet.
+        gain_error: standard error of ``gain``, image by image.
+    """
+
+    top1: tuple[float, ...]
+    spread: tuple[float, ...] | None
+    auc: float
+    auc_error: float | None
+    auc_spread: float | None
+    gain: float | None
+    gain_error: float | None
+
+    @property
+    def beats_anchornet(self) -> bool:
+        """Whether it is better than AnchorNet by more than two standard errors."""
+        return bool(self.gain and self.gain_error and self.gain > 2 * self.gain_error)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A localizer's two curves. Areas run from 0 to 1, so that all share their ends.
+
+    Attributes:
+        localizer: of `LOCALIZERS`.
+        covered: everything but the area is set to 0; a larger area under the curve is better.
+        masked: the area is set to 0; a smaller area under the curve is better.
+    """
+
+    localizer: str
+    covered: Series
+    masked: Series
+
+
+@dataclass(frozen=True)
+class CoverageResult:
+    """All curves of Figure 6.
+
+    Attributes:
+        network: name of the network that decides.
+        source: folder of the images.
+        images: decided on.
+        areas: from 0 to 1 (A,).
+        curves: one for each localizer.
+        weights: what each network was loaded from.
+        anchornet_sha256: of AnchorNet's weights.
+        left_out: localizers that could not be had, and why.
+        settings: of the comparison, as JSON values.
+    """
+
+    network: str
+    source: str
+    images: int
+    areas: tuple[float, ...]
+    curves: tuple[Curve, ...]
+    weights: Mapping[str, str]
+    anchornet_sha256: str
+    left_out: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def curve(self, localizer: str) -> Curve:
+        """Return the curve of a localizer.
+
+        Raises:
+            KeyError: it took no part.
+        """
+        return {curve.localizer: curve for curve in self.curves}[localizer]
+
+    def winners(self) -> tuple[str, ...]:
+        """Return a sentence for each localizer that beats AnchorNet by two standard errors."""
+        return tuple(
+            f"{curve.localizer} is better than anchornet by {way} area: "
+            f"{series.gain:+.4f} ± {series.gain_error:.4f}"
+            for curve in self.curves
+            for way, series in (("covered", curve.covered), ("masked", curve.masked))
+            if series.beats_anchornet
+        )
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return the areas under the curves, a flat record for each localizer."""
+        names = ("auc", "auc_error", "auc_spread", "gain", "gain_error")
+        return [
+            {
+                "localizer": curve.localizer,
+                **{f"covered_{name}": getattr(curve.covered, name) for name in names},
+                **{f"masked_{name}": getattr(curve.masked, name) for name in names},
+            }
+            for curve in self.curves
+        ]
+
+    def points(self) -> list[dict[str, Any]]:
+        """Return every point of every curve, a flat record each."""
+        return [
+            {
+                "localizer": curve.localizer,
+                "area": area,
+                "covered_top1": curve.covered.top1[i],
+                "masked_top1": curve.masked.top1[i],
+                "covered_spread": curve.covered.spread[i] if curve.covered.spread else None,
+                "masked_spread": curve.masked.spread[i] if curve.masked.spread else None,
+            }
+            for curve in self.curves
+            for i, area in enumerate(self.areas)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON knows it."""
+        return {**asdict(self), "winners": list(self.winners()), "summary": self.summary()}
+
+
+def curves_of(
+    localizers: list[str], right: NDArray[np.bool_], areas: tuple[float, ...]
+) -> tuple[Curve, ...]:
+    """Sum up what the network was right about.
+
+    Args:
+        localizers: names (L,); several of one name are seeds of it.
+        right: of each localizer, way (covered, masked), area and image (L, 2, A, n).
+        areas: from 0 to 1 (A,).
+
+    Example:
+        >>> right = np.array([[[[False], [True], [True]], [[True], [True], [False]]]])
+        >>> (curve,) = curves_of(["centre"], right, (0.0, 0.5, 1.0))
+        >>> curve.covered.auc, curve.masked.auc
+        (0.75, 0.75)
+    """
+    counted = right.astype(np.float64)
+    at = torch.tensor(areas, dtype=torch.float64)[:, None]
+    # The mean of the images' areas under the curve is the area under their mean curve.
+    under = torch.trapezoid(torch.from_numpy(counted), at, dim=2).numpy()  # (L, 2, n)
+    seeds = {name: [i for i, n in enumerate(localizers) if n == name] for name in localizers}
+    anchornet = under[seeds["anchornet"]].mean(0) if "anchornet" in seeds else (None, None)
+    return tuple(
+        Curve(
+            name,
+            _series(counted[rows, 0], under[rows, 0], anchornet[0], 1.0),
+            _series(counted[rows, 1], under[rows, 1], anchornet[1], -1.0),
+        )
+        for name, rows in seeds.items()
+    )
+
+
+def _series(right: Floats, under: Floats, anchornet: Floats | None, sign: float) -> Series:
+    """Sum up one way: ``right`` (seeds, A, n), ``under`` (seeds, n), AnchorNet's (n,)."""
+    several = len(right) > 1
+    by_seed, of_images = right.mean(-1), under.mean(0)
+    better = None if anchornet is None else sign * (of_images - anchornet)
+    return Series(
+        top1=tuple(by_seed.mean(0).tolist()),
+        spread=tuple(by_seed.std(0, ddof=1).tolist()) if several else None,
+        auc=float(of_images.mean()),
+        auc_error=_error(of_images),
+        auc_spread=float(under.mean(-1).std(ddof=1)) if several else None,
+        gain=None if better is None else float(better.mean()),
+        gain_error=None if better is None else _error(better),
+    )
+
+
+def _error(of_images: Floats) -> float | None:
+    """Return the standard error of a mean over images (n,)."""
+    n = len(of_images)
+    return float(of_images.std(ddof=1) / np.sqrt(n)) if n > 1 else None
