@@ -34,6 +34,7 @@ __all__ = [
     "load_into",
     "load_state",
     "load_weights",
+    "read_meta",
     "save_state",
     "save_weights",
     "versions",
@@ -147,6 +148,24 @@ def load_weights(path: str | os.PathLike[str], architecture: str | None = "ancho
             "the file is damaged or was cut off; copy it again or train again"
         ) from error
     return Weights(path, tensors, meta, hashlib.sha256(content).hexdigest())
+
+
+def read_meta(path: str | os.PathLike[str]) -> WeightsMeta:
+    """Read what a weights file says about itself; its tensors are not read.
+
+    Raises:
+        WeightsError: the file is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(8)
+            content += file.read(min(int.from_bytes(content, "little"), path.stat().st_size))
+    except OSError as error:
+        raise WeightsError(
+            f"{path}: expected a readable weights file, found: {error.strerror or error}"
+        ) from error
+    return _meta(path, _header(path, content))
 
 
 def load_into(module: nn.Module, weights: Weights) -> None:

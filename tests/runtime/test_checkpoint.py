@@ -17,6 +17,7 @@ from anchorpatch.runtime.checkpoint import (
     load_into,
     load_state,
     load_weights,
+    read_meta,
     save_state,
     save_weights,
 )
@@ -47,6 +48,23 @@ def test_weights_come_back(file: Path):
     assert weights.meta == META
     assert weights.tensors.keys() == TENSORS.keys()
     assert all(torch.equal(weights.tensors[k], v) for k, v in TENSORS.items())
+
+
+def test_metadata_are_read_without_the_tensors(file: Path, tmp_path: Path):
+    assert read_meta(file) == META
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header = tmp_path / "header"
+    header.write_bytes(file.read_bytes()[: 8 + length])
+    assert read_meta(header) == META
+    header.write_bytes(file.read_bytes()[: 7 + length])
+    with pytest.raises(WeightsError, match="cut off in its header"):
+        read_meta(header)
+    for size in (0, 3):
+        header.write_bytes(b"abc"[:size])
+        with pytest.raises(WeightsError, match="found another kind of file"):
+            read_meta(header)
+    with pytest.raises(WeightsError, match="No such file"):
+        read_meta(tmp_path / "none")
 
 
 def test_same_content_gives_the_same_bytes(file: Path, tmp_path: Path):
