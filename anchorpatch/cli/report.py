@@ -1,0 +1,65 @@
+"""``anchorpatch report``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from anchorpatch.cli.config import Command
+from anchorpatch.cli.options import PATH, json_option
+from anchorpatch.cli.output import bytes_text, print_json
+
+if TYPE_CHECKING:
+    from anchorpatch.report.build import ReportSummary
+
+__all__ = ["report"]
+
+
+@click.command(cls=Command)
+@click.argument("folder", metavar="[DIR]", type=PATH, default=Path())
+@click.option("--out", type=PATH, help="The page.  [default: DIR/report.html]")
+@click.option("--runs", type=PATH, help="Folder of training runs.  [default: DIR/runs]")
+@click.option("--shards", type=PATH, help="Folder of the shards.  [default: DIR/shards]")
+@click.option("--figures", type=PATH, help="Folder of the figures.  [default: DIR/figures]")
+@json_option
+def report(folder: Path, as_json: bool, **options: Any) -> int:
+    r"""Put a whole run on one page: an HTML file that needs no other file and no network.
+
+    Shows what DIR holds: training runs (runs/*/log.jsonl) as curves, results of `anchorpatch
+    evaluate --result` (results/*.json, runs/NETWORK/*.json) as Tables 3 and 4, figures
+    (figures/*.json), shards (shards/SPLIT), settings and versions. DIR is . by default.
+
+    What is there and cannot be read is named on the page and on stderr, and the status is 1
+    then; the rest of the page is written all the same. With $SOURCE_DATE_EPOCH for its date,
+    the same folder gives the same bytes.
+
+    \b
+    anchorpatch report
+    anchorpatch report anchorpatch-demo
+    """
+    from anchorpatch.report.build import ReportConfig, run
+    from anchorpatch.runtime.progress import reporter
+
+    summary = run(ReportConfig(folder, **options), reporter())
+    for what in summary.left_out:
+        click.echo(f"left out: {_printable(f'{what.source}: {what.reason}')}", err=True)
+    if as_json:
+        print_json(summary.to_json())
+    else:
+        _print_summary(summary)
+    return int(bool(summary.left_out))
+
+
+def _print_summary(summary: ReportSummary) -> None:
+    for name, counts in summary.sections.items():
+        held = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        click.echo(f"{name}: {held or 'nothing'}")
+    click.echo(f"{_printable(str(summary.report))}: {bytes_text(summary.bytes)}")
+
+
+def _printable(text: str) -> str:
+    """Return a text that may name files whose names are no UTF-8."""
+    return os.fsencode(text).decode("utf-8", "replace")

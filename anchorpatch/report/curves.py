@@ -1,0 +1,249 @@
+"""Training curves as SVG that takes its colours from the page, light or dark.
+
+Matplotlib draws with stand-in colours; each is then replaced by a variable of the page's style.
+Lines differ in colour (Okabe and Ito's, apart for the colour-blind too), in dashes and in marks.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from anchorpatch.jobs.scores import OUTPUTS
+from anchorpatch.report.collect import Run, number
+
+__all__ = ["Chart", "Series", "comparison", "draw", "run_charts"]
+
+#: Stand-in colour -> the variable of style.css that takes its place.
+_INK: Final = "#a20001"
+_RULE: Final = "#a20002"
+_PAPER: Final = "#a20003"
+_HUES: Final = tuple(f"#a1000{i}" for i in range(1, 8))
+_VARIABLES: Final = {
+    _INK: "var(--ink)",
+    _RULE: "var(--rule)",
+    _PAPER: "var(--paper)",
+    **{hue: f"var(--line{i})" for i, hue in enumerate(_HUES, 1)},
+}
+
+_MARKS: Final = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES: Final[tuple[Any, ...]] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+
+#: Marks along a line, however many epochs it has.
+_MOST_MARKS: Final = 12
+
+#: Runs that one comparison can tell apart.
+_MOST_RUNS: Final = len(_HUES)
+
+_RC: Final[dict[Any, Any]] = {
+    "svg.fonttype": "none",
+    "font.size": 9.0,
+    "font.family": ["sans-serif"],
+    "axes.edgecolor": _RULE,
+    "axes.facecolor": _PAPER,
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": _INK,
+    "figure.facecolor": _PAPER,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.5,
+    "legend.edgecolor": _PAPER,
+    "legend.facecolor": _PAPER,
+    "legend.labelcolor": _INK,
+    "text.color": _INK,
+    "text.parse_math": False,
+    "xtick.color": _RULE,
+    "xtick.labelcolor": _INK,
+    "ytick.color": _RULE,
+    "ytick.labelcolor": _INK,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line.
+
+    Attributes:
+        name: in the legend.
+        points: epoch and value; epochs without a value are left out.
+        hue: index of the colour, 0 to 6; None for the colour of the text.
+        dash: index of the dashes, 0 to 3.
+        mark: index of the mark, 0 to 6.
+        hollow: the marks are not filled.
+    """
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    hue: int | None = None
+    dash: int = 0
+    mark: int = 0
+    hollow: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of lines over epochs.
+
+    Attributes:
+        title: a few words.
+        series: its lines; those without a point are not drawn.
+        share: whether values are shares from 0 to 1, written in per cent.
+    """
+
+    title: str
+    series: tuple[Series, ...]
+    share: bool = False
+
+    @property
+    def description(self) -> str:
+        """Say in words where each line begins and ends, for those who cannot see it."""
+        ends = [
+            f"{line.name}: {self._text(line.points[0][1])} at epoch {line.points[0][0]:g}, "
+            f"{self._text(line.points[-1][1])} at epoch {line.points[-1][0]:g}"
+            for line in self.series
+            if line.points
+        ]
+        return f"{self.title} by epoch. {'; '.join(ends)}."
+
+    def _text(self, value: float) -> str:
+        return f"{value:.1%}" if self.share else f"{value:.4g}"
+
+
+def run_charts(run: Run) -> list[Chart]:
+    """Return the charts of a run that have something to show: loss, top-1, learning rate."""
+    loss = (
+        _series(run, "training", ("train", "loss"), hue=0, mark=0),
+        _series(run, "validation", ("val", "loss"), hue=1, dash=1, mark=1),
+    )
+    charts = [Chart("Loss", loss), Chart("Top-1 on validation images", _top1(run), share=True)]
+    charts.append(Chart("Learning rate", (_series(run, "rate", ("lr",), hue=2, mark=3),)))
+    return [chart for chart in charts if any(line.points for line in chart.series)]
+
+
+def comparison(runs: Sequence[Run]) -> Chart | None:
+    """Return top-1 of several runs in one chart; None where they are too few or too many."""
+    lines = [
+        _series(run, run.name, ("val", "top1"), hue=i % len(_HUES), dash=i % len(_DASHES), mark=i)
+        for i, run in enumerate(runs[:_MOST_RUNS])
+    ]
+    drawn = tuple(line for line in lines if line.points)
+    return Chart("Top-1 on validation images, all runs", drawn, share=True) if drawn[1:] else None
+
+
+def draw(chart: Chart, key: str, width: float = 4.6, height: float = 3.1) -> str:
+    """Draw a chart as an <svg> element.
+
+    Args:
+        chart: what is drawn.
+        key: differs for each chart of a page: what the names inside the SVG begin with.
+        width: in inches; the page scales it.
+        height: in inches.
+    """
+    with matplotlib.rc_context({**_RC, "svg.hashsalt": key}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        lines = [_line(axes, series) for series in chart.series if series.points]
+        axes.grid(visible=True)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        if chart.share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        if len(lines) > 1:
+            names = [_short(series.name) for series in chart.series if series.points]
+            columns = 2 if max(map(len, names)) > 14 or len(names) in (2, 4) else 3
+            figure.legend(
+                lines,
+                names,
+                loc="outside upper left",
+                ncols=columns,
+                fontsize=8,
+                handlelength=3.2,
+                borderpad=0,
+                columnspacing=1.4,
+            )
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return _themed(file.getvalue(), key)
+
+
+def _top1(run: Run) -> tuple[Series, ...]:
+    """Return top-1, and of AnchorNet that of each output too, the colour telling the scale."""
+    name = "top-1"
+    outputs = []
+    for i, output in enumerate(OUTPUTS):
+        part, scale = output.split("_")
+        line = _series(
+            run,
+            f"{part} {scale}",
+            ("val", "top1_by_output", output),
+            hue=i % 3,
+            dash=int(part == "attention"),
+            mark=i % 3,
+            hollow=part == "attention",
+        )
+        outputs.append(line)
+    if any(line.points for line in outputs):
+        name = "decision (Eq. 7)"
+    return (_series(run, name, ("val", "top1"), mark=3), *outputs)
+
+
+def _series(run: Run, name: str, keys: tuple[str, ...], **look: Any) -> Series:
+    points = []
+    for record in run.records:
+        epoch, value = number(record, "epoch"), number(record, *keys)
+        if epoch is not None and value is not None:
+            points.append((epoch, value))
+    return Series(name, tuple(points), **look)
+
+
+def _line(axes: Any, series: Series) -> Line2D:
+    color = _INK if series.hue is None else _HUES[series.hue]
+    epochs, values = zip(*series.points, strict=True)
+    line: Line2D
+    (line,) = axes.plot(
+        epochs,
+        values,
+        color=color,
+        linestyle=_DASHES[series.dash],
+        linewidth=2.2 if series.hue is None else 1.5,
+        marker=_MARKS[series.mark],
+        markersize=4.5,
+        markerfacecolor=_PAPER if series.hollow else color,
+        markeredgecolor=color,
+        markevery=max(1, len(epochs) // _MOST_MARKS),
+        zorder=3 if series.hue is None else 2,
+    )
+    return line
+
+
+def _short(name: str, most: int = 30) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _themed(svg: str, key: str) -> str:
+    """Return the bare <svg>: the page's colours, names of its own, the size left to the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
+    svg = re.sub(r'\b(id=")', rf"\1{key}-", svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\1{key}-", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # before matplotlib 3.9
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    return re.sub("#a[12]000[1-7]", lambda found: _VARIABLES[found[0]], svg)
