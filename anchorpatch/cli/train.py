@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from anchorpatch.cli.config import Command
 from anchorpatch.cli.options import (
@@ -20,7 +21,13 @@ from anchorpatch.cli.options import (
     workers_option,
 )
 from anchorpatch.cli.output import print_json, print_table
-from anchorpatch.cli.training_options import RECORD_COLUMNS, loop_options, record_rows, run_options
+from anchorpatch.cli.training_options import (
+    RECORD_COLUMNS,
+    loop_options,
+    record_row,
+    record_rows,
+    run_options,
+)
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.train import TrainSummary
@@ -28,9 +35,16 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 _RECIPE = "by --recipe"
+_ARCHITECTURES = ("anchornet", "bagnet33", "bagnet77", "saccader")
 
 
 @click.command(cls=Command)
+@click.option(
+    "--arch",
+    type=click.Choice(_ARCHITECTURES),
+    default="anchornet",
+    help="The localiser; all but anchornet are peers to compare it with.",
+)
 @data_option
 @labels_option
 @runs_option
@@ -43,22 +57,32 @@ _RECIPE = "by --recipe"
 @loop_options(_RECIPE)
 @click.option(
     "--crop-size",
-    type=click.IntRange(min=111),
-    help="Side of training crops in px; validation takes 224.  [default: by --recipe]",
+    type=click.IntRange(min=33),
+    help="Side of training crops in px, at least the largest patch's: 111 for anchornet, 33 and 77 "
+    "for the BagNets, 77 for saccader; validation takes 224.  [default: by --recipe]",
 )
 @click.option(
     "--min-area",
     type=Share(),
     help="Smallest share of the picture in a crop.  [default: by --recipe]",
 )
-@click.option("--se/--no-se", default=True, help="Squeeze-and-excitation.")
+@click.option("--se/--no-se", default=True, help="anchornet: squeeze-and-excitation.")
 @click.option(
-    "--weighted-mean/--no-weighted-mean", default=True, help="Take S times H*W, not S as printed."
+    "--weighted-mean/--no-weighted-mean",
+    default=True,
+    help="anchornet: take S times H*W, not S as printed.",
 )
 @click.option(
-    "--attention-loss/--no-attention-loss", default=True, help="Supervise the attention branches."
+    "--attention-loss/--no-attention-loss",
+    default=True,
+    help="anchornet: supervise the attention branches.",
 )
-@click.option("--init", type=PATH, help="Weights to start from.")
+@click.option(
+    "--init",
+    type=PATH,
+    help="Weights to start from; for saccader those of a bagnet77, which saves the first stage "
+    "where the classes are the same.",
+)
 @click.option(
     "--image-cache",
     type=PATH,
@@ -71,6 +95,7 @@ _RECIPE = "by --recipe"
 @run_options
 @json_option
 def train(
+    arch: str,
     data: Path,
     runs: Path,
     recipe: str,
@@ -79,16 +104,25 @@ def train(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train AnchorNet on DATA/train, measured on DATA/val.
+    """Train AnchorNet, or a peer to compare it with, on DATA/train, measured on DATA/val.
 
-    RUNS/anchornet gets best.safetensors (which `extract` takes), last.safetensors, log.jsonl,
-    config.json and last.pt. A run that was stopped goes on when it is started again.
+    RUNS/ARCH gets best.safetensors (for anchornet what `extract` takes), last.safetensors,
+    log.jsonl, config.json and last.pt. A run that was stopped goes on when it is started again.
+
+    Saccader is trained in three stages, each with all --epochs and in a folder of its own below
+    RUNS/saccader: 1-bagnet (the BagNet-77 under it), 2-location (to look where the true class has
+    its highest logits) and 3-reinforce (sampled places, at a tenth of the rate). RUNS/saccader
+    gets best.safetensors of the last one.
 
     \b
     anchorpatch train --data imagenet --amp --compile
     anchorpatch train --data photos --recipe small --image-cache cache
+    anchorpatch train --arch bagnet77 --data photos --recipe small --amp
+    anchorpatch train --arch saccader --data photos --recipe small --amp \\
+        --init runs/bagnet77/best.safetensors
     torchrun --nproc-per-node 8 -m anchorpatch train --data imagenet --sync-batchnorm
     """  # noqa: D301 (click reads the character)
+    _refuse_options_of_anchornet(arch)
     from anchorpatch.jobs.train import RECIPES, TrainConfig, run
     from anchorpatch.runtime.device import cpu_count
     from anchorpatch.runtime.progress import reporter
@@ -96,7 +130,8 @@ def train(
     given = {name: value for name, value in options.items() if value is not None}
     config = TrainConfig(
         data=data,
-        folder=runs / "anchornet",
+        folder=runs / arch,
+        arch=arch,
         recipe=recipe,
         workers=cpu_count() if workers is None else workers,
         compile=compile_,
@@ -107,12 +142,25 @@ def train(
         print_summary(summary, as_json)
 
 
+def _refuse_options_of_anchornet(arch: str) -> None:
+    if arch == "anchornet":
+        return
+    ctx = click.get_current_context()
+    for param in ctx.command.params:
+        name = param.name or ""
+        given = ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if name in ("se", "weighted_mean", "attention_loss") and given:
+            flags = "/".join((*param.opts, *param.secondary_opts))
+            raise click.UsageError(f"{flags}: only anchornet has it; leave it out for {arch}")
+
+
 def print_summary(summary: TrainSummary, as_json: bool) -> None:
     """Print what a run came to."""
     if as_json:
         print_json({**vars(summary), "weights": str(summary.weights)})
         return
-    print_table(RECORD_COLUMNS, record_rows(summary.best, summary.last))
+    rows = [record_row(name, record) for name, record in summary.earlier.items()]
+    print_table(RECORD_COLUMNS, [*rows, *record_rows(summary.best, summary.last)])
     train_images, val_images = summary.images
     lines = [
         f"{summary.epochs} epochs on {train_images:,} images of {summary.classes} classes, "

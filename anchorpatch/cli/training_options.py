@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["RECORD_COLUMNS", "loop_options", "record_rows", "run_options"]
+__all__ = ["RECORD_COLUMNS", "loop_options", "record_row", "record_rows", "run_options"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -107,16 +107,16 @@ def _all(*options: Callable[[Any], Any]) -> Callable[[_F], _F]:
 
 def record_rows(best: Mapping[str, Any], last: Mapping[str, Any]) -> list[list[str]]:
     """Return the rows of a table that compares the best epoch with the last."""
-    rows = []
-    for name, record in (("best", best), ("last", last)):
-        val = record["val"]
-        rows.append(
-            [
-                f"{name}: epoch {record['epoch']}",
-                f"{val['top1']:.2%}",
-                f"{val['top5']:.2%}",
-                f"{val['loss']:.3f}",
-                f"{record['train']['loss']:.3f}",
-            ]
-        )
-    return rows
+    return [record_row("best", best), record_row("last", last)]
+
+
+def record_row(name: str, record: Mapping[str, Any]) -> list[str]:
+    """Return the row of one epoch, which ``name`` says something of."""
+    val = record["val"]
+    return [
+        f"{name}: epoch {record['epoch']}",
+        f"{val['top1']:.2%}",
+        f"{val['top5']:.2%}",
+        f"{val['loss']:.3f}",
+        f"{record['train']['loss']:.3f}",
+    ]

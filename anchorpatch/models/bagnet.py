@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.lsp import STRIDE
+from anchorpatch.lsp import STRIDE, grid_size
 
 __all__ = ["WIDTH", "BagNet", "bagnet33", "bagnet77"]
 
@@ -151,7 +151,12 @@ class BagNet(nn.Module):
         _initialize(self)
 
     def wide_features(self, images: Tensor) -> Tensor:
-        """Map normalised pixels (N, 3, y, x) to the map before the bottleneck (N, 2048, H, W)."""
+        """Map normalised pixels (N, 3, y, x) to the map before the bottleneck (N, 2048, H, W).
+
+        Raises:
+            SettingsError: an image is smaller than a patch.
+        """
+        grid_size(images.shape[2], images.shape[3], self.theta)
         wide: Tensor = self.groups(self.stem(images))
         return wide
 

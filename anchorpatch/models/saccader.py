@@ -43,11 +43,13 @@ class Maps(NamedTuple):
 
     Attributes:
         mixed: features of each place (N, D, P), float32.
+        features: BagNet's, of each place (N, D, P).
         logits: of each place (N, C, P), BagNet's.
         width: W, places of a row.
     """
 
     mixed: Tensor
+    features: Tensor
     logits: Tensor
     width: int
 
@@ -140,12 +142,17 @@ class Saccader(nn.Module):
         self.cell = Cell(channels)
 
     def maps(self, images: Tensor) -> Maps:
-        """Run everything but the cell on normalised pixels (N, 3, y, x)."""
+        """Run everything but the cell on normalised pixels (N, 3, y, x).
+
+        BagNet gets its gradients from the logits alone, not from what chooses the places.
+        """
         wide = self.bagnet.wide_features(images)
         features = self.bagnet.bottleneck(wide)
-        mixed = self.mix(torch.cat((features, self.attention(wide)), 1))
+        mixed = self.mix(torch.cat((features.detach(), self.attention(wide.detach())), 1))
         logits = self.bagnet.classifier(features)
-        return Maps(mixed.flatten(2).float(), logits.flatten(2), mixed.shape[-1])
+        return Maps(
+            mixed.flatten(2).float(), features.flatten(2), logits.flatten(2), mixed.shape[-1]
+        )
 
     def follow(self, maps: Maps, places: Tensor) -> Tensor:
         """Return what the cell says of all places, when these are visited one after the other.

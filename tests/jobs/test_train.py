@@ -167,7 +167,7 @@ def test_killed_between_log_and_checkpoint(
     def die(*args: object) -> None:
         raise Killed
 
-    monkeypatch.setattr("anchorpatch.jobs.train.save_weights", die)
+    monkeypatch.setattr("anchorpatch.jobs.train_task.save_weights", die)
     with pytest.raises(Killed):
         run(tiny(data, tmp_path))
     assert len(records(tmp_path)) == 1
