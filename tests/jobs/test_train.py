@@ -24,9 +24,17 @@ from anchorpatch.errors import (
 )
 from anchorpatch.jobs.train import RECIPES, TrainConfig, run
 from anchorpatch.runtime.checkpoint import load_weights
-from tests.jobs.training_runs import TRAIN, VAL, StopAt, make_pictures, state_of, tiny
-
-WEIGHTS = ("best.safetensors", "last.safetensors")
+from tests.jobs.training_runs import (
+    TRAIN,
+    VAL,
+    WEIGHTS,
+    StopAt,
+    assert_same_run,
+    make_pictures,
+    records,
+    state_of,
+    tiny,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,24 +57,6 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "anchornet"
     run(tiny(data, folder))
     return folder
-
-
-def records(folder: Path) -> list[dict]:
-    """The lines of the log without what depends on the clock and the machine."""
-    free = {"seconds", "images_per_second", "peak_memory", "waiting"}
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in free} for line in lines]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Weights bit for bit, losses exactly, and the whole training state."""
-    assert records(a) == records(b)
-    for name in WEIGHTS:
-        ours, theirs = (load_weights(folder / name).tensors for folder in (a, b))
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    ours, theirs = (state_of(folder) for folder in (a, b))
-    for part in ("module", "average"):
-        assert all(torch.equal(ours[part][key], theirs[part][key]) for key in theirs[part])
 
 
 def test_a_run_leaves_its_files(whole: Path, data: Path):

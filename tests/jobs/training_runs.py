@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -12,11 +13,13 @@ import torch
 from PIL import Image
 
 from anchorpatch.jobs.train import TrainConfig
+from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.progress import Reporter
 from tests.conftest import draw_photo
 
 TRAIN, VAL = 16, 5
 TINTS = ("red", "blue", "lime")
+WEIGHTS = ("best.safetensors", "last.safetensors")
 
 
 def make_pictures(data: Path, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
@@ -66,3 +69,21 @@ class StopAt(Reporter):
 def state_of(folder: Path) -> dict[str, Any]:
     """The content of last.pt."""
     return torch.load(folder / "last.pt", weights_only=True)["state"]
+
+
+def records(folder: Path) -> list[dict]:
+    """The lines of the log without what depends on the clock and the machine."""
+    free = {"seconds", "images_per_second", "peak_memory", "waiting"}
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in free} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights bit for bit, losses exactly, and the whole training state."""
+    assert records(a) == records(b)
+    for name in WEIGHTS:
+        ours, theirs = (load_weights(folder / name, None).tensors for folder in (a, b))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, theirs = (state_of(folder) for folder in (a, b))
+    for part in ("module", "average"):
+        assert all(torch.equal(ours[part][key], theirs[part][key]) for key in theirs[part])
