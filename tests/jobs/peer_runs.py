@@ -1,0 +1,27 @@
+"""Tiny training runs of AnchorNet's peers: networks a sixteenth as wide, crops of 101 px."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from anchorpatch.jobs.train import TrainConfig
+from anchorpatch.models.bagnet import BagNet
+from anchorpatch.models.registry import Network
+from anchorpatch.models.saccader import Saccader
+from tests.jobs.training_runs import tiny
+
+WIDTH = 4
+STAGES = ("1-bagnet", "2-location", "3-reinforce")
+
+#: For `anchorpatch.models.registry.NETWORKS`.
+NARROW = {
+    "bagnet33": Network(lambda classes: BagNet(33, classes, width=WIDTH), ""),
+    "bagnet77": Network(lambda classes: BagNet(77, classes, width=WIDTH), ""),
+    "saccader": Network(lambda classes: Saccader(classes, width=WIDTH), ""),
+}
+
+
+def peer(arch: str, data: Path, folder: Path, **changes: Any) -> TrainConfig:
+    """A run of one epoch of four steps, maps of 4 x 4 places for 77 px."""
+    return tiny(data, folder, **{"arch": arch, "epochs": 1, "crop_size": 101, "lr": 0.5, **changes})
