@@ -62,6 +62,29 @@ def test_the_small_recipe_and_options_before_it(program: Program, data: Path, tm
     assert (config["accumulate"], config["batch_size"]) == (1, 4)
 
 
+def test_a_peer_is_trained_by_the_same_command(program: Program, data: Path, tmp_path: Path):
+    options = ("--arch", "bagnet77", "--crop-size", 77, "--lr", 0.01, "--amp")
+    done = program("train", "--data", data, *OPTIONS, *options)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["weights", "top-1", "top-5", "val", "loss", "train", "loss"]
+    assert [line.split()[:3] for line in lines[1:3]] == [
+        ["best:", "epoch", "1"],
+        ["last:", "epoch", "1"],
+    ]
+    assert lines[3].endswith(f"measured on {VAL}: runs/bagnet77/best.safetensors")
+    weights = load_weights(tmp_path / "runs" / "bagnet77" / "best.safetensors", "bagnet77")
+    assert weights.meta.classes == ("cat", "dog")
+
+    for arguments, line in (
+        (("saccader", "--no-se"), "Error: --se/--no-se: only anchornet has it; leave it out for"),
+        (("bagnet77", "--crop-size", 64), "anchorpatch: crop_size: the largest patch of bagnet77"),
+    ):
+        refused = program("train", "--data", data, "--arch", *arguments)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.splitlines()[-1].startswith(line)
+
+
 def test_other_classes_are_one_clear_line(
     program: Program, data: Path, tmp_path: Path, weights: Path
 ):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -328,6 +329,17 @@ def test_sides_that_networks_cannot_take() -> None:
     with pytest.raises(SettingsError, match=r"inception_v3 cannot take images of 63 px"):
         check_sides("inception_v3", inception)
     assert inception.training
+
+
+@pytest.mark.parametrize("name", ["bagnet77", "saccader"])
+def test_peers_that_see_more_than_a_small_patch(name: str) -> None:
+    message = (
+        f"{name} cannot take images of 63 px (an image of 63 x 63 px is smaller than a patch of "
+        "77 x 77 px): choose a network"
+    )
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        check_sides(name, build_on_meta(name, 3))
+    check_sides("bagnet33", build_on_meta("bagnet33", 3))
 
 
 def test_trying_sides_changes_nothing_and_needs_no_meta_device() -> None:
