@@ -109,7 +109,7 @@ def extract(
     from anchorpatch.runtime.tasks import resolve_task
 
     part = resolve_task(task)
-    lsp = _overridden(
+    lsp = overridden(
         preset or default_preset(options["split"]), max_patches, iou_threshold, coverage
     )
     config = ExtractConfig(
@@ -155,12 +155,13 @@ def find_weights(weights: str | None, runs: Path) -> Path:
     return trained
 
 
-def _overridden(
+def overridden(
     preset: str,
     max_patches: tuple[int, int, int] | None,
     iou_threshold: float | None,
     coverage: tuple[float, float, float] | None,
 ) -> LspSettings:
+    """Return the settings of a preset with those in place of its own that are given."""
     from anchorpatch.lsp import PRESETS
 
     given = {"max_patches": max_patches, "iou_threshold": iou_threshold, "coverage": coverage}

@@ -21,7 +21,7 @@ __all__ = ["cli", "main"]
 #: Command -> module of this package that holds a click command of the same name.
 _COMMANDS = (
     *("train", "extract", "finetune", "evaluate", "predict"),
-    *("report", "shards", "models", "demo", "scenes"),
+    *("figure", "report", "shards", "models", "demo", "scenes"),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anchorpatch.errors import ShardError
+from anchorpatch.errors import DataError, ShardError
 from anchorpatch.images.folder import ImageFolder, scan_folder
 from anchorpatch.images.loader import load_batches
 from anchorpatch.shards.layout import decode_text
@@ -94,6 +94,21 @@ class ImageSource:
         if isinstance(self._from, ImageFolder):
             return self._from.path(row)
         return decode_text(self._from.path[row])
+
+    def pixels(self, rows: Sequence[int]) -> NDArray[np.uint8]:
+        """Read a few images in this process: the crops, uint8 (n, 224, 224, 3).
+
+        Raises:
+            DataError: one of them cannot be decoded.
+            CorruptShard: a shard cannot be read.
+        """
+        source = replace(self, _workers=0)
+        crops = list(source.batches(rows, max(1, len(rows))))
+        found = crops[0].rows.tolist() if crops else []
+        for row in rows:
+            if row not in found:
+                raise DataError(f"{self.name}/{self.path(row)}: cannot be decoded")
+        return crops[0].pixels.numpy()
 
     def batches(self, rows: Sequence[int], size: int) -> Iterator[Crops]:
         """Read images in the order of their rows; those that cannot be decoded are left out.

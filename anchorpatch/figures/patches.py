@@ -1,0 +1,93 @@
+"""Figure 3: images by chosen scale, their patches framed and cut out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from anchorpatch.figures.canvas import BLACK, GAP, GREY, Color, beside, bordered, stacked, written
+from anchorpatch.figures.frames import COLORS, draw_frames, framed, number
+from anchorpatch.jobs.examples import Example
+from anchorpatch.jobs.figure_patches import PatchExamples
+
+__all__ = ["localized_picture", "patches_figure"]
+
+#: What the page aims at, in pixels.
+_WIDTH: Final = 1400
+
+#: Most images in a row.
+_COLUMNS: Final = 3
+
+_MARGIN: Final = 2
+
+
+def patches_figure(result: PatchExamples) -> Image.Image:
+    """Draw Figure 3: a block of images for each scale, the patches framed and cut out.
+
+    A frame is the outermost two pixels of its patch, one pixel of the picture being one of the
+    crop. The patches are numbered, the strongest first.
+
+    Args:
+        result: from `anchorpatch.jobs.figure_patches.find_patches`.
+    """
+    wrong = any(e.label != e.predicted for part in result.examples.values() for e in part)
+    cells = {
+        scale: [_cell(example, predicted=wrong) for example in examples]
+        for scale, examples in result.examples.items()
+    }
+    width = max(cell.width for of_scale in cells.values() for cell in of_scale)
+    blocks = []
+    for scale, of_scale in cells.items():
+        share = result.by_scale[scale] / result.looked
+        heading = _heading(scale, f"chosen by {share:.1%} of {result.looked:,} images")
+        blocks.append(stacked([heading, _grid(of_scale, width)] if of_scale else [heading]))
+    return bordered(stacked(blocks, 3 * GAP))
+
+
+def localized_picture(
+    pixels: NDArray[np.uint8], corners: NDArray[Any], theta: int, color: Color | None = None
+) -> Image.Image:
+    """Draw an image with its patches framed and numbered, and cut out beside it.
+
+    Args:
+        pixels: the crop, uint8 (224, 224, 3).
+        corners: top-left (y, x) of each patch in pixels (k, 2), the strongest first.
+        theta: side of the patches in pixels.
+        color: of the frames; None: the scale's.
+    """
+    color = color or COLORS[theta]
+    marks = [number(rank + 1, color) for rank in range(len(corners))]
+    image = draw_frames(pixels, corners, theta, [color] * len(corners), marks, width=_MARGIN)
+    cuts = [
+        framed(pixels[y : y + theta, x : x + theta], color, _MARGIN)
+        for y, x in np.asarray(corners).tolist()
+    ]
+    rows = max(1, round(image.height / (theta + 3 * _MARGIN)))
+    columns = [stacked(cuts[i : i + rows], _MARGIN) for i in range(0, len(cuts), rows)]
+    return beside([image, beside(columns, _MARGIN)], 2 * _MARGIN)
+
+
+def _cell(example: Example, *, predicted: bool) -> Image.Image:
+    picture = localized_picture(example.pixels, example.corners, example.scale)
+    lines = [written(example.label, picture.width)]
+    if predicted:
+        wrong = example.label != example.predicted
+        text = f"predicted {example.predicted}, {example.probability:.0%}" if wrong else ""
+        lines.append(written(text, picture.width, size=12, fill=GREY, lines=1))
+    return stacked([*lines, picture], 2)
+
+
+def _grid(cells: Sequence[Image.Image], width: int) -> Image.Image:
+    columns = max(1, min(_COLUMNS, _WIDTH // width))
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    return stacked([beside(row, 2 * GAP, width=width) for row in rows], 2 * GAP)
+
+
+def _heading(scale: int, text: str) -> Image.Image:
+    swatch = Image.new("RGB", (16, 16), COLORS[scale])
+    name = written(f"{scale} px", None, size=16, bold=True, fill=BLACK)
+    return beside([swatch, name, written(text, None, size=15, fill=GREY)])
