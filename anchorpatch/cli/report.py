@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from anchorpatch.cli.config import Command
+from anchorpatch.cli.extract import find_weights
 from anchorpatch.cli.options import PATH, json_option
 from anchorpatch.cli.output import bytes_text, print_json
 
@@ -24,13 +25,25 @@ __all__ = ["report"]
 @click.option("--runs", type=PATH, help="Folder of training runs.  [default: DIR/runs]")
 @click.option("--shards", type=PATH, help="Folder of the shards.  [default: DIR/shards]")
 @click.option("--figures", type=PATH, help="Folder of the figures.  [default: DIR/figures]")
+@click.option(
+    "--weights",
+    metavar="FILE|demo",
+    help="AnchorNet weights that made the shards, for the figures that are not there yet.  "
+    "[default: those of the runs or the bundled ones, where they did]",
+)
+@click.option("--no-figures", is_flag=True, help="Make no figure; show only those that are there.")
 @json_option
-def report(folder: Path, as_json: bool, **options: Any) -> int:
+def report(
+    folder: Path, as_json: bool, weights: str | None, no_figures: bool, **options: Any
+) -> int:
     r"""Put a whole run on one page: an HTML file that needs no other file and no network.
 
     Shows what DIR holds: training runs (runs/*/log.jsonl) as curves, results of `anchorpatch
     evaluate --result` (results/*.json, runs/NETWORK/*.json) as Tables 3 and 4, figures
     (figures/*.json), shards (shards/SPLIT), settings and versions. DIR is . by default.
+
+    Figures 3 to 5 that are not there are made on the way, where the shards store their crops and
+    the weights that made them are at hand.
 
     What is there and cannot be read is named on the page and on stderr, and the status is 1
     then; the rest of the page is written all the same. With $SOURCE_DATE_EPOCH for its date,
@@ -43,7 +56,9 @@ def report(folder: Path, as_json: bool, **options: Any) -> int:
     from anchorpatch.report.build import ReportConfig, run
     from anchorpatch.runtime.progress import reporter
 
-    summary = run(ReportConfig(folder, **options), reporter())
+    known = None if weights is None else find_weights(weights, folder)
+    config = ReportConfig(folder, weights=known, make_figures=not no_figures, **options)
+    summary = run(config, reporter())
     for what in summary.left_out:
         click.echo(f"left out: {_printable(f'{what.source}: {what.reason}')}", err=True)
     if as_json:
@@ -57,7 +72,8 @@ def _print_summary(summary: ReportSummary) -> None:
     for name, counts in summary.sections.items():
         held = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         click.echo(f"{name}: {held or 'nothing'}")
-    click.echo(f"{_printable(str(summary.report))}: {bytes_text(summary.bytes)}")
+    size = bytes_text(summary.bytes)
+    click.echo(f"{_printable(str(summary.report))}: {size} in {summary.seconds:.1f} s")
 
 
 def _printable(text: str) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from anchorpatch.report.collect import LeftOut, collect
+from anchorpatch.report.key_figures import key_figures
+from anchorpatch.report.made import Made, make_figures
 from anchorpatch.report.page import page_date, render
+from anchorpatch.report.scenes import read_scenes
 from anchorpatch.report.sections import sections
+from anchorpatch.report.weights import read_weights_facts
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.storage import write_atomically
 
@@ -49,12 +54,14 @@ class ReportSummary:
     Attributes:
         report: the page.
         bytes: its size.
+        seconds: that it took.
         sections: section -> what it holds -> how many.
         left_out: what is there and could not be read.
     """
 
     report: Path
     bytes: int
+    seconds: float
     sections: dict[str, dict[str, int]]
     left_out: tuple[LeftOut, ...]
 
@@ -63,6 +70,7 @@ class ReportSummary:
         return {
             "report": str(self.report),
             "bytes": self.bytes,
+            "seconds": round(self.seconds, 2),
             "sections": self.sections,
             "left_out": [vars(what) for what in self.left_out],
         }
@@ -73,15 +81,23 @@ def run(config: ReportConfig, progress: Reporter | None = None) -> ReportSummary
 
     Raises:
         DataError: there is nothing that a page could show.
+        WeightsError: the weights that are named did not make the shards.
         StorageError: the disk refused; what stood under the page's name before is as it was.
     """
+    began = time.monotonic()
+    progress = progress or Reporter()
     contents = collect(
         config.folder, runs=config.runs, shards=config.shards, figures=config.figures
     )
-    left_out = list(contents.left_out)
-    parts = sections(contents, contents.figures)
-    page = render(config.folder, parts, left_out, config.date or page_date())
+    made = make_figures(contents, config.weights, progress) if config.make_figures else Made()
+    scenes, bad = read_scenes(contents)
+    left_out = (*contents.left_out, *made.left_out, *bad)
+    figures = sorted((*contents.figures, *made.figures), key=lambda figure: figure.number)
+    used = [] if made.weights is None else [read_weights_facts(made.weights)]
+    parts = sections(contents, figures, scenes, used)
+    date = config.date or page_date()
+    page = render(config.folder, key_figures(contents), parts, left_out, date)
     out = config.out or config.folder / "report.html"
     write_atomically(out, lambda file: file.write(page))
     counts = {section.key: section.counts for section in parts}
-    return ReportSummary(out, len(page), counts, tuple(left_out))
+    return ReportSummary(out, len(page), time.monotonic() - began, counts, left_out)

@@ -37,6 +37,11 @@ class Cell:
     key: float | str | None
     bar: float | None = None
 
+    @property
+    def long(self) -> bool:
+        """Whether a word of it, such as a path or a checksum, may have to be broken."""
+        return max(map(len, self.text.split()), default=0) > 20
+
 
 @dataclass(frozen=True)
 class Column:

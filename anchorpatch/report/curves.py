@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,10 +17,11 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from anchorpatch.jobs.scores import OUTPUTS
 from anchorpatch.report.collect import Run, number
+from anchorpatch.report.text import clean
 
 __all__ = ["Chart", "Series", "comparison", "draw", "run_charts"]
 
@@ -141,7 +143,7 @@ def comparison(runs: Sequence[Run]) -> Chart | None:
     return Chart("Top-1 on validation images, all runs", drawn, share=True) if drawn[1:] else None
 
 
-def draw(chart: Chart, key: str, width: float = 4.6, height: float = 3.1) -> str:
+def draw(chart: Chart, key: str, width: float = 3.6, height: float = 2.9) -> str:
     """Draw a chart as an <svg> element.
 
     Args:
@@ -150,7 +152,9 @@ def draw(chart: Chart, key: str, width: float = 4.6, height: float = 3.1) -> str
         width: in inches; the page scales it.
         height: in inches.
     """
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": key}):
+    with matplotlib.rc_context({**_RC, "svg.hashsalt": key}), warnings.catch_warnings():
+        # The browser draws the letters; matplotlib only measures them.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -159,10 +163,10 @@ def draw(chart: Chart, key: str, width: float = 4.6, height: float = 3.1) -> str
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], min_n_ticks=4))
         if chart.share:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}%"))
         if len(lines) > 1:
             names = [_short(series.name) for series in chart.series if series.points]
             columns = 2 if max(map(len, names)) > 14 or len(names) in (2, 4) else 3
@@ -232,6 +236,7 @@ def _line(axes: Any, series: Series) -> Line2D:
 
 
 def _short(name: str, most: int = 30) -> str:
+    name = clean(name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
@@ -23,25 +21,11 @@ from markupsafe import Markup, escape
 import anchorpatch
 from anchorpatch.errors import SettingsError
 from anchorpatch.report.collect import LeftOut
+from anchorpatch.report.key_figures import Key
 from anchorpatch.report.sections import Section
+from anchorpatch.report.text import clean
 
-__all__ = ["clean", "page_date", "render"]
-
-#: What no HTML may hold: control characters, and halves of surrogate pairs, which stand for
-#: bytes of file names that are no UTF-8.
-_UNFIT: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def clean(value: Any) -> Any:
-    r"""Return text without what HTML cannot hold; other values as they are.
-
-    Example:
-        >>> clean("caf\udce9")
-        'caf�'
-    """
-    if isinstance(value, str) and _UNFIT.search(value):
-        return type(value)(_UNFIT.sub("\N{REPLACEMENT CHARACTER}", value))
-    return value
+__all__ = ["page_date", "render"]
 
 
 def page_date() -> datetime:
@@ -62,12 +46,17 @@ def page_date() -> datetime:
 
 
 def render(
-    folder: Path, sections: Sequence[Section], left_out: Sequence[LeftOut], date: datetime
+    folder: Path,
+    keys: Sequence[Key],
+    sections: Sequence[Section],
+    left_out: Sequence[LeftOut],
+    date: datetime,
 ) -> bytes:
     """Return the page as UTF-8.
 
     Args:
         folder: that it is about.
+        keys: figures at the head of the page.
         sections: in order.
         left_out: what could not be read.
         date: of the page.
@@ -85,6 +74,7 @@ def render(
     page = environment.from_string(_file("page.html")).render(
         name=folder.resolve().name or str(folder),
         folder=str(folder),
+        keys=keys,
         sections=sections,
         left_out=left_out,
         date=date,

@@ -45,11 +45,11 @@ def table_3(table: Table3) -> Table:
         weights = "the same" if same else table.whole_weights
         notes.append(f"Row 224: {table.whole_source}; weights: {weights}.")
     if speed := table.speed:
-        numbers = (speed.whole, speed.patches, speed.ratio, speed.images, speed.mean_patches)
-        whole, patches, ratio, images, mean = (decimal(n, 2).text for n in numbers)
+        whole, patches = decimal(speed.whole, 1).text, decimal(speed.patches, 1).text
+        ratio, mean = decimal(speed.ratio).text, decimal(speed.mean_patches).text
         notes.append(
             f"Speed: {whole} images/s whole, {patches} images/s by AnchorNet, LSP and patches: "
-            f"{ratio} times as many ({images} images of {mean} patches)."
+            f"{ratio} times as many ({count(speed.images).text} images of {mean} patches)."
         )
     notes += [f"Left out: {reason}." for reason in table.left_out]
     return _with_total(f"Table 3: {table.network}", columns, rows, notes)

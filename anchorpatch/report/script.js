@@ -25,11 +25,13 @@ function sort(head) {
 }
 
 // On paper nothing can be unfolded any more.
-let unfolded = [];
+const unfolded = [];
 addEventListener("beforeprint", () => {
-  unfolded = [...document.querySelectorAll("details:not([open])")];
-  for (const details of unfolded) details.open = true;
+  for (const details of document.querySelectorAll("details:not([open])")) {
+    details.open = true;
+    unfolded.push(details);
+  }
 });
 addEventListener("afterprint", () => {
-  for (const details of unfolded) details.open = false;
+  for (const details of unfolded.splice(0)) details.open = false;
 });

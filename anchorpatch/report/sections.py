@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from anchorpatch.jobs.tables import Table3, Table4
-from anchorpatch.report.cells import Table, facts_table, shown_value, summary_table
+from anchorpatch.report.cells import (
+    Table,
+    facts_table,
+    shown_value,
+    summary_table,
+)
 from anchorpatch.report.collect import Contents, Run, Split
 from anchorpatch.report.curves import Chart, comparison, draw, run_charts
 from anchorpatch.report.figure_files import FigureFile
 from anchorpatch.report.pictures import Embedded, embed
 from anchorpatch.report.result_tables import output_table, preset_table, table_3, table_4
 from anchorpatch.report.run_tables import epoch_table, run_table
+from anchorpatch.report.scenes import Scenes, fit_table, size_table
 from anchorpatch.report.shard_tables import histogram_table, scale_table, skipped_table
 from anchorpatch.report.weights import WeightsFacts
 from anchorpatch.runtime.checkpoint import versions
@@ -82,19 +88,24 @@ class Section:
 
 
 def sections(
-    contents: Contents, figures: Sequence[FigureFile], used: Sequence[WeightsFacts] = ()
+    contents: Contents,
+    figures: Sequence[FigureFile],
+    scenes: Scenes | None = None,
+    used: Sequence[WeightsFacts] = (),
 ) -> tuple[Section, ...]:
     """Return the sections of the page, all of them: an empty one says what would fill it.
 
     Args:
         contents: of the folder.
         figures: of the folder, and those made just now.
+        scenes: what is known of drawn pictures, where the images are such.
         used: weights that figures were made with just now.
     """
     return (
         _training(contents.runs),
         _results(contents),
         _figures(figures),
+        *([] if scenes is None else [_scenes(scenes)]),
         _shards(contents.splits),
         _settings(contents, _each_once((*contents.weights, *used))),
     )
@@ -106,7 +117,7 @@ def _training(runs: Sequence[Run]) -> Section:
         return Section("training", "Training", (Words(words),), {"runs": 0})
     blocks: list[Any] = [run_table(runs)]
     if (chart := comparison(runs)) is not None:
-        blocks.append(Charts(((chart, draw(chart, "runs", width=7.6, height=3.4)),)))
+        blocks.append(Charts(((chart, draw(chart, "runs", width=4.6, height=2.9)),)))
     for i, run in enumerate(runs):
         charts = tuple(
             (chart, draw(chart, f"run{i}-{j}")) for j, chart in enumerate(run_charts(run))
@@ -130,8 +141,8 @@ def _results(contents: Contents) -> Section:
         if not there:
             blocks.append(
                 Words(
-                    f"There is no Table {name}; `anchorpatch evaluate NETWORK{more} --result "
-                    f"results/NETWORK-{name[0]}.json` makes it."
+                    f"Table {name[0]} ({name[3:]}) is not here; `anchorpatch evaluate "
+                    f"NETWORK{more} --result runs/NETWORK/table{name[0]}.json` makes it."
                 )
             )
     counts = {"table 3": len(threes), "table 4": len(fours), "anchornet": len(anchornet)}
@@ -147,7 +158,7 @@ def _figures(figures: Sequence[FigureFile]) -> Section:
             if figure.summary:
                 blocks.append(summary_table(f"Figure {number} in numbers", figure.summary))
         if not of_number:
-            blocks.append(Words(f"There is no Figure {number}, {what}; `{command}` makes it."))
+            blocks.append(Words(f"Figure {number} ({what}) is not here; `{command}` makes it."))
     blocks += [_plate(figure) for figure in figures if figure.number not in _FIGURES]
     shown = {f"figure {number}": sum(f.number == number for f in figures) for number in _FIGURES}
     return Section("figures", "Figures", tuple(blocks), shown)
@@ -164,6 +175,13 @@ def _plate(figure: FigureFile) -> Plate:
     return Plate(figure, embed(figure.picture, figure.encoded), settings)
 
 
+def _scenes(scenes: Scenes) -> Section:
+    blocks: list[Any] = [fit_table(scenes.score), size_table(scenes.score)]
+    if scenes.picture is not None:
+        blocks.append(_plate(scenes.picture))
+    return Section("scenes", "Scenes", tuple(blocks), {"images": scenes.score.images})
+
+
 def _shards(splits: Sequence[Split]) -> Section:
     if not splits:
         words = "There are no shards; `anchorpatch extract` writes the patches of a folder."
@@ -178,10 +196,11 @@ def _split_blocks(split: Split) -> Iterable[Any]:
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in facts.skipped.items())
     skipped = sum(facts.skipped.values())
     top1 = f" AnchorNet decides {facts.top1:.2%} of them right." if facts.top1 is not None else ""
-    whole = "all" if facts.shards == facts.total_shards else f"{facts.shards:,} of"
+    of = "" if facts.shards == facts.total_shards else f" of {facts.total_shards:,}"
+    plural = "s" if facts.total_shards != 1 else ""
     yield Words(
-        f"{facts.images:,} images of {facts.classes:,} classes in {whole} {facts.total_shards:,} "
-        f"shards.{top1} Skipped: {skipped:,}{f' ({reasons})' if reasons else ''}."
+        f"{facts.images:,} images of {facts.classes:,} classes in {facts.shards:,}{of} "
+        f"shard{plural}.{top1} Skipped: {skipped:,}{f' ({reasons})' if reasons else ''}."
     )
     yield scale_table(split)
     if any(split.histogram.values()):
@@ -200,23 +219,33 @@ def _settings(contents: Contents, weights: Sequence[WeightsFacts]) -> Section:
             }
             for name in names
         }
-        blocks.append(facts_table("Training runs", "setting", by_setting, folded=len(names) > 12))
+        blocks.append(facts_table("Settings of the training runs", "setting", by_setting, folded=len(names) > 12))
     if contents.splits:
         shards = {
             str(split.folder): {
                 "bytes": f"{split.facts.bytes:,}",
                 **split.facts.settings.to_json(),
-                "weights_SHA-256": split.facts.weights_sha256,
+                "weights SHA-256": split.facts.weights_sha256,
             }
             for split in contents.splits
         }
-        blocks.append(facts_table("Shards", "split", shards))
+        blocks.append(facts_table("Settings of the shards", "setting", _turned(shards)))
     if weights:
-        blocks.append(
-            facts_table("Weights", "file", {str(found.path): found.shown() for found in weights})
-        )
+        files = {str(found.path): found.shown() for found in weights}
+        blocks.append(facts_table("Weights", "of", _turned(files)))
     blocks.append(facts_table("Software", "written by", _software(contents, weights)))
     return Section("settings", "Settings and versions", tuple(blocks), {"tables": len(blocks)})
+
+
+def _turned(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Turn thing -> fact -> value into fact -> thing -> value."""
+    names = dict.fromkeys(name for facts in rows.values() for name in facts)
+    return {
+        name.replace("_", " "): {
+            thing: facts[name] for thing, facts in rows.items() if name in facts
+        }
+        for name in names
+    }
 
 
 def _each_once(weights: Iterable[WeightsFacts]) -> list[WeightsFacts]:

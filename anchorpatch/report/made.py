@@ -1,0 +1,141 @@
+"""Figures that a page makes on its way: from the crops that shards store, nothing is written."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from anchorpatch.demo.weights import demo_weights
+from anchorpatch.errors import AnchorpatchError, WeightsError
+from anchorpatch.figures.patches import patches_figure
+from anchorpatch.jobs.figure_patches import PatchesConfig, find_patches
+from anchorpatch.jobs.image_source import ImageSource
+from anchorpatch.report.collect import Contents, LeftOut, Split
+from anchorpatch.report.figure_files import FigureFile
+from anchorpatch.runtime.checkpoint import Weights, load_weights
+from anchorpatch.runtime.progress import Reporter
+from anchorpatch.shards.reader import ShardReader
+from anchorpatch.storage import sha256_of
+
+__all__ = ["Made", "make_figures"]
+
+_Maker = Callable[[ImageSource, Weights, Reporter], tuple[Any, Image.Image | Figure]]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What could be made.
+
+    Attributes:
+        figures: one for each number that was missing and could be made.
+        weights: that they were made with; None where nothing was made.
+        left_out: what failed, and why.
+    """
+
+    figures: tuple[FigureFile, ...] = ()
+    weights: Path | None = None
+    left_out: tuple[LeftOut, ...] = ()
+
+
+def _patches(source: ImageSource, weights: Weights, reporter: Reporter) -> tuple[Any, Image.Image]:
+    result = find_patches(source, weights, PatchesConfig(), reporter)
+    return result, patches_figure(result)
+
+
+#: Number of a figure -> what makes it: the job's result, and its picture.
+_MAKERS: Final[Mapping[int, _Maker]] = {3: _patches}
+
+
+def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -> Made:
+    """Make the figures that the folder lacks and that its shards are enough for.
+
+    Args:
+        contents: of the folder.
+        weights: of AnchorNet; None to look for those that made the shards, among the runs and
+            the bundled ones.
+        reporter: takes the progress.
+
+    Raises:
+        WeightsError: ``weights`` cannot be read, or made none of the shards that store crops.
+    """
+    missing = [number for number in _MAKERS if number not in {f.number for f in contents.figures}]
+    splits = [split for split in contents.splits if split.facts.settings.store_images]
+    # Validation images tell more than those that the network was trained on.
+    splits.sort(key=lambda split: split.facts.split == "train")
+    split, path = _matching(splits, contents, weights)
+    if split is None or path is None or not missing or not split.facts.images:
+        return Made()
+    figures, left_out = [], []
+    loaded = load_weights(path)
+    for number in missing:
+        try:
+            source = ImageSource.of_shards(ShardReader(split.folder, partial=True))
+            result, picture = _MAKERS[number](source, loaded, reporter)
+            figures.append(_figure(result.to_json(), picture))
+        except AnchorpatchError as error:
+            left_out.append(LeftOut(f"Figure {number} of {split.folder}", str(error)))
+    return Made(tuple(figures), path, tuple(left_out))
+
+
+def _matching(
+    splits: Sequence[Split], contents: Contents, given: Path | None
+) -> tuple[Split | None, Path | None]:
+    """Return the first split whose weights are at hand, and their file."""
+    if given is not None:
+        digest = load_weights(given).sha256
+        known: Iterable[tuple[str, Path]] = [(digest, given)]
+    else:
+        known = _known_weights(contents)
+    by_digest: dict[str, Path] = {}
+    for digest, path in known:
+        by_digest.setdefault(digest, path)
+    for split in splits:
+        if split.facts.weights_sha256 in by_digest:
+            return split, by_digest[split.facts.weights_sha256]
+    if given is not None:
+        made = ", ".join(sorted({split.facts.weights_sha256[:12] for split in splits}))
+        found = f"shards made by {made}" if made else "no shards that store their crops"
+        raise WeightsError(
+            f"{given}: expected the weights that made shards of {contents.folder} that store "
+            f"their crops, found SHA-256 {digest[:12]} and {found}; name those, or give "
+            "--no-figures"
+        )
+    return None, None
+
+
+def _known_weights(contents: Contents) -> Iterator[tuple[str, Path]]:
+    for file in contents.weights:
+        if file.meta.architecture == "anchornet":
+            yield file.sha256, file.path
+    try:
+        path = demo_weights()
+    except WeightsError:
+        return
+    with path.open("rb") as stream:
+        yield sha256_of(stream), path
+
+
+def _figure(facts: Mapping[str, Any], picture: Image.Image | Figure) -> FigureFile:
+    """Return a figure as if it had been read from a folder."""
+    if isinstance(picture, Figure):
+        buffer = io.BytesIO()
+        picture.savefig(buffer, format="png", dpi=100)
+        picture = Image.open(buffer)
+    return FigureFile(
+        source="made for this page",
+        name=facts["figure"],
+        number=facts["number"],
+        title=facts["title"],
+        caption=facts["caption"],
+        picture=picture.convert("RGB"),
+        summary=tuple(facts.get("summary", ())),
+        settings=facts["settings"],
+        weights_sha256=facts["weights_sha256"],
+        images=facts["source"],
+    )

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from anchorpatch.demo.scenes import make_scenes
+from anchorpatch.demo.weights import demo_weights
+from anchorpatch.jobs.extract import ExtractConfig, run
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `anchorpatch demo` leaves, of 12 scenes and without its picture. Nobody writes there."""
+    folder = tmp_path_factory.mktemp("demo")
+    make_scenes(folder / "scenes", 0, 12, 1)
+    run(
+        ExtractConfig(
+            data=folder / "scenes",
+            split="val",
+            weights=demo_weights(),
+            out=folder / "shards",
+            store_images=True,
+            device="cpu",
+        )
+    )
+    return folder

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from anchorpatch.report.cells import (
+    Cell,
+    Table,
+    count,
+    decimal,
+    facts_table,
+    share,
+    summary_table,
+    text,
+)
+from anchorpatch.report.collect import Run, Split, collect
+from anchorpatch.report.result_tables import output_table, preset_table, table_3, table_4
+from anchorpatch.report.run_tables import epoch_table, run_table
+from anchorpatch.report.shard_tables import histogram_table, scale_table, skipped_table
+from anchorpatch.shards.layout import SCALES
+from tests.report.samples import ANCHORNET, TABLE_3, TABLE_4, records, write_all
+
+DASH = "–"  # noqa: RUF001 (an en dash)
+
+
+def texts(table: Table) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in (*table.rows, *table.foot)]
+
+
+def test_cells_write_numbers_and_keep_what_is_none() -> None:
+    assert count(1234567) == Cell("1,234,567", 1234567)
+    assert decimal(0.12345, 3) == Cell("0.123", 0.12345)
+    assert share(0.758) == Cell("75.80%", 0.758)
+    assert share(None) == Cell(DASH, None)
+    for odd in ("many", float("nan"), True, [1]):
+        assert decimal(odd) == Cell(str(odd), None)
+    assert [text(words).long for words in ("short words", "a" * 21, "")] == [False, True, False]
+
+
+def test_table_3_says_what_evaluate_prints() -> None:
+    table = table_3(TABLE_3)
+    assert texts(table) == [
+        ["224 px", "8", DASH, "1.814", DASH, DASH, DASH, "50.00%", "87.50%"],
+        ["63 px", "3", "6.00", "0.900", "50%", "1.294", "29%", "75.00%", "100.00%"],
+        ["95 px", "0", *[DASH] * 7],
+        ["111 px", "5", "2.00", "0.800", "56%", "1.194", "34%", "25.00%", "50.00%"],
+        ["all", "8", "3.50", "0.838", "54%", "1.232", "32%", "43.75%", "68.75%"],
+    ]
+    assert [row[0].text for row in table.foot] == ["all"]
+    assert [row[0].key for row in table.rows] == [224, 63, 95, 111]
+    notes = " ".join(table.notes)
+    assert "61.2 images/s whole, 75.9 images/s by AnchorNet" in notes
+    assert "1.24 times as many (32 images of 3.40 patches)" in notes
+    assert "Left out: row 95: no image." in notes
+
+
+def test_table_4_and_the_outputs_of_anchornet() -> None:
+    assert texts(table_4(TABLE_4)) == [
+        [scale, "3", "10.00%", "40.00%", "50.00%", "70.00%"] for scale in ("63 px", "all")
+    ]
+    outputs = texts(output_table(ANCHORNET))
+    assert outputs[0] == ["localization 63 px", "70.00%", "90.00%", "20.0%"]
+    assert outputs[3] == ["attention 63 px", "70.00%", "90.00%", DASH]
+    assert outputs[-1] == ["decision (Eq. 7)", "74.00%", "96.00%", "100.0%"]
+    assert texts(preset_table(ANCHORNET)) == [["figure", "4.80", "2.90", DASH, "3.10"]]
+
+
+def test_runs_are_summed_up() -> None:
+    found = records(4)
+    found[2]["val"]["top1"] = 0.9
+    run = Run("a", Path(), tuple(found), {"epochs": 5})
+    (row,) = texts(run_table([run]))
+    assert row == ["a", "4 of 5", "90.00%", "3", "2.250", "43.0", "0.07", "2.00"]
+    epochs = epoch_table(run)
+    assert epochs.folded
+    assert texts(epochs)[1] == [
+        *("2", "0.05", "5.0000", "4.5000"),
+        *("37.50%", "57.50%", "42.0", "1%", "1.0"),
+    ]
+    (bare,) = texts(run_table([Run("b", Path(), ({"epoch": 1},), {})]))
+    assert bare == ["b", "1", *[DASH] * 6]
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    return collect(write_all(tmp_path_factory.mktemp("all"))).splits[0]
+
+
+def test_shards_by_scale(split: Split) -> None:
+    table = scale_table(split)
+    for row, scale in zip(table.rows, SCALES, strict=True):
+        found = split.facts.scales[scale]
+        assert [cell.key for cell in row] == [
+            *(scale, found.images, found.images / 21),
+            *(found.patches, found.mean_patches),
+        ]
+    assert max(cell.bar or 0 for row in table.rows for cell in row) == 1
+    assert table.foot[0][1].text == "21"
+    assert texts(skipped_table(split))[0][1] == "truncated"
+
+
+def test_the_histogram_counts_every_image_once(split: Split) -> None:
+    table = histogram_table(split)
+    assert sum(cell.key for row in table.rows for cell in row[1:]) == 21
+    assert not table.folded
+    wide = Split(split.folder, split.facts, (), {63: (0, *[2] * 100), 95: (0, 5), 111: ()})
+    binned = histogram_table(wide)
+    assert len(binned.rows) <= 24
+    assert binned.folded
+    assert sum(row[1].key for row in binned.rows) == 200
+    assert sum(row[2].key for row in binned.rows) == 5
+    assert binned.rows[0][0].text == "1 to 5"
+
+
+def test_any_rows_become_a_table() -> None:
+    rows = [{"name": "a", "auc": 0.5, "seeds": 3}, {"name": "b", "auc": None, "more": [1, 2]}]
+    table = summary_table("Summary", rows)
+    assert [(c.name, c.numeric) for c in table.columns] == [
+        *(("name", False), ("auc", True), ("seeds", True), ("more", False)),
+    ]
+    assert texts(table) == [["a", "0.5000", "3", ""], ["b", DASH, DASH, "1/2"]]
+    facts = facts_table("Facts", "what", {"x": {"lr": 0.1, "amp": False}, "y": {"amp": None}})
+    assert texts(facts) == [["x", "0.1", "no"], ["y", "", "none"]]
