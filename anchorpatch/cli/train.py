@@ -162,8 +162,9 @@ def print_summary(summary: TrainSummary, as_json: bool) -> None:
     rows = [record_row(name, record) for name, record in summary.earlier.items()]
     print_table(RECORD_COLUMNS, [*rows, *record_rows(summary.best, summary.last)])
     train_images, val_images = summary.images
+    stages = " of each stage" if summary.earlier else ""
     lines = [
-        f"{summary.epochs} epochs on {train_images:,} images of {summary.classes} classes, "
+        f"{summary.epochs} epochs{stages} on {train_images:,} images of {summary.classes} classes, "
         f"measured on {val_images:,}: {summary.weights}"
     ]
     if summary.bad:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from anchorpatch.cli.train import print_summary, train
+from anchorpatch.jobs.train import ARCHITECTURES, TrainSummary
 from anchorpatch.runtime.checkpoint import load_weights
 from tests.conftest import Program
 from tests.jobs.training_runs import TRAIN, VAL, make_pictures
@@ -83,6 +85,22 @@ def test_a_peer_is_trained_by_the_same_command(program: Program, data: Path, tmp
         refused = program("train", "--data", data, "--arch", *arguments)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert refused.stderr.splitlines()[-1].startswith(line)
+
+
+def test_the_choices_are_the_networks_that_can_be_trained():
+    choices = {param.name: param for param in train.params}["arch"].type.choices
+    assert tuple(choices) == tuple(ARCHITECTURES)
+
+
+def test_the_stages_before_the_last_have_rows(capsys: pytest.CaptureFixture[str]):
+    record = {"epoch": 2, "train": {"loss": 0.5}, "val": {"top1": 0.25, "top5": 1.0, "loss": 0.75}}
+    stages = {"BagNet-77": record, "places": {**record, "epoch": 1}}
+    best = Path("runs/saccader/best.safetensors")
+    print_summary(TrainSummary(best, 2, 10, (40, 8), {}, record, record, stages), False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[1:5]] == ["BagNet-77", "places", "best", "last"]
+    assert lines[2].split() == ["places:", "epoch", "1", "25.00%", "100.00%", "0.750", "0.500"]
+    assert lines[5].startswith("2 epochs of each stage on 40 images of 10 classes, measured on 8")
 
 
 def test_other_classes_are_one_clear_line(
