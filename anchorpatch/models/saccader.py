@@ -243,7 +243,9 @@ def _attention_group(inputs: int, outputs: int) -> list[nn.Module]:
 
 def _gumbel(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """Draw noise whose arg max with logits is a draw from their softmax."""
-    return -torch.empty(shape).exponential_(generator=generator).log()
+    drawn = torch.empty(shape).exponential_(generator=generator)
+    # An exact 0 would become infinite, and beat what keeps visited places out.
+    return -drawn.clamp_(min=torch.finfo(drawn.dtype).tiny).log()
 
 
 def saccader(classes: int = 1000) -> Saccader:
