@@ -56,6 +56,7 @@ def demo(
     \b
     anchorpatch demo
     anchorpatch shards inspect anchorpatch-demo/shards/val
+    anchorpatch report anchorpatch-demo
     """
     from anchorpatch.cli.extract import find_weights
     from anchorpatch.demo.scenes import make_scenes
@@ -106,6 +107,7 @@ def demo(
     click.echo(f"all {extracted.shards} shards verified\n")
     _print_score(score)
     click.echo(f"\npicture: {folder / _PICTURE}")
+    progress.message(f"anchorpatch report {folder} puts all of it on one page")
 
 
 def _print_score(score: SceneScore) -> None:

@@ -81,11 +81,12 @@ def run(config: ReportConfig, progress: Reporter | None = None) -> ReportSummary
 
     Raises:
         DataError: there is nothing that a page could show.
+        SettingsError: SOURCE_DATE_EPOCH is no date.
         WeightsError: the weights that are named did not make the shards.
         StorageError: the disk refused; what stood under the page's name before is as it was.
     """
     began = time.monotonic()
-    progress = progress or Reporter()
+    date, progress = config.date or page_date(), progress or Reporter()
     contents = collect(
         config.folder, runs=config.runs, shards=config.shards, figures=config.figures
     )
@@ -95,7 +96,6 @@ def run(config: ReportConfig, progress: Reporter | None = None) -> ReportSummary
     figures = sorted((*contents.figures, *made.figures), key=lambda figure: figure.number)
     used = [] if made.weights is None else [read_weights_facts(made.weights)]
     parts = sections(contents, figures, scenes, used)
-    date = config.date or page_date()
     page = render(config.folder, key_figures(contents), parts, left_out, date)
     out = config.out or config.folder / "report.html"
     write_atomically(out, lambda file: file.write(page))

@@ -14,6 +14,7 @@ from PIL import Image
 from anchorpatch.demo.weights import demo_weights
 from anchorpatch.errors import AnchorpatchError, WeightsError
 from anchorpatch.figures.patches import patches_figure
+from anchorpatch.jobs.examples import Choice
 from anchorpatch.jobs.figure_patches import PatchesConfig, find_patches
 from anchorpatch.jobs.image_source import ImageSource
 from anchorpatch.report.collect import Contents, LeftOut, Split
@@ -43,8 +44,12 @@ class Made:
     left_out: tuple[LeftOut, ...] = ()
 
 
+#: Images that each figure looks at: fewer than its command does, so that a page is quick to make.
+_CHOICE: Final = Choice(limit=150)
+
+
 def _patches(source: ImageSource, weights: Weights, reporter: Reporter) -> tuple[Any, Image.Image]:
-    result = find_patches(source, weights, PatchesConfig(), reporter)
+    result = find_patches(source, weights, PatchesConfig(_CHOICE), reporter)
     return result, patches_figure(result)
 
 

@@ -219,7 +219,8 @@ def _settings(contents: Contents, weights: Sequence[WeightsFacts]) -> Section:
             }
             for name in names
         }
-        blocks.append(facts_table("Settings of the training runs", "setting", by_setting, folded=len(names) > 12))
+        caption = "Settings of the training runs"
+        blocks.append(facts_table(caption, "setting", by_setting, folded=len(names) > 12))
     if contents.splits:
         shards = {
             str(split.folder): {
