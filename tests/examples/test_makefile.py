@@ -125,6 +125,6 @@ def test_folders_may_lie_elsewhere_and_tables_need_no_figure(folder: Path) -> No
     commands = make(folder, "report", "RUNS=r", "SHARDS=s", "FIGURES=f", "REPORT=pages/page.html")
     assert first_words(commands) == [
         *(f"figure {name}" for name in ("attention", "coverage", "errors", "patches")),
-        "report",
+        "report pages",
     ]
     assert commands[-1] == "report pages --runs r --shards s --figures f --out pages/page.html"
