@@ -39,8 +39,8 @@ class Cell:
 
     @property
     def long(self) -> bool:
-        """Whether a word of it, such as a path or a checksum, may have to be broken."""
-        return max(map(len, self.text.split()), default=0) > 20
+        """Whether it may be broken into lines, if need be within a word such as a checksum."""
+        return len(self.text) > 24
 
 
 @dataclass(frozen=True)

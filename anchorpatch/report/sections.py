@@ -93,7 +93,9 @@ def sections(
     scenes: Scenes | None = None,
     used: Sequence[WeightsFacts] = (),
 ) -> tuple[Section, ...]:
-    """Return the sections of the page, all of them: an empty one says what would fill it.
+    """Return the sections of the page: those that hold something before those that do not.
+
+    An empty one says what would fill it. The settings come last.
 
     Args:
         contents: of the folder.
@@ -101,14 +103,11 @@ def sections(
         scenes: what is known of drawn pictures, where the images are such.
         used: weights that figures were made with just now.
     """
-    return (
-        _training(contents.runs),
-        _results(contents),
-        _figures(figures),
-        *([] if scenes is None else [_scenes(scenes)]),
-        _shards(contents.splits),
-        _settings(contents, _each_once((*contents.weights, *used))),
-    )
+    found = [_training(contents.runs), _results(contents), _figures(figures)]
+    found += [] if scenes is None else [_scenes(scenes)]
+    found.append(_shards(contents.splits))
+    found.sort(key=lambda section: not any(section.counts.values()))
+    return (*found, _settings(contents, _each_once((*contents.weights, *used))))
 
 
 def _training(runs: Sequence[Run]) -> Section:

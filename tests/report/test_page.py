@@ -145,6 +145,7 @@ def test_a_folder_with_little_in_it_says_what_would_fill_the_page(tmp_path: Path
     write_run(tmp_path / "runs" / "a")
     summary = run(ReportConfig(tmp_path))
     parsed = Parsed(summary.report.read_bytes())
+    # What there is comes first.
     assert [section["id"] for section in parsed.all("section")] == SECTIONS
     for command in (
         "anchorpatch extract",
