@@ -42,8 +42,8 @@ def report(
     evaluate --result` (results/*.json, runs/NETWORK/*.json) as Tables 3 and 4, figures
     (figures/*.json), shards (shards/SPLIT), settings and versions. DIR is . by default.
 
-    Figures 3 to 5 that are not there are made on the way, where the shards store their crops and
-    the weights that made them are at hand.
+    Figures of example images that are not there are made on the way, where the shards store
+    their crops and the weights that made them are at hand.
 
     What is there and cannot be read is named on the page and on stderr, and the status is 1
     then; the rest of the page is written all the same. With $SOURCE_DATE_EPOCH for its date,

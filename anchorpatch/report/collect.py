@@ -223,6 +223,7 @@ def _nothing(folder: Path, bad: list[LeftOut]) -> str:
 
 def _read_run(path: Path, folder: Path, runs: Path, bad: list[LeftOut]) -> Run | None:
     records: list[Mapping[str, Any]] = []
+    expected = 1.0  # a line each, from the first epoch on
     for line, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(text)
@@ -230,10 +231,15 @@ def _read_run(path: Path, folder: Path, runs: Path, bad: list[LeftOut]) -> Run |
         except ValueError:
             epoch = None
         if epoch is None:
-            expected = "expected the record of an epoch, found other text"
-            bad.append(LeftOut(str(path), f"line {line}: {expected}"))
+            found = "the record of an epoch, found other text"
+            expected += 1
+        elif epoch != expected:
+            found = f"epoch {expected:g}, found {epoch:g}, a line of another run"
         else:
             records.append(record)
+            expected += 1
+            continue
+        bad.append(LeftOut(str(path), f"line {line}: expected {found}"))
     if not records:
         return None
     return Run(

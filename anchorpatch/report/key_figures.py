@@ -32,7 +32,8 @@ def key_figures(contents: Contents, most: int = 6) -> tuple[Key, ...]:
         keys.append(Key(share(row.top1, 1).text, f"top-1 of {table.network} on patches"))
         whole = decimal(table.gmacs_whole).text
         keys.append(Key(share(row.saved, 0).text, f"of its {whole} GMACs saved"))
-    for split in contents.splits:
+    validation = [split for split in contents.splits if split.facts.split != "train"]
+    for split in validation or contents.splits:
         facts = split.facts
         if facts.top1 is not None:
             keys.append(Key(f"{facts.top1:.1%}", f"top-1 of AnchorNet on {facts.split}"))

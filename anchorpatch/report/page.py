@@ -84,13 +84,19 @@ def render(
         policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
     )
-    return page.encode()
+    return page.lstrip().encode()
 
 
 def _commands(text: str) -> Markup:
     """Escape a text and set what stands between backticks as code."""
     parts = str(escape(text)).split("`")
-    return Markup("".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts)))
+    return Markup("".join(_code(part) if i % 2 else part for i, part in enumerate(parts)))
+
+
+def _code(escaped: str) -> str:
+    """Return a command that a line may break between its words, not at their hyphens."""
+    words = [f"<span>{word}</span>" if len(word) < 30 else word for word in escaped.split(" ")]
+    return f"<code>{' '.join(words)}</code>"
 
 
 def _file(name: str) -> str:

@@ -232,7 +232,7 @@ def _settings(contents: Contents, weights: Sequence[WeightsFacts]) -> Section:
         blocks.append(facts_table("Settings of the shards", "setting", _turned(shards)))
     if weights:
         files = {str(found.path): found.shown() for found in weights}
-        blocks.append(facts_table("Weights", "of", _turned(files)))
+        blocks.append(facts_table("Weights", "file", files))
     blocks.append(facts_table("Software", "written by", _software(contents, weights)))
     return Section("settings", "Settings and versions", tuple(blocks), {"tables": len(blocks)})
 

@@ -130,6 +130,21 @@ def test_a_folder_of_damage_alone_is_an_error(tmp_path: Path) -> None:
         collect(tmp_path)
 
 
+def test_lines_of_another_run_are_no_epochs_of_this_one(tmp_path: Path) -> None:
+    log = write_run(tmp_path / "runs" / "a", epochs=4) / "log.jsonl"
+    lines = log.read_text().splitlines()
+    other = json.dumps({"epoch": 14})
+    log.write_text("\n".join([other, lines[0], "{", lines[2], lines[2], other, lines[3]]))
+    contents = collect(tmp_path)
+    assert [record["epoch"] for record in contents.runs[0].records] == [1, 3, 4]
+    assert [what.reason for what in contents.left_out] == [
+        "line 1: expected epoch 1, found 14, a line of another run",
+        "line 3: expected the record of an epoch, found other text",
+        "line 5: expected epoch 4, found 3, a line of another run",
+        "line 6: expected epoch 4, found 14, a line of another run",
+    ]
+
+
 def test_json_of_other_programs_is_no_damage(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "a")
     (tmp_path / "package.json").write_text("// {{{")

@@ -40,6 +40,7 @@ def test_the_page_has_its_sections_landmarks_and_headings(parsed: Parsed) -> Non
     assert [section["id"] for section in parsed.all("section")] == SECTIONS
     for tag in ("header", "nav", "main", "footer", "h1", "title"):
         assert len(parsed.all(tag)) == 1, tag
+    assert parsed.elements[0][0] == "html"
     assert parsed.all("html")[0]["lang"] == "en"
     links = [str(link["href"]) for link in parsed.all("a")]
     ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
@@ -83,6 +84,11 @@ def test_every_heading_of_a_column_is_a_button_and_every_picture_has_words(parse
     drawn = [a for _, a in parsed.elements if a.get("role") == "img"]
     assert len(drawn) == len(parsed.all("svg")) == 7
     assert all("at epoch" in str(chart["aria-label"]) for chart in drawn)
+
+
+def test_the_page_begins_with_its_kind(page: bytes) -> None:
+    # Anything else would let browsers fall back to the rules of old pages.
+    assert page.startswith(b"<!doctype html>\n<html")
 
 
 def test_nothing_is_asked_of_any_network(page: bytes, parsed: Parsed) -> None:
