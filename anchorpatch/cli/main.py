@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -13,7 +12,8 @@ from typing import Any, NoReturn
 import click
 
 from anchorpatch import __version__
-from anchorpatch.cli.config import load_config, with_layout
+from anchorpatch.cli.config import load_config
+from anchorpatch.cli.lazy import LazyGroup
 from anchorpatch.errors import AnchorpatchError, Interrupted
 
 __all__ = ["cli", "main"]
@@ -25,38 +25,9 @@ _COMMANDS = (
 )
 
 
-class LazyGroup(click.Group):
-    """A group that imports a command's module when the command is asked for."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.help = with_layout(self.help)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of use, not of the alphabet."""
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import ``anchorpatch.cli.NAME`` and return its command."""
-        if cmd_name not in _COMMANDS:
-            return None
-        module = importlib.import_module(f"anchorpatch.cli.{cmd_name}")
-        command: click.Command = getattr(module, cmd_name)
-        self.commands.setdefault(cmd_name, command)
-        return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Name the commands that a mistyped one may have meant."""
-        self.commands.update(
-            {name: click.Command(name) for name in _COMMANDS if name not in self.commands}
-        )
-        return super().resolve_command(ctx, args)
-
-
 @click.group(
     cls=LazyGroup,
+    names=_COMMANDS,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "auto_envvar_prefix": "ANCHORPATCH",

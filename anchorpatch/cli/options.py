@@ -48,27 +48,33 @@ class SharedOption(click.Option):
 
 
 class NumberList(_ParamType):
-    """Comma-separated numbers: one for every scale, or one for all."""
+    """Comma-separated numbers: one for every scale, or one for all; or any number of them.
 
-    def __init__(self, kind: type[int] | type[float], length: int = 3) -> None:
+    Args:
+        kind: int or float.
+        length: how many; None for any number.
+    """
+
+    def __init__(self, kind: type[int] | type[float], length: int | None = 3) -> None:
         self.kind, self.length = kind, length
-        self.name = ",".join(["N" if kind is int else "X"] * length)
+        letter = "N" if kind is int else "X"
+        self.name = ",".join([letter] * length) if length else f"{letter},{letter},..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return a tuple of `length` numbers."""
+        """Return a tuple of the numbers."""
         if isinstance(value, tuple):
             return value
         try:
             numbers = tuple(self.kind(item) for item in str(value).split(","))
         except ValueError:
             numbers = ()
+        wanted = self.length or max(1, len(numbers))
         if len(numbers) == 1:
-            numbers *= self.length
-        if len(numbers) != self.length:
+            numbers *= wanted
+        if len(numbers) != wanted:
             kind = "whole numbers" if self.kind is int else "numbers"
-            self.fail(
-                f"expected {self.length} {kind} such as {self.name}, got {value!r}", param, ctx
-            )
+            count = f"{self.length} " if self.length else ""
+            self.fail(f"expected {count}{kind} such as {self.name}, got {value!r}", param, ctx)
         return numbers
 
 

@@ -1,6 +1,7 @@
 """Pictures from results."""
 
+from anchorpatch.figures.attention import attention_figure
 from anchorpatch.figures.coverage import coverage_figure
 from anchorpatch.figures.patches import patches_figure
 
-__all__ = ["coverage_figure", "patches_figure"]
+__all__ = ["attention_figure", "coverage_figure", "patches_figure"]

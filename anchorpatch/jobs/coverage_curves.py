@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["LOCALIZERS", "PEERS", "CoverageResult", "Curve", "Series", "curves_of"]
+from anchorpatch.storage import write_atomically
+
+__all__ = [
+    "LOCALIZERS",
+    "PEERS",
+    "CoverageResult",
+    "Curve",
+    "Series",
+    "curves_of",
+    "write_points",
+]
 
 #: Localizers with weights of their own.
 PEERS: Final = ("bagnet33", "bagnet77", "saccader")
@@ -139,9 +152,53 @@ class CoverageResult:
             for i, area in enumerate(self.areas)
         ]
 
+    title = "Accuracy by covered and by masked area"
+
+    @property
+    def caption(self) -> str:
+        """A few sentences on what is seen and how it came about."""
+        parts = [
+            f"Top-1 of {self.network} on {self.images:,} images of {self.source}, by the share of "
+            "each image that a localizer chose: left with all else set to 0, right with the choice "
+            "set to 0. All are compared at the same areas, to the pixel. The numbers are areas "
+            "under the curves: left the larger is better, right the smaller."
+        ]
+        if any(curve.covered.spread for curve in self.curves):
+            parts.append(
+                f"Random: mean of {self.settings['seeds']} seeds, and a band of one standard "
+                "deviation."
+            )
+        if winners := self.winners():
+            parts.append(f"By more than two standard errors, {'; '.join(winners)}.")
+        return " ".join(parts)
+
     def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON knows it."""
-        return {**asdict(self), "winners": list(self.winners()), "summary": self.summary()}
+        """Return everything as JSON knows it, as a report reads it."""
+        facts = asdict(self)
+        facts["weights_sha256"] = facts.pop("anchornet_sha256")
+        return {
+            "figure": "coverage",
+            "number": 6,
+            "title": self.title,
+            "caption": self.caption,
+            **facts,
+            "winners": list(self.winners()),
+            "summary": self.summary(),
+        }
+
+
+def write_points(result: CoverageResult, path: Path) -> None:
+    """Write every point of every curve as CSV, whole or not at all.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    points = result.points()
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(points[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(points)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def curves_of(

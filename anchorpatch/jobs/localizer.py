@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,15 @@ from anchorpatch.lsp import SCALES, LspSettings, decide, localize
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, load_into
 
-__all__ = ["CPU_CHUNK", "Localized", "Localizer", "Pending", "load_anchornet", "normalize"]
+__all__ = [
+    "CPU_CHUNK",
+    "Localized",
+    "Localizer",
+    "Maps",
+    "Pending",
+    "load_anchornet",
+    "normalize",
+]
 
 #: Images in a chunk on CPU. Of 4 to 64 the one that needs the least CPU time an image: larger
 #: chunks spend it on fresh memory, smaller ones on the overhead of each operator.
@@ -50,6 +59,20 @@ class Localized(NamedTuple):
     counts: NDArray[np.int32]
     corners: NDArray[np.int16]
     scores: NDArray[np.float32]
+
+
+class Maps(NamedTuple):
+    """What AnchorNet makes of n images before anything is decided, as numpy arrays.
+
+    Attributes:
+        probabilities: softmax outputs B of the branches (n, 3, C), float32.
+        attention: S of each branch (n, H, W), float32, times H * W: 1 is the uniform weight.
+        heatmaps: M of each branch for the k classes asked for (n, k, H, W), float32.
+    """
+
+    probabilities: NDArray[np.float32]
+    attention: tuple[NDArray[np.float32], ...]
+    heatmaps: tuple[NDArray[np.float32], ...]
 
 
 def load_anchornet(weights: Weights) -> AnchorNet:
@@ -173,9 +196,40 @@ class Localizer:
             return Pending([self._pool.submit(self._on_cpu, c) for c in chunks], len(pixels))
         return Pending([self._on_gpu(chunk) for chunk in chunks], len(pixels))
 
+    def maps(self, pixels: Tensor, classes: Tensor) -> Maps:
+        """Return attention maps and class heatmaps, the numbers that `submit` decides on.
+
+        Args:
+            pixels: uint8 (n, 224, 224, 3), n at least 1.
+            classes: whose heatmaps to return, for each image (n, k), int64.
+        """
+        parts = []
+        for chunk, wanted in zip(
+            torch.split(pixels, self.chunk), torch.split(classes, self.chunk), strict=True
+        ):
+            work = partial(self._maps, self._padded(chunk), self._padded(wanted))
+            found = work() if self._pool is None else self._pool.submit(work).result()
+            parts.append([array[: len(chunk)] for array in found])
+        probabilities, *maps = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        n = len(SCALES)
+        return Maps(probabilities, tuple(maps[:n]), tuple(maps[n:]))
+
+    def _maps(self, chunk: Tensor, classes: Tensor) -> list[NDArray[np.float32]]:
+        with torch.inference_mode():
+            images = normalize(chunk.to(self.device), self._mean, self._std)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                logits, features = self.net.localize(images)
+            attention = [s.float().squeeze(1) for s in features.attention]
+            # Without `weighted_mean` the network's S sums to 1, else to H * W.
+            attention = [s / s.mean((1, 2), keepdim=True) for s in attention]
+            of_class = [self.net.heatmaps(features, c) for c in classes.to(self.device).T]
+            heatmaps = [torch.stack(branch, 1) for branch in zip(*of_class, strict=True)]
+            out = [logits.softmax(-1), *attention, *heatmaps]
+            return [tensor.cpu().numpy() for tensor in out]
+
     def _padded(self, chunk: Tensor) -> Tensor:
         missing = self.chunk - len(chunk)
-        return torch.cat((chunk, chunk[:1].expand(missing, -1, -1, -1))) if missing else chunk
+        return torch.cat((chunk, chunk[:1].expand(missing, *chunk.shape[1:]))) if missing else chunk
 
     def _on_cpu(self, chunk: Tensor) -> Localized:
         with torch.inference_mode():
