@@ -9,7 +9,7 @@ from anchorpatch.cli.lazy import LazyGroup
 __all__ = ["figure"]
 
 #: Command -> its module in this package is ``figure_<command>``.
-_FIGURES = ("patches", "attention", "coverage")
+_FIGURES = ("patches", "errors", "attention", "coverage")
 
 
 @click.group(cls=LazyGroup, names=_FIGURES, modules="figure_")
@@ -21,5 +21,7 @@ def figure() -> None:
 
     \b
     anchorpatch figure patches --data imagenet     Figure 3: patches by chosen scale
+    anchorpatch figure errors --data imagenet      Figure 4: what misled a branch
+    anchorpatch figure attention --data imagenet   Figure 5: attention and class heatmaps
     anchorpatch figure coverage resnet50           Figure 6: accuracy by covered and masked area
     """

@@ -14,7 +14,7 @@ from anchorpatch.figures.frames import COLORS, draw_frames, framed, number
 from anchorpatch.jobs.examples import Example
 from anchorpatch.jobs.figure_patches import PatchExamples
 
-__all__ = ["localized_picture", "patches_figure"]
+__all__ = ["heading", "localized_picture", "patches_figure"]
 
 #: What the page aims at, in pixels.
 _WIDTH: Final = 1400
@@ -43,8 +43,8 @@ def patches_figure(result: PatchExamples) -> Image.Image:
     blocks = []
     for scale, of_scale in cells.items():
         share = result.by_scale[scale] / result.looked
-        heading = _heading(scale, f"chosen by {share:.1%} of {result.looked:,} images")
-        blocks.append(stacked([heading, _grid(of_scale, width)] if of_scale else [heading]))
+        top = heading(scale, f"chosen by {share:.1%} of {result.looked:,} images")
+        blocks.append(stacked([top, _grid(of_scale, width)] if of_scale else [top]))
     return bordered(stacked(blocks, 3 * GAP))
 
 
@@ -87,7 +87,8 @@ def _grid(cells: Sequence[Image.Image], width: int) -> Image.Image:
     return stacked([beside(row, 2 * GAP, width=width) for row in rows], 2 * GAP)
 
 
-def _heading(scale: int, text: str) -> Image.Image:
+def heading(scale: int, text: str) -> Image.Image:
+    """Return the line above a block: the colour and the name of a scale, and a text."""
     swatch = Image.new("RGB", (16, 16), COLORS[scale])
     name = written(f"{scale} px", None, size=16, bold=True, fill=BLACK)
     return beside([swatch, name, written(text, None, size=15, fill=GREY)])

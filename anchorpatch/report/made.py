@@ -13,8 +13,10 @@ from PIL import Image
 
 from anchorpatch.demo.weights import demo_weights
 from anchorpatch.errors import AnchorpatchError, WeightsError
-from anchorpatch.figures.patches import patches_figure
+from anchorpatch.figures import attention_figure, errors_figure, patches_figure
 from anchorpatch.jobs.examples import Choice
+from anchorpatch.jobs.figure_attention import AttentionConfig, find_attention
+from anchorpatch.jobs.figure_errors import ErrorsConfig, find_errors
 from anchorpatch.jobs.figure_patches import PatchesConfig, find_patches
 from anchorpatch.jobs.image_source import ImageSource
 from anchorpatch.report.collect import Contents, LeftOut, Split
@@ -53,8 +55,18 @@ def _patches(source: ImageSource, weights: Weights, reporter: Reporter) -> tuple
     return result, patches_figure(result)
 
 
+def _errors(source: ImageSource, weights: Weights, reporter: Reporter) -> tuple[Any, Image.Image]:
+    result = find_errors(source, weights, ErrorsConfig(_CHOICE), reporter)
+    return result, errors_figure(result)
+
+
+def _attention(source: ImageSource, weights: Weights, reporter: Reporter) -> tuple[Any, Figure]:
+    result = find_attention(source, weights, AttentionConfig(_CHOICE), reporter)
+    return result, attention_figure(result)
+
+
 #: Number of a figure -> what makes it: the job's result, and its picture.
-_MAKERS: Final[Mapping[int, _Maker]] = {3: _patches}
+_MAKERS: Final[Mapping[int, _Maker]] = {3: _patches, 4: _errors, 5: _attention}
 
 
 def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -> Made:
