@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from anchorpatch.figures.attention import attention_figure, map_extent
+from anchorpatch.jobs.examples import Choice, Example
+from anchorpatch.jobs.figure_attention import AttentionConfig, AttentionExample, AttentionExamples
+from anchorpatch.lsp import SCALES
+
+SIDES = {63: 21, 95: 17, 111: 15}
+
+#: The location (h, w) of each branch that has all the weight, away from any symmetry.
+PLACES = {63: (3, 17), 95: (14, 2), 111: (9, 12)}
+
+
+def one_hot(scale: int, value: float, other: float) -> NDArray[np.float32]:
+    values = np.full((SIDES[scale], SIDES[scale]), other, np.float32)
+    values[PLACES[scale]] = value
+    return values
+
+
+def make_result(*scales: int, predicted: str = "cat", other: float = 0.5) -> AttentionExamples:
+    """A row for each chosen scale."""
+    examples = tuple(
+        AttentionExample(
+            Example(
+                *(f"cat/{scale}.JPEG", "cat", predicted, 0.5, scale),
+                np.array([[8, 16]], np.int16),
+                np.array([1], np.float32),
+                np.full((224, 224, 3), 128, np.uint8),
+            ),
+            ("cat", "dog", "cat"),
+            (0.5, 0.3, 0.4),
+            tuple(one_hot(s, SIDES[s] ** 2, other) for s in SCALES),
+            tuple(one_hot(s, 3, 0) for s in SCALES),
+        )
+        for scale in scales
+    )
+    return AttentionExamples(
+        AttentionConfig(Choice(), len(scales)), "data/val", "0" * 64, 9, 0, examples
+    )
+
+
+def rendered(figure: Figure) -> NDArray[np.uint8]:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def at(figure: Figure, pixels: NDArray[np.uint8], panel: int, y: float, x: float) -> list[int]:
+    """The colour of the rendered figure at a point of a panel's image, in pixels of the crop."""
+    figure.set_dpi(100)
+    column, row = figure.axes[panel].transData.transform((x, y))
+    return pixels[int(len(pixels) - row), int(column)].tolist()
+
+
+def centre(scale: int, h: int, w: int) -> tuple[float, float]:
+    return 8 * h + scale / 2, 8 * w + scale / 2
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_location_is_a_cell_around_the_centre_of_what_it_sees(scale: int):
+    side = SIDES[scale]
+    left, right, bottom, top = map_extent(side, side, scale)
+    assert ((right - left) / side, (bottom - top) / side) == (8, 8)
+    assert (top + 4, left + 4) == centre(scale, 0, 0)
+    assert (bottom - 4, right - 4) == centre(scale, side - 1, side - 1)
+    # The last patch ends on the last multiple of 8 px that the crop has room for.
+    assert 224 - 8 < right - 4 + scale / 2 <= 224
+
+
+def test_a_map_that_is_not_square_keeps_its_sides():
+    assert map_extent(2, 5, 95) == (43.5, 83.5, 59.5, 43.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale"), [(kind, scale) for kind in (0, 3) for scale in SCALES]
+)
+def test_the_brightest_cell_is_painted_where_its_patch_is_centred(kind: int, scale: int):
+    figure = attention_figure(make_result(63))
+    pixels = rendered(figure)
+    panel = 1 + kind + SCALES.index(scale)
+    h, w = PLACES[scale]
+    y, x = centre(scale, h, w)
+    peak = at(figure, pixels, panel, y, x)
+    # The whole cell has one colour, and no place outside of it has.
+    for dy, dx in [(-3, -3), (-3, 3), (3, -3), (3, 3)]:
+        assert at(figure, pixels, panel, y + dy, x + dx) == peak
+    rest = at(figure, pixels, panel, *centre(scale, h - 1, w - 1))
+    assert np.abs(np.subtract(peak, rest)).max() > 60
+    for dy, dx in [(-5, 0), (5, 0), (0, -5), (0, 5)]:
+        assert at(figure, pixels, panel, y + dy, x + dx) == rest
+    # Mirrored or transposed it would lie here.
+    last = SIDES[scale] - 1
+    for place in [(w, h), (last - h, w), (h, last - w)]:
+        assert at(figure, pixels, panel, *centre(scale, *place)) == rest
+    # Around the map the grey image is bare.
+    edge = map_extent(SIDES[scale], SIDES[scale], scale)[0]
+    assert at(figure, pixels, panel, edge - 3, 112) == [128] * 3
+    assert at(figure, pixels, panel, edge + 3, 112) == rest
+
+
+def test_a_weight_of_nothing_can_be_drawn():
+    """Attention that is 0 all but everywhere, as float32 rounds a peaked one."""
+    figure = attention_figure(make_result(63, other=0))
+    pixels = rendered(figure)
+    peak = at(figure, pixels, 1, *centre(63, *PLACES[63]))
+    assert peak != at(figure, pixels, 1, *centre(63, 10, 10))
+
+
+def test_titles_name_the_scales():
+    figure = attention_figure(make_result(63, 111))
+    assert [axes.get_title() for axes in figure.axes[:7]] == [
+        *("", "attention S, 63 px", "attention S, 95 px", "attention S, 111 px"),
+        *("heatmap M, 63 px", "heatmap M, 95 px", "heatmap M, 111 px"),
+    ]
+
+
+def test_the_chosen_branch_is_framed_in_its_row():
+    chosen = (95, 63, 111)
+    figure = attention_figure(make_result(*chosen))
+    for row, scale in enumerate(chosen):
+        panels = figure.axes[7 * row : 7 * row + 7]
+        widths = [{spine.get_linewidth() for spine in p.spines.values()} for p in panels[1:]]
+        assert widths == [{2.5 if s == scale else 0.5} for s in SCALES * 2]
+    assert panels[1].get_xlabel() == "cat 50%"
+    assert panels[2].get_xlabel() == "dog 30%"
+
+
+def test_a_wrong_decision_is_named():
+    right, wrong = (attention_figure(make_result(63, predicted=p)).axes[0] for p in ("cat", "a$b"))
+    assert right.get_xlabel() == "cat"
+    assert wrong.get_xlabel() == "cat\npredicted a\\$b"
