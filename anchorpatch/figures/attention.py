@@ -184,7 +184,7 @@ def _caption(axis: Axes, lines: Sequence[str], *, chosen: bool = False) -> None:
 def _attention_norm(maps: Sequence[NDArray[np.float32]]) -> Normalize:
     """Return the colours of S: uniform attention in the middle, a power of two at the ends."""
     strong = float(np.percentile(np.concatenate([s.ravel() for s in maps]), 99.5))
-    limit = 2.0 ** min(4, max(1, ceil(log2(strong))))
+    limit = 2.0 ** min(4, max(1, ceil(log2(max(1, strong)))))
     return LogNorm(1 / limit, limit, clip=True)
 
 

@@ -79,9 +79,7 @@ def test_a_map_that_is_not_square_keeps_its_sides():
     assert map_extent(2, 5, 95) == (43.5, 83.5, 59.5, 43.5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "scale"), [(kind, scale) for kind in (0, 3) for scale in SCALES]
-)
+@pytest.mark.parametrize(("kind", "scale"), [(kind, scale) for kind in (0, 3) for scale in SCALES])
 def test_the_brightest_cell_is_painted_where_its_patch_is_centred(kind: int, scale: int):
     figure = attention_figure(make_result(63))
     pixels = rendered(figure)
@@ -102,7 +100,7 @@ def test_the_brightest_cell_is_painted_where_its_patch_is_centred(kind: int, sca
         assert at(figure, pixels, panel, *centre(scale, *place)) == rest
     # Around the map the grey image is bare.
     edge = map_extent(SIDES[scale], SIDES[scale], scale)[0]
-    assert at(figure, pixels, panel, edge - 3, 112) == [128] * 3
+    assert np.abs(np.subtract(at(figure, pixels, panel, edge - 3, 112), 128)).max() <= 1
     assert at(figure, pixels, panel, edge + 3, 112) == rest
 
 

@@ -89,7 +89,7 @@ def test_each_frame_is_the_edge_of_the_stored_patch(
     for example in examples_of(found):
         theta, color = example.scale, COLORS[example.scale]
         patches = reader.image_patches(stored[example.path])
-        for corner, patch in zip(patches.corners.tolist(), patches.patches, strict=True):
+        for corner, patch in zip(patches.corners.tolist(), patches.pixels, strict=True):
             y, x = corner
             picture = np.asarray(localized_picture(example.pixels, np.array([corner]), theta))
             image = picture[:224, :224]
