@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,12 @@ def test_maps_are_those_of_the_whole_network(source: ImageSource, loaded: Weight
         np.testing.assert_array_equal(maps.heatmaps[j][1::2, 0], maps.heatmaps[j][1::2, 2])
 
 
-def test_attention_averages_one_and_is_the_networks(source: ImageSource, loaded: Weights):
+@pytest.mark.parametrize("weighted_mean", [True, False])
+def test_attention_averages_one_and_is_the_networks(
+    source: ImageSource, loaded: Weights, weighted_mean: bool
+):
+    """The network's S sums to 1 or to H * W, as its weights say."""
+    loaded = replace(loaded, meta=replace(loaded.meta, weighted_mean=weighted_mean))
     pixels = torch.from_numpy(source.pixels([3, 30]))
     with Localizer(loaded, PRESETS["figure"], CPU) as localizer:
         maps = localizer.maps(pixels, torch.zeros(2, 1, dtype=torch.int64))
@@ -76,6 +82,8 @@ def test_attention_averages_one_and_is_the_networks(source: ImageSource, loaded:
         assert (s >= 0).all()
         np.testing.assert_allclose(s.mean((1, 2)), 1, rtol=1e-4)
         expected = network[:, 0].numpy()
+        total = side * side if weighted_mean else 1
+        np.testing.assert_allclose(expected.sum((1, 2)), total, rtol=1e-4)
         share = expected / expected.sum((1, 2), keepdims=True) * side * side
         assert (np.abs(s - share) <= 1e-3 * share.max((1, 2), keepdims=True)).all()
 
