@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from anchorpatch.demo.weights import demo_weights
-from anchorpatch.errors import AnchorpatchError, WeightsError
+from anchorpatch.errors import AnchorpatchError, DataError, WeightsError
 from anchorpatch.figures import attention_figure, errors_figure, patches_figure
 from anchorpatch.jobs.examples import Choice
 from anchorpatch.jobs.figure_attention import AttentionConfig, find_attention
@@ -95,6 +95,8 @@ def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -
             source = ImageSource.of_shards(ShardReader(split.folder, partial=True))
             result, picture = _MAKERS[number](source, loaded, reporter)
             figures.append(_figure(result.to_json(), picture))
+        except DataError:
+            continue  # the images hold no such example: nothing is wrong with them
         except AnchorpatchError as error:
             left_out.append(LeftOut(f"Figure {number} of {split.folder}", str(error)))
     return Made(tuple(figures), path, tuple(left_out))
