@@ -110,16 +110,6 @@ class Survey:
         """Number of images by the scale they chose."""
         return {scale: int((self.found.scale == scale).sum()) for scale in SCALES}
 
-    def joined(self, other: Survey) -> Survey:
-        """Return the images of this survey and, behind them, those of another of the source."""
-        rows, labels, truth = (
-            np.concatenate((getattr(self, name), getattr(other, name)))
-            for name in ("rows", "labels", "truth")
-        )
-        found = _concatenated([self.found, other.found])
-        unreadable = self.unreadable + other.unreadable
-        return Survey(self.source, self.network, rows, labels, truth, found, unreadable)
-
     def example(self, i: int, pixels: NDArray[np.uint8]) -> Example:
         """Return image ``i`` of the survey with its crop."""
         found, count = self.found, self.found.counts[i]
@@ -218,7 +208,7 @@ def look_at(
             f"{source.name}: none of {len(rows)} images can be decoded; the first is "
             f"{source.path(rows[0])}"
         )
-    found = _concatenated([part for _, part in parts])
+    found = Localized(*(np.concatenate(c) for c in zip(*(p for _, p in parts), strict=True)))
     seen = np.concatenate([part for part, _ in parts])
     labels = source.labels[seen]
     index = {name: i for i, name in enumerate(weights.meta.classes)}
@@ -309,10 +299,6 @@ def _result(
             f"{source.name}/{path}: {error}; the weights {weights.path} may be damaged or badly "
             "trained: train or download them again"
         ) from error
-
-
-def _concatenated(parts: Sequence[Localized]) -> Localized:
-    return Localized(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _occurrence(values: NDArray[np.int64]) -> NDArray[np.int64]:
