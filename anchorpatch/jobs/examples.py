@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final, TypeVar
 
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from anchorpatch.errors import DataError, NonFiniteError, SettingsError
 from anchorpatch.jobs.image_source import ImageSource
 from anchorpatch.jobs.localizer import Localized, Localizer, Pending
-from anchorpatch.lsp import SCALES, LspSettings
+from anchorpatch.lsp import SCALES
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.progress import Reporter
 
-__all__ = ["Choice", "Example", "Survey", "look_at", "record", "settings_text", "spread"]
+__all__ = ["Choice", "Example", "Survey", "look_at", "spread"]
 
 _T = TypeVar("_T")
 
@@ -109,6 +109,16 @@ class Survey:
     def by_scale(self) -> dict[int, int]:
         """Number of images by the scale they chose."""
         return {scale: int((self.found.scale == scale).sum()) for scale in SCALES}
+
+    def joined(self, other: Survey) -> Survey:
+        """Return the images of this survey and, behind them, those of another of the source."""
+        rows, labels, truth = (
+            np.concatenate((getattr(self, name), getattr(other, name)))
+            for name in ("rows", "labels", "truth")
+        )
+        found = _concatenated([self.found, other.found])
+        unreadable = self.unreadable + other.unreadable
+        return Survey(self.source, self.network, rows, labels, truth, found, unreadable)
 
     def example(self, i: int, pixels: NDArray[np.uint8]) -> Example:
         """Return image ``i`` of the survey with its crop."""
@@ -208,7 +218,7 @@ def look_at(
             f"{source.name}: none of {len(rows)} images can be decoded; the first is "
             f"{source.path(rows[0])}"
         )
-    found = Localized(*(np.concatenate(c) for c in zip(*(p for _, p in parts), strict=True)))
+    found = _concatenated([part for _, part in parts])
     seen = np.concatenate([part for part, _ in parts])
     labels = source.labels[seen]
     index = {name: i for i, name in enumerate(weights.meta.classes)}
@@ -241,53 +251,6 @@ def spread(candidates: Iterable[_T], count: int, *keys: Callable[[_T], Hashable]
     return chosen
 
 
-def settings_text(lsp: LspSettings) -> str:
-    """Write the settings of Algorithm 1 for people.
-
-    Example:
-        >>> settings_text(LspSettings((5, 3, 2), 0.3, (0.05, 0.04, 0.03)))
-        'K 5/3/2, T 0.3, P 0.05/0.04/0.03'
-    """
-    k, p = "/".join(map(str, lsp.max_patches)), "/".join(map(str, lsp.coverage))
-    return f"K {k}, T {lsp.iou_threshold}, P {p}"
-
-
-def record(
-    name: str,
-    number: int,
-    title: str,
-    caption: str,
-    weights: Weights | str,
-    source: str,
-    choice: Choice,
-    settings: dict[str, Any],
-    **facts: Any,
-) -> dict[str, Any]:
-    """Return what stands beside a figure's picture, and what the report reads.
-
-    Args:
-        name: of the command.
-        number: of the figure in the paper.
-        title: a few words.
-        caption: one or two sentences.
-        weights: of AnchorNet, or their SHA-256.
-        source: where the images come from.
-        choice: of the images.
-        settings: further ones.
-        facts: what the figure shows.
-    """
-    return {
-        "figure": name,
-        "number": number,
-        "title": title,
-        "caption": caption,
-        "weights_sha256": weights if isinstance(weights, str) else weights.sha256,
-        "source": source,
-        "settings": {**asdict(choice), **settings},
-        **facts,
-    }
-
-
 def _result(
     source: ImageSource, weights: Weights, rows: NDArray[np.int64], pending: Pending
 ) -> tuple[NDArray[np.int64], Localized]:
@@ -299,6 +262,10 @@ def _result(
             f"{source.name}/{path}: {error}; the weights {weights.path} may be damaged or badly "
             "trained: train or download them again"
         ) from error
+
+
+def _concatenated(parts: Sequence[Localized]) -> Localized:
+    return Localized(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _occurrence(values: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.jobs.examples import Choice, Example, look_at, record, spread
+from anchorpatch.jobs.examples import Choice, Example, look_at, spread
+from anchorpatch.jobs.figure_record import record
 from anchorpatch.jobs.image_source import ImageSource
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.lsp import PRESETS, SCALES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -10,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from anchorpatch.errors import DataError, SettingsError
-from anchorpatch.jobs.examples import Choice, Survey, look_at, record, spread
+from anchorpatch.jobs.examples import Choice, Survey, look_at, spread
+from anchorpatch.jobs.figure_record import record
 from anchorpatch.jobs.image_source import ImageSource
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.lsp import PRESETS, SCALES, STRIDE, LspSettings, select
@@ -19,6 +21,9 @@ from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
 
 __all__ = ["BranchError", "BranchErrors", "ErrorsConfig", "Evidence", "Typical", "find_errors"]
+
+#: Images of a mistaken class to look at, for one that the branch is sure about.
+_TYPICAL_OF: Final = 16
 
 #: Branches of the paper's figure: the narrowest and the widest field.
 _BRANCHES: Final = (63, 111)
@@ -201,17 +206,22 @@ def find_errors(
                 f"{source.name}: among {len(survey)} images the branch of {scales} is nowhere "
                 "wrong where another is right: raise --limit, or choose another --scale"
             )
-        errors = {}
-        for scale, wrong in of_scale.items():
-            j = SCALES.index(scale)
-            labels, predicted = survey.labels, survey.found.branch_class[:, j]
-            chosen = spread(
-                wrong,
-                config.per_scale,
-                lambda i, labels=labels: int(labels[i]),  # type: ignore[misc]
-                lambda i, predicted=predicted: int(predicted[i]),  # type: ignore[misc]
+        chosen = {s: _spread(survey, wrong, s, config.per_scale) for s, wrong in of_scale.items()}
+        mistaken = [
+            int(survey.found.branch_class[i, SCALES.index(scale)])
+            for scale, images in chosen.items()
+            for i in images
+        ]
+        more = _more_rows(survey, mistaken, config.choice.seed)
+        known = survey
+        if more:
+            known = survey.joined(look_at(source, weights, localizer, more, reporter or Reporter()))
+        errors = {
+            scale: tuple(
+                _error(localizer, known, config.lsp, i, SCALES.index(scale)) for i in images
             )
-            errors[scale] = tuple(_error(localizer, survey, config.lsp, i, j) for i in chosen)
+            for scale, images in chosen.items()
+        }
     return BranchErrors(
         config,
         source.name,
@@ -230,6 +240,27 @@ def _wrong(survey: Survey, scale: int) -> list[int]:
     wrong = np.flatnonzero(~right[:, j] & right.any(1))
     surest = np.argsort(-survey.found.branch_prob[wrong, j], kind="stable")
     return [int(i) for i in wrong[surest]]
+
+
+def _spread(survey: Survey, wrong: list[int], scale: int, count: int) -> list[int]:
+    """Choose errors of a branch, spread over the true classes and then the mistaken ones."""
+    predicted = survey.found.branch_class[:, SCALES.index(scale)]
+    return spread(wrong, count, lambda i: int(survey.labels[i]), lambda i: int(predicted[i]))
+
+
+def _more_rows(survey: Survey, mistaken: Sequence[int], seed: int) -> list[int]:
+    """Return further images of the mistaken classes where few of them were looked at.
+
+    Of a thousand classes a look at some hundred images has none of most.
+    """
+    source, rows = survey.source, []
+    for c in sorted(set(mistaken)):
+        missing = _TYPICAL_OF - int((survey.truth == c).sum())
+        if missing > 0 and survey.network[c] in source.classes:
+            label = source.classes.index(survey.network[c])
+            left = np.setdiff1d(np.flatnonzero(source.labels == label), survey.rows)
+            rows += np.random.default_rng((seed, c)).permutation(left)[:missing].tolist()
+    return rows
 
 
 def _error(localizer: Localizer, survey: Survey, lsp: LspSettings, i: int, j: int) -> BranchError:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from anchorpatch.errors import DataError, SettingsError
-from anchorpatch.jobs.examples import Choice, Example, look_at, record, settings_text, spread
+from anchorpatch.jobs.examples import Choice, Example, look_at, spread
+from anchorpatch.jobs.figure_record import record, settings_text
 from anchorpatch.jobs.image_source import ImageSource
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.lsp import PRESETS, SCALES, LspSettings
