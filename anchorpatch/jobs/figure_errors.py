@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from anchorpatch.errors import DataError, SettingsError
+from anchorpatch.jobs.class_names import few
 from anchorpatch.jobs.examples import Choice, Survey, look_at, spread
 from anchorpatch.jobs.figure_record import record
 from anchorpatch.jobs.image_source import ImageSource
@@ -192,7 +193,8 @@ def find_errors(
         reporter: takes the progress.
 
     Raises:
-        DataError: no branch is wrong where another is right, or no image can be decoded.
+        DataError: no branch is wrong where another is right, the weights know none of the
+            classes, or no image can be decoded.
         SettingsError: no image or class has a name that was asked for.
     """
     rows = config.choice.rows(source)
@@ -201,6 +203,12 @@ def find_errors(
         survey = look_at(source, weights, localizer, rows, reporter or Reporter())
         of_scale = {scale: _wrong(survey, scale) for scale in config.scales}
         if not any(of_scale.values()):
+            if (survey.truth < 0).all():
+                raise DataError(
+                    f"{source.name}: {weights.path} knows none of its classes "
+                    f"({few(source.classes)}), only {few(survey.network)}: name weights of these "
+                    "classes with --weights"
+                )
             scales = " or ".join(f"{scale} px" for scale in config.scales)
             raise DataError(
                 f"{source.name}: among {len(survey)} images the branch of {scales} is nowhere "

@@ -99,3 +99,12 @@ def test_wrong_options_fail_in_one_line_and_leave_nothing(
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_other_classes_are_named(program: Program, image_folder: Path, tmp_path: Path):
+    options = ("--data", image_folder, "--weights", "demo", "--limit", 4, "--workers", 0)
+    done = program("figure", "errors", *options)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "knows none of its classes (cat, dog), only cross_dots" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
