@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from anchorpatch.figures.canvas import fitted, font
+from anchorpatch.figures.canvas import fitted, font, rounded
 from anchorpatch.images.decode import CROP
 from anchorpatch.jobs.figure_attention import AttentionExample, AttentionExamples
 from anchorpatch.lsp import SCALES, STRIDE
@@ -144,7 +144,7 @@ def _row(axes: Sequence[Axes], example: AttentionExample, weight: Normalize) -> 
         _overlay(axes[4 + j], image.pixels, heatmap / (largest or 1), scale, _EVIDENCE, _SIGNED)
         words = f"{example.branch_class[j]} {example.branch_prob[j]:.0%}"
         _caption(axes[1 + j], [words], chosen=chosen)
-        _caption(axes[4 + j], [f"largest |M| {_rounded(largest)}"], chosen=chosen)
+        _caption(axes[4 + j], [f"largest |M| {rounded(largest)}"], chosen=chosen)
 
 
 def _overlay(
@@ -202,10 +202,6 @@ def _attention_bar(axes: Axes, weight: Normalize) -> None:
     bar.set_ticklabels([str(2**p) if p >= 0 else f"1/{2**-p}" for p in powers])
     bar.minorticks_off()
     bar.set_label("S, as a multiple of uniform attention", fontsize=10)
-
-
-def _rounded(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _plain(text: str) -> str:

@@ -8,7 +8,6 @@ from math import ceil
 from pathlib import Path
 from typing import Final
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 __all__ = [
@@ -21,6 +20,7 @@ __all__ = [
     "bordered",
     "fitted",
     "font",
+    "rounded",
     "stacked",
     "written",
 ]
@@ -38,6 +38,8 @@ GAP: Final = 8
 @lru_cache(maxsize=16)
 def font(size: int = 14, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """Return DejaVu Sans, which matplotlib brings: Latin, Greek, Cyrillic and more."""
+    import matplotlib  # not for pictures without type
+
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
 
@@ -89,6 +91,16 @@ def written(
     for i, line in enumerate(broken):
         draw.text((0, i * height), line, fill, face)
     return picture
+
+
+def rounded(value: float) -> str:
+    """Write a number with at least three digits and no exponent.
+
+    Example:
+        >>> rounded(4792.4), rounded(13.52), rounded(0.01234)
+        ('4,792', '13.5', '0.0123')
+    """
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def stacked(parts: Sequence[Image.Image], gap: int = GAP) -> Image.Image:

@@ -7,7 +7,17 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageDraw
 
-from anchorpatch.figures.canvas import GAP, GREY, PAPER, Color, beside, bordered, stacked, written
+from anchorpatch.figures.canvas import (
+    GAP,
+    GREY,
+    PAPER,
+    Color,
+    beside,
+    bordered,
+    rounded,
+    stacked,
+    written,
+)
 from anchorpatch.figures.frames import MARK, Mark, cross, draw_frames, framed, tick
 from anchorpatch.figures.patches import heading, localized_picture
 from anchorpatch.jobs.figure_errors import BranchError, BranchErrors, Evidence
@@ -88,23 +98,10 @@ def _row(error: BranchError, scale: int) -> Image.Image:
     ]
     if error.typical is not None:
         typical = error.typical
-        picture = localized_picture(typical.pixels, typical.corners, scale)
-        parts.append(
-            stacked(
-                [
-                    written(f"an image of {error.mistaken.name}", picture.width, lines=1),
-                    picture,
-                    written(
-                        f"{typical.probability:.0%} by {scale} px",
-                        picture.width,
-                        size=12,
-                        fill=GREY,
-                        lines=1,
-                    ),
-                ],
-                2,
-            )
-        )
+        note = f"{typical.probability:.0%} by {scale} px"
+        picture = localized_picture(typical.pixels, typical.corners, scale, note=note)
+        name = written(f"an image of {error.mistaken.name}", picture.width, lines=1)
+        parts.append(stacked([name, picture], 2))
     else:
         parts.append(written(f"no image of {error.mistaken.name} that it is right about", 224))
     return beside(parts, 2 * GAP)
@@ -117,6 +114,6 @@ def _patch(
     cut = framed(error.pixels[y : y + scale, x : x + scale], color, _MARGIN)
     width = max(cut.width, _PATCH_TEXT)
     name = written(evidence.name, width - MARK - GAP, lines=1)
-    facts = (f"evidence {evidence.score:.3g}", f"{evidence.probability:.0%} by {scale} px")
+    facts = (f"evidence {rounded(evidence.score)}", f"{evidence.probability:.0%} by {scale} px")
     lines = [written(fact, width, size=12, fill=GREY, lines=1) for fact in facts]
     return stacked([beside([_sign(mark), name]), cut, *lines], 2)

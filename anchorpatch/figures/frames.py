@@ -78,8 +78,8 @@ def draw_frames(
     """Frame patches in their image, each with a mark; the first lies on top.
 
     A frame is the outermost ``width`` pixels of the patch itself, with a dark seam of one pixel
-    inside. Marks stand inside their frame where they hide no other, and are left out where there
-    is no such place.
+    inside; that of a patch at the place of an earlier one lies within the latter's. Marks stand
+    inside their frame where they hide no other, and are left out where there is no such place.
 
     Args:
         pixels: uint8 (H, W, 3).
@@ -95,10 +95,12 @@ def draw_frames(
     taken = Image.new("1", picture.size)
     mask = ImageDraw.Draw(taken)
     side = theta * zoom
-    boxes = [
-        (x * zoom, y * zoom, x * zoom + side, y * zoom + side)
-        for y, x in np.asarray(corners).tolist()
-    ]
+    boxes: list[Box] = []
+    places = [tuple(corner) for corner in np.asarray(corners).tolist()]
+    for rank, (y, x) in enumerate(places):
+        inset = places[:rank].count((y, x)) * (width + 1)
+        left, top = x * zoom + inset, y * zoom + inset
+        boxes.append((left, top, left + side - 2 * inset, top + side - 2 * inset))
     for box, color in reversed(list(zip(boxes, colors, strict=True))):
         frame(draw, box, color, width, seam=1)
         x0, y0, x1, y1 = box

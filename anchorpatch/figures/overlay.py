@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from anchorpatch.figures.frames import enlarged, frame
+
 __all__ = ["draw_boxes", "patch_figure", "patch_sheet", "rank_color"]
 
 _BACKGROUND: Final = (255, 255, 255)
@@ -55,15 +57,13 @@ def draw_boxes(
         zoom: enlarge the picture so many times.
         width: of the frames, in pixels of the enlarged picture.
     """
-    picture = _enlarged(pixels, zoom)
+    picture = enlarged(pixels, zoom)
     draw = ImageDraw.Draw(picture)
     boxes = [(x * zoom, y * zoom) for y, x in np.asarray(corners).tolist()]
     side = theta * zoom
     for rank in reversed(range(len(boxes))):
         x, y = boxes[rank]
-        draw.rectangle(
-            (x, y, x + side - 1, y + side - 1), outline=rank_color(rank, len(boxes)), width=width
-        )
+        frame(draw, (x, y, x + side, y + side), rank_color(rank, len(boxes)), width)
     return picture
 
 
@@ -89,7 +89,7 @@ def patch_sheet(
         draw.text((x, y), f"{rank + 1}:  {float(scores[rank]):.3g}", _TEXT, _font())
         y += _LINE
         draw.rectangle((x, y, x + side - 1, y + side - 1), fill=rank_color(rank, count))
-        sheet.paste(_enlarged(patches[rank], zoom), (x + _FRAME, y + _FRAME))
+        sheet.paste(enlarged(patches[rank], zoom), (x + _FRAME, y + _FRAME))
     return sheet
 
 
@@ -127,12 +127,6 @@ def patch_figure(
         figure.paste(part, (x, top))
         x += part.width + _GAP
     return figure
-
-
-def _enlarged(pixels: NDArray[np.uint8], zoom: int) -> Image.Image:
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    size = (picture.width * zoom, picture.height * zoom)
-    return picture if zoom == 1 else picture.resize(size, Image.Resampling.BICUBIC)
 
 
 def _font() -> Any:

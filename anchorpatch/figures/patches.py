@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from anchorpatch.figures.canvas import BLACK, GAP, GREY, Color, beside, bordered, stacked, written
+from anchorpatch.figures.canvas import BLACK, GAP, GREY, beside, bordered, stacked, written
 from anchorpatch.figures.frames import COLORS, draw_frames, framed, number
 from anchorpatch.jobs.examples import Example
 from anchorpatch.jobs.figure_patches import PatchExamples
@@ -49,7 +49,7 @@ def patches_figure(result: PatchExamples) -> Image.Image:
 
 
 def localized_picture(
-    pixels: NDArray[np.uint8], corners: NDArray[Any], theta: int, color: Color | None = None
+    pixels: NDArray[np.uint8], corners: NDArray[Any], theta: int, *, note: str = ""
 ) -> Image.Image:
     """Draw an image with its patches framed and numbered, and cut out beside it.
 
@@ -57,17 +57,20 @@ def localized_picture(
         pixels: the crop, uint8 (224, 224, 3).
         corners: top-left (y, x) of each patch in pixels (k, 2), the strongest first.
         theta: side of the patches in pixels.
-        color: of the frames; None: the scale's.
+        note: a line below the image.
     """
-    color = color or COLORS[theta]
+    color = COLORS[theta]
     marks = [number(rank + 1, color) for rank in range(len(corners))]
     image = draw_frames(pixels, corners, theta, [color] * len(corners), marks, width=_MARGIN)
     cuts = [
         framed(pixels[y : y + theta, x : x + theta], color, _MARGIN)
         for y, x in np.asarray(corners).tolist()
     ]
-    rows = max(1, round(image.height / (theta + 3 * _MARGIN)))
+    rows = max(1, round(len(pixels) / (theta + 3 * _MARGIN)))
     columns = [stacked(cuts[i : i + rows], _MARGIN) for i in range(0, len(cuts), rows)]
+    if note:
+        line = written(note, image.width, size=12, fill=GREY, lines=1)
+        image = stacked([image, line], _MARGIN)
     return beside([image, beside(columns, _MARGIN)], 2 * _MARGIN)
 
 
@@ -75,8 +78,9 @@ def _cell(example: Example, *, predicted: bool) -> Image.Image:
     picture = localized_picture(example.pixels, example.corners, example.scale)
     lines = [written(example.label, picture.width)]
     if predicted:
-        wrong = example.label != example.predicted
-        text = f"predicted {example.predicted}, {example.probability:.0%}" if wrong else ""
+        right = example.label == example.predicted
+        what = "right" if right else f"as {example.predicted}"
+        text = f"predicted {what}, {example.probability:.0%}"
         lines.append(written(text, picture.width, size=12, fill=GREY, lines=1))
     return stacked([*lines, picture], 2)
 

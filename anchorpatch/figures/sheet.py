@@ -13,12 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from anchorpatch.errors import SettingsError
+from anchorpatch.figures.frames import COLORS, frame
 from anchorpatch.storage import write_atomically
 
-__all__ = ["COLORS", "TRUTH", "Tile", "contact_sheet", "save_png"]
-
-#: Colour of the frames by scale: three of Okabe and Ito's, apart for the colour-blind too.
-COLORS: Final = {63: (86, 180, 233), 95: (240, 228, 66), 111: (213, 94, 0)}
+__all__ = ["TRUTH", "Tile", "contact_sheet", "save_png"]
 
 #: Colour of the dashed frame of the true box.
 TRUTH: Final = (255, 255, 255)
@@ -98,7 +96,8 @@ def _draw(tile: Tile) -> Image.Image:
     # The strongest last, on top of the others.
     for rank, (y, x) in reversed(list(enumerate(corners))):
         box = (x, y, x + tile.scale, y + tile.scale)
-        _frame(draw, box, COLORS[tile.scale], 2 if rank else 5)
+        # A bold frame has a dark seam.
+        frame(draw, _zoomed(box), COLORS[tile.scale], 2 if rank else 5, 0 if rank else 1)
     if tile.box is not None:
         _dashed(draw, tile.box)
     return image
@@ -106,24 +105,12 @@ def _draw(tile: Tile) -> Image.Image:
 
 def _zoomed(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     x0, y0, x1, y1 = (round(v * _ZOOM) for v in box)
-    return x0, y0, x1 - 1, y1 - 1
-
-
-def _frame(
-    draw: ImageDraw.ImageDraw,
-    box: tuple[int, int, int, int],
-    color: tuple[int, int, int],
-    width: int,
-) -> None:
-    """Draw a frame inside its box, a bold one with a dark seam that shows on any ground."""
-    zoomed = _zoomed(box)
-    if width > 2:
-        draw.rectangle(zoomed, outline=_BLACK, width=width + 1)
-    draw.rectangle(zoomed, outline=color, width=width)
+    return x0, y0, x1, y1
 
 
 def _dashed(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], dash: int = 6) -> None:
-    x0, y0, x1, y1 = _zoomed(box)
+    x0, y0, right, bottom = _zoomed(box)
+    x1, y1 = right - 1, bottom - 1
     for k, x in enumerate(range(x0, x1 + 1, dash)):
         for y in (y0, y1):
             ends = (x, y, min(x + dash - 1, x1), y)

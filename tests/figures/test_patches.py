@@ -138,6 +138,15 @@ def test_a_zoomed_frame_lies_on_the_zoomed_patch():
     assert (xs.min(), xs.max() + 1) == (3 * 160, 3 * (160 + 63))
 
 
+def test_frames_at_one_place_lie_within_each_other():
+    pixels = np.full((224, 224, 3), 128, np.uint8)
+    colors = [COLORS[63], COLORS[95]]
+    image = np.asarray(draw_frames(pixels, np.array([[16, 32]] * 2), 63, colors))
+    assert (image[edge(16, 32, 63, 0, WIDTH)] == colors[0]).all()
+    inner = WIDTH + 1
+    assert (image[edge(16, 32, 63, inner, inner + WIDTH)] == colors[1]).all()
+
+
 def test_the_page_shows_every_crop_with_its_frames(found: PatchExamples):
     page = np.asarray(patches_figure(found))
     windows = {

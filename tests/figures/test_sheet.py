@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from anchorpatch.errors import SettingsError, StorageError
-from anchorpatch.figures.sheet import COLORS, TRUTH, Tile, contact_sheet, save_png
+from anchorpatch.figures.frames import COLORS
+from anchorpatch.figures.sheet import TRUTH, Tile, contact_sheet, save_png
 
 
 def make_tile(scale: int = 63, **changes: object) -> Tile:

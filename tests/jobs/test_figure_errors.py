@@ -147,3 +147,21 @@ def test_the_command(program, image_folder: Path, weights: Path, tmp_path: Path)
         assert picture.width > 600
     assert (tmp_path / "figures" / "errors.json").is_file()
     assert "taken for" in done.stdout.splitlines()[0]
+
+
+def test_a_class_hardly_looked_at_is_searched_for_its_typical_image(
+    source: ImageSource, loaded: Weights, result: BranchErrors
+):
+    """Naming one image leaves no other of those looked at to stand for the mistaken class."""
+    errors = [(s, e) for s, of_scale in result.errors.items() for e in of_scale if e.typical]
+    assert errors
+    for scale, error in errors[:2]:
+        config = ErrorsConfig(Choice(images=(error.path,)), (scale,), device="cpu")
+        alone = find_errors(source, loaded, config)
+        assert (alone.looked, alone.found) == (1, {scale: 1})
+        (again,) = alone.errors[scale]
+        assert (again.mistaken, again.true) == (error.mistaken, error.true)
+        assert again.typical is not None
+        assert again.typical.path.startswith(f"{error.mistaken.name}/")
+        # 16 of the class's 20 images are looked at.
+        assert again.typical.probability <= error.typical.probability
