@@ -6,6 +6,7 @@
     ├── SettingsError                a value that no run could use (also ValueError); status 2
     ├── DataError                    the image folder or the labels file is not as expected
     │   ├── ImageError               one image cannot be decoded; carries the reason
+    │   ├── NothingToShow            no image looked at is an example of what was asked for
     │   └── TooManyBadImages         more images were skipped than --max-bad allows
     ├── WeightsError                 a weights file is missing, damaged or of another kind
     ├── ShardError                   a shard or manifest cannot be read or written
@@ -30,6 +31,7 @@ __all__ = [
     "ManifestMismatch",
     "MissingDependency",
     "NonFiniteError",
+    "NothingToShow",
     "SettingsError",
     "ShardError",
     "StorageError",
@@ -64,6 +66,10 @@ class ImageError(DataError):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class NothingToShow(DataError):
+    """No image that was looked at is an example of what was asked for; nothing is wrong."""
 
 
 class TooManyBadImages(DataError):

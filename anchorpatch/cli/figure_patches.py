@@ -64,7 +64,7 @@ def patches(
     result = find_patches(source, weights, config, reporter())
     for scale, found in result.missing.items():
         click.echo(
-            f"only {found} of the {result.looked:,} images looked at can be shown for {scale} px: "
+            f"only {found} of {result.looked} that were looked at can be shown for {scale} px: "
             "raise --limit for more",
             err=True,
         )

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from anchorpatch.shards.facts import SplitFacts
     from anchorpatch.shards.reader import ShardReader
 
-#: Kind of picture by the ending of its name.
-_PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP"}
-
 _folder = click.argument("folder", metavar="DIR", type=PATH)
 
 
@@ -104,15 +101,11 @@ def show(folder: Path, image: str, out: Path) -> None:
     number from 0. Where the shards store images, the image with framed patches stands beside.
     """
     from anchorpatch.figures.overlay import patch_figure
+    from anchorpatch.figures.save import picture_kind
     from anchorpatch.shards.reader import ShardReader
     from anchorpatch.storage import write_atomically
 
-    kind = _PICTURES.get(out.suffix.lower())
-    if kind is None:
-        raise click.BadParameter(
-            f"expected a name that ends in {', '.join(_PICTURES)}, got {out.name!r}",
-            param_hint="'--out'",
-        )
+    kind = picture_kind(out)
     splits = _splits(folder)
     if len(splits) > 1:
         names = ", ".join(str(split) for split in splits)

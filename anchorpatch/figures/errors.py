@@ -49,7 +49,7 @@ def errors_figure(result: BranchErrors) -> Image.Image:
     for scale, errors in result.errors.items():
         text = (
             f"is wrong and another branch right about {result.found[scale]:,} of "
-            f"{result.looked:,} images"
+            f"{result.looked.images:,} images"
         )
         rows = [_row(error, scale) for error in errors]
         blocks.append(stacked([heading(scale, text), *rows], 2 * GAP))

@@ -42,8 +42,8 @@ def patches_figure(result: PatchExamples) -> Image.Image:
     width = max(cell.width for of_scale in cells.values() for cell in of_scale)
     blocks = []
     for scale, of_scale in cells.items():
-        share = result.by_scale[scale] / result.looked
-        top = heading(scale, f"chosen by {share:.1%} of {result.looked:,} images")
+        share = result.by_scale[scale] / result.looked.images
+        top = heading(scale, f"chosen by {share:.1%} of {result.looked.images:,} images")
         blocks.append(stacked([top, _grid(of_scale, width)] if of_scale else [top]))
     return bordered(stacked(blocks, 3 * GAP))
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from anchorpatch.errors import SettingsError
 from anchorpatch.jobs.examples import Choice, Example, look_at, spread
-from anchorpatch.jobs.figure_record import record
+from anchorpatch.jobs.figure_record import LookedAt, ShownImages
 from anchorpatch.jobs.image_source import ImageSource
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.lsp import PRESETS, SCALES
@@ -80,32 +80,25 @@ class AttentionExample:
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionExamples:
+class AttentionExamples(ShownImages):
     """Images with their attention maps and class heatmaps.
 
     Attributes:
         config: what was asked for.
-        source: name of the images' folder.
-        weights_sha256: of AnchorNet's weights.
-        looked: images that were looked at.
-        unreadable: images that could not be decoded.
         examples: images to show.
     """
 
     config: AttentionConfig
-    source: str
-    weights_sha256: str
-    looked: int
-    unreadable: int
     examples: tuple[AttentionExample, ...]
 
+    name, number = "attention", 5
     title = "Attention maps and class heatmaps of the three branches"
 
     @property
     def caption(self) -> str:
         """One or two sentences on what is seen and how it came about."""
         return (
-            f"{len(self.examples)} of {self.looked:,} images of {self.source} that were looked at: "
+            f"{len(self.examples)} of {self.looked} that were looked at: "
             "on the left the spatial attention S of each branch, as a multiple of uniform "
             "attention, and on the right the heatmap M of the decided class, its evidence at each "
             "location. A location is drawn at the centre of the patch it sees; the frame marks "
@@ -114,12 +107,9 @@ class AttentionExamples:
 
     def to_json(self) -> dict[str, Any]:
         """Return what the figure shows as JSON knows it, without pixels."""
-        return record(
-            *("attention", 5, self.title, self.caption, self.weights_sha256, self.source),
+        return self.record(
             self.config.choice,
             {"count": self.config.count},
-            looked_at=self.looked,
-            unreadable=self.unreadable,
             images=[example.to_json() for example in self.examples],
         )
 
@@ -166,9 +156,7 @@ def find_attention(
         )
         for k, (i, image) in enumerate(zip(chosen, images, strict=True))
     )
-    return AttentionExamples(
-        config, source.name, weights.sha256, len(survey), survey.unreadable, examples
-    )
+    return AttentionExamples(LookedAt.of(survey, weights), config, examples)
 
 
 def _place(values: NDArray[np.float32]) -> list[int]:

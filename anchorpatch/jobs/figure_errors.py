@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anchorpatch.errors import DataError, SettingsError
+from anchorpatch.errors import DataError, NothingToShow, SettingsError
 from anchorpatch.jobs.class_names import few
 from anchorpatch.jobs.examples import Choice, Survey, look_at, spread
-from anchorpatch.jobs.figure_record import record
+from anchorpatch.jobs.figure_record import LookedAt, ShownImages
 from anchorpatch.jobs.image_source import ImageSource
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.lsp import PRESETS, SCALES, STRIDE, LspSettings, select
@@ -128,27 +128,20 @@ class BranchError:
 
 
 @dataclass(frozen=True, eq=False)
-class BranchErrors:
+class BranchErrors(ShownImages):
     """Errors of branches.
 
     Attributes:
         config: what was asked for.
-        source: name of the images' folder.
-        weights_sha256: of AnchorNet's weights.
-        looked: images that were looked at.
-        unreadable: images that could not be decoded.
         found: errors among those looked at, by the branch's scale.
         errors: those to show, by scale.
     """
 
     config: ErrorsConfig
-    source: str
-    weights_sha256: str
-    looked: int
-    unreadable: int
     found: dict[int, int]
     errors: dict[int, tuple[BranchError, ...]]
 
+    name, number = "errors", 4
     title = "Where a branch is wrong and another right"
 
     @property
@@ -156,7 +149,7 @@ class BranchErrors:
         """A few sentences on what is seen and how it came about."""
         counts = " and ".join(f"{n:,} by {scale} px" for scale, n in self.found.items())
         return (
-            f"Of {self.looked:,} images of {self.source}, a branch is wrong and another right "
+            f"Of {self.looked}, a branch is wrong and another right "
             f"about {counts}. A row shows the image, the patch with the branch's most evidence for "
             "the class that it predicts (cross) and for the true one (tick), and the image of the "
             "mistaken class that the branch is surest about with its patches there."
@@ -164,12 +157,9 @@ class BranchErrors:
 
     def to_json(self) -> dict[str, Any]:
         """Return what the figure shows as JSON knows it, without pixels."""
-        return record(
-            *("errors", 4, self.title, self.caption, self.weights_sha256, self.source),
+        return self.record(
             self.config.choice,
             {"scales": self.config.scales, "per_scale": self.config.per_scale},
-            looked_at=self.looked,
-            unreadable=self.unreadable,
             found={str(scale): n for scale, n in self.found.items()},
             images={str(s): [error.to_json() for error in e] for s, e in self.errors.items()},
         )
@@ -193,8 +183,8 @@ def find_errors(
         reporter: takes the progress.
 
     Raises:
-        DataError: no branch is wrong where another is right, the weights know none of the
-            classes, or no image can be decoded.
+        NothingToShow: no branch is wrong where another is right.
+        DataError: the weights know none of the classes, or no image can be decoded.
         SettingsError: no image or class has a name that was asked for.
     """
     rows = config.choice.rows(source)
@@ -210,7 +200,7 @@ def find_errors(
                     "classes with --weights"
                 )
             scales = " or ".join(f"{scale} px" for scale in config.scales)
-            raise DataError(
+            raise NothingToShow(
                 f"{source.name}: among {len(survey)} images the branch of {scales} is nowhere "
                 "wrong where another is right: raise --limit, or choose another --scale"
             )
@@ -230,15 +220,8 @@ def find_errors(
             )
             for scale, images in chosen.items()
         }
-    return BranchErrors(
-        config,
-        source.name,
-        weights.sha256,
-        len(survey),
-        survey.unreadable,
-        {scale: len(wrong) for scale, wrong in of_scale.items()},
-        errors,
-    )
+    found = {scale: len(wrong) for scale, wrong in of_scale.items()}
+    return BranchErrors(LookedAt.of(survey, weights), config, found, errors)
 
 
 def _wrong(survey: Survey, scale: int) -> list[int]:

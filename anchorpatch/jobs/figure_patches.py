@@ -9,7 +9,7 @@ import numpy as np
 
 from anchorpatch.errors import DataError, SettingsError
 from anchorpatch.jobs.examples import Choice, Example, look_at, spread
-from anchorpatch.jobs.figure_record import record, settings_text
+from anchorpatch.jobs.figure_record import LookedAt, ShownImages, settings_text
 from anchorpatch.jobs.image_source import ImageSource
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.lsp import PRESETS, SCALES, LspSettings
@@ -47,36 +47,29 @@ class PatchesConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class PatchExamples:
+class PatchExamples(ShownImages):
     """Images by chosen scale, with their patches.
 
     Attributes:
         config: what was asked for.
-        source: name of the images' folder.
-        weights_sha256: of AnchorNet's weights.
-        looked: images that were looked at.
-        unreadable: images that could not be decoded.
         by_scale: images among those looked at, by chosen scale.
         examples: images to show, by chosen scale.
     """
 
     config: PatchesConfig
-    source: str
-    weights_sha256: str
-    looked: int
-    unreadable: int
     by_scale: dict[int, int]
     examples: dict[int, tuple[Example, ...]]
 
+    name, number = "patches", 3
     title = "Semantic patches by chosen scale"
 
     @property
     def caption(self) -> str:
         """One or two sentences on what is seen and how it came about."""
-        shares = ", ".join(f"{n / self.looked:.1%} {s} px" for s, n in self.by_scale.items())
+        shares = ", ".join(f"{n / self.looked.images:.1%} {s} px" for s, n in self.by_scale.items())
         right = " Only images whose class is decided right are shown." * self.config.only_right
         return (
-            f"Of {self.looked:,} images of {self.source}, AnchorNet chose for {shares}. Each is "
+            f"Of {self.looked}, AnchorNet chose for {shares}. Each is "
             f"shown with its patches framed and, the strongest first, cut out "
             f"({settings_text(self.config.lsp)}).{right}"
         )
@@ -91,12 +84,9 @@ class PatchExamples:
     def to_json(self) -> dict[str, Any]:
         """Return what the figure shows as JSON knows it, without pixels."""
         config = self.config
-        return record(
-            *("patches", 3, self.title, self.caption, self.weights_sha256, self.source),
+        return self.record(
             config.choice,
             {"per_scale": config.per_scale, "only_right": config.only_right, **asdict(config.lsp)},
-            looked_at=self.looked,
-            unreadable=self.unreadable,
             chosen={str(scale): n for scale, n in self.by_scale.items()},
             images=[
                 example.to_json() for of_scale in self.examples.values() for example in of_scale
@@ -137,12 +127,4 @@ def find_patches(
         if not config.choice.images:
             of_scale = spread(of_scale, config.per_scale, lambda i: survey.labels[i])
         examples[scale] = survey.examples(of_scale)
-    return PatchExamples(
-        config,
-        source.name,
-        weights.sha256,
-        len(survey),
-        survey.unreadable,
-        survey.by_scale,
-        examples,
-    )
+    return PatchExamples(LookedAt.of(survey, weights), config, survey.by_scale, examples)

@@ -12,7 +12,7 @@ from anchorpatch.lsp import SCALES, Decision, decide
 from anchorpatch.models.anchornet import Logits
 from anchorpatch.runtime.distributed import sum_ranks
 
-__all__ = ["OUTPUTS", "Scores", "six_losses"]
+__all__ = ["OUTPUTS", "Scores", "hits", "six_losses"]
 
 #: The six supervised outputs, in the order of `six_losses`.
 OUTPUTS = tuple(f"{part}_{scale}" for part in ("localization", "attention") for scale in SCALES)
@@ -60,13 +60,13 @@ class Scores:
         decision = decide(probabilities)
         # gamma first, then the classes by their mean probability over the branches
         ranking = probabilities.mean(1).scatter(1, decision.predicted[:, None], 2.0)
-        hits = [_hits(outputs, labels, k) for k in (1, 5)]
+        of_outputs = [hits(outputs, labels, k).sum(0) for k in (1, 5)]
         self._sums += torch.cat(
             (
                 torch.tensor([float(n)], device=labels.device),
                 six_losses(logits, labels) * n,
-                *hits,
-                *(_hits(ranking[:, None], labels, k) for k in (1, 5)),
+                *of_outputs,
+                *(hits(ranking, labels, k).sum(0, keepdim=True) for k in (1, 5)),
                 torch.bincount(decision.branch, minlength=len(SCALES)).float(),
             )
         ).double()
@@ -93,7 +93,20 @@ class Scores:
         }
 
 
-def _hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Count the images (N, O, C) whose label is among the k best of each output (O,)."""
+def hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Return 1 where an image's label is among the k best, else 0.
+
+    Args:
+        scores: of the classes (N, ..., C).
+        labels: class index (N,), int64.
+        k: how many are the best; all where there are fewer classes.
+
+    Returns:
+        float32 (N, ...).
+
+    Example:
+        >>> hits(torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.1, 0.4]]), torch.tensor([2, 0]), 1)
+        tensor([0., 1.])
+    """
     best = scores.topk(min(k, scores.shape[-1]), -1).indices
-    return (best == labels[:, None, None]).any(-1).float().sum(0)
+    return (best == labels.view(-1, *[1] * (scores.ndim - 1))).any(-1).float()

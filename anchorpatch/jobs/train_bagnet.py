@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anchorpatch.jobs.scores import hits
 from anchorpatch.jobs.task import Batch
 from anchorpatch.jobs.train_config import ANCHORNET_ONLY
 from anchorpatch.jobs.train_task import ImageTask, start_from
@@ -16,7 +17,7 @@ from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.distributed import sum_ranks
 
-__all__ = ["BagNetTask", "LogitFigures", "hits"]
+__all__ = ["BagNetTask", "LogitFigures"]
 
 
 class BagNetTask(ImageTask):
@@ -77,14 +78,3 @@ class LogitFigures:
         n, *rest = sum_ranks(self._sums).tolist()
         loss, top1, top5 = (value / max(n, 1.0) for value in rest)
         return {"images": int(n), "loss": loss, "top1": top1, "top5": top5}
-
-
-def hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Return 1 where an image's label is among the k best of its logits (n, C), else 0 (n,).
-
-    Example:
-        >>> hits(torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.1, 0.4]]), torch.tensor([2, 0]), 1)
-        tensor([0., 1.])
-    """
-    best = logits.topk(min(k, logits.shape[-1]), -1).indices
-    return (best == labels[:, None]).any(-1).float()

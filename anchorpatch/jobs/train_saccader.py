@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anchorpatch.jobs.scores import hits
 from anchorpatch.jobs.task import Batch
-from anchorpatch.jobs.train_bagnet import BagNetTask, LogitFigures, hits
+from anchorpatch.jobs.train_bagnet import BagNetTask, LogitFigures
 from anchorpatch.jobs.train_config import ANCHORNET_ONLY, TrainConfig
 from anchorpatch.jobs.train_task import ImageTask
 from anchorpatch.models.registry import build

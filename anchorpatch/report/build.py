@@ -95,7 +95,7 @@ def run(config: ReportConfig, progress: Reporter | None = None) -> ReportSummary
     left_out = (*contents.left_out, *made.left_out, *bad)
     figures = sorted((*contents.figures, *made.figures), key=lambda figure: figure.number)
     used = [] if made.weights is None else [read_weights_facts(made.weights)]
-    parts = sections(contents, figures, scenes, used)
+    parts = sections(contents, figures, scenes, used, made.nothing)
     page = render(config.folder, key_figures(contents), parts, left_out, date)
     out = config.out or config.folder / "report.html"
     write_atomically(out, lambda file: file.write(page))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from anchorpatch.demo.weights import demo_weights
-from anchorpatch.errors import AnchorpatchError, DataError, WeightsError
+from anchorpatch.errors import AnchorpatchError, NothingToShow, WeightsError
 from anchorpatch.figures import attention_figure, errors_figure, patches_figure
 from anchorpatch.jobs.examples import Choice
 from anchorpatch.jobs.figure_attention import AttentionConfig, find_attention
@@ -39,11 +39,13 @@ class Made:
         figures: one for each number that was missing and could be made.
         weights: that they were made with; None where nothing was made.
         left_out: what failed, and why.
+        nothing: why there is nothing to show, by the number of the figure; no fault.
     """
 
     figures: tuple[FigureFile, ...] = ()
     weights: Path | None = None
     left_out: tuple[LeftOut, ...] = ()
+    nothing: Mapping[int, str] = field(default_factory=dict)
 
 
 #: Images that each figure looks at: fewer than its command does, so that a page is quick to make.
@@ -88,18 +90,18 @@ def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -
     split, path = _matching(splits, contents, weights)
     if split is None or path is None or not missing or not split.facts.images:
         return Made()
-    figures, left_out = [], []
+    figures, left_out, nothing = [], [], {}
     loaded = load_weights(path)
     for number in missing:
         try:
             source = ImageSource.of_shards(ShardReader(split.folder, partial=True))
             result, picture = _MAKERS[number](source, loaded, reporter)
             figures.append(_figure(result.to_json(), picture))
-        except DataError:
-            continue  # the images hold no such example: nothing is wrong with them
+        except NothingToShow as error:
+            nothing[number] = str(error)
         except AnchorpatchError as error:
             left_out.append(LeftOut(f"Figure {number} of {split.folder}", str(error)))
-    return Made(tuple(figures), path, tuple(left_out))
+    return Made(tuple(figures), path, tuple(left_out), nothing)
 
 
 def _matching(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from anchorpatch.jobs.tables import Table3, Table4
@@ -92,6 +93,7 @@ def sections(
     figures: Sequence[FigureFile],
     scenes: Scenes | None = None,
     used: Sequence[WeightsFacts] = (),
+    nothing: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[Section, ...]:
     """Return the sections of the page: those that hold something before those that do not.
 
@@ -102,8 +104,9 @@ def sections(
         figures: of the folder, and those made just now.
         scenes: what is known of drawn pictures, where the images are such.
         used: weights that figures were made with just now.
+        nothing: why a figure has nothing to show, by its number.
     """
-    found = [_training(contents.runs), _results(contents), _figures(figures)]
+    found = [_training(contents.runs), _results(contents), _figures(figures, nothing)]
     found += [] if scenes is None else [_scenes(scenes)]
     found.append(_shards(contents.splits))
     found.sort(key=lambda section: not any(section.counts.values()))
@@ -148,7 +151,7 @@ def _results(contents: Contents) -> Section:
     return Section("tables", "Accuracy and cost", tuple(blocks), counts)
 
 
-def _figures(figures: Sequence[FigureFile]) -> Section:
+def _figures(figures: Sequence[FigureFile], nothing: Mapping[int, str]) -> Section:
     blocks: list[Any] = []
     for number, (what, command) in _FIGURES.items():
         of_number = [figure for figure in figures if figure.number == number]
@@ -157,7 +160,11 @@ def _figures(figures: Sequence[FigureFile]) -> Section:
             if figure.summary:
                 blocks.append(summary_table(f"Figure {number} in numbers", figure.summary))
         if not of_number:
-            blocks.append(Words(f"Figure {number} ({what}) is not here; `{command}` makes it."))
+            why = nothing.get(number)
+            missing = (
+                f"has nothing to show: {why}." if why else f"is not here; `{command}` makes it."
+            )
+            blocks.append(Words(f"Figure {number} ({what}) {missing}"))
     blocks += [_plate(figure) for figure in figures if figure.number not in _FIGURES]
     shown = {f"figure {number}": sum(f.number == number for f in figures) for number in _FIGURES}
     return Section("figures", "Figures", tuple(blocks), shown)

@@ -11,6 +11,7 @@ from PIL import Image
 from anchorpatch.figures.attention import attention_figure, map_extent
 from anchorpatch.jobs.examples import Choice, Example
 from anchorpatch.jobs.figure_attention import AttentionConfig, AttentionExample, AttentionExamples
+from anchorpatch.jobs.figure_record import LookedAt
 from anchorpatch.lsp import SCALES
 
 SIDES = {63: 21, 95: 17, 111: 15}
@@ -42,9 +43,8 @@ def make_result(*scales: int, predicted: str = "cat", other: float = 0.5) -> Att
         )
         for scale in scales
     )
-    return AttentionExamples(
-        AttentionConfig(Choice(), len(scales)), "data/val", "0" * 64, 9, 0, examples
-    )
+    looked = LookedAt("data/val", "0" * 64, 9, 0)
+    return AttentionExamples(looked, AttentionConfig(Choice(), len(scales)), examples)
 
 
 def rendered(figure: Figure) -> NDArray[np.uint8]:

@@ -60,7 +60,7 @@ def test_the_figure_has_the_stored_patches_to_the_bit(
     found: PatchExamples, reader: ShardReader, stored: dict[str, int]
 ):
     assert sorted(example.path for example in examples_of(found)) == sorted(stored)
-    assert found.looked == sum(found.by_scale.values()) == len(reader)
+    assert found.looked.images == sum(found.by_scale.values()) == len(reader)
     assert len([scale for scale in SCALES if found.by_scale[scale]]) > 1
     for scale, of_scale in found.examples.items():
         assert len(of_scale) == found.by_scale[scale]

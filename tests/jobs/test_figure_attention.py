@@ -90,8 +90,8 @@ def test_attention_averages_one_and_is_the_networks(
 
 def test_named_images_are_shown_in_their_order(found: AttentionExamples, image_folder: Path):
     assert tuple(example.image.path for example in found.examples) == NAMES
-    assert (found.looked, found.unreadable) == (3, 0)
-    assert found.source == str(image_folder / "val")
+    assert (found.looked.images, found.looked.unreadable) == (3, 0)
+    assert found.looked.source == str(image_folder / "val")
 
 
 def test_heatmaps_are_those_of_the_decided_class(found: AttentionExamples, loaded: Weights):
@@ -125,7 +125,7 @@ def test_the_strongest_patch_lies_at_the_largest_value_of_its_heatmap(found: Att
 def test_chosen_images_are_spread_over_scales(source: ImageSource, loaded: Weights):
     config = AttentionConfig(Choice(seed=1, limit=16), 2, "cpu")
     found = find_attention(source, loaded, config)
-    assert found.looked == 16
+    assert found.looked.images == 16
     assert len(found.examples) == 2
     assert len({example.image.scale for example in found.examples}) == 2
 

@@ -158,7 +158,7 @@ def test_a_class_hardly_looked_at_is_searched_for_its_typical_image(
     for scale, error in errors[:2]:
         config = ErrorsConfig(Choice(images=(error.path,)), (scale,), device="cpu")
         alone = find_errors(source, loaded, config)
-        assert (alone.looked, alone.found) == (1, {scale: 1})
+        assert (alone.looked.images, alone.found) == (1, {scale: 1})
         (again,) = alone.errors[scale]
         assert (again.mistaken, again.true) == (error.mistaken, error.true)
         assert again.typical is not None

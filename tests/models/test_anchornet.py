@@ -10,6 +10,7 @@ from anchorpatch.lsp import SCALES
 from anchorpatch.models.anchornet import AnchorNet, spatial_attention
 from anchorpatch.models.complexity import anchornet_receptive_fields, macs, parameters
 from anchorpatch.models.registry import build
+from tests.models.random_norms import randomize_norms
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +18,7 @@ def net() -> AnchorNet:
     """1,000 classes, with the statistics and offsets of a network that has seen training."""
     torch.manual_seed(0)
     net = AnchorNet(1000)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.2)
-            nn.init.normal_(module.running_mean, 0, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    randomize_norms(net)
     for branch in net.branches:
         nn.init.normal_(branch.classifier.weight, 0, 0.1)
         nn.init.normal_(branch.classifier.bias, 0, 0.1)

@@ -23,7 +23,10 @@ def test_figures_of_the_demo_are_made_from_its_shards(demo: Path) -> None:
         assert figure.caption
         assert figure.images == str(demo / "shards" / "val")
         assert figure.weights_sha256 == collect(demo).splits[0].facts.weights_sha256
-    assert 3 in [figure.number for figure in made.figures]
+    numbers = {figure.number for figure in made.figures}
+    assert numbers >= {3, 5}
+    # On a dozen scenes no branch may be wrong where another is right.
+    assert numbers | made.nothing.keys() == {3, 4, 5}
 
 
 def test_a_figure_that_is_there_is_not_made_again(demo: Path, tmp_path: Path) -> None:
@@ -49,7 +52,9 @@ def test_the_page_of_the_demo(demo: Path, tmp_path: Path) -> None:
     summary = run(ReportConfig(demo, out=tmp_path / "report.html"))
     assert summary.left_out == ()
     assert summary.bytes < 5_000_000
-    parsed = Parsed(summary.report.read_bytes())
+    page = summary.report.read_bytes()
+    assert (b"has nothing to show" in page) == (not summary.sections["figures"]["figure 4"])
+    parsed = Parsed(page)
     order = [section["id"] for section in parsed.all("section")]
     assert order == ["figures", "scenes", "shards", "training", "tables", "settings"]
     fit = parsed.tables["Patches against the true boxes"]
