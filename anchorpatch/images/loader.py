@@ -366,12 +366,22 @@ def _from_workers(iterator: Any, pin_memory: bool) -> Generator[Batch, None, Non
 
 
 def _what_failed(error: Exception) -> str:
-    if "exited unexpectedly" in str(error) or "is killed by signal" in str(error):
+    if _is_of_a_dead_worker(error):
         return (
             "a loading worker was killed, most likely for want of memory or shared memory "
             f"({_last_line(error)}); use fewer workers or smaller batches, and run again"
         )
     return f"a loading worker failed: {_last_line(error)}"
+
+
+def _is_of_a_dead_worker(error: Exception) -> bool:
+    if str(error).startswith("Caught "):  # the worker lived to report it
+        return False
+    # The worker that filled shared memory hands it over by a connection. Where it dies over
+    # that, the connection may be gone before the system counts the worker among the dead.
+    if isinstance(error, (ConnectionError, EOFError)):
+        return True
+    return "exited unexpectedly" in str(error) or "is killed by signal" in str(error)
 
 
 def _last_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import subprocess
@@ -202,6 +203,20 @@ def test_a_killed_worker_is_one_clear_error(small: ImageFolder) -> None:
         list(batches)
     assert "\n" not in str(caught.value)
     assert wait_until(lambda: workers_alive() == 0)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError, BrokenPipeError])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_counts_as_killed(
+    small: ImageFolder, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    # Which trace a death leaves first is a matter of microseconds.
+    def lose_connection(*_: object, **__: object) -> None:
+        raise error
+
+    batches = load_batches(small, [range(3)], workers=1)
+    monkeypatch.setattr(multiprocessing.queues.Queue, "get", lose_connection)
+    with pytest.raises(AnchorpatchError, match="a loading worker was killed"):
+        list(batches)
 
 
 def test_workers_leave_signals_to_the_parent(small: ImageFolder) -> None:
