@@ -255,7 +255,8 @@ def test_a_full_disk_ends_in_one_line_and_a_run_that_goes_on(
     try:
         result = program(*arguments)
         assert (result.returncode, result.stdout) == (1, "")
-        lines = result.stderr.splitlines()
+        # A busy machine has time for progress, which is no part of the error.
+        lines = [x for x in result.stderr.splitlines() if not x.startswith("extract val: ")]
         assert len(lines) == 1
         assert "No space left on device" in lines[0]
         assert "free space and run the same command again" in lines[0]
