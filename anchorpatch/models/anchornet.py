@@ -261,6 +261,9 @@ class AnchorNet(nn.Module):
                 nn.init.zeros_(module.bias)
         for branch in self._branches():
             nn.init.normal_(branch.classifier.weight, 0, 0.01)
+            # One output: by fan-out its weights would be so large that the softmax of (1) picks
+            # one location from the first step on, and the slightest rounding another.
+            nn.init.normal_(branch.gate.weight, 0, 0.01)
 
     def _branches(self) -> list[Branch]:
         return list(self.branches)  # type: ignore[arg-type]
