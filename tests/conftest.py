@@ -3,13 +3,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.program import run_program
 
 # Tests run side by side, one a core; threads of theirs would only get in each other's way.
 # Set before anything loads torch, and for the programs that tests start.
@@ -26,19 +28,7 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def program(tmp_path: Path) -> Program:
     """Run the real program in an empty folder, without the caller's settings."""
-
-    def run(*args: object, env: dict[str, str] | None = None, timeout: float = 240):
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("ANCHORPATCH_")}
-        return subprocess.run(
-            [sys.executable, "-m", "anchorpatch", *map(str, args)],
-            cwd=tmp_path,
-            env={**clean, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-
-    return run
+    return partial(run_program, cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,9 @@ from anchorpatch.demo.weights import demo_weights
 from anchorpatch.errors import WeightsError
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
+from tests.program import run_program
 
-
-def run(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "anchorpatch", "demo", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=180)
+run = partial(run_program, "demo")
 
 
 @pytest.fixture(scope="module")

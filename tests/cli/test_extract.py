@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import Program
 from tests.oddities import make_oddities
+from tests.program import run_program
 from tests.shards_oracle import check_folder
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -34,8 +35,7 @@ def reference(
     """The files of an uninterrupted run without workers."""
     out = tmp_path_factory.mktemp("reference")
     arguments = [*common(image_folder, weights), "--out", out, "--workers", 0]
-    command = [sys.executable, "-m", "anchorpatch", *map(str, arguments)]
-    subprocess.run(command, check=True, capture_output=True)
+    run_program(*arguments, cwd=out).check_returncode()
     assert check_folder(out / "val")[0] == 40
     return contents(out / "val")
 
@@ -52,7 +52,7 @@ def test_workers_and_batches_do_not_change_the_bytes(
 ) -> None:  # fmt: skip
     batch = {1: 5, 2: 64}[workers]
     arguments = [*common(image_folder, weights), "--workers", workers, "--batch-size", batch]
-    result = program(*arguments, env={"OMP_NUM_THREADS": str(workers)})
+    result = program(*arguments, env={"OMP_NUM_THREADS": str(workers)}, fresh=True)
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "shards/val") == reference
 

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
+from tests.program import run_program
 
-def run(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "anchorpatch", "scenes", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+run = partial(run_program, "scenes")
 
 
 def test_scenes_draws_a_set_and_says_so(tmp_path: Path) -> None:
