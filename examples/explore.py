@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 from anchorpatch.figures import attention_figure, coverage_figure, errors_figure, patches_figure
-from anchorpatch.jobs.coverage import CoverageConfig
-from anchorpatch.jobs.coverage import run as measure_coverage
-from anchorpatch.jobs.figure_attention import AttentionConfig, find_attention
-from anchorpatch.jobs.figure_errors import ErrorsConfig, find_errors
-from anchorpatch.jobs.figure_patches import PatchesConfig, find_patches
-from anchorpatch.jobs.image_source import ImageSource
+from anchorpatch.jobs.figures.attention import AttentionConfig, find_attention
+from anchorpatch.jobs.figures.coverage import CoverageConfig
+from anchorpatch.jobs.figures.coverage import run as measure_coverage
+from anchorpatch.jobs.figures.errors import ErrorsConfig, find_errors
+from anchorpatch.jobs.figures.image_source import ImageSource
+from anchorpatch.jobs.figures.patches import PatchesConfig, find_patches
 from anchorpatch.runtime.checkpoint import load_weights
 
 data = Path(sys.argv[1] if len(sys.argv) > 1 else "data")

@@ -11,7 +11,7 @@ from anchorpatch.cli.output import print_csv, print_json, print_markdown, print_
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.evaluate import EvaluateSummary
-    from anchorpatch.jobs.tables import Table3, Table4
+    from anchorpatch.jobs.evaluation.tables import Table3, Table4
 
 __all__ = ["print_anchornet", "print_table_3", "print_table_4"]
 

@@ -31,7 +31,7 @@ def attention(count: int, out: Path, device: str, as_json: bool, **options: Any)
     """
     from anchorpatch.figures import attention_figure
     from anchorpatch.figures.save import save_figure
-    from anchorpatch.jobs.figure_attention import AttentionConfig, find_attention
+    from anchorpatch.jobs.figures.attention import AttentionConfig, find_attention
     from anchorpatch.runtime.progress import reporter
 
     source, weights, choice = inputs(out=out, **options)

@@ -23,7 +23,7 @@ from anchorpatch.cli.options import (
 from anchorpatch.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from anchorpatch.jobs.coverage_curves import Series
+    from anchorpatch.jobs.figures.coverage_curves import Series
 
 __all__ = ["coverage"]
 
@@ -122,9 +122,9 @@ def coverage(
     """
     from anchorpatch.figures import coverage_figure
     from anchorpatch.figures.save import picture_kind, save_figure
-    from anchorpatch.jobs.coverage import CoverageConfig, run
-    from anchorpatch.jobs.coverage_curves import LOCALIZERS, write_points
-    from anchorpatch.jobs.image_source import ImageSource
+    from anchorpatch.jobs.figures.coverage import CoverageConfig, run
+    from anchorpatch.jobs.figures.coverage_curves import LOCALIZERS, write_points
+    from anchorpatch.jobs.figures.image_source import ImageSource
     from anchorpatch.runtime.device import cpu_count
     from anchorpatch.runtime.progress import reporter
 

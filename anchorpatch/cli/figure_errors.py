@@ -43,7 +43,7 @@ def errors(
     """
     from anchorpatch.figures import errors_figure
     from anchorpatch.figures.save import save_figure
-    from anchorpatch.jobs.figure_errors import ErrorsConfig, find_errors
+    from anchorpatch.jobs.figures.errors import ErrorsConfig, find_errors
     from anchorpatch.runtime.progress import reporter
 
     source, weights, choice = inputs(out=out, **options)

@@ -55,7 +55,7 @@ def patches(
     """
     from anchorpatch.figures import patches_figure
     from anchorpatch.figures.save import save_figure
-    from anchorpatch.jobs.figure_patches import PatchesConfig, find_patches
+    from anchorpatch.jobs.figures.patches import PatchesConfig, find_patches
     from anchorpatch.runtime.progress import reporter
 
     lsp = overridden(preset, max_patches, iou_threshold, coverage)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from anchorpatch.figures.canvas import fitted, font, rounded
 from anchorpatch.images.decode import CROP
-from anchorpatch.jobs.figure_attention import AttentionExample, AttentionExamples
+from anchorpatch.jobs.figures.attention import AttentionExample, AttentionExamples
 from anchorpatch.lsp import SCALES, STRIDE
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def attention_figure(result: AttentionExamples) -> Figure:
     localizes the image is framed.
 
     Args:
-        result: from `anchorpatch.jobs.figure_attention.find_attention`.
+        result: from `anchorpatch.jobs.figures.attention.find_attention`.
     """
     page = _Page(len(result.examples))
     maps = [s for example in result.examples for s in example.attention]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from anchorpatch.jobs.coverage_curves import CoverageResult, Series
+from anchorpatch.jobs.figures.coverage_curves import CoverageResult, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,7 +20,7 @@ from anchorpatch.figures.canvas import (
 )
 from anchorpatch.figures.frames import MARK, Mark, cross, draw_frames, framed, tick
 from anchorpatch.figures.patches import heading, localized_picture
-from anchorpatch.jobs.figure_errors import BranchError, BranchErrors, Evidence
+from anchorpatch.jobs.figures.errors import BranchError, BranchErrors, Evidence
 
 __all__ = ["RIGHT", "WRONG", "errors_figure"]
 
@@ -43,7 +43,7 @@ def errors_figure(result: BranchErrors) -> Image.Image:
     class that the branch is surest about, with the branch's patches framed and cut out.
 
     Args:
-        result: from `anchorpatch.jobs.figure_errors.find_errors`.
+        result: from `anchorpatch.jobs.figures.errors.find_errors`.
     """
     blocks = [_legend()]
     for scale, errors in result.errors.items():

@@ -11,8 +11,8 @@ from PIL import Image
 
 from anchorpatch.figures.canvas import BLACK, GAP, GREY, beside, bordered, stacked, written
 from anchorpatch.figures.frames import COLORS, draw_frames, framed, number
-from anchorpatch.jobs.examples import Example
-from anchorpatch.jobs.figure_patches import PatchExamples
+from anchorpatch.jobs.figures.examples import Example
+from anchorpatch.jobs.figures.patches import PatchExamples
 
 __all__ = ["heading", "localized_picture", "patches_figure"]
 
@@ -32,7 +32,7 @@ def patches_figure(result: PatchExamples) -> Image.Image:
     crop. The patches are numbered, the strongest first.
 
     Args:
-        result: from `anchorpatch.jobs.figure_patches.find_patches`.
+        result: from `anchorpatch.jobs.figures.patches.find_patches`.
     """
     wrong = any(e.label != e.predicted for part in result.examples.values() for e in part)
     cells = {

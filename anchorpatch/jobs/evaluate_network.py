@@ -12,11 +12,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from anchorpatch.errors import DataError
-from anchorpatch.jobs.evaluate_config import EvaluateNetworkConfig
-from anchorpatch.jobs.evaluate_parts import Evaluation
-from anchorpatch.jobs.patch_scores import ImageBatch
-from anchorpatch.jobs.predictions import Predictions, check_predictions_path
-from anchorpatch.jobs.tables import WHOLE, Table3, Table4, table_3_rows, table_4_rows
+from anchorpatch.jobs.evaluation.config import EvaluateNetworkConfig
+from anchorpatch.jobs.evaluation.parts import Evaluation
+from anchorpatch.jobs.evaluation.patch_scores import ImageBatch
+from anchorpatch.jobs.evaluation.predictions import Predictions, check_predictions_path
+from anchorpatch.jobs.evaluation.tables import WHOLE, Table3, Table4, table_3_rows, table_4_rows
 from anchorpatch.runtime.progress import Reporter
 
 __all__ = ["EvaluateNetworkConfig", "run", "run_rescale"]

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from anchorpatch.errors import WeightsError
-from anchorpatch.jobs.augment import Augmentation
-from anchorpatch.jobs.finetune_config import FREE, SCRATCH, FinetuneConfig, run_folder
-from anchorpatch.jobs.finetune_setup import Setup, prepare
+from anchorpatch.jobs.finetuning.config import FREE, SCRATCH, FinetuneConfig, run_folder
+from anchorpatch.jobs.finetuning.setup import Setup, prepare
 from anchorpatch.jobs.networks import load_network
-from anchorpatch.jobs.runlog import RunLog, write_config
-from anchorpatch.jobs.task import Batch, Piece, Waiting
-from anchorpatch.jobs.trainer import Trainer
+from anchorpatch.jobs.training.augment import Augmentation
+from anchorpatch.jobs.training.runlog import RunLog, write_config
+from anchorpatch.jobs.training.task import Batch, Piece, Waiting
+from anchorpatch.jobs.training.trainer import Trainer
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import World, process_group

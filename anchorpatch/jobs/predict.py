@@ -22,9 +22,9 @@ from torch import Tensor
 from anchorpatch.errors import ImageError, NonFiniteError
 from anchorpatch.images.decode import Decoded, decode
 from anchorpatch.images.loader import read_image
+from anchorpatch.jobs.evaluation.patch_scores import Distributions
 from anchorpatch.jobs.localizer import Localized, Localizer
 from anchorpatch.jobs.networks import Network, check_sides, load_checkpoint
-from anchorpatch.jobs.patch_scores import Distributions
 from anchorpatch.lsp import PRESETS, SCALES, LspSettings, crop
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device

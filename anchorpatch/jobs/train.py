@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from anchorpatch.jobs.runlog import RunLog, write_config
-from anchorpatch.jobs.train_anchornet import AnchorNetTask
-from anchorpatch.jobs.train_bagnet import BagNetTask
-from anchorpatch.jobs.train_config import ARCHITECTURES, RECIPES, TrainConfig
-from anchorpatch.jobs.train_saccader import Stage, stages
-from anchorpatch.jobs.train_task import ImageTask, TrainingImages, open_images
-from anchorpatch.jobs.trainer import Trainer
+from anchorpatch.jobs.training.anchornet import AnchorNetTask
+from anchorpatch.jobs.training.bagnet import BagNetTask
+from anchorpatch.jobs.training.config import ARCHITECTURES, RECIPES, TrainConfig
+from anchorpatch.jobs.training.image_task import ImageTask, TrainingImages, open_images
+from anchorpatch.jobs.training.runlog import RunLog, write_config
+from anchorpatch.jobs.training.saccader import Stage, stages
+from anchorpatch.jobs.training.trainer import Trainer
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import process_group
 from anchorpatch.runtime.progress import Reporter

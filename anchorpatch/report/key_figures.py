@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anchorpatch.jobs.tables import Table3
+from anchorpatch.jobs.evaluation.tables import Table3
 from anchorpatch.report.cells import decimal, share
 from anchorpatch.report.collect import Contents, number
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from anchorpatch.jobs.evaluate import EvaluateSummary
-from anchorpatch.jobs.network_speed import Speed
-from anchorpatch.jobs.tables import Table3, Table3Row, Table4, Table4Row
+from anchorpatch.jobs.evaluation.network_speed import Speed
+from anchorpatch.jobs.evaluation.tables import Table3, Table3Row, Table4, Table4Row
 
 __all__ = ["Result", "read_result"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from anchorpatch.jobs.evaluate import EvaluateSummary
-from anchorpatch.jobs.tables import Table3, Table4
+from anchorpatch.jobs.evaluation.tables import Table3, Table4
 from anchorpatch.report.cells import Cell, Column, Table, count, decimal, named, share, text
 
 __all__ = ["output_table", "preset_table", "table_3", "table_4"]

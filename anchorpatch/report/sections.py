@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
-from anchorpatch.jobs.tables import Table3, Table4
+from anchorpatch.jobs.evaluation.tables import Table3, Table4
 from anchorpatch.report.cells import (
     Table,
     facts_table,

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from anchorpatch.figures.attention import attention_figure, map_extent
-from anchorpatch.jobs.examples import Choice, Example
-from anchorpatch.jobs.figure_attention import AttentionConfig, AttentionExample, AttentionExamples
-from anchorpatch.jobs.figure_record import LookedAt
+from anchorpatch.jobs.figures.attention import AttentionConfig, AttentionExample, AttentionExamples
+from anchorpatch.jobs.figures.examples import Choice, Example
+from anchorpatch.jobs.figures.record import LookedAt
 from anchorpatch.lsp import SCALES
 
 SIDES = {63: 21, 95: 17, 111: 15}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from anchorpatch.figures import coverage_figure
-from anchorpatch.jobs.coverage_curves import LOCALIZERS, CoverageResult, curves_of
+from anchorpatch.jobs.figures.coverage_curves import LOCALIZERS, CoverageResult, curves_of
 
 AREAS = (0.0, 0.2, 0.5, 1.0)
 

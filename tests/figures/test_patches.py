@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from anchorpatch.figures.frames import COLORS, MARK, draw_frames
 from anchorpatch.figures.patches import localized_picture, patches_figure
-from anchorpatch.jobs.examples import Choice, Example
 from anchorpatch.jobs.extract import ExtractConfig, run
-from anchorpatch.jobs.figure_patches import PatchesConfig, PatchExamples, find_patches
-from anchorpatch.jobs.image_source import ImageSource
+from anchorpatch.jobs.figures.examples import Choice, Example
+from anchorpatch.jobs.figures.image_source import ImageSource
+from anchorpatch.jobs.figures.patches import PatchesConfig, PatchExamples, find_patches
 from anchorpatch.lsp import SCALES
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.shards.reader import ShardReader

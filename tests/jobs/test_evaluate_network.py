@@ -23,7 +23,7 @@ from anchorpatch.errors import (
     WeightsError,
 )
 from anchorpatch.jobs.evaluate_network import EvaluateNetworkConfig, run, run_rescale
-from anchorpatch.jobs.whole_images import WholeImages, find_whole_images
+from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_images
 from anchorpatch.lsp import SCALES
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import macs

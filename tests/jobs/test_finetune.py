@@ -22,10 +22,10 @@ from anchorpatch.errors import (
     ShardError,
     WeightsError,
 )
-from anchorpatch.jobs import finetune_setup
+from anchorpatch.jobs.evaluation.patch_scores import score_patches
 from anchorpatch.jobs.finetune import FinetuneConfig, FinetuneSummary, forecast, run, run_folder
-from anchorpatch.jobs.finetune_setup import prepare
-from anchorpatch.jobs.patch_scores import score_patches
+from anchorpatch.jobs.finetuning import setup as finetune_setup
+from anchorpatch.jobs.finetuning.setup import prepare
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import load_into, load_weights
@@ -219,7 +219,7 @@ import sys
 from pathlib import Path
 import torch
 from anchorpatch.jobs import finetune
-from anchorpatch.jobs.trainer import Trainer
+from anchorpatch.jobs.training.trainer import Trainer
 from tests.jobs.finetune_runs import tiny
 torch.set_num_threads(1)
 class Kept(Trainer):

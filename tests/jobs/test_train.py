@@ -157,7 +157,7 @@ def test_killed_between_log_and_checkpoint(
     def die(*args: object) -> None:
         raise Killed
 
-    monkeypatch.setattr("anchorpatch.jobs.train_task.save_weights", die)
+    monkeypatch.setattr("anchorpatch.jobs.training.image_task.save_weights", die)
     with pytest.raises(Killed):
         run(tiny(data, tmp_path))
     assert len(records(tmp_path)) == 1
@@ -171,7 +171,7 @@ import sys
 from pathlib import Path
 import torch
 from anchorpatch.jobs import train
-from anchorpatch.jobs.trainer import Trainer
+from anchorpatch.jobs.training.trainer import Trainer
 from tests.jobs.training_runs import tiny
 torch.set_num_threads(1)
 class Kept(Trainer):

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from anchorpatch.jobs.evaluate import EvaluateSummary
-from anchorpatch.jobs.network_speed import Speed
+from anchorpatch.jobs.evaluation.network_speed import Speed
+from anchorpatch.jobs.evaluation.tables import Table3, Table3Row, Table4, Table4Row
 from anchorpatch.jobs.scores import OUTPUTS
-from anchorpatch.jobs.tables import Table3, Table3Row, Table4, Table4Row
 from anchorpatch.shards.manifest import read_manifest
 from tests.conftest import draw_photo
 from tests.shards.samples import make_split

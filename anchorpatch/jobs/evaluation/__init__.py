@@ -1,0 +1,1 @@
+"""The parts of evaluating an ordinary network: Tables 3 and 4."""

@@ -1,0 +1,103 @@
+"""Images a second of a network on whole images, and on the patches that AnchorNet finds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anchorpatch.jobs.evaluation.patch_scores import Distributions
+from anchorpatch.jobs.localizer import Localizer
+from anchorpatch.lsp import SCALES, crop
+
+__all__ = ["Speed", "measure_speed"]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Both ways on the same pixels in one run, taking turns.
+
+    Attributes:
+        images: of a turn.
+        rounds: turns of each way that were timed; the rates are of their medians.
+        whole: images a second of the network on whole images.
+        patches: images a second of AnchorNet, LSP, cropping and the network on the patches.
+        ratio: patches / whole.
+        mean_patches: patches an image of these images.
+    """
+
+    images: int
+    rounds: int
+    whole: float
+    patches: float
+    ratio: float
+    mean_patches: float
+
+
+@torch.inference_mode()
+def measure_speed(
+    run: Distributions, localizer: Localizer, pixels: Tensor, *, batch_size: int, rounds: int = 3
+) -> Speed:
+    """Time both ways from pixels in memory to decisions in memory.
+
+    Args:
+        run: the network.
+        localizer: AnchorNet, the decision and LSP, on the same device.
+        pixels: uint8 (n, 224, 224, 3), n at least 1; in pinned memory for a GPU.
+        batch_size: of whole images, and of patches.
+        rounds: turns of each way, after one to warm up.
+    """
+    counts: list[int] = []
+    ways: tuple[Callable[[], object], ...] = (
+        lambda: _whole(run, pixels, batch_size),
+        lambda: counts.append(_patches(run, localizer, pixels, batch_size)),
+    )
+    seconds: tuple[list[float], ...] = ([], [])
+    for _ in range(1 + rounds):
+        for way, times in zip(ways, seconds, strict=True):
+            began = time.perf_counter()
+            way()
+            times.append(time.perf_counter() - began)
+    n = len(pixels)
+    whole, patches = (n / median(times[1:]) for times in seconds)
+    return Speed(n, rounds, whole, patches, patches / whole, counts[0] / n)
+
+
+def _whole(run: Distributions, pixels: Tensor, batch_size: int) -> None:
+    decided = [run(batch).argmax(1) for batch in torch.split(pixels, batch_size)]
+    torch.cat(decided).cpu()  # waits for the device
+
+
+def _patches(run: Distributions, localizer: Localizer, pixels: Tensor, batch_size: int) -> int:
+    """Decide on images by their patches, and return how many patches there were."""
+    decided, patches = [], 0
+    for batch in torch.split(pixels, batch_size):
+        found = localizer.submit(batch).result()
+        on_device = batch.to(run.device, non_blocking=True)
+        sums: Tensor | None = None
+        for scale in SCALES:
+            chosen = np.flatnonzero(found.scale == scale)
+            counts = found.counts[chosen]
+            image = torch.from_numpy(np.repeat(chosen, counts)).to(run.device)
+            valid = np.arange(found.corners.shape[1]) < counts[:, None]
+            corner = torch.from_numpy(found.corners[chosen][valid].astype(np.int64))
+            corner = corner.to(run.device)
+            patches += len(image)
+            for some, at in zip(
+                *(torch.split(t, batch_size) for t in (image, corner)), strict=True
+            ):
+                if not len(some):
+                    continue
+                p = run(crop(on_device, some, at, scale))
+                if sums is None:
+                    sums = p.new_zeros(len(batch), p.shape[1])
+                sums.index_add_(0, some, p)
+        assert sums is not None  # LSP selects a patch of every image
+        decided.append(sums.argmax(1))
+    torch.cat(decided).cpu()
+    return patches

@@ -1,0 +1,252 @@
+"""The parts of an evaluation of an ordinary network: what is opened, and what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from anchorpatch.errors import WeightsError
+from anchorpatch.jobs.evaluation.config import EvaluateNetworkConfig
+from anchorpatch.jobs.evaluation.network_speed import Speed, measure_speed
+from anchorpatch.jobs.evaluation.patch_scores import (
+    Distributions,
+    ImageBatch,
+    Keep,
+    check_classes,
+    open_shards,
+    score_images,
+    score_patches,
+)
+from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
+from anchorpatch.jobs.evaluation.tables import WHOLE, Costs
+from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_images
+from anchorpatch.jobs.finetuning.config import run_folder
+from anchorpatch.jobs.localizer import Localizer
+from anchorpatch.jobs.networks import Network, check_sides, load_network
+from anchorpatch.lsp import SCALES, LspSettings
+from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.models.complexity import macs
+from anchorpatch.models.registry import build_on_meta, check_name
+from anchorpatch.runtime.checkpoint import Weights, load_weights
+from anchorpatch.runtime.device import resolve_device
+from anchorpatch.runtime.distributed import World, process_group
+from anchorpatch.runtime.memory import keep_freed_memory
+from anchorpatch.runtime.progress import Reporter
+from anchorpatch.shards.reader import ShardReader
+
+__all__ = ["Evaluation"]
+
+#: Images on which speed is measured: some seconds for a ResNet-50.
+_SPEED_IMAGES: Final = {"cpu": 32, "cuda": 2048}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Shards and a network, opened and checked, and what can be measured of them.
+
+    Attributes:
+        config: what is evaluated.
+        reader: of the shards.
+        network: that decides on patches.
+        device: where it computes.
+        world: the processes.
+        report: is told what is done.
+    """
+
+    config: EvaluateNetworkConfig
+    reader: ShardReader
+    network: Network
+    device: torch.device
+    world: World
+    report: Reporter
+
+    @classmethod
+    @contextmanager
+    def prepare(
+        cls, config: EvaluateNetworkConfig, progress: Reporter | None
+    ) -> Iterator[Evaluation]:
+        """Open and check everything; see `anchorpatch.jobs.evaluate_network.run` for errors."""
+        device = resolve_device(config.device)
+        with process_group(device) as world:
+            report = progress if progress is not None and world.is_main else Reporter()
+            if device.type == "cpu":
+                keep_freed_memory()
+            # Without weights yet: what cannot be is said at once.
+            check_name(config.network)
+            check_sides(config.network, build_on_meta(config.network), config.scales)
+            reader = open_shards(config.shards, config.split)
+            source = config.weights or _trained(config)
+            network = _load(config.network, reader, source, report)
+            yield cls(config, reader, network, device, world, report)
+
+    @property
+    def batch_size(self) -> int:
+        """Patches or images in a batch."""
+        return self.config.batch_size or (32 if self.device.type == "cpu" else 256)
+
+    def rows(self, scales: tuple[int, ...]) -> NDArray[np.int64]:
+        """Return the images that are evaluated and chose one of the scales."""
+        chosen = np.isin(self.reader.scale[: self.config.limit], scales)
+        return np.flatnonzero(chosen).astype(np.int64)
+
+    def find_whole(self) -> tuple[WholeImages | None, str | None]:
+        """Return the whole images, or why there are none."""
+        found = find_whole_images(self.reader, self.config.data, self.config.split)
+        return (None, found) if isinstance(found, str) else (found, None)
+
+    def baseline(self) -> Network:
+        """Return the network for whole images; see `EvaluateNetworkConfig`."""
+        source = self.config.baseline_weights
+        if source is None:
+            path = _best(run_folder(self.config.runs, self.config.network, baseline=True))
+            if not path.is_file():
+                return self.network
+            source = path
+        return _load(self.config.network, self.reader, source, self.report)
+
+    def costs(self) -> Costs:
+        """Count what the network and AnchorNet cost."""
+        sides = (*self.config.scales, WHOLE)
+        module = self.network.module
+        anchornet = AnchorNet(len(self.reader.network_classes))
+        return Costs(
+            {side: macs(module, side) / 1e9 for side in sides},
+            macs(anchornet, WHOLE, anchornet.localize) / 1e9,
+        )
+
+    def score_patches(self, *, most: int | None = None, keep: Keep | None = None) -> PatchFigures:
+        """Decide on the images by their patches, or by the strongest of them."""
+        module = _on(self.network, self.device)
+        with self._counting("patches", self.config.scales) as advance:
+            return score_patches(
+                module,
+                self.reader,
+                world=self.world,
+                device=self.device,
+                meta=self.network.meta,
+                batch_size=self.batch_size,
+                amp=self.config.amp,
+                scales=self.config.scales,
+                keep=keep,
+                most=most,
+                limit=self.config.limit,
+                advance=advance,
+            )
+
+    def score_whole(
+        self,
+        network: Network,
+        whole: WholeImages,
+        scales: tuple[int, ...] | None = None,
+        change: Callable[[ImageBatch], ImageBatch] = lambda batch: batch,
+    ) -> ScaleFigures:
+        """Decide on the whole images that chose one of the scales, changed first."""
+        scales = scales or self.config.scales
+        rows = self.rows(scales)[self.world.rank :: self.world.size]
+        batches = whole.batches(
+            rows,
+            self.batch_size,
+            workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        with self._counting("whole images", scales) as advance:
+            return score_images(
+                _on(network, self.device),
+                map(change, batches),
+                device=self.device,
+                meta=network.meta,
+                amp=self.config.amp,
+                advance=advance,
+            )
+
+    @contextmanager
+    def _counting(self, what: str, scales: tuple[int, ...]) -> Iterator[Callable[[int], None]]:
+        self.report.start(f"evaluating {what}", len(self.rows(scales)))
+        try:
+            yield lambda images: self.report.advance(images * self.world.size)
+        finally:
+            self.report.stop()
+
+    def find_anchornet(
+        self, whole: WholeImages | None, why_not: str | None
+    ) -> tuple[Weights | None, str | None]:
+        """Return AnchorNet's weights if speed can be measured, or why it cannot."""
+        path, best = self.config.anchornet_weights, _best(run_folder(self.config.runs, "anchornet"))
+        if not self.config.speed:
+            return None, None
+        if self.config.scales != SCALES:
+            return None, "needs the images of all scales"
+        if whole is None:
+            return None, why_not
+        if path is None and not best.is_file():
+            return None, (
+                f"needs AnchorNet's weights, and {best} does not exist: name them with "
+                "--anchornet-weights"
+            )
+        weights = load_weights(path or best)
+        if weights.sha256 != self.reader.header.weights_sha256:
+            self.report.message(
+                f"{weights.path}: not the weights that the shards were made with; AnchorNet may "
+                "choose other scales than theirs, and speed depends on these"
+            )
+        return weights, None
+
+    def measure(self, whole: WholeImages, weights: Weights) -> Speed | None:
+        """Measure both ways in the main process; None in the others."""
+        if not self.world.is_main:
+            return None
+        self.report.message("measuring speed")
+        on_gpu, settings = self.device.type == "cuda", self.reader.settings
+        rows = self.rows(SCALES)
+        n = min(len(rows), _SPEED_IMAGES[self.device.type])
+        some = rows[np.linspace(0, len(rows) - 1, n).astype(np.int64)]
+        batches = whole.batches(some, self.batch_size, workers=self.config.workers)
+        pixels = torch.cat([batch.pixels for batch in batches])
+        amp, meta = self.config.amp, self.network.meta
+        run = Distributions(_on(self.network, self.device), self.device, meta, amp)
+        lsp = LspSettings(settings.max_patches, settings.iou_threshold, settings.coverage)
+        with Localizer(weights, lsp, self.device, batch_size=self.batch_size, amp=amp) as localizer:
+            return measure_speed(
+                run,
+                localizer,
+                pixels.pin_memory() if on_gpu else pixels,
+                batch_size=self.batch_size,
+            )
+
+
+def _on(network: Network, device: torch.device) -> torch.nn.Module:
+    # Channels last takes the pixels as they lie in the shards.
+    module = network.module.eval().to(device)
+    return module.to(memory_format=torch.channels_last)
+
+
+def _best(folder: Path) -> Path:
+    return folder / "best.safetensors"
+
+
+def _trained(config: EvaluateNetworkConfig) -> Path:
+    """Return the weights for patches that `finetune` wrote: of all scales, or of the one."""
+    path = _best(run_folder(config.runs, config.network))
+    if path.is_file():
+        return path
+    if len(config.scales) == 1:
+        of_scale = _best(run_folder(config.runs, config.network, scale=config.scales[0]))
+        if of_scale.is_file():
+            return of_scale
+    raise WeightsError(
+        f"{path} does not exist: run `anchorpatch finetune {config.network}`, or name weights "
+        "with --weights FILE (--weights default: the published ones)"
+    )
+
+
+def _load(name: str, reader: ShardReader, source: str | Path, report: Reporter) -> Network:
+    network = load_network(name, reader.classes, source, report.message)
+    check_classes(reader, network.meta)
+    return network

@@ -1,0 +1,285 @@
+"""Accuracy of an ordinary network on patches, and on whole images (section 4.3).
+
+The decision on an image adds the softmax distributions of its patches and takes the class with
+the largest sum; equal sums go to the lower class index. Distributions are computed and added in
+float64, patch after patch, so that neither the batch size nor the number of processes changes
+the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from anchorpatch.errors import CorruptShard, DataError, ShardError, WeightsError
+from anchorpatch.jobs.class_names import few
+from anchorpatch.jobs.evaluation.image_parts import ScalePlan, added_by_image
+from anchorpatch.jobs.evaluation.score_figures import (
+    PatchFigures,
+    ScaleFigures,
+    Sum,
+    count,
+    figures_of,
+)
+from anchorpatch.jobs.localizer import normalize
+from anchorpatch.lsp import SCALES
+from anchorpatch.runtime.checkpoint import WeightsMeta
+from anchorpatch.runtime.distributed import World, sum_ranks
+from anchorpatch.shards.batches import load_rows
+from anchorpatch.shards.layout import MANIFEST_NAME
+from anchorpatch.shards.reader import ShardReader
+
+__all__ = [
+    "Distributions",
+    "ImageBatch",
+    "Keep",
+    "PatchFigures",
+    "ScaleFigures",
+    "check_classes",
+    "check_tables",
+    "open_shards",
+    "score_images",
+    "score_patches",
+]
+
+#: Takes rows of images (n,), int64, and their mean distributions (n, C), float64.
+Keep: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.float64]], None]
+
+
+class ImageBatch(NamedTuple):
+    """Whole images for `score_images`.
+
+    Attributes:
+        rows: of the images (n,), int64.
+        pixels: uint8 (n, H, W, 3), all of one size.
+        labels: class index (n,), int64.
+    """
+
+    rows: NDArray[np.int64]
+    pixels: Tensor
+    labels: NDArray[np.int64]
+
+
+def check_classes(reader: ShardReader, meta: WeightsMeta) -> None:
+    """Raise DataError unless a network's classes are the folders that the labels index."""
+    if reader.classes != meta.classes:
+        raise DataError(
+            f"{reader.folder}: expected the {len(meta.classes)} classes of the weights of "
+            f"{meta.architecture} ({few(meta.classes)}), found {len(reader.classes)} "
+            f"({few(reader.classes)}); use weights that were trained on these classes"
+        )
+
+
+def open_shards(shards: Path, split: str) -> ShardReader:
+    """Open SHARDS/SPLIT to train or evaluate a network on its patches.
+
+    Raises:
+        ShardError: there are no shards, no images in them, or an image has no patch.
+        CorruptShard: a shard cannot be read.
+    """
+    folder = shards / split
+    if not (folder / MANIFEST_NAME).is_file():
+        raise ShardError(
+            f"{folder}: expected shards, found no {MANIFEST_NAME}; make them by "
+            f"`anchorpatch extract --split {split} --out {shards}`, or name another --shards"
+        )
+    reader = ShardReader(folder)
+    if not len(reader):
+        raise ShardError(f"{folder}: expected shards with images, found none in them")
+    check_tables(reader)
+    return reader
+
+
+def check_tables(reader: ShardReader) -> None:
+    """Raise unless every image has patches and a label."""
+    empty = np.flatnonzero(reader.counts < 1)
+    if len(empty):
+        raise ShardError(
+            f"{reader.folder}: {len(empty):,} of {len(reader):,} images have no patch, the first "
+            f"is {reader.path[empty[0]].decode()}; extract them again"
+        )
+    wrong = np.flatnonzero((reader.label < 0) | (reader.label >= len(reader.classes)))
+    if len(wrong):
+        raise CorruptShard(
+            f"{reader.folder}: {reader.path[wrong[0]].decode()}: expected a label from 0 to "
+            f"{len(reader.classes) - 1}, found {reader.label[wrong[0]]}; extract again"
+        )
+
+
+@torch.inference_mode()
+def score_patches(
+    module: nn.Module,
+    reader: ShardReader,
+    *,
+    world: World,
+    device: torch.device,
+    meta: WeightsMeta,
+    batch_size: int,
+    amp: bool = False,
+    scales: Sequence[int] = SCALES,
+    check: Callable[[], object] = lambda: None,
+    keep: Keep | None = None,
+    most: int | None = None,
+    limit: int | None = None,
+    threads: int = 2,
+    advance: Callable[[int], object] = lambda images: None,
+) -> PatchFigures:
+    """Decide on every image by the sum of its patches' distributions.
+
+    Each process takes its share of the images, all patches of an image in one process.
+
+    Args:
+        module: the network, in evaluation mode and on the device.
+        reader: of the shards.
+        world: the processes.
+        device: of the network.
+        meta: the network's classes, and the mean and deviation of its input.
+        batch_size: patches in a batch, all of one scale.
+        amp: compute in bfloat16; distributions stay float64.
+        scales: the images that chose one of these are counted.
+        check: called between batches, may raise.
+        keep: gets the images of this process as they are decided, by scale in order.
+        most: take only the strongest patches of each image, so many.
+        limit: take only the first images.
+        threads: that read patches ahead.
+        advance: told how many images were decided.
+
+    Returns:
+        The figures of all processes' images.
+
+    Raises:
+        DataError: the network knows other classes than the shards.
+        ShardError: there is no image, or one without patches.
+        CorruptShard: a shard cannot be read.
+        WeightsError: the network does not give one logit for each class.
+        NonFiniteError: the network gave NaN or infinity.
+    """
+    check_classes(reader, meta)
+    check_tables(reader)
+    run = Distributions(module, device, meta, amp)
+    mine = np.array(world.share(min(limit or len(reader), len(reader))), np.int64)
+    sums = torch.zeros(len(SCALES), len(Sum), dtype=torch.float64, device=device)
+    for j, scale in enumerate(SCALES):
+        if scale not in scales:
+            continue
+        plan = ScalePlan.of(reader, scale, mine[reader.scale[mine] == scale], batch_size, most)
+        carry: Tensor | None = None
+        loaded = load_rows(reader, plan, threads=threads, pin_memory=device.type == "cuda")
+        with closing(loaded):
+            for part, (pixels, _) in loaded:
+                check()
+                added = added_by_image(run(pixels), part, carry)
+                carry = added[-1] if part.open else None
+                rows, decided = part.decided, added[: len(part.decided)]
+                counted = count(decided, reader.label[rows], device)
+                counted[Sum.PATCHES] = len(part.rows)
+                sums[j] += counted
+                if keep is not None and len(rows):
+                    totals = plan.counts[part.first : part.first + len(rows), None]
+                    keep(rows, decided.cpu().numpy() / totals)
+                advance(len(rows))
+    return _patch_figures(sum_ranks(sums), reader, scales)
+
+
+@torch.inference_mode()
+def score_images(
+    module: nn.Module,
+    batches: Iterable[ImageBatch],
+    *,
+    device: torch.device,
+    meta: WeightsMeta,
+    amp: bool = False,
+    check: Callable[[], object] = lambda: None,
+    keep: Keep | None = None,
+    advance: Callable[[int], object] = lambda images: None,
+) -> ScaleFigures:
+    """Decide on whole images, each by its own distribution.
+
+    Args:
+        module: the network, in evaluation mode and on the device.
+        batches: this process's share of the images.
+        device: of the network.
+        meta: the network's classes, and the mean and deviation of its input.
+        amp: compute in bfloat16; distributions stay float64.
+        check: called between batches, may raise.
+        keep: gets the images of this process as they are decided.
+        advance: told how many images were decided.
+
+    Returns:
+        The figures of all processes' images; an image counts as one patch.
+
+    Raises:
+        WeightsError: the network does not give one logit for each class.
+        NonFiniteError: the network gave NaN or infinity.
+    """
+    run = Distributions(module, device, meta, amp)
+    sums = torch.zeros(len(Sum), dtype=torch.float64, device=device)
+    for batch in batches:
+        check()
+        probabilities = run(batch.pixels)
+        counted = count(probabilities, batch.labels, device)
+        counted[Sum.PATCHES] = len(batch.rows)
+        sums += counted
+        if keep is not None:
+            keep(batch.rows, probabilities.cpu().numpy())
+        advance(len(batch.rows))
+    return figures_of(sum_ranks(sums).tolist())
+
+
+class Distributions:
+    """From uint8 pixels (n, H, W, 3) to the softmax distributions (n, C), float64.
+
+    Args:
+        module: the network, in evaluation mode and on the device.
+        device: of the network.
+        meta: the network's classes, and the mean and deviation of its input.
+        amp: compute in bfloat16; distributions stay float64.
+    """
+
+    def __init__(
+        self, module: nn.Module, device: torch.device, meta: WeightsMeta, amp: bool
+    ) -> None:
+        self.module, self.device, self.meta, self.amp = module, device, meta, amp
+        self.mean = torch.tensor(meta.mean, device=device)
+        self.std = torch.tensor(meta.std, device=device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Run the network on a batch.
+
+        Raises:
+            WeightsError: the network does not give one logit for each class.
+        """
+        inputs = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.module(inputs)
+        expected = (len(pixels), len(self.meta.classes))
+        if not isinstance(logits, Tensor) or logits.shape != expected:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise WeightsError(
+                f"{self.meta.architecture}: expected logits {expected} of {len(pixels)} inputs, "
+                f"found {found}; the network does not fit the classes of the shards"
+            )
+        return logits.double().softmax(-1)
+
+
+def _patch_figures(sums: Tensor, reader: ShardReader, scales: Sequence[int]) -> PatchFigures:
+    total = figures_of(sums.sum(0).tolist())
+    if total.top1 is None or total.top5 is None or total.loss is None:
+        chosen = ", ".join(map(str, scales))
+        raise ShardError(
+            f"{reader.folder}: expected images of the scales {chosen} px, found none; "
+            "choose another --split or --scale"
+        )
+    by_scale = {
+        scale: figures_of(row)
+        for scale, row in zip(SCALES, sums.tolist(), strict=True)
+        if scale in scales
+    }
+    return PatchFigures(total.images, total.patches, total.top1, total.top5, total.loss, by_scale)

@@ -1,0 +1,1 @@
+"""What Figures 3 to 6 show, computed; `anchorpatch.figures` draws it."""

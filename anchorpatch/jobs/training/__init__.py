@@ -1,0 +1,1 @@
+"""The training loop, and what it needs to know about each network that learns from images."""

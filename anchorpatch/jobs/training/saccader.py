@@ -1,0 +1,239 @@
+"""Saccader in three stages (Elsayed et al., 2019), each a run of the trainer in its own folder.
+
+1. ``1-bagnet``: BagNet-77 learns the classes by cross-entropy.
+2. ``2-location``: BagNet rests, and attention network, mixing and cell learn to look where the
+   logit of the true class is highest: glimpse g shall go to the g-th best place. The cell is told
+   the right places of the glimpses before, and learns the next one by cross-entropy.
+3. ``3-reinforce``: places are sampled. What chooses them learns by REINFORCE: the reward is the
+   probability of the true class by the mean logits of the sampled places, less the same by the
+   places that the network would take without sampling, which leaves the gradient's mean as it is
+   and takes most of its noise. BagNet learns by cross-entropy of the sampled places' mean logits.
+   This stage refines, so its rate is a tenth of the others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from anchorpatch.jobs.scores import hits
+from anchorpatch.jobs.training.bagnet import BagNetTask, LogitFigures
+from anchorpatch.jobs.training.config import ANCHORNET_ONLY, TrainConfig
+from anchorpatch.jobs.training.image_task import ImageTask
+from anchorpatch.jobs.training.task import Batch
+from anchorpatch.models.registry import build
+from anchorpatch.models.saccader import Saccader
+from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_into, load_weights
+
+__all__ = ["LocationTask", "ReinforceTask", "Stage", "best_places", "stages"]
+
+_BEST: Final = "best.safetensors"
+
+#: Of the third stage's rate in the others'.
+_REFINE: Final = 0.1
+
+
+class Stage(NamedTuple):
+    """One run of the trainer.
+
+    Attributes:
+        name: for people.
+        task: what is trained.
+        config: how, and in which folder.
+    """
+
+    name: str
+    task: type[ImageTask]
+    config: TrainConfig
+
+
+def stages(config: TrainConfig, classes: tuple[str, ...]) -> list[Stage]:
+    """Return the stages of a Saccader: two where ``init`` brings the trained BagNet.
+
+    Args:
+        config: of the whole; its folder gets those of the stages.
+        classes: of the images. A BagNet of other classes is what the first stage starts from.
+
+    Raises:
+        WeightsError: ``init`` holds no BagNet-77.
+    """
+    first, second, third = (
+        config.folder / name for name in ("1-bagnet", "2-location", "3-reinforce")
+    )
+    found, bagnet = [], config.init
+    if config.init is None or load_weights(config.init, "bagnet77").meta.classes != classes:
+        found.append(Stage("BagNet-77", BagNetTask, replace(config, arch="bagnet77", folder=first)))
+        bagnet = first / _BEST
+    location = replace(config, folder=second, init=bagnet)
+    reinforce = replace(config, folder=third, init=second / _BEST, lr=_REFINE * config.lr)
+    return [
+        *found,
+        Stage("places", LocationTask, location),
+        Stage("REINFORCE", ReinforceTask, reinforce),
+    ]
+
+
+class _SaccaderTask(ImageTask):
+    """What the second and the third stage share."""
+
+    at_once = (4, 64)
+    meaningless = ANCHORNET_ONLY
+
+    def describe(self) -> WeightsMeta:
+        """Return what the weights files say about themselves."""
+        return WeightsMeta("saccader", self.train.classes)
+
+    def figures(self) -> LogitFigures:
+        """Return new sums for an evaluation."""
+        return LogitFigures(self.device)
+
+    def outputs(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the mean logits of the best places."""
+        logits: Tensor = module.get_submodule("net")(inputs)
+        return logits
+
+    def save(self, path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write a weights file of the network in the module that is trained."""
+        super().save(path, {k.removeprefix("net."): v for k, v in tensors.items()}, record)
+
+
+class LocationTask(_SaccaderTask):
+    """The second stage: where to look, from a BagNet that rests."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.kind = "saccader-location"
+
+    def open_start(self) -> Weights | None:
+        """Return the weights of the BagNet."""
+        assert self.config.init is not None
+        return load_weights(self.config.init, "bagnet77")
+
+    def build(self) -> nn.Module:
+        """Return the network with its initial weights, on the device."""
+        net = _saccader(self.train.classes)
+        assert self.start is not None
+        load_into(net.bagnet, self.start)
+        return _Location(net).to(self.device)
+
+    def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the cross-entropy of the right places, and how often each was the best."""
+        logits, places = module(batch.inputs, batch.labels)
+        n, glimpses, size = logits.shape
+        flat, right = logits.reshape(n * glimpses, size), places.reshape(-1)
+        return functional.cross_entropy(flat, right), {
+            "place_top1": hits(flat.detach(), right, 1).mean()
+        }
+
+
+class ReinforceTask(_SaccaderTask):
+    """The third stage: sampled places, rewarded for the class."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.kind = "saccader-reinforce"
+
+    def build(self) -> nn.Module:
+        """Return the network with its initial weights, on the device."""
+        net = _saccader(self.train.classes)
+        assert self.start is not None
+        load_into(net, self.start)
+        return _Policy(net).to(self.device)
+
+    def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return REINFORCE's loss plus the cross-entropy, and what they come from."""
+        logits, log_prob, greedy = module(batch.inputs)
+        reward, baseline = (_score(x, batch.labels) for x in (logits, greedy))
+        reinforce = -((reward - baseline) * log_prob).mean()
+        classification = functional.cross_entropy(
+            logits, batch.labels, label_smoothing=self.config.label_smoothing
+        )
+        return reinforce + classification, {
+            "classification": classification,
+            "reinforce": reinforce,
+            "reward": reward.mean(),
+            "baseline": baseline.mean(),
+            "top1": hits(logits.detach(), batch.labels, 1).mean(),
+        }
+
+
+class _Location(nn.Module):
+    """Saccader in the second stage: BagNet is not trained, its batch statistics rest too."""
+
+    def __init__(self, net: Saccader) -> None:
+        super().__init__()
+        self.net = net
+        net.bagnet.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> _Location:
+        super().train(mode)
+        self.net.bagnet.eval()
+        return self
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of the places (N, G, P), and the right ones (N, G)."""
+        maps = self.net.maps(images)
+        count = min(self.net.default_glimpses, maps.mixed.shape[-1])
+        classifier = self.net.bagnet.classifier
+        places = best_places(maps.features, classifier.weight[labels, :, 0, 0], count)
+        return self.net.follow(maps, places), places
+
+
+class _Policy(nn.Module):
+    """Saccader in the third stage."""
+
+    def __init__(self, net: Saccader) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample places.
+
+        Returns:
+            Mean logits of the sampled places (N, C); the logarithm of the probability of having
+            sampled them (N,); mean logits of the best places (N, C), without gradient.
+        """
+        maps = self.net.maps(images)
+        count = min(self.net.default_glimpses, maps.mixed.shape[-1])
+        with torch.no_grad():
+            greedy = self.net.look(maps, count).logits.float().mean(1)
+        sampled = self.net.look(maps, count, sample=True)
+        return sampled.logits.float().mean(1), sampled.log_prob.sum(1), greedy
+
+
+def best_places(features: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Return the places where one class has its highest logits, the best first.
+
+    Args:
+        features: what the classifier reads (N, D, P).
+        weight: of one class for each image (N, D). The bias is the same for all places.
+        count: G.
+
+    Returns:
+        Row-major indices (N, G), int64; of equal places the first comes first.
+
+    Example:
+        >>> best_places(torch.tensor([[[1.0, 3.0, 2.0, 3.0]]]), torch.tensor([[2.0]]), 3)
+        tensor([[1, 3, 2]])
+    """
+    # Products and sums, in float32: the logits themselves may be bfloat16, too coarse to order.
+    logits = (features.float() * weight[:, :, None]).sum(1)
+    order: Tensor = logits.sort(dim=-1, descending=True, stable=True).indices
+    return order[:, :count]
+
+
+def _score(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the probability of the true class (N,), without gradient."""
+    return logits.detach().softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def _saccader(classes: tuple[str, ...]) -> Saccader:
+    net = build("saccader", len(classes))
+    assert isinstance(net, Saccader)
+    return net

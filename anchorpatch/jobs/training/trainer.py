@@ -1,0 +1,417 @@
+"""The training loop: what every network here shares, whatever it learns and from what.
+
+A `Task` brings data, loss and evaluation; `Trainer` brings optimiser, schedule, averaging,
+processes, checkpoints, the log and orderly stops.
+
+One step takes ``batch_size`` images, or up to so many patches of one scale, whatever the number of
+processes and of parts a process works in: rank r of R with ``accumulate`` A takes R-th parts in A
+pieces. Gradients are those of the whole batch: each piece weighs by its share of the images, as
+pieces may differ in size. Batch normalisation sees one piece (``batch_size / R / A`` images), or
+with ``sync_batchnorm`` the pieces of all processes. The rate follows the batch linearly: ``lr``
+stands for 256 images (see `LoopConfig`).
+
+A run that was stopped, also by SIGKILL and within an epoch, goes on from its last checkpoint
+as if nothing had happened: with one process on CPU the weights are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from anchorpatch.errors import Interrupted, NonFiniteError, SettingsError, WeightsError
+from anchorpatch.jobs.training.loop_config import LoopConfig, build_optimizer, rate_factor
+from anchorpatch.jobs.training.runlog import RunLog
+from anchorpatch.jobs.training.task import Batch, Task
+from anchorpatch.runtime.checkpoint import load_state, save_state
+from anchorpatch.runtime.distributed import World, any_rank, average_buffers, sum_ranks
+from anchorpatch.runtime.memory import keep_freed_memory, peak_memory
+from anchorpatch.runtime.progress import Reporter
+from anchorpatch.runtime.signals import StopSignals
+
+__all__ = ["Trainer"]
+
+#: On a GPU, reading a loss waits for it: steps between two looks, and between two questions to
+#: the other processes whether to stop.
+_LOOK_EVERY = 20
+
+_WEIGHTS = ("last.safetensors", "best.safetensors")
+
+
+def _synchronized(module: nn.Module) -> nn.Module:
+    synchronized: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    return synchronized
+
+
+class _Stop(Exception):
+    """Leave the evaluation: a signal has come."""
+
+
+@dataclass
+class _Place:
+    """Where a run stands."""
+
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    images: int = 0  # or patches, of the epoch so far, in this process
+    seconds: float = 0.0  # of the epoch so far
+    waited: float = 0.0  # seconds of these that passed without data
+    best: float = -1.0
+    sums: dict[str, float] = field(default_factory=dict)  # of the epoch: part times images
+
+
+class Trainer:
+    """Runs a `Task` to its end, or until a signal.
+
+    Args:
+        task: what is trained.
+        config: how.
+        folder: of the run: last.pt, best.safetensors, last.safetensors, log.jsonl.
+        device: CPU or GPU.
+        world: the processes of the run.
+        report: where progress is shown.
+        log: takes the record of each epoch.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: LoopConfig,
+        folder: Path,
+        device: torch.device,
+        world: World,
+        report: Reporter,
+        log: RunLog,
+    ) -> None:
+        self.task, self.config, self.folder = task, config, folder
+        self.device, self.world, self.report, self.log = device, world, report, log
+        if device.type == "cpu":
+            keep_freed_memory()
+        torch.manual_seed(config.seed)
+        self.module = task.build()
+        if config.channels_last:
+            self.module = self.module.to(memory_format=torch.channels_last)
+        if config.sync_batchnorm and device.type != "cuda":
+            raise SettingsError("sync_batchnorm: torch synchronises on GPUs only; leave it out")
+        if config.sync_batchnorm and world.size > 1:
+            self.module = _synchronized(self.module)
+        self.wrapped = self._wrap(self.module)
+        self.average = self._averaged(self.module)
+        self.optimizer = build_optimizer(self.module, config)
+        self.schedule = LambdaLR(self.optimizer, lambda s: rate_factor(config, s, task.steps))
+        self.place = _Place()
+        self.stop = StopSignals()
+        self._saved = time.monotonic()
+
+    # --- the run ------------------------------------------------------------------------------
+
+    def resume(self, *, overwrite: bool = False) -> None:
+        """Take up the run that the folder holds, if it holds one. Call it before `run`.
+
+        Args:
+            overwrite: where that run is another one or damaged, throw it away.
+
+        Raises:
+            WeightsError: last.pt cannot be read, or belongs to another configuration.
+        """
+        state = None
+        if self._checkpoint.is_file():
+            try:
+                state = load_state(self._checkpoint, self.task.kind)
+                self._compare(json.loads(state["identity"]))
+            except WeightsError:
+                if not overwrite:
+                    raise
+                state = None
+        self.world.wait()  # all processes have looked
+        if state is not None:
+            self._restore(state)
+            return
+        if self.world.is_main:
+            for path in (self._checkpoint, *(self.folder / name for name in _WEIGHTS)):
+                path.unlink(missing_ok=True)
+        self.log.cut(0)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train from where the run stands to the end.
+
+        Returns:
+            The records of all epochs.
+
+        Raises:
+            Interrupted: a signal came; the checkpoint is written.
+            NonFiniteError: the loss is NaN or infinite; the last good checkpoint is kept.
+            StorageError: the disk refused.
+        """
+        epochs, batches = self.config.epochs, None
+        with self.stop:
+            if self.place.epoch < epochs:
+                batches = self.task.batches(self.place.epoch, self.place.step)
+                self.report.start(
+                    "training", epochs * self.task.size, self._counted(), self.task.unit
+                )
+            try:
+                while self.place.epoch < epochs:
+                    assert batches is not None
+                    self._train_epoch(batches)
+                    self._finish_epoch()
+            finally:
+                if batches is not None:
+                    batches.close()
+                self.report.stop()
+        return self.log.records
+
+    def _train_epoch(self, batches: Generator[Batch, None, None]) -> None:
+        self.wrapped.train()
+        sums: dict[str, Tensor] = {}
+        began = time.monotonic()
+        while self.place.step < self.task.steps:
+            for piece in range(self.config.accumulate):
+                batch = next(batches)
+                last = piece + 1 == self.config.accumulate
+                with self._piece(last):
+                    loss, parts = self.task.loss(self.wrapped, batch)
+                    # Over the processes, gradients are averaged; shares ask for their sum.
+                    torch.autograd.backward(loss * (batch.share * self.world.size))
+                n = len(batch.labels) if batch.share else 0
+                self.place.images += n
+                for name, value in {"loss": loss, **parts}.items():
+                    sums[name] = sums.get(name, 0.0) + value.detach().double() * n
+            self._check_finite(sums["loss"])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.schedule.step()
+            if self.average is not None:
+                self.average.update_parameters(self.module)
+            before = self._counted()
+            self.place.step += 1
+            self.report.advance(self._counted() - before)
+            began = self._pause(sums, began)
+        self._collect(sums, began)
+
+    def _counted(self) -> int:
+        """Return how many images or patches the run has seen, all processes together."""
+        place, size = self.place, self.task.size
+        return place.epoch * size + place.step * size // self.task.steps
+
+    def _pause(self, sums: dict[str, Tensor], began: float) -> float:
+        """After a step: stop when asked to, and write a checkpoint when it is time."""
+        # One process can stop at any step. Several have to agree, which costs a message.
+        alone = self.world.size == 1
+        due = time.monotonic() - self._saved > self.config.checkpoint_minutes * 60
+        if not alone and self.place.step % _LOOK_EVERY and self.place.step < self.task.steps:
+            return began
+        # The main process's clock decides for all.
+        state = self.stop.received * 2 + (due and self.world.is_main)
+        state = any_rank(state, self.device)
+        if not state:
+            return began
+        self._collect(sums, began)
+        self._save(check=True)
+        if state >= 2:
+            self._interrupt(state // 2)
+        return time.monotonic()
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, log and write the weights of a trained epoch."""
+        place, task = self.place, self.task
+        module: nn.Module = self.module
+        average_buffers(module)
+        if self.average is not None:
+            average_buffers(self.average)
+            module = self.average.module
+        try:
+            validation = task.evaluate(module.eval(), self._check_stop)
+        except _Stop:
+            # The trained epoch is saved whole; only the evaluation is done again.
+            self._save()
+            self._interrupt(self.stop.received)
+        record = self._record(validation)
+        better = validation["top1"] > place.best
+        place.best = max(place.best, validation["top1"])
+        self.log.append(record)
+        if self.world.is_main:
+            for name in _WEIGHTS if better else _WEIGHTS[:1]:
+                task.save(self.folder / name, module.state_dict(), record)
+        self.place = _Place(place.epoch + 1, best=place.best)
+        self._save()
+        self.report.message(self.log.line(record, self.config.epochs, self.task.unit))
+        if number := any_rank(self.stop.received, self.device):
+            self._interrupt(number)
+
+    def _record(self, validation: Mapping[str, Any]) -> dict[str, Any]:
+        names = sorted(self.place.sums)
+        total = sum_ranks(
+            torch.tensor(
+                [
+                    *(float(self.place.images), self.place.waited, self.place.seconds),
+                    *(self.place.sums[name] for name in names),
+                ],
+                dtype=torch.float64,
+                device=self.device,
+            )
+        ).tolist()
+        images, waited, seconds = total[:3]
+        last_step = (self.place.epoch + 1) * self.task.steps - 1
+        return {
+            "epoch": self.place.epoch + 1,
+            "lr": self.config.rate * rate_factor(self.config, last_step, self.task.steps),
+            "train": {k: v / images for k, v in zip(names, total[3:], strict=True)},
+            "val": validation,
+            f"{self.task.unit}_per_second": images / max(self.place.seconds, 1e-9),
+            "seconds": self.place.seconds,
+            "waiting": waited / max(seconds, 1e-9),
+            "peak_memory": peak_memory(self.device),
+        }
+
+    # --- parts of a step ----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _piece(self, last: bool) -> Generator[None, None, None]:
+        """Autocast; gradients are exchanged with the last piece of a step."""
+        with contextlib.ExitStack() as stack:
+            if not last and isinstance(self.wrapped, DistributedDataParallel):
+                stack.enter_context(self.wrapped.no_sync())
+            stack.enter_context(
+                torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp)
+            )
+            yield
+
+    def _check_finite(self, total: Tensor) -> None:
+        """Look at the sum of the losses, in which NaN and infinity stay."""
+        looks = self.device.type == "cpu" or not self.place.step % _LOOK_EVERY
+        if looks and not bool(torch.isfinite(total)):
+            rate = self.optimizer.param_groups[0]["lr"]
+            raise NonFiniteError(
+                f"the loss is not finite at step {self.place.step + 1} of epoch "
+                f"{self.place.epoch + 1} (rate {rate:.3g}); try a lower --lr, more "
+                "--warmup-epochs, or no --amp. The last checkpoint is kept"
+            )
+
+    def _collect(self, sums: dict[str, Tensor], began: float) -> None:
+        """Move the sums from the device into the place."""
+        for name, value in sums.items():
+            self.place.sums[name] = self.place.sums.get(name, 0.0) + float(value)
+        sums.clear()
+        self.place.seconds += time.monotonic() - began
+        self.place.waited += self.task.waiting.take()
+
+    def _check_stop(self) -> None:
+        # Several processes evaluate different numbers of batches: they finish instead.
+        if self.stop.received and self.world.size == 1:
+            raise _Stop
+
+    def _interrupt(self, number: int) -> None:
+        raise Interrupted(
+            f"stopped by signal {number} in epoch {self.place.epoch + 1}; "
+            "the same command goes on from here",
+            number,
+        )
+
+    # --- building and files -------------------------------------------------------------------
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        if self.world.size > 1:
+            gpu = [self.device.index] if self.device.type == "cuda" else None
+            # Gradients of 1 x 1 kernels have strides of no consequence, of which DDP warns.
+            warnings.filterwarnings("ignore", "Grad strides do not match")
+            module = DistributedDataParallel(module, device_ids=gpu)
+        if self.config.compile:
+            module.compile()
+        return module
+
+    def _averaged(self, module: nn.Module) -> AveragedModel | None:
+        decay = self.config.ema_decay
+        if not decay:
+            return None
+
+        def update(
+            average: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int
+        ) -> None:
+            # A young average leaves its random beginning behind faster.
+            n = float(count)
+            weight = 1 - min(decay, (1 + n) / (10 + n))
+            if average[0].is_floating_point():
+                torch._foreach_lerp_(list(average), list(current), weight)
+            else:  # counters
+                for a, c in zip(average, current, strict=True):
+                    a.copy_(c)
+
+        return AveragedModel(module, multi_avg_fn=update, use_buffers=True)
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "last.pt"
+
+    def _save(self, *, check: bool = False) -> None:
+        if check:
+            average_buffers(self.module)
+            total = torch.tensor(self.place.sums["loss"], dtype=torch.float64)
+            self._check_finite(total)
+        self._saved = time.monotonic()
+        if not self.world.is_main:
+            return
+        place = self.place
+        save_state(
+            self._checkpoint,
+            self.task.kind,
+            {
+                "identity": json.dumps(self.task.identity, sort_keys=True),
+                "module": self.module.state_dict(),
+                "average": self.average.state_dict() if self.average else {},
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "random": torch.get_rng_state(),
+                "epoch": place.epoch,
+                "step": place.step,
+                "images": place.images,
+                "seconds": place.seconds,
+                "waited": place.waited,
+                "best": place.best,
+                "sums": dict(place.sums),
+            },
+        )
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"])
+        place = self.place = _Place(*(state[k] for k in ("epoch", "step", "images")))
+        place.seconds, place.best, place.sums = state["seconds"], state["best"], state["sums"]
+        place.waited = state.get("waited", 0.0)  # version 0.1 did not measure it
+        if not self.world.is_main:  # its share of the sums is lost; those of the first count
+            place.images, place.sums = 0, dict.fromkeys(place.sums, 0.0)
+        # A line may have been written for an epoch whose checkpoint was not.
+        self.log.cut(place.epoch)
+        if place.epoch < self.config.epochs:
+            self.report.message(
+                f"going on from {self._checkpoint}: epoch {place.epoch + 1}, step {place.step}"
+            )
+
+    def _compare(self, found: Mapping[str, Any]) -> None:
+        expected = json.loads(json.dumps(self.task.identity))
+        different = [
+            f"{name} {found.get(name)} there, {expected.get(name)} here"
+            for name in sorted(expected.keys() | found.keys())
+            if expected.get(name) != found.get(name)
+        ]
+        if different:
+            raise WeightsError(
+                f"{self._checkpoint}: a run of another configuration ({'; '.join(different)}); "
+                "give the same options, or another --runs, or start again with --overwrite"
+            )

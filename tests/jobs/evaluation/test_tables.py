@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
+from anchorpatch.jobs.evaluation.tables import Costs, Table3, table_3_rows, table_4_rows
+from anchorpatch.lsp import SCALES
+
+COSTS = Costs({63: 0.4, 95: 0.9, 111: 1.1, 224: 4.0}, anchornet=0.5)
+EMPTY = ScaleFigures(0, 0, None, None, None)
+
+
+def test_costs_worked_out_by_hand():
+    by_scale = {
+        63: ScaleFigures(2, 9, 0.5, 1.0, 0.7),
+        95: EMPTY,
+        111: ScaleFigures(6, 12, 0.25, 0.5, 1.5),
+    }
+    figures = PatchFigures(8, 21, 2.5 / 8, 5 / 8, 1.3, by_scale)
+    whole, small, middle, large, overall = table_3_rows(
+        figures, ScaleFigures(8, 8, 0.75, 1.0, 0.2), COSTS
+    )
+    assert (whole.scale, whole.images, whole.gmacs, whole.top1) == ("224", 8, 4.0, 0.75)
+    assert (whole.mean_patches, whole.saved, whole.gmacs_with_anchornet) == (None, None, None)
+    assert (small.mean_patches, large.mean_patches) == (4.5, 2.0)
+    assert small.gmacs == pytest.approx(4.5 * 0.4)
+    assert small.saved == pytest.approx(1 - 1.8 / 4)
+    assert small.gmacs_with_anchornet == pytest.approx(2.3)
+    assert small.saved_with_anchornet == pytest.approx(1 - 2.3 / 4)
+    assert (middle.images, middle.gmacs, middle.saved_with_anchornet) == (0, None, None)
+    # Eight images: two at 1.8 and six at 2.2 GMACs.
+    assert overall.gmacs == pytest.approx((2 * 1.8 + 6 * 2.2) / 8)
+    assert overall.gmacs_with_anchornet == pytest.approx(overall.gmacs + 0.5)
+    assert overall.mean_patches == 21 / 8
+    assert (overall.scale, overall.top1) == ("all", 2.5 / 8)
+
+
+def test_without_whole_images_and_as_json():
+    figures = PatchFigures(1, 2, 1.0, 1.0, 0.1, {95: ScaleFigures(1, 2, 1.0, 1.0, 0.1)})
+    rows = table_3_rows(figures, None, COSTS)
+    assert [row.scale for row in rows] == ["95", "all"]
+    table = Table3("resnet50", "val", "w", None, None, 4.0, 0.5, rows, None, ("row 224: no",))
+    document = json.loads(json.dumps(table.to_json(), allow_nan=False))
+    assert document["protocol"] == "patches"
+    assert document["rows"][0]["gmacs"] == 1.8
+    assert document["left_out"] == ["row 224: no"]
+
+
+share = st.integers(0, 20)
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), share, share, share), min_size=3, max_size=3))
+def test_the_overall_line_weighs_scales_by_their_images(drawn: list[tuple[int, ...]]):
+    by_scale, rescaled = {}, {}
+    total = [0, 0, 0, 0, 0.0]
+    for scale, (n, more, right, other) in zip(SCALES, drawn, strict=True):
+        patches, right, other = n + more if n else 0, min(right, n), min(other, n)
+        by_scale[scale] = ScaleFigures(n, patches, right / n, 1.0, 0.5) if n else EMPTY
+        rescaled[scale] = ScaleFigures(n, n, other / n, 1.0, 0.5) if n else EMPTY
+        added = (n, patches, right, other, patches * COSTS.network[scale])
+        total = [a + b for a, b in zip(total, added, strict=True)]
+    n, patches, right, other, gmacs = total
+    if not n:
+        return
+    figures = PatchFigures(n, patches, right / n, 1.0, 0.5, by_scale)
+    overall = table_3_rows(figures, None, COSTS)[-1]
+    assert overall.gmacs == pytest.approx(gmacs / n)
+    assert overall.saved == pytest.approx(1 - gmacs / n / 4.0)
+    *lines, last = table_4_rows(rescaled, figures)
+    assert [line.scale for line in lines] == ["63", "95", "111"]
+    assert (last.images, last.localized_top1) == (n, right / n)
+    assert last.rescaled_top1 == pytest.approx(other / n)
