@@ -120,7 +120,8 @@ def finetune(
     anchorpatch finetune resnet50 --baseline --data imagenet --amp
     torchrun --nproc-per-node 8 -m anchorpatch finetune densenet169 --amp --sync-batchnorm
     """
-    from anchorpatch.jobs.finetune import SCRATCH, FinetuneConfig, forecast, run, run_folder
+    from anchorpatch.jobs.finetune import SCRATCH, FinetuneConfig, forecast, run
+    from anchorpatch.jobs.networks import run_folder
     from anchorpatch.runtime.device import cpu_count
     from anchorpatch.runtime.progress import reporter
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from anchorpatch.errors import WeightsError
-from anchorpatch.jobs.finetuning.config import FREE, SCRATCH, FinetuneConfig, run_folder
+from anchorpatch.jobs.finetuning.config import FREE, SCRATCH, FinetuneConfig
 from anchorpatch.jobs.finetuning.setup import Setup, prepare
 from anchorpatch.jobs.networks import load_network
 from anchorpatch.jobs.training.augment import Augmentation
@@ -34,7 +34,7 @@ from anchorpatch.runtime.progress import Reporter
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.storage import sha256_of
 
-__all__ = ["SCRATCH", "FinetuneConfig", "FinetuneSummary", "forecast", "run", "run_folder"]
+__all__ = ["SCRATCH", "FinetuneConfig", "FinetuneSummary", "forecast", "run"]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from anchorpatch.jobs.class_names import few
 from anchorpatch.jobs.network_weights import Found, of_checkpoint, pretrained, read_file
 from anchorpatch.lsp import SCALES
 from anchorpatch.models.complexity import refusal
-from anchorpatch.models.registry import build, check_name
+from anchorpatch.models.registry import build, check_name, run_name
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights
 
-__all__ = ["Network", "check_sides", "load_checkpoint", "load_network"]
+__all__ = ["Network", "check_sides", "load_checkpoint", "load_network", "run_folder"]
 
 #: Classifiers that inception_v3 and googlenet have in training only; they are built without.
 _AUXILIARY: Final = ("AuxLogits.", "aux1.", "aux2.")
@@ -249,3 +249,16 @@ def _classes_text(found: Found, tensors: Mapping[str, Tensor], head: tuple[str, 
         return f"{len(found.classes):,} ({few(found.classes)})"
     sizes = [len(tensors[key]) for key in head if key in tensors]
     return f"{sizes[0]:,}" if sizes else "no classes"
+
+
+def run_folder(
+    runs: Path, network: str, *, scale: int | None = None, baseline: bool = False
+) -> Path:
+    """Return the folder of a network's run.
+
+    Example:
+        >>> run_folder(Path("runs"), "resnet50", scale=63).name
+        'resnet50-63'
+    """
+    suffix = "-baseline" if baseline else f"-{scale}" if scale is not None else ""
+    return runs / (run_name(network) + suffix)

@@ -23,7 +23,7 @@ from anchorpatch.errors import (
     WeightsError,
 )
 from anchorpatch.jobs.evaluation.patch_scores import score_patches
-from anchorpatch.jobs.finetune import FinetuneConfig, FinetuneSummary, forecast, run, run_folder
+from anchorpatch.jobs.finetune import FinetuneConfig, FinetuneSummary, forecast, run
 from anchorpatch.jobs.finetuning import setup as finetune_setup
 from anchorpatch.jobs.finetuning.setup import prepare
 from anchorpatch.models.complexity import macs
@@ -554,10 +554,3 @@ def test_gpu_augments_as_cpu_and_resumes(shards: Path, tmp_path: Path):
     with pytest.raises(Interrupted):
         run(config, StopAt(45 // STEPS))
     assert run(config).epochs == 2
-
-
-def test_folders_of_runs():
-    runs = Path("runs")
-    assert run_folder(runs, "resnet50") == runs / "resnet50"
-    assert run_folder(runs, "timm:x", scale=63) == runs / "timm-x-63"
-    assert run_folder(runs, "resnet50", baseline=True) == runs / "resnet50-baseline"

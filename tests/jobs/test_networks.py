@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from anchorpatch.errors import MissingDependency, SettingsError, WeightsError
 from anchorpatch.jobs.network_weights import read_file
-from anchorpatch.jobs.networks import Network, check_sides, load_checkpoint, load_network
+from anchorpatch.jobs.networks import (
+    Network,
+    check_sides,
+    load_checkpoint,
+    load_network,
+    run_folder,
+)
 from anchorpatch.models.registry import build, build_on_meta
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 
@@ -355,3 +361,10 @@ def test_trying_sides_changes_nothing_and_needs_no_meta_device() -> None:
     net = nn.Conv2d(3, 3, 1)
     net.forward = types.MethodType(stubborn, net)
     check_sides("stubborn", net)
+
+
+def test_folders_of_runs() -> None:
+    runs = Path("runs")
+    assert run_folder(runs, "resnet50") == runs / "resnet50"
+    assert run_folder(runs, "timm:x", scale=63) == runs / "timm-x-63"
+    assert run_folder(runs, "resnet50", baseline=True) == runs / "resnet50-baseline"

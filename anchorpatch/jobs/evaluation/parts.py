@@ -27,9 +27,8 @@ from anchorpatch.jobs.evaluation.patch_scores import (
 from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
 from anchorpatch.jobs.evaluation.tables import WHOLE, Costs
 from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_images
-from anchorpatch.jobs.finetuning.config import run_folder
 from anchorpatch.jobs.localizer import Localizer
-from anchorpatch.jobs.networks import Network, check_sides, load_network
+from anchorpatch.jobs.networks import Network, check_sides, load_network, run_folder
 from anchorpatch.lsp import SCALES, LspSettings
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import macs

@@ -38,8 +38,7 @@ from anchorpatch.jobs.figures.coverage_curves import (
 )
 from anchorpatch.jobs.figures.image_source import Crops, ImageSource
 from anchorpatch.jobs.figures.pixel_order import mask_of_area, pixel_positions
-from anchorpatch.jobs.finetuning.config import run_folder
-from anchorpatch.jobs.networks import Network, load_checkpoint, load_network
+from anchorpatch.jobs.networks import Network, load_checkpoint, load_network, run_folder
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.memory import keep_freed_memory

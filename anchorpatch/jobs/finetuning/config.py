@@ -9,9 +9,9 @@ from typing import Any, Final
 from anchorpatch.errors import SettingsError
 from anchorpatch.jobs.training.loop_config import LoopConfig
 from anchorpatch.lsp import SCALES
-from anchorpatch.models.registry import check_name, run_name
+from anchorpatch.models.registry import check_name
 
-__all__ = ["FREE", "SCRATCH", "FinetuneConfig", "run_folder"]
+__all__ = ["FREE", "SCRATCH", "FinetuneConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class FinetuneConfig(LoopConfig):
     Attributes:
         network: its name, see `anchorpatch.models.registry.build`.
         shards: folder with ``train/`` and ``val/``.
-        folder: of the run, by convention `run_folder`.
+        folder: of the run, by convention `networks.run_folder`.
         weights: to start from: "default" (torchvision's), "none" (random) or a file.
         scale: train and measure on the patches of one scale alone; None takes all three.
         patches_per_image: of each image in an epoch, drawn anew each time; None takes all.
@@ -110,16 +110,3 @@ FREE: Final = frozenset(
     {"shards", "folder", "data", "like", "weights", "workers", "device", "tensorboard"}
     | {"overwrite", "checkpoint_minutes"}
 )
-
-
-def run_folder(
-    runs: Path, network: str, *, scale: int | None = None, baseline: bool = False
-) -> Path:
-    """Return the folder of a network's run.
-
-    Example:
-        >>> run_folder(Path("runs"), "resnet50", scale=63).name
-        'resnet50-63'
-    """
-    suffix = "-baseline" if baseline else f"-{scale}" if scale is not None else ""
-    return runs / (run_name(network) + suffix)
