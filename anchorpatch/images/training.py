@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 
 from anchorpatch.images.cache import PictureCache
 from anchorpatch.images.folder import ImageFolder
-from anchorpatch.images.loader import Batch, fill_batch, read_image, serve_batches
+from anchorpatch.images.loader import fill_batch, read_image
 from anchorpatch.images.picture import decode_picture
+from anchorpatch.images.workers import Batch, serve_batches
 
 __all__ = ["RandomCrop", "epoch_order", "load_training_batches", "random_box", "random_crop"]
 

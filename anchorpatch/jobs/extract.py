@@ -28,7 +28,8 @@ from anchorpatch.errors import (
     TooManyBadImages,
 )
 from anchorpatch.images.folder import ImageFolder, scan_folder
-from anchorpatch.images.loader import Batch, load_batches
+from anchorpatch.images.loader import load_batches
+from anchorpatch.images.workers import Batch
 from anchorpatch.jobs.extract_summary import ExtractSummary, summarize
 from anchorpatch.jobs.localizer import Localizer, Pending
 from anchorpatch.jobs.sink import ShardSink
@@ -39,7 +40,8 @@ from anchorpatch.runtime.progress import Reporter
 from anchorpatch.runtime.tasks import Task
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest
-from anchorpatch.shards.writer import PatchBatch, ShardWriter
+from anchorpatch.shards.patch_batch import PatchBatch
+from anchorpatch.shards.writer import ShardWriter
 
 __all__ = [
     "ExtractConfig",

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import pytest
+
+from anchorpatch.images.folder import ImageFolder, scan_folder
+from tests.oddities import encoded, picture
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
+    data = tmp_path_factory.mktemp("small")
+    for label in ("a", "b"):
+        (data / "val" / label).mkdir(parents=True)
+        for i in range(10):
+            file = data / "val" / label / f"{i}.jpg"
+            file.write_bytes(encoded(picture(60 + i, 50, i), "JPEG"))
+    (data / "val" / "a" / "bad.jpg").write_bytes(b"no")
+    return scan_folder(data, "val")
