@@ -14,7 +14,15 @@ from typing import IO, Any, BinaryIO, Final
 
 from anchorpatch.errors import StorageError
 
-__all__ = ["locked", "refusals", "replace", "sha256_of", "try_lock", "write_atomically"]
+__all__ = [
+    "allocate",
+    "locked",
+    "refusals",
+    "replace",
+    "sha256_of",
+    "try_lock",
+    "write_atomically",
+]
 
 #: A disk without room in its several ways: full, over quota, over the file size limit.
 _NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -83,6 +91,19 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def allocate(file: BinaryIO, size: int) -> None:
+    """Claim the room of ``size`` bytes at once, so that a full disk says so before the writing.
+
+    Without effect where the system or the filesystem cannot.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
 
 
 def replace(file: Any, temporary: Path, final: Path) -> None:

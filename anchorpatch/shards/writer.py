@@ -10,17 +10,14 @@ for a shard twice while it is closed.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +36,11 @@ from anchorpatch.shards.layout import (
     write_attributes,
 )
 from anchorpatch.shards.manifest import ShardEntry
+from anchorpatch.shards.patch_batch import PatchBatch, check_batch
 from anchorpatch.shards.skeleton import Skeleton, open_skeleton, reserve
+from anchorpatch.shards.spools import Spools
 
-__all__ = ["PatchBatch", "ShardWriter", "encode_jpeg"]
+__all__ = ["ShardWriter", "encode_jpeg"]
 
 #: Threads that encode JPEG; Pillow releases the interpreter lock. torchvision makes files of the
 #: same mean size at four fifths of the speed, as it wants the colours in planes.
@@ -51,86 +50,11 @@ _JPEG_THREADS: Final = min(4, os.cpu_count() or 1)
 _CUT_ROWS: Final = 1024
 
 
-class PatchBatch(NamedTuple):
-    """Results for n images, in the order of their paths; patches padded to K rows.
-
-    Attributes:
-        path: relative to the split folder, UTF-8, dtype S (n,).
-        label: index into the folders' classes, int32 (n,).
-        predicted: gamma, index into the network's classes, int32 (n,).
-        scale: chosen theta: 63, 95 or 111, uint8 (n,).
-        branch_class: Y of each branch, int32 (n, 3).
-        branch_prob: P of each branch, float32 (n, 3).
-        size: height and width of the source image in pixels, int32 (n, 2).
-        pixels: the crops that AnchorNet saw, uint8 (n, 224, 224, 3).
-        counts: patches of each image, int32 (n,).
-        corners: top-left (y, x) of each patch in pixels, the strongest first, int (n, K, 2).
-        scores: activation of each patch, float32 (n, K).
-    """
-
-    path: NDArray[np.bytes_]
-    label: NDArray[Any]
-    predicted: NDArray[Any]
-    scale: NDArray[Any]
-    branch_class: NDArray[Any]
-    branch_prob: NDArray[Any]
-    size: NDArray[Any]
-    pixels: NDArray[np.uint8]
-    counts: NDArray[Any]
-    corners: NDArray[Any]
-    scores: NDArray[Any]
-
-
 def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
     """Return one patch (T, T, 3) as a baseline JPEG file, chroma at half resolution (4:2:0)."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=2)
     return buffer.getvalue()
-
-
-class _Spools:
-    """Byte streams by dataset name, each in a file without a name."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, BinaryIO] = {}
-
-    def append(self, name: str, data: Any) -> None:
-        if name not in self._files:
-            # Lives until `close`.
-            self._files[name] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
-        self._files[name].write(data)
-
-    def flush(self) -> None:
-        for file in self._files.values():
-            file.flush()
-
-    def copy(self, name: str, target: BinaryIO, offset: int, size: int) -> None:
-        """Copy a whole stream into ``target``, within the kernel where that can."""
-        source = self._files[name]
-        source.seek(0)
-        target.seek(offset)
-        done = 0
-        if hasattr(os, "copy_file_range"):
-            # Refused between some filesystems and by old kernels; then the plain way goes on.
-            with suppress(OSError):
-                while done < size:
-                    args = (source.fileno(), target.fileno(), size - done, done, offset + done)
-                    n = os.copy_file_range(*args)
-                    if n == 0:
-                        break
-                    done += n
-        if done < size:
-            source.seek(done)
-            target.seek(offset + done)
-            shutil.copyfileobj(source, target, 1 << 20)
-
-    def close(self) -> None:
-        for file in self._files.values():
-            # What a spool could not flush is not wanted any more.
-            with suppress(OSError):
-                file.close()
-        self._files.clear()
 
 
 class ShardWriter:
@@ -152,6 +76,7 @@ class ShardWriter:
     Example:
         Every image of this shard was unreadable.
 
+        >>> import tempfile
         >>> from anchorpatch.shards.layout import ShardSettings
         >>> settings = ShardSettings((1, 1, 1), 0.3, (0.1, 0.1, 0.1))
         >>> header = ShardHeader("val", ("cat",), ("cat",), settings, weights_sha256="0" * 64)
@@ -177,7 +102,7 @@ class ShardWriter:
         }
         self._patch_count = dict.fromkeys(SCALES, 0)
         self._blob_sizes: dict[int, list[int]] = {scale: [] for scale in SCALES}
-        self._spools = _Spools(self.path.parent)
+        self._spools = Spools(self.path.parent)
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
         with storage.refusals(self._temporary):
@@ -209,7 +134,7 @@ class ShardWriter:
             IndexError: a patch reaches outside its crop.
             StorageError: the disk refuses.
         """
-        _check(batch)
+        check_batch(batch)
         with self._aborting():
             self._append_tables(batch)
             if self.header.settings.store_images:
@@ -238,7 +163,7 @@ class ShardWriter:
             with storage.refusals(self.path, needed=skeleton.size):
                 self._spools.flush()
                 self._file.truncate(skeleton.size)
-                _allocate(self._file, skeleton.size)
+                storage.allocate(self._file, skeleton.size)
                 skeleton.dump(self._file)
                 for name, (offset, size) in placed.items():
                     self._spools.copy(name, self._file, offset, size)
@@ -404,31 +329,5 @@ def _is_still(file: BinaryIO, path: Path) -> bool:
         return False
 
 
-def _check(batch: PatchBatch) -> None:
-    n = len(batch.path)
-    wrong = [name for name, array in zip(batch._fields, batch, strict=True) if len(array) != n]
-    if wrong:
-        raise ValueError(f"expected {n} rows in every array of the batch, not so in {wrong}")
-    if batch.pixels.shape[1:] != (CROP_SIDE, CROP_SIDE, 3) or batch.pixels.dtype != np.uint8:
-        raise ValueError(
-            f"expected crops uint8 (n, {CROP_SIDE}, {CROP_SIDE}, 3), "
-            f"got {batch.pixels.dtype} {batch.pixels.shape}"
-        )
-    if not np.isin(batch.scale, SCALES).all():
-        raise ValueError(f"expected scales of {SCALES}, got {np.unique(batch.scale).tolist()}")
-    if n and not 0 <= batch.counts.min() <= batch.counts.max() <= batch.corners.shape[1]:
-        raise ValueError(f"expected 0 to {batch.corners.shape[1]} patches an image")
-
-
 def _joined(parts: list[NDArray[Any]], dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     return np.concatenate([np.empty((0, *shape), dtype), *parts])
-
-
-def _allocate(file: BinaryIO, size: int) -> None:
-    """Claim the room at once, so that a full disk says so before the copying."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise

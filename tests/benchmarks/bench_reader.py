@@ -20,7 +20,8 @@ import numpy as np
 from anchorpatch.shards import PatchDataset, ShardReader
 from anchorpatch.shards.layout import CODECS, CROP_SIDE, ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest
-from anchorpatch.shards.writer import PatchBatch, ShardWriter
+from anchorpatch.shards.patch_batch import PatchBatch
+from anchorpatch.shards.writer import ShardWriter
 
 SCALE, PER_IMAGE = 95, 10
 

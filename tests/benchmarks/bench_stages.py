@@ -28,7 +28,8 @@ from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights, save_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
-from anchorpatch.shards.writer import PatchBatch, ShardWriter
+from anchorpatch.shards.patch_batch import PatchBatch
+from anchorpatch.shards.writer import ShardWriter
 
 SECONDS = 5.0
 

@@ -16,7 +16,8 @@ from anchorpatch.errors import DataError, ShardError
 from anchorpatch.lsp import SCALES, grid_size
 from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
 from anchorpatch.shards.manifest import FilesDigest, open_manifest
-from anchorpatch.shards.writer import PatchBatch, ShardWriter
+from anchorpatch.shards.patch_batch import PatchBatch
+from anchorpatch.shards.writer import ShardWriter
 
 IMAGES = 30  # one of each class and size
 

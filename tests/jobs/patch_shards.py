@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
 from anchorpatch.shards.manifest import FilesDigest, open_manifest
-from anchorpatch.shards.writer import PatchBatch, ShardWriter
+from anchorpatch.shards.patch_batch import PatchBatch
+from anchorpatch.shards.writer import ShardWriter
 
 
 class Drawn(NamedTuple):

@@ -9,7 +9,8 @@ import numpy as np
 
 from anchorpatch.shards.layout import SCALES, ShardHeader, ShardSettings, shard_name
 from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest
-from anchorpatch.shards.writer import PatchBatch, ShardWriter
+from anchorpatch.shards.patch_batch import PatchBatch
+from anchorpatch.shards.writer import ShardWriter
 
 CLASSES = ("cat", "dog", "hen", "owl")
 

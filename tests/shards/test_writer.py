@@ -16,7 +16,8 @@ from anchorpatch import lsp
 from anchorpatch.errors import ShardError
 from anchorpatch.shards import layout
 from anchorpatch.shards.layout import SCALES, ShardHeader, cut_patches
-from anchorpatch.shards.writer import PatchBatch, ShardWriter
+from anchorpatch.shards.patch_batch import PatchBatch
+from anchorpatch.shards.writer import ShardWriter
 from tests.shards.samples import make_batch, make_header, make_settings, split_batch
 
 
