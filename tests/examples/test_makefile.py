@@ -119,6 +119,20 @@ def test_only_what_has_changed_is_made_again(folder: Path) -> None:
     assert make(folder, "report", *flags) == []
 
 
+def test_each_split_is_extracted_with_its_options(folder: Path) -> None:
+    first = [c for c in make(folder, "extract") if c.startswith("extract ")]
+    assert sorted(c.split("--overwrite ")[1] for c in first) == [
+        *("--codec image", "--max-patches 6,3,2"),
+    ]
+    again = make(folder, "extract", "EXTRACT_VAL_FLAGS=--preset figure")
+    assert [c.split("--split ")[1].split()[0] for c in again] == ["val"]
+    # What is for both comes last, so that it decides.
+    both = make(folder, "extract", "EXTRACT_VAL_FLAGS=--preset figure", "EXTRACT_FLAGS=--amp")
+    assert sorted(c.split("--overwrite ")[1] for c in both) == [
+        *("--codec image --amp", "--preset figure --amp"),
+    ]
+
+
 def test_folders_may_lie_elsewhere_and_tables_need_no_figure(folder: Path) -> None:
     commands = make(folder, "RUNS=r", "SHARDS=s", "FIGURES=f", "REPORT=pages/page.html")
     assert "figure" not in " ".join(commands)
