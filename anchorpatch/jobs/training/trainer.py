@@ -20,8 +20,7 @@ import contextlib
 import json
 import time
 import warnings
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 
 from anchorpatch.errors import Interrupted, NonFiniteError, SettingsError, WeightsError
+from anchorpatch.jobs.training.averaging import averaged
 from anchorpatch.jobs.training.loop_config import LoopConfig, build_optimizer, rate_factor
+from anchorpatch.jobs.training.place import Place, check_identity
 from anchorpatch.jobs.training.runlog import RunLog
 from anchorpatch.jobs.training.task import Batch, Task
 from anchorpatch.runtime.checkpoint import load_state, save_state
-from anchorpatch.runtime.distributed import World, any_rank, average_buffers, sum_ranks
+from anchorpatch.runtime.distributed import World, any_rank, average_buffers
 from anchorpatch.runtime.memory import keep_freed_memory, peak_memory
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.runtime.signals import StopSignals
@@ -57,19 +57,6 @@ def _synchronized(module: nn.Module) -> nn.Module:
 
 class _Stop(Exception):
     """Leave the evaluation: a signal has come."""
-
-
-@dataclass
-class _Place:
-    """Where a run stands."""
-
-    epoch: int = 0
-    step: int = 0  # within the epoch
-    images: int = 0  # or patches, of the epoch so far, in this process
-    seconds: float = 0.0  # of the epoch so far
-    waited: float = 0.0  # seconds of these that passed without data
-    best: float = -1.0
-    sums: dict[str, float] = field(default_factory=dict)  # of the epoch: part times images
 
 
 class Trainer:
@@ -108,10 +95,10 @@ class Trainer:
         if config.sync_batchnorm and world.size > 1:
             self.module = _synchronized(self.module)
         self.wrapped = self._wrap(self.module)
-        self.average = self._averaged(self.module)
+        self.average = averaged(self.module, config.ema_decay) if config.ema_decay else None
         self.optimizer = build_optimizer(self.module, config)
         self.schedule = LambdaLR(self.optimizer, lambda s: rate_factor(config, s, task.steps))
-        self.place = _Place()
+        self.place = Place()
         self.stop = StopSignals()
         self._saved = time.monotonic()
 
@@ -130,7 +117,11 @@ class Trainer:
         if self._checkpoint.is_file():
             try:
                 state = load_state(self._checkpoint, self.task.kind)
-                self._compare(json.loads(state["identity"]))
+                check_identity(
+                    self._checkpoint,
+                    json.loads(state["identity"]),
+                    json.loads(json.dumps(self.task.identity)),
+                )
             except WeightsError:
                 if not overwrite:
                     raise
@@ -245,34 +236,23 @@ class Trainer:
         if self.world.is_main:
             for name in _WEIGHTS if better else _WEIGHTS[:1]:
                 task.save(self.folder / name, module.state_dict(), record)
-        self.place = _Place(place.epoch + 1, best=place.best)
+        self.place = Place(place.epoch + 1, best=place.best)
         self._save()
         self.report.message(self.log.line(record, self.config.epochs, self.task.unit))
         if number := any_rank(self.stop.received, self.device):
             self._interrupt(number)
 
     def _record(self, validation: Mapping[str, Any]) -> dict[str, Any]:
-        names = sorted(self.place.sums)
-        total = sum_ranks(
-            torch.tensor(
-                [
-                    *(float(self.place.images), self.place.waited, self.place.seconds),
-                    *(self.place.sums[name] for name in names),
-                ],
-                dtype=torch.float64,
-                device=self.device,
-            )
-        ).tolist()
-        images, waited, seconds = total[:3]
+        images, losses, waiting = self.place.totals(self.device)
         last_step = (self.place.epoch + 1) * self.task.steps - 1
         return {
             "epoch": self.place.epoch + 1,
             "lr": self.config.rate * rate_factor(self.config, last_step, self.task.steps),
-            "train": {k: v / images for k, v in zip(names, total[3:], strict=True)},
+            "train": losses,
             "val": validation,
             f"{self.task.unit}_per_second": images / max(self.place.seconds, 1e-9),
             "seconds": self.place.seconds,
-            "waiting": waited / max(seconds, 1e-9),
+            "waiting": waiting,
             "peak_memory": peak_memory(self.device),
         }
 
@@ -332,25 +312,6 @@ class Trainer:
             module.compile()
         return module
 
-    def _averaged(self, module: nn.Module) -> AveragedModel | None:
-        decay = self.config.ema_decay
-        if not decay:
-            return None
-
-        def update(
-            average: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int
-        ) -> None:
-            # A young average leaves its random beginning behind faster.
-            n = float(count)
-            weight = 1 - min(decay, (1 + n) / (10 + n))
-            if average[0].is_floating_point():
-                torch._foreach_lerp_(list(average), list(current), weight)
-            else:  # counters
-                for a, c in zip(average, current, strict=True):
-                    a.copy_(c)
-
-        return AveragedModel(module, multi_avg_fn=update, use_buffers=True)
-
     @property
     def _checkpoint(self) -> Path:
         return self.folder / "last.pt"
@@ -363,7 +324,6 @@ class Trainer:
         self._saved = time.monotonic()
         if not self.world.is_main:
             return
-        place = self.place
         save_state(
             self._checkpoint,
             self.task.kind,
@@ -374,13 +334,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "random": torch.get_rng_state(),
-                "epoch": place.epoch,
-                "step": place.step,
-                "images": place.images,
-                "seconds": place.seconds,
-                "waited": place.waited,
-                "best": place.best,
-                "sums": dict(place.sums),
+                **self.place.state(),
             },
         )
 
@@ -391,27 +345,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
-        place = self.place = _Place(*(state[k] for k in ("epoch", "step", "images")))
-        place.seconds, place.best, place.sums = state["seconds"], state["best"], state["sums"]
-        place.waited = state.get("waited", 0.0)  # version 0.1 did not measure it
-        if not self.world.is_main:  # its share of the sums is lost; those of the first count
-            place.images, place.sums = 0, dict.fromkeys(place.sums, 0.0)
+        place = self.place = Place.of(state, is_main=self.world.is_main)
         # A line may have been written for an epoch whose checkpoint was not.
         self.log.cut(place.epoch)
         if place.epoch < self.config.epochs:
             self.report.message(
                 f"going on from {self._checkpoint}: epoch {place.epoch + 1}, step {place.step}"
-            )
-
-    def _compare(self, found: Mapping[str, Any]) -> None:
-        expected = json.loads(json.dumps(self.task.identity))
-        different = [
-            f"{name} {found.get(name)} there, {expected.get(name)} here"
-            for name in sorted(expected.keys() | found.keys())
-            if expected.get(name) != found.get(name)
-        ]
-        if different:
-            raise WeightsError(
-                f"{self._checkpoint}: a run of another configuration ({'; '.join(different)}); "
-                "give the same options, or another --runs, or start again with --overwrite"
             )

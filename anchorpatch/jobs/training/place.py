@@ -1,0 +1,80 @@
+"""Where a training run stands: what its checkpoint counts, and what its log says of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anchorpatch.errors import WeightsError
+from anchorpatch.runtime.distributed import sum_ranks
+
+__all__ = ["Place", "check_identity"]
+
+
+@dataclass
+class Place:
+    """Where a run stands.
+
+    Attributes:
+        epoch: epochs that are done.
+        step: steps of this one that are done.
+        images: or patches, of the epoch so far, in this process.
+        seconds: of the epoch so far.
+        waited: seconds of these that passed without data.
+        best: top-1 of the best epoch.
+        sums: of the epoch so far, in this process: each part of the loss times its images.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    best: float = -1.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        state = {each.name: getattr(self, each.name) for each in fields(self)}
+        return state | {"sums": dict(self.sums)}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], *, is_main: bool) -> Place:
+        """Return the place that a checkpoint keeps; version 0.1 did not keep ``waited``."""
+        place = cls(**{each.name: state[each.name] for each in fields(cls) if each.name in state})
+        if not is_main:  # its share of the sums is lost; those of the first process count
+            place.images, place.sums = 0, dict.fromkeys(place.sums, 0.0)
+        return place
+
+    def totals(self, device: torch.device) -> tuple[float, dict[str, float], float]:
+        """Return the epoch of all processes: its images, mean losses, and share of waiting."""
+        names = sorted(self.sums)
+        mine = [float(self.images), self.waited, self.seconds, *(self.sums[n] for n in names)]
+        all_ranks = sum_ranks(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()
+        images, waited, seconds = all_ranks[:3]
+        losses = {name: v / images for name, v in zip(names, all_ranks[3:], strict=True)}
+        return images, losses, waited / max(seconds, 1e-9)
+
+
+def check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise WeightsError, naming what differs, unless a checkpoint is of the same run.
+
+    Args:
+        path: of the checkpoint.
+        found: what it says of its run.
+        expected: what this run says, as JSON has it.
+    """
+    different = [
+        f"{name} {found.get(name)} there, {expected.get(name)} here"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if different:
+        raise WeightsError(
+            f"{path}: a run of another configuration ({'; '.join(different)}); "
+            "give the same options, or another --runs, or start again with --overwrite"
+        )
