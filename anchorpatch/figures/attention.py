@@ -171,7 +171,7 @@ def _overlay(
 
 def _caption(axis: Axes, lines: Sequence[str], *, chosen: bool = False) -> None:
     """Write below a panel, and frame the one of the branch that localizes the image."""
-    face = font(_SMALL * 100 // 72, bold=chosen)
+    face = font(ceil(_SMALL * 100 / 72), bold=chosen)
     text = "\n".join(fitted(line, int(_SIDE * 100) - 4, face) for line in lines)
     axis.set_xlabel(
         _plain(text), fontsize=_SMALL, labelpad=4, fontweight="bold" if chosen else "normal"

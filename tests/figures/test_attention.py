@@ -135,3 +135,14 @@ def test_a_wrong_decision_is_named():
     right, wrong = (attention_figure(make_result(63, predicted=p)).axes[0] for p in ("cat", "a$b"))
     assert right.get_xlabel() == "cat"
     assert wrong.get_xlabel() == "cat\npredicted a\\$b"
+
+
+@pytest.mark.parametrize("name", ["German short-haired pointer, " * 3, "m" * 60, "lilw$_{" * 9])
+def test_long_names_stay_below_their_panel(name: str):
+    figure = attention_figure(make_result(*SCALES, predicted=name))
+    figure.set_dpi(100)
+    figure.canvas.draw()
+    for axis in figure.axes[::7][:3]:
+        written = axis.xaxis.label.get_window_extent()
+        assert written.width > 100
+        assert written.width <= axis.get_window_extent().width + 1
