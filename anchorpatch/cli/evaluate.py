@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from anchorpatch.cli.options import (
     shards_option,
     workers_option,
 )
+from anchorpatch.runtime.tasks import is_main
 
 __all__ = ["evaluate"]
 
@@ -161,7 +161,7 @@ def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:
     weights, runs, result = (options.pop(name) for name in ("weights", "runs", "result"))
     known = {k: v for k, v in options.items() if k not in _OF_NETWORKS}
     summary = run(EvaluateConfig(weights=find_weights(weights, runs), **known), reporter())
-    if _is_main():
+    if is_main():
         _write_result(result, summary.to_json())
         print_anchornet(summary, form == "json")
 
@@ -182,12 +182,12 @@ def _evaluate_network(network: str, form: str, options: dict[str, Any]) -> None:
     )
     if protocol == "rescale":
         table_4 = run_rescale(config, reporter())
-        if _is_main():
+        if is_main():
             _write_result(result, table_4.to_json())
             print_table_4(table_4, form)
     else:
         table_3 = run(config, reporter())
-        if _is_main():
+        if is_main():
             _write_result(result, table_3.to_json())
             print_table_3(table_3, form)
 
@@ -198,7 +198,3 @@ def _write_result(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0

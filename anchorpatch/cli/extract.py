@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out",
     cls=SharedOption,
-    shared="ANCHORPATCH_SHARDS",
+    shared="shards",
     type=PATH,
     default=Path("shards"),
     help="Folder for the shards, OUT/SPLIT/SPLIT-00000.h5, ...; also $ANCHORPATCH_SHARDS.",
@@ -106,7 +105,7 @@ def extract(
     from anchorpatch.jobs.extract import ExtractConfig, default_preset, forecast, run
     from anchorpatch.jobs.extract_summary import wait_for_ranks
     from anchorpatch.runtime.progress import Reporter, reporter
-    from anchorpatch.runtime.tasks import resolve_task
+    from anchorpatch.runtime.tasks import rank_and_size, resolve_task
 
     part = resolve_task(task)
     lsp = overridden(
@@ -124,7 +123,7 @@ def extract(
     if dry_run:
         _print_forecast(forecast(config), as_json)
         return
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = rank_and_size()
     if not part.whole:
         click.echo(f"extract: part {part.index} of {part.total} ({part.source})", err=True)
     summary = run(config, reporter() if rank == 0 else Reporter())

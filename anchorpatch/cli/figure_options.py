@@ -41,11 +41,12 @@ class Names(_ParamType):
     """Names with commas between them."""
 
     name = "names"
+    takes_list = True  # as a settings file may write them
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return a tuple of text."""
-        if isinstance(value, tuple):
-            return value
+        if isinstance(value, tuple | list):
+            return tuple(value)
         return tuple(name.strip() for name in str(value).split(",") if name.strip())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import click
 from anchorpatch.cli.config import Command
 from anchorpatch.cli.options import (
     Share,
+    SharedOption,
     data_option,
     device_option,
     json_option,
@@ -20,6 +20,7 @@ from anchorpatch.cli.options import (
 )
 from anchorpatch.cli.output import print_json, print_table
 from anchorpatch.cli.training_options import RECORD_COLUMNS, loop_options, record_rows, run_options
+from anchorpatch.runtime.tasks import is_main
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.finetune import FinetuneSummary
@@ -87,6 +88,8 @@ DEFAULTS = {
 )
 @click.option(
     "--workers",
+    cls=SharedOption,
+    shared="workers",
     type=click.IntRange(min=0),
     help="Threads that read shards, processes that decode images; 0: the main one does it.  "
     "[default: one a CPU core]",
@@ -142,7 +145,7 @@ def finetune(
         print_forecast(forecast(config), as_json)
         return
     summary = run(config, reporter())
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_main():
         print_summary(summary, as_json)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from anchorpatch import __version__
-from anchorpatch.cli.config import load_config
+from anchorpatch.cli.config import debug_option, load_config, unknown_variables
 from anchorpatch.cli.lazy import LazyGroup
 from anchorpatch.errors import AnchorpatchError, Interrupted
 
@@ -28,6 +28,7 @@ _COMMANDS = (
 @click.group(
     cls=LazyGroup,
     names=_COMMANDS,
+    params=[debug_option()],
     context_settings={
         "help_option_names": ["-h", "--help"],
         "auto_envvar_prefix": "ANCHORPATCH",
@@ -41,9 +42,8 @@ _COMMANDS = (
     type=click.Path(dir_okay=False),
     help="Settings file, a table per command. [default: ./anchorpatch.toml where it exists]",
 )
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
-def cli(ctx: click.Context, config: str | None, debug: bool) -> None:
+def cli(ctx: click.Context, config: str | None) -> None:
     r"""Localize multi-scale semantic patches of images and train classifiers on them.
 
     \b
@@ -60,7 +60,9 @@ def cli(ctx: click.Context, config: str | None, debug: bool) -> None:
     """
     if ctx.resilient_parsing:
         return
-    ctx.default_map = load_config(config, _COMMANDS)
+    ctx.default_map = load_config(ctx, config)
+    for line in unknown_variables(ctx):
+        click.echo(f"anchorpatch: {line}", err=True)
 
 
 def main() -> NoReturn:
@@ -70,27 +72,26 @@ def main() -> NoReturn:
 
 
 def _run(args: list[str]) -> int:
-    debug = "--debug" in args or bool(os.environ.get("ANCHORPATCH_DEBUG"))
+    notes: dict[str, bool] = {}  # of --debug, wherever it stands
     try:
-        status = cli.main(args, prog_name="anchorpatch", standalone_mode=False)
+        status = cli.main(args, prog_name="anchorpatch", standalone_mode=False, obj=notes)
         # A report that cannot be delivered is a failure too, so it must not wait for exit.
         sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; run the same command again", 130, debug)
+        return _fail("interrupted; run the same command again", 130, "debug" in notes)
     except AnchorpatchError as error:
-        return _fail(str(error), error.exit_status, debug)
+        return _fail(str(error), error.exit_status, "debug" in notes)
     except BrokenPipeError:
         # `anchorpatch ... | head`: the reader has all it wanted. Keep Python from flushing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         text = " ".join(str(error).split()) or "no message"
-        return _fail(
-            f"unexpected {type(error).__name__}: {text} (--debug shows the traceback)", 1, debug
-        )
+        text = f"unexpected {type(error).__name__}: {text} (--debug shows the traceback)"
+        return _fail(text, 1, "debug" in notes)
     return status if isinstance(status, int) else 0
 
 

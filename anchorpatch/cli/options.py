@@ -33,18 +33,22 @@ PATH = click.Path(path_type=Path)
 
 
 class SharedOption(click.Option):
-    """An option that also reads one environment variable that all commands share.
+    """An option with the same meaning for all commands, which may be set for all of them at once.
 
-    ANCHORPATCH_<COMMAND>_<OPTION> goes before it.
+    That is in ANCHORPATCH_<SHARED>, or in the table [defaults] of the settings file. What is set
+    for a command overrides it.
+
+    Args:
+        shared: name of the setting, such as "data".
     """
 
     def __init__(self, *args: Any, shared: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.shared = shared
+        self.shared, self.variable = shared, f"ANCHORPATCH_{shared.upper()}"
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """Return the command's own variable, else the shared one."""
-        return super().resolve_envvar_value(ctx) or os.environ.get(self.shared) or None
+        return super().resolve_envvar_value(ctx) or os.environ.get(self.variable) or None
 
 
 class NumberList(_ParamType):
@@ -55,6 +59,8 @@ class NumberList(_ParamType):
         length: how many; None for any number.
     """
 
+    takes_list = True  # as a settings file may write it
+
     def __init__(self, kind: type[int] | type[float], length: int | None = 3) -> None:
         self.kind, self.length = kind, length
         letter = "N" if kind is int else "X"
@@ -64,8 +70,9 @@ class NumberList(_ParamType):
         """Return a tuple of the numbers."""
         if isinstance(value, tuple):
             return value
+        items = value if isinstance(value, list) else str(value).split(",")
         try:
-            numbers = tuple(self.kind(item) for item in str(value).split(","))
+            numbers = tuple(self.kind(item) for item in items)
         except ValueError:
             numbers = ()
         wanted = self.length or max(1, len(numbers))
@@ -98,7 +105,7 @@ class Share(_ParamType):
 data_option = click.option(
     "--data",
     cls=SharedOption,
-    shared="ANCHORPATCH_DATA",
+    shared="data",
     type=PATH,
     default=Path("data"),
     help="Folder with SPLIT/CLASS/*.JPEG below it; also $ANCHORPATCH_DATA.",
@@ -120,7 +127,7 @@ weights_option = click.option(
 runs_option = click.option(
     "--runs",
     cls=SharedOption,
-    shared="ANCHORPATCH_RUNS",
+    shared="runs",
     type=PATH,
     default=Path("runs"),
     help="Folder of training runs; also $ANCHORPATCH_RUNS.",
@@ -129,18 +136,25 @@ runs_option = click.option(
 shards_option = click.option(
     "--shards",
     cls=SharedOption,
-    shared="ANCHORPATCH_SHARDS",
+    shared="shards",
     type=PATH,
     default=Path("shards"),
     help="Folder that holds the shards of each split; also $ANCHORPATCH_SHARDS.",
 )
 
 device_option = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute."
+    "--device",
+    cls=SharedOption,
+    shared="device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Where to compute.",
 )
 
 workers_option = click.option(
     "--workers",
+    cls=SharedOption,
+    shared="workers",
     type=click.IntRange(min=0),
     default=None,
     help="Decoding processes; 0 decodes in the main one.  [default: one a CPU core]",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from anchorpatch.cli.training_options import (
     record_rows,
     run_options,
 )
+from anchorpatch.runtime.tasks import is_main
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.train import TrainSummary
@@ -138,7 +138,7 @@ def train(
         **{**RECIPES[recipe], **given},
     )
     summary = run(config, reporter())
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_main():
         print_summary(summary, as_json)
 
 

@@ -7,6 +7,7 @@ import os
 import torch
 
 from anchorpatch.errors import SettingsError
+from anchorpatch.runtime.tasks import environment_number
 
 __all__ = ["cpu_count", "resolve_device"]
 
@@ -25,7 +26,7 @@ def resolve_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         why = "this torch is built without CUDA" if not torch.version.cuda else "no GPU was found"
         raise SettingsError(f"--device cuda: {why}; use --device cpu, or auto")
-    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    rank, gpus = environment_number("LOCAL_RANK", 0), torch.cuda.device_count()
     if rank >= gpus:
         raise SettingsError(
             f"local rank {rank} has no GPU: {gpus} found; lower torchrun's --nproc-per-node"

@@ -6,7 +6,6 @@ Without ``torchrun`` everything here is the identity, so that jobs are written o
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from anchorpatch.errors import SettingsError
+from anchorpatch.runtime.tasks import rank_and_size
 
 __all__ = ["World", "any_rank", "average_buffers", "process_group", "sum_ranks"]
 
@@ -61,16 +60,10 @@ def process_group(device: torch.device) -> Iterator[World]:
     Raises:
         SettingsError: the environment names ranks that do not fit together.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = rank_and_size()
     if size == 1:
         yield World()
         return
-    rank = int(os.environ.get("RANK", "-1"))
-    if not 0 <= rank < size:
-        raise SettingsError(
-            f"WORLD_SIZE is {size} but RANK is {os.environ.get('RANK', 'not set')}: "
-            "start several processes with torchrun"
-        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -8,7 +8,48 @@ from dataclasses import dataclass
 
 from anchorpatch.errors import SettingsError
 
-__all__ = ["Task", "resolve_task"]
+__all__ = ["Task", "environment_number", "is_main", "rank_and_size", "resolve_task"]
+
+
+def environment_number(name: str, default: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Return a whole number that ``torchrun`` or a batch system has put into the environment.
+
+    Raises:
+        SettingsError: it is not a whole number of at least 0.
+
+    Example:
+        >>> environment_number("WORLD_SIZE", 1, {}), environment_number("RANK", 0, {"RANK": "3"})
+        (1, 3)
+    """
+    text = environment.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdecimal()):
+        raise SettingsError(
+            f"${name}: expected a whole number, as torchrun or SLURM sets it, got {text!r}"
+        )
+    return int(text)
+
+
+def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Return which of how many processes of ``torchrun`` this is; (0, 1) without it.
+
+    Raises:
+        SettingsError: the environment names ranks that do not fit together.
+    """
+    size = environment_number("WORLD_SIZE", 1, environment)
+    rank = environment_number("RANK", -1 if size > 1 else 0, environment)
+    if not 0 <= rank < size:
+        raise SettingsError(
+            f"WORLD_SIZE is {environment.get('WORLD_SIZE', 'not set')} but RANK is "
+            f"{environment.get('RANK', 'not set')}: start several processes with torchrun"
+        )
+    return rank, size
+
+
+def is_main() -> bool:
+    """Tell whether this process is the one of ``torchrun``'s that writes and talks to the user."""
+    return rank_and_size()[0] == 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +98,7 @@ def resolve_task(option: str | None, environment: Mapping[str, str] = os.environ
         source.append(f"SLURM array task {index} of {total}")
     else:
         index, total = 0, 1
-    rank, ranks = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    rank, ranks = rank_and_size(environment)
     if ranks > 1:
         source.append(f"torchrun rank {rank} of {ranks}")
     return Task(index * ranks + rank, total * ranks, ", ".join(source) or "this process")
@@ -71,16 +112,15 @@ def _parse(option: str) -> tuple[int, int]:
 
 
 def _slurm(environment: Mapping[str, str]) -> tuple[int, int]:
-    try:
-        task = int(environment["SLURM_ARRAY_TASK_ID"])
-        first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
-        step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
-        total = int(environment["SLURM_ARRAY_TASK_COUNT"])
-    except (KeyError, ValueError) as error:
+    task = environment_number("SLURM_ARRAY_TASK_ID", 0, environment)
+    first = environment_number("SLURM_ARRAY_TASK_MIN", 0, environment)
+    step = environment_number("SLURM_ARRAY_TASK_STEP", 1, environment)
+    total = environment_number("SLURM_ARRAY_TASK_COUNT", 0, environment)
+    if not total or not step:
         raise SettingsError(
-            "SLURM_ARRAY_TASK_ID is set, but SLURM_ARRAY_TASK_COUNT is not a whole number; "
+            "SLURM_ARRAY_TASK_ID is set, but SLURM_ARRAY_TASK_COUNT is not; "
             "give --task I/N (--task 0/1 does everything here)"
-        ) from error
+        )
     index = (task - first) // step
     if not 0 <= index < total:
         raise SettingsError(

@@ -77,7 +77,7 @@ def test_settings_file_and_environment(program: Program, tmp_path: Path) -> None
     [
         (
             "[models]\nclases = 3\n",
-            "table [models]: no such option: 'clases'. Did you mean 'classes'?",
+            "[models]: no such option: 'clases'. Did you mean 'classes'?",
         ),
         ("[modles]\n", "found 'modles'. Did you mean 'models'?"),
         ("[models\n", "anchorpatch.toml: "),
