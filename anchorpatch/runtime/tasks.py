@@ -15,20 +15,19 @@ def environment_number(name: str, default: int, environment: Mapping[str, str] =
     """Return a whole number that ``torchrun`` or a batch system has put into the environment.
 
     Raises:
-        SettingsError: it is not a whole number of at least 0.
+        SettingsError: it is not a whole number.
 
     Example:
         >>> environment_number("WORLD_SIZE", 1, {}), environment_number("RANK", 0, {"RANK": "3"})
         (1, 3)
     """
     text = environment.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdecimal()):
+    try:
+        return default if text is None else int(text)
+    except ValueError:
         raise SettingsError(
             f"${name}: expected a whole number, as torchrun or SLURM sets it, got {text!r}"
-        )
-    return int(text)
+        ) from None
 
 
 def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -116,7 +115,7 @@ def _slurm(environment: Mapping[str, str]) -> tuple[int, int]:
     first = environment_number("SLURM_ARRAY_TASK_MIN", 0, environment)
     step = environment_number("SLURM_ARRAY_TASK_STEP", 1, environment)
     total = environment_number("SLURM_ARRAY_TASK_COUNT", 0, environment)
-    if not total or not step:
+    if total < 1 or step < 1:
         raise SettingsError(
             "SLURM_ARRAY_TASK_ID is set, but SLURM_ARRAY_TASK_COUNT is not; "
             "give --task I/N (--task 0/1 does everything here)"
