@@ -111,7 +111,9 @@ class Unreadable:
 
 
 class Predictor:
-    """AnchorNet and a network, loaded and checked.
+    """AnchorNet and a network, loaded and checked, for any number of calls.
+
+    Its threads end when it is closed as a context manager, or with it.
 
     Args:
         config: what decides.
@@ -130,23 +132,35 @@ class Predictor:
         )
         module = self.network.module.to(device)
         self._run = Distributions(module, device, self.network.meta, amp=False)
+        # Images are too small to share out, and a new thread starts with all cores.
+        self._decoders = ThreadPoolExecutor(
+            cpu_count(), initializer=torch.set_num_threads, initargs=(1,)
+        )
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._localizer.__exit__(*error)
+        self._decoders.shutdown(cancel_futures=True)
 
     def predict(self, paths: Iterable[str]) -> Iterator[Prediction | Unreadable]:
         """Yield what each file is, in their order; files are read some ahead.
+
+        Several calls may be under way at once, taking turns.
 
         Raises:
             NonFiniteError: one of the networks gave NaN or infinity.
         """
         names = iter(paths)
         chunks = iter(lambda: list(itertools.islice(names, self._localizer.chunk)), [])
-        with self._localizer, _decoders() as pool:
-            ahead: deque[tuple[list[str], list[Future[Decoded | str]]]] = deque()
-            for chunk in chunks:
-                ahead.append((chunk, [pool.submit(_decoded, name) for name in chunk]))
-                if len(ahead) > 1:
-                    yield from self._chunk(*ahead.popleft())
-            for last in ahead:
-                yield from self._chunk(*last)
+        ahead: deque[tuple[list[str], list[Future[Decoded | str]]]] = deque()
+        for chunk in chunks:
+            ahead.append((chunk, [self._decoders.submit(_decoded, name) for name in chunk]))
+            if len(ahead) > 1:
+                yield from self._chunk(*ahead.popleft())
+        for last in ahead:
+            yield from self._chunk(*last)
 
     def _chunk(
         self, paths: list[str], decoded: list[Future[Decoded | str]]
@@ -225,11 +239,6 @@ class Predictor:
             crop=image.pixels,
             patches=patches,
         )
-
-
-def _decoders() -> ThreadPoolExecutor:
-    # Images are too small to share out, and a new thread starts with all cores.
-    return ThreadPoolExecutor(cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _decoded(path: str) -> Decoded | str:

@@ -22,7 +22,8 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predict(config: PredictConfig, paths: list[Path]) -> list[Prediction | Unreadable]:
-    return list(Predictor(config).predict(map(str, paths)))
+    with Predictor(config) as predictor:
+        return list(predictor.predict(map(str, paths)))
 
 
 def test_the_same_as_extracting_and_adding_softmaxes(
@@ -90,6 +91,25 @@ def test_bad_files_keep_their_places(
     config = PredictConfig(network, weights)
     assert predict(config, []) == []
     assert [type(r) for r in predict(config, [tmp_path])] == [Unreadable]
+
+
+def test_a_predictor_serves_any_number_of_calls(
+    image_folder: Path, weights: Path, network: Path
+) -> None:
+    paths = [str(path) for path in sorted((image_folder / "val" / "cat").iterdir())[:3]]
+    config = PredictConfig(network, weights)
+    expected = [result.to_json() for result in predict(config, list(map(Path, paths)))]
+    with Predictor(config) as predictor:
+        abandoned = predictor.predict(paths)
+        next(abandoned)
+        abandoned.close()
+        for _ in range(2):
+            assert [result.to_json() for result in predictor.predict(paths)] == expected
+        turns = zip(predictor.predict(paths), predictor.predict(paths), strict=True)
+        for (one, other), result in zip(turns, expected, strict=True):
+            assert one.to_json() == other.to_json() == result
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        next(predictor.predict(paths))
 
 
 def test_files_are_read_only_a_little_ahead(

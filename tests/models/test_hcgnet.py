@@ -51,8 +51,7 @@ def network_parameters(growth: Sequence[int], cells: Sequence[int], classes: int
     return total + 2 * c + (c + 1) * classes
 
 
-# The page that defines the networks prints 12,845,453 for B, 48 fewer than its own definition
-# gives; its other ten figures hold.
+# Those of the authors' own definition of the networks.
 @pytest.mark.parametrize(
     ("name", "count", "gmacs"),
     [

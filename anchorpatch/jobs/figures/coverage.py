@@ -117,6 +117,7 @@ def run(
 
     Raises:
         DataError: no image can be decoded.
+        SettingsError: none of the localizers can be had.
         WeightsError: weights cannot be had, read or used, or are of other classes.
         NonFiniteError: a network gave NaN or infinity.
     """
@@ -128,6 +129,8 @@ def run(
     network = _network(config, source, report)
     see = See(anchornet, device)
     localizers, weights, left_out = _localizers(config, network, device)
+    if not localizers:
+        raise SettingsError(f"no localizer is left: {'; '.join(left_out)}")
     scored = _Scores(config, network, localizers, device)
     rows = np.arange(len(source))
     if config.images is not None and config.images < len(rows):

@@ -177,6 +177,8 @@ def test_weights_and_peers_that_are_missing_or_wrong(
     result = run(source, replace(config, localizers=("centre", "bagnet33"), images=2))
     assert [curve.localizer for curve in result.curves] == ["centre"]
     assert "anchorpatch train --arch bagnet33" in result.left_out[0]
+    with pytest.raises(SettingsError, match=r"no localizer is left: bagnet33: no .*bagnet33"):
+        run(source, replace(config, localizers=("bagnet33",)))
 
 
 def test_images_of_other_classes_are_refused(
