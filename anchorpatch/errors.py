@@ -22,6 +22,10 @@ A message is one sentence or two: the file, what was expected, what was found, w
 
 from __future__ import annotations
 
+import errno
+import os
+from typing import Final
+
 __all__ = [
     "AnchorpatchError",
     "CorruptShard",
@@ -37,7 +41,29 @@ __all__ = [
     "StorageError",
     "TooManyBadImages",
     "WeightsError",
+    "reason_of",
 ]
+
+#: ENOTSUPP of Linux, which NFS leaks to programs though no C library has words for it.
+ENOTSUPP: Final = 524
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why something failed as words for the middle of a message: one line, no bare number.
+
+    Example:
+        >>> reason_of(OSError(errno.ENOLCK, None)), reason_of(KeyError("no such part"))
+        ('No locks available', 'no such part')
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number == ENOTSUPP:
+        text = os.strerror(errno.EOPNOTSUPP)
+    elif isinstance(error, OSError) and (error.strerror or number):
+        text = error.strerror or os.strerror(number or 0)
+    else:
+        # A KeyError shows its message as a literal, in quotes.
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 class AnchorpatchError(Exception):

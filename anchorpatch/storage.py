@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final
 
-from anchorpatch.errors import StorageError
+from anchorpatch.errors import ENOTSUPP, StorageError, reason_of
 
 __all__ = [
     "allocate",
@@ -28,7 +28,7 @@ __all__ = [
 _NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 #: What a filesystem answers that has no locks.
-_NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, ENOTSUPP}
 
 
 @contextmanager
@@ -45,7 +45,6 @@ def refusals(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
         size = f" ({needed:,} bytes are needed)" if needed else ""
         advice = (
             "free space and run the same command again"
@@ -54,7 +53,7 @@ def refusals(path: Path, needed: int | None = None) -> Iterator[None]:
         )
         if error.errno == errno.EIO:
             advice = "check the disk and run the same command again"
-        raise StorageError(f"{path}: cannot write: {reason}{size}: {advice}") from error
+        raise StorageError(f"{path}: cannot write: {reason_of(error)}{size}: {advice}") from error
 
 
 def try_lock(file: BinaryIO | int, *, wait: bool) -> bool:
@@ -102,7 +101,7 @@ def allocate(file: BinaryIO, size: int) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, ENOTSUPP):
                 raise
 
 

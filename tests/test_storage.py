@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from anchorpatch import storage
-from anchorpatch.errors import StorageError
+from anchorpatch.errors import StorageError, reason_of
 from anchorpatch.shards import writer
 from anchorpatch.shards.layout import CODECS, shard_name
 from anchorpatch.shards.manifest import FilesDigest, open_manifest
@@ -192,7 +192,7 @@ def test_a_full_disk(small_disk: Path, room: int) -> None:
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from anchorpatch.errors import StorageError
+from anchorpatch.errors import StorageError, reason_of
 from tests.test_storage import write_split
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 try:
@@ -225,15 +225,66 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         write_split(tmp_path / "val")
 
 
-def test_a_filesystem_without_locks_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flock(*args: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+@pytest.fixture(scope="session")
+def refusing_flock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library to preload whose flock fails with the errno in $FLOCK_ERRNO, in HDF5 too."""
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux and a C compiler, to replace flock")
+    library = tmp_path_factory.mktemp("flock") / "flock.so"
+    source = library.with_suffix(".c")
+    source.write_text(
+        "#include <errno.h>\n#include <stdlib.h>\n"
+        'int flock(int fd, int how) { errno = atoi(getenv("FLOCK_ERRNO")); return -1; }\n'
+    )
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
 
-    monkeypatch.setattr(storage.fcntl, "flock", flock)
-    write_split(tmp_path / "val")
-    assert verify_folder(tmp_path / "val", jobs=1) == []
+
+WITHOUT_LOCKS = """
+import sys
+from pathlib import Path
+from anchorpatch.shards import ShardReader
+from anchorpatch.shards.verify import verify_folder
+from tests.test_storage import write_split
+write_split(Path(sys.argv[1]))
+assert verify_folder(sys.argv[1], jobs=1) == []
+reader = ShardReader(sys.argv[1])
+print(len(reader.image_patches(0).pixels) > 0, len(reader.label))
+"""
+
+
+@pytest.mark.parametrize(
+    # 524 is the kernel's ENOTSUPP, which NFS leaks.
+    "error",
+    [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, 524],
+)
+def test_a_filesystem_without_locks_goes_on(
+    tmp_path: Path, refusing_flock: Path, error: int
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LOCKS, str(tmp_path / "val")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "LD_PRELOAD": str(refusing_flock), "FLOCK_ERRNO": str(error)},
+    )
+    assert result.stdout.startswith("True "), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOLCK, "No locks available"), "No locks available"),
+        (OSError(errno.EIO, None), "Input/output error"),
+        (OSError(524, "Unknown error 524"), "Operation not supported"),
+        (OSError("one\n line"), "one line"),
+        (KeyError("no such part"), "no such part"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_reasons_are_words(error: Exception, words: str) -> None:
+    assert reason_of(error) == words
 
 
 def test_copying_goes_on_where_the_kernel_cannot(
@@ -256,7 +307,6 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from tests.test_storage import write_split
-from anchorpatch import storage
 from anchorpatch.shards import writer
 name, _, n = sys.argv[2].partition(":")
 real, left = getattr(os, name), int(n)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from anchorpatch.errors import DataError, ImageError, StorageError
+from anchorpatch.errors import DataError, ImageError, StorageError, reason_of
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.loader import read_image
 from anchorpatch.images.picture import decode_picture
@@ -80,7 +80,7 @@ def build_cache(folder: ImageFolder, where: Path, threads: int) -> PictureCache:
             _write(folder, pixels, index, threads)
         except OSError as error:
             raise StorageError(
-                f"{where}: the image cache could not be written: {error.strerror or error}; "
+                f"{where}: the image cache could not be written: {reason_of(error)}; "
                 "free space, choose another folder, or run without --image-cache"
             ) from error
     try:

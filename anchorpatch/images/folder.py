@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from anchorpatch.errors import DataError
+from anchorpatch.errors import DataError, reason_of
 from anchorpatch.images.labels import read_labels
 
 __all__ = ["EXTENSIONS", "ImageFolder", "scan_folder"]
@@ -204,7 +204,7 @@ def _entries(folder: bytes) -> Iterator[os.DirEntry[bytes]]:
         with os.scandir(folder) as entries:
             yield from entries
     except OSError as error:
-        raise DataError(f"{_printable(folder)}: cannot be listed: {error.strerror}") from error
+        raise DataError(f"{_printable(folder)}: cannot be listed: {reason_of(error)}") from error
 
 
 def _size(entry: os.DirEntry[bytes]) -> int:

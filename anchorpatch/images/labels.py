@@ -20,7 +20,7 @@ from os.path import splitext
 from pathlib import Path
 from typing import Final
 
-from anchorpatch.errors import DataError
+from anchorpatch.errors import DataError, reason_of
 
 __all__ = ["read_labels"]
 
@@ -115,4 +115,4 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text: {error.reason}; save it as UTF-8 CSV") from error
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}; check --labels") from error
+        raise DataError(f"{file}: cannot be read: {reason_of(error)}; check --labels") from error

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from anchorpatch.errors import ImageError, SettingsError
+from anchorpatch.errors import ImageError, SettingsError, reason_of
 from anchorpatch.images.decode import CROP, Decoded, decode
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.workers import Batch, serve_batches
@@ -139,7 +139,9 @@ def read_image(path: str) -> bytes:
     except OSError as error:
         if error.errno in _NOT_THE_IMAGE:
             raise
-        raise ImageError(_REASONS.get(error.errno or 0, f"unreadable: {error.strerror}")) from error
+        raise ImageError(
+            _REASONS.get(error.errno or 0, f"unreadable: {reason_of(error)}")
+        ) from error
 
 
 class _Request(NamedTuple):

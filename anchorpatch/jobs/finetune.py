@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anchorpatch.errors import WeightsError
+from anchorpatch.errors import WeightsError, reason_of
 from anchorpatch.jobs.finetuning.config import FREE, SCRATCH, FinetuneConfig
 from anchorpatch.jobs.finetuning.setup import Setup, prepare
 from anchorpatch.jobs.networks import load_network
@@ -215,8 +215,7 @@ def _digest_of_weights(weights: str) -> str:
             return sha256_of(file)
     except OSError as error:
         raise WeightsError(
-            f"{weights}: expected a weights file, 'default' or 'none', found: "
-            f"{error.strerror or error}"
+            f"{weights}: expected a weights file, 'default' or 'none', found: {reason_of(error)}"
         ) from error
 
 

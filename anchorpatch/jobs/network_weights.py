@@ -25,7 +25,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from anchorpatch.errors import WeightsError
+from anchorpatch.errors import WeightsError, reason_of
 from anchorpatch.models.registry import TIMM, timm_module, torchvision_name
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 
@@ -113,9 +113,9 @@ def _cached(name: str, url: str, message: Callable[[str], None]) -> Path:
             )
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         raise WeightsError(
-            f"{name}: cannot download {url} ({_line(error)}); fetch {file.name} where there is a "
-            f"network and give it with --weights {file.name} or put it into {file.parent}, or "
-            "give --weights none"
+            f"{name}: cannot download {url} ({reason_of(error)[:200]}); fetch {file.name} where "
+            f"there is a network and give it with --weights {file.name} or put it into "
+            f"{file.parent}, or give --weights none"
         ) from error
     return file
 
@@ -146,8 +146,8 @@ def _pretrained_of_timm(name: str, classes: tuple[str, ...]) -> Found:
     except Exception as error:  # whatever urllib, huggingface_hub, httpx and others raise
         place = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
         raise WeightsError(
-            f"{name}: cannot download {place} ({_line(error)}); fetch {_TIMM_FILE} from there "
-            "where there is a network and give it with --weights FILE, or give --weights none"
+            f"{name}: cannot download {place} ({reason_of(error)[:200]}); fetch {_TIMM_FILE} from "
+            "there where there is a network and give it with --weights FILE, or give --weights none"
         ) from error
     imagenet = config.num_classes == 1000 and _is_imagenet(classes)
     return Found(
@@ -204,7 +204,7 @@ def read_file(path: Path, name: str) -> Found:
         ) from error
     except OSError as error:
         raise WeightsError(
-            f"{path}: expected a readable weights file, found: {error.strerror or error}"
+            f"{path}: expected a readable weights file, found: {reason_of(error)}"
         ) from error
     if beginning[8:9] != b"{":
         tensors = _from_torch(path, advice="name another, or copy it again")
@@ -280,8 +280,3 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if plain and all(key.startswith(prefix) for key in plain):
             plain = {key.removeprefix(prefix): value for key, value in plain.items()}
     return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in plain.items()}
-
-
-def _line(error: BaseException) -> str:
-    """Return an error's message as the end of a line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

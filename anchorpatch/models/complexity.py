@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from anchorpatch.errors import reason_of
 from anchorpatch.models.anchornet import AnchorNet
 
 __all__ = [
@@ -106,7 +107,7 @@ def refusal(module: nn.Module, size: int) -> str | None:
                 parameter = next(module.parameters())
                 module(torch.zeros(1, 3, size, size, device=parameter.device))
     except _REFUSALS as error:
-        return " ".join(str(error).split())[:120] or type(error).__name__
+        return reason_of(error)[:120]
     finally:
         module.train(training)
     return None

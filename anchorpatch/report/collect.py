@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from anchorpatch.errors import AnchorpatchError, DataError
+from anchorpatch.errors import AnchorpatchError, DataError, reason_of
 from anchorpatch.report.figure_files import FigureFile, read_figure
 from anchorpatch.report.result_files import Result, read_result
 from anchorpatch.report.weights import WeightsFacts, read_weights_facts
@@ -197,7 +197,7 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, AnchorpatchError):
         text = str(error)
     elif isinstance(error, OSError):
-        text = f"cannot be read: {error.strerror or error}"
+        text = f"cannot be read: {reason_of(error)}"
     elif isinstance(error, KeyError):
         text = f"damaged: it has no {error}"
     else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from anchorpatch.errors import DataError, ImageError
+from anchorpatch.errors import DataError, ImageError, reason_of
 from anchorpatch.images.picture import decode_picture
 
 __all__ = ["FigureFile", "read_figure"]
@@ -71,7 +71,7 @@ def read_figure(path: Path) -> FigureFile | None:
         encoded = picture.read_bytes()
         decoded = decode_picture(encoded)
     except OSError as error:
-        raise DataError(f"its picture {picture.name}: {error.strerror or error}") from error
+        raise DataError(f"its picture {picture.name}: {reason_of(error)}") from error
     except ImageError as error:
         raise DataError(f"its picture {picture.name}: {error.reason}") from error
     return FigureFile(

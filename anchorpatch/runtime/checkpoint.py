@@ -25,7 +25,7 @@ import torchvision
 from torch import Tensor, nn
 
 import anchorpatch
-from anchorpatch.errors import WeightsError
+from anchorpatch.errors import WeightsError, reason_of
 from anchorpatch.storage import write_atomically
 
 __all__ = [
@@ -163,7 +163,7 @@ def read_meta(path: str | os.PathLike[str]) -> WeightsMeta:
             content += file.read(min(int.from_bytes(content, "little"), path.stat().st_size))
     except OSError as error:
         raise WeightsError(
-            f"{path}: expected a readable weights file, found: {error.strerror or error}"
+            f"{path}: expected a readable weights file, found: {reason_of(error)}"
         ) from error
     return _meta(path, _header(path, content))
 
@@ -245,7 +245,7 @@ def _read(path: Path) -> bytes:
         raise WeightsError(f"{path}: expected a weights file, found none") from error
     except OSError as error:
         raise WeightsError(
-            f"{path}: expected a readable weights file, found: {error.strerror or error}"
+            f"{path}: expected a readable weights file, found: {reason_of(error)}"
         ) from error
 
 

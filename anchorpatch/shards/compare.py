@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
-
+from anchorpatch.errors import ShardError
+from anchorpatch.shards.access import stored_paths
 from anchorpatch.shards.layout import ShardHeader, decode_text
 
 __all__ = ["first_changed_path", "header_differences"]
@@ -56,9 +56,8 @@ def first_changed_path(shard: Path, paths: Sequence[str]) -> str:
         A phrase; empty when the shard cannot be read.
     """
     try:
-        with h5py.File(shard, "r") as file:
-            stored = [*file["images/path"][:], *file["skipped/path"][:]]
-    except (OSError, KeyError, RuntimeError):
+        stored = stored_paths(shard)
+    except ShardError:
         return ""
     # Images and skipped ones were one list, sorted by bytes.
     was = [decode_text(path) for path in sorted(stored)]

@@ -29,7 +29,6 @@ may map them into memory instead of going through HDF5.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
@@ -55,6 +54,7 @@ __all__ = [
     "cut_patches",
     "decode_text",
     "encode_text",
+    "expected_datasets",
     "read_attributes",
     "read_settings",
     "shard_name",
@@ -240,19 +240,15 @@ def read_settings(file: h5py.File) -> ShardSettings:
     Raises:
         ShardError: the format version is not ours, or the attributes are not a shard's.
     """
-    name = os.path.basename(file.filename)
-    version = file.attrs.get("format_version")
-    if version is None:
-        raise ShardError(f"{name}: expected a shard of anchorpatch, found another HDF5 file")
-    if int(version) != FORMAT_VERSION:
+    if "format_version" not in file.attrs:
+        raise ShardError("expected a shard of anchorpatch, found another HDF5 file")
+    version = int(_attribute(file, "format_version", "iu", 0))
+    if version != FORMAT_VERSION:
         raise ShardError(
-            f"{name}: expected format version {FORMAT_VERSION}, found {int(version)}: "
+            f"expected format version {FORMAT_VERSION}, found {version}: "
             "read it with the version of anchorpatch that wrote it"
         )
-    try:
-        return ShardSettings.from_json(json.loads(decode_text(file.attrs["settings"])))
-    except (ShardError, SettingsError) as error:
-        raise ShardError(f"{name}: {error}") from error
+    return ShardSettings.from_json(json.loads(_text(file, "settings")))
 
 
 def read_attributes(file: h5py.File) -> tuple[ShardHeader, str]:
@@ -261,15 +257,68 @@ def read_attributes(file: h5py.File) -> tuple[ShardHeader, str]:
     Raises:
         ShardError: as `read_settings`.
     """
+    settings = read_settings(file)
     header = ShardHeader(
-        split=decode_text(file.attrs["split"]),
-        classes=tuple(map(decode_text, file.attrs["classes"])),
-        network_classes=tuple(map(decode_text, file.attrs["network_classes"])),
-        settings=read_settings(file),
-        weights_sha256=decode_text(file.attrs["weights_sha256"]),
-        version=decode_text(file.attrs["anchorpatch_version"]),
+        split=_text(file, "split"),
+        classes=tuple(map(decode_text, _attribute(file, "classes", "S", 1))),
+        network_classes=tuple(map(decode_text, _attribute(file, "network_classes", "S", 1))),
+        settings=settings,
+        weights_sha256=_text(file, "weights_sha256"),
+        version=_text(file, "anchorpatch_version"),
     )
-    return header, decode_text(file.attrs["files_sha256"])
+    return header, _text(file, "files_sha256")
+
+
+def _text(file: h5py.File, name: str) -> str:
+    return decode_text(_attribute(file, name, "S", 0))
+
+
+def _attribute(file: h5py.File, name: str, kinds: str, axes: int) -> Any:
+    """Read an attribute of one of the ``kinds`` of dtype and so many axes.
+
+    Raises:
+        ShardError: it is of another type or shape.
+    """
+    declared = file.attrs.get_id(name)
+    if declared.dtype.kind not in kinds or len(declared.shape) != axes:
+        raise ShardError(
+            f"{name}: expected an attribute as format 1 has it, found {declared.dtype} "
+            f"{declared.shape}"
+        )
+    return file.attrs[name]
+
+
+def expected_datasets(
+    settings: ShardSettings, images: int, patches: Mapping[int, int]
+) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """Return type and shape of every dataset of a shard; "S" is a string of any fixed length.
+
+    Args:
+        settings: of the shard.
+        images: how many it holds.
+        patches: how many it holds, by scale.
+
+    Example:
+        >>> settings = ShardSettings((1, 1, 1), 0.3, (0.1, 0.1, 0.1))
+        >>> found = expected_datasets(settings, 2, {63: 5, 95: 0, 111: 0})
+        >>> found["images/size"], found["patches/63/pixels"], found["skipped/path"]
+        (('<i4', (2, 2)), ('u1', (5, 63, 63, 3)), ('S', (None,)))
+    """
+    found: dict[str, tuple[str, tuple[int | None, ...]]] = {"images/path": ("S", (images,))}
+    for name, (dtype, shape) in IMAGE_TABLE.items():
+        found[f"images/{name}"] = dtype, (images, *shape)
+    if settings.store_images:
+        found["images/pixels"] = "u1", (images, CROP_SIDE, CROP_SIDE, 3)
+    for scale in SCALES:
+        m = patches[scale]
+        for name, (dtype, shape) in PATCH_TABLE.items():
+            found[f"patches/{scale}/{name}"] = dtype, (m, *shape)
+        if settings.codec == "raw":
+            found[f"patches/{scale}/pixels"] = "u1", (m, scale, scale, 3)
+        elif settings.codec == "jpeg":
+            found[f"patches/{scale}/offset"] = "<i8", (m + 1,)
+            found[f"patches/{scale}/blob"] = "u1", (None,)
+    return found | {f"skipped/{name}": ("S", (None,)) for name in ("path", "reason")}
 
 
 def cut_patches(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from anchorpatch import storage
-from anchorpatch.errors import ManifestMismatch, ShardError
+from anchorpatch.errors import ManifestMismatch, ShardError, reason_of
 from anchorpatch.shards.compare import first_changed_path, header_differences
 from anchorpatch.shards.layout import (
     FORMAT_VERSION,
@@ -235,7 +235,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: not found: expected a folder that `anchorpatch extract` wrote"
         ) from None
     except OSError as error:
-        raise ShardError(f"{path}: cannot read: {error.strerror}") from error
+        raise ShardError(f"{path}: cannot read: {reason_of(error)}") from error
     except ValueError as error:
         raise ShardError(f"{path}: damaged, not JSON ({error}): {again}") from error
     if not isinstance(data, dict) or data.get("format") != _FORMAT:

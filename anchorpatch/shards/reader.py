@@ -7,7 +7,6 @@ at once. No handle of h5py stays open.
 
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,11 +15,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
 from anchorpatch.errors import CorruptShard, ShardError
-from anchorpatch.shards.access import Maps, ShardFile, check_size, empty_table, read_table
-from anchorpatch.shards.layout import SCALES
+from anchorpatch.shards.access import Maps, ShardFile, check_size, decode_patch, read_table, survey
+from anchorpatch.shards.layout import IMAGE_TABLE, PATCH_TABLE, SCALES
 from anchorpatch.shards.manifest import read_manifest
 
 __all__ = ["ImagePatches", "ShardReader"]
@@ -62,7 +60,8 @@ class ShardReader:
     to ``reader.patch_count(scale) - 1`` for each scale. The results do not depend on the
     codec, but that ``jpeg`` loses some detail.
 
-    Opening costs one ``stat`` a shard; tables and offsets are read on first use.
+    Opening costs one ``stat`` per shard. Tables and offsets are read on first use, when each
+    shard is checked as `verify` checks it, apart from its checksum and its JPEG patches.
 
     Args:
         folder: OUT/SPLIT.
@@ -87,7 +86,7 @@ class ShardReader:
 
     def __init__(self, folder: Path | str, *, partial: bool = False) -> None:
         self.folder = Path(folder)
-        manifest = read_manifest(self.folder)
+        self._manifest = manifest = read_manifest(self.folder)
         self.header = manifest.header
         self.classes = manifest.header.classes
         self.network_classes = manifest.header.network_classes
@@ -225,35 +224,33 @@ class ShardReader:
             blob = self._pixels(shard, f"patches/{scale}/blob")
             offset = self._shard(shard).blob_offsets[scale]
             for k, row in zip(target, rows.tolist(), strict=True):
-                data = blob[offset[row] : offset[row + 1]].tobytes()
-                out[k] = self._decoded(data, shard)
-
-    def _decoded(self, data: bytes, shard: int) -> NDArray[np.uint8]:
-        try:
-            with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-                return np.asarray(image)
-        except OSError as error:
-            raise CorruptShard(
-                f"{self._files[shard]}: a JPEG patch cannot be decoded; remove the shard and run "
-                "the same extract again"
-            ) from error
+                try:
+                    out[k] = decode_patch(blob[offset[row] : offset[row + 1]].tobytes(), scale)
+                except CorruptShard as error:
+                    problem = f"patches/{scale}/blob: patch {row}: {error}"
+                    raise self._corrupt(shard, problem) from error
 
     def _pixels(self, shard: int, name: str) -> NDArray[np.uint8]:
         """Return a large dataset of a shard as a view into the file."""
-        offset, shape = self._shard(shard).places[name]
-        file = self._maps.get(self._files[shard])
-        view: NDArray[np.uint8] = file[offset : offset + int(np.prod(shape))].reshape(shape)
-        return view
+        return self._shard(shard).view(self._maps.get(self._files[shard]), name)
 
     def _shard(self, index: int) -> ShardFile:
-        found = self._shards.get(index)
-        if found is None:
-            path = self._files[index]
-            found = ShardFile.load(path, self._entries[index])
-            if found.settings != self.settings:
-                raise CorruptShard(f"{path}: made with other settings than the manifest says")
-            self._shards[index] = found
-        return found
+        if index not in self._shards:
+            self._open(index)
+        return self._shards[index]
+
+    def _open(self, index: int) -> dict[str, dict[str, NDArray[Any]]]:
+        """Open and check a shard, remember where its pixels lie, and return its tables."""
+        found = survey(self._manifest, self._entries[index])
+        if found.problems:
+            raise self._corrupt(index, found.problems[0])
+        self._shards[index] = found.file
+        return found.tables
+
+    def _corrupt(self, shard: int, problem: str) -> CorruptShard:
+        return CorruptShard(
+            f"{self._files[shard]}: {problem}; remove the shard and run the same extract again"
+        )
 
     def _patch_column(self, scale: int, name: str, rows: ArrayLike) -> NDArray[Any]:
         index = _rows(rows, self.patch_count(scale))
@@ -268,11 +265,16 @@ class ShardReader:
 
     def _load_columns(self, group: str) -> None:
         """Read a table from all shards, and make its rows count over all of them."""
-        tables = [empty_table(group)]
+        schema = IMAGE_TABLE if group == "images" else PATCH_TABLE
+        empty = {name: np.empty((0, *shape), dtype) for name, (dtype, shape) in schema.items()}
+        if group == "images":
+            empty["path"] = np.empty(0, "S1")
+        tables = [empty]
+        for index, path in enumerate(self._files):
+            checked = index in self._shards
+            tables.append(read_table(path, group, empty) if checked else self._open(index)[group])
+        columns = {name: np.concatenate([t[name] for t in tables]) for name in empty}
         counts = self._image_start if group == "images" else self._patch_start[_scale(group)]
-        for path, rows in zip(self._files, np.diff(counts).tolist(), strict=True):
-            tables.append(read_table(path, group, rows))
-        columns = {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
         shard = np.repeat(np.arange(len(self._files)), np.diff(counts))
         if group == "images":
             columns["first"] = columns["first"].astype(np.int64)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from joblib import Parallel, delayed
-from numpy.typing import NDArray
 
 from anchorpatch import storage
-from anchorpatch.errors import ShardError
-from anchorpatch.shards.access import ShardFile, check_size, open_shard, read_table
-from anchorpatch.shards.layout import CROP_SIDE, MANIFEST_NAME, SCALES, read_attributes
+from anchorpatch.errors import CorruptShard, ShardError, reason_of
+from anchorpatch.shards.access import check_size, decode_patch, survey
+from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.manifest import Manifest, ShardEntry, read_manifest
 
 __all__ = ["ShardProblem", "verify_folder", "verify_shard"]
-
-_Table = dict[str, NDArray[Any]]
 
 #: Leftovers of a run that was killed: no fault, as the next run clears them away.
 _LEFTOVERS: Final = re.compile(r"\.manifest\.lock|\.manifest\.json\.[0-9a-f]{12}\.tmp|.*\.h5\.tmp")
@@ -98,65 +96,21 @@ def verify_shard(manifest: Manifest, entry: ShardEntry) -> list[ShardProblem]:
     except ShardError as error:
         return [ShardProblem(entry.name, str(error).removeprefix(f"{path}: "))]
     except OSError as error:
-        return [ShardProblem(entry.name, f"cannot be read: {error.strerror or error}")]
+        return [ShardProblem(entry.name, f"cannot be read: {reason_of(error)}")]
 
 
 def _inside(manifest: Manifest, entry: ShardEntry, path: Path) -> Iterator[str]:
     """Yield what is wrong within a shard whose bytes are those that were written."""
-    ShardFile.load(path, entry)
-    with open_shard(path) as file:
-        header, files_sha256 = read_attributes(file)
-        skipped = file["skipped/path"].shape[0]
-    for name in ("split", "classes", "network_classes", "settings", "weights_sha256"):
-        if getattr(header, name) != getattr(manifest.header, name):
-            yield f"its {name} are not those of {MANIFEST_NAME}"
-    if files_sha256 != entry.files_sha256:
-        yield f"its file list is not that of {MANIFEST_NAME}"
-    start, stop = manifest.shard_range(int(entry.name.rpartition("-")[2].split(".")[0]))
-    if entry.images + skipped != stop - start:
-        yield f"expected {stop - start} images and skipped images, found {entry.images} + {skipped}"
-    images = read_table(path, "images", entry.images)
-    yield from _image_problems(images, header.classes, header.network_classes)
-    for scale in SCALES:
-        patches = read_table(path, f"patches/{scale}", entry.patches[scale])
-        yield from _patch_problems(images, patches, scale)
-
-
-def _image_problems(
-    images: _Table, classes: tuple[str, ...], network_classes: tuple[str, ...]
-) -> Iterator[str]:
-    for name, limit in (
-        ("label", len(classes)),
-        ("predicted", len(network_classes)),
-        ("branch_class", len(network_classes)),
-    ):
-        if ((images[name] < 0) | (images[name] >= limit)).any():
-            yield f"images/{name}: expected 0 to {limit - 1}, found others"
-    if not np.isin(images["scale"], SCALES).all():
-        yield f"images/scale: expected {SCALES}, found others"
-    probability = images["branch_prob"]
-    if not ((probability >= 0) & (probability <= 1)).all():
-        yield "images/branch_prob: expected 0 to 1, found others"
-    if (images["size"] < 1).any():
-        yield "images/size: expected at least 1 px, found others"
-    paths = images["path"]
-    if (paths[1:] <= paths[:-1]).any():
-        yield "images/path: expected each once, in order, found others"
-
-
-def _patch_problems(images: _Table, patches: _Table, scale: int) -> Iterator[str]:
-    rows = np.flatnonzero(images["scale"] == scale)
-    count, first = images["count"][rows], images["first"][rows]
-    m = len(patches["image"])
-    if (first != np.cumsum(count) - count).any() or (count < 1).any() or count.sum() != m:
-        yield f"images/first, images/count: expected to divide {m} patches of {scale} px"
-    elif (patches["image"] != np.repeat(rows, count)).any():
-        yield f"patches/{scale}/image: expected the image whose slice it is, found others"
-    corner, score = patches["corner"], patches["score"]
-    if ((corner < 0) | (corner > CROP_SIDE - scale)).any():
-        yield f"patches/{scale}/corner: expected 0 to {CROP_SIDE - scale}, found others"
-    if not np.isfinite(score).all():
-        yield f"patches/{scale}/score: expected numbers, found NaN or infinity"
-    same_image = patches["image"][1:] == patches["image"][:-1]
-    if (same_image & (score[1:] > score[:-1])).any():
-        yield f"patches/{scale}/score: expected the strongest first, found others"
+    found = survey(manifest, entry)
+    yield from found.problems
+    if found.problems or not found.file.blob_offsets:
+        return
+    file = np.asarray(np.memmap(path, np.uint8, "r"))
+    for scale, offset in found.file.blob_offsets.items():
+        blob = found.file.view(file, f"patches/{scale}/blob")
+        for row, (start, stop) in enumerate(pairwise(offset.tolist())):
+            try:
+                decode_patch(blob[start:stop].tobytes(), scale)
+            except CorruptShard as error:
+                yield f"patches/{scale}/blob: patch {row}: {error}"
+                break

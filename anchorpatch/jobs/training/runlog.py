@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from anchorpatch.errors import MissingDependency, StorageError
+from anchorpatch.errors import MissingDependency, StorageError, reason_of
 from anchorpatch.jobs.training.loop_config import LoopConfig
 from anchorpatch.runtime.checkpoint import versions
 from anchorpatch.storage import write_atomically
@@ -72,7 +72,7 @@ class RunLog:
                 os.fsync(file.fileno())
         except OSError as error:
             raise StorageError(
-                f"{self.path} could not be written: {error.strerror or error}; free space, "
+                f"{self.path} could not be written: {reason_of(error)}; free space, "
                 "then run the command again"
             ) from error
         if self._writer is not None:
