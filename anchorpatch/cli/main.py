@@ -14,6 +14,7 @@ import click
 from anchorpatch import __version__
 from anchorpatch.cli.config import debug_option, load_config, unknown_variables
 from anchorpatch.cli.lazy import LazyGroup
+from anchorpatch.cli.output import ReaderGone, open_streams
 from anchorpatch.errors import AnchorpatchError, Interrupted
 
 __all__ = ["cli", "main"]
@@ -61,12 +62,17 @@ def cli(ctx: click.Context, config: str | None) -> None:
     if ctx.resilient_parsing:
         return
     ctx.default_map = load_config(ctx, config)
-    for line in unknown_variables(ctx):
+    for line in unknown_variables(ctx) if os.environ.get("RANK", "0") == "0" else ():
         click.echo(f"anchorpatch: {line}", err=True)
 
 
 def main() -> NoReturn:
     """Run the program on ``sys.argv`` and exit."""
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        sys.exit("anchorpatch: runs on Linux and macOS only; on Windows, use WSL")
+    open_streams()
     signal.signal(signal.SIGTERM, _raise_interrupted)
     sys.exit(_run(sys.argv[1:]))
 
@@ -84,9 +90,7 @@ def _run(args: list[str]) -> int:
         return _fail("interrupted; run the same command again", 130, "debug" in notes)
     except AnchorpatchError as error:
         return _fail(str(error), error.exit_status, "debug" in notes)
-    except BrokenPipeError:
-        # `anchorpatch ... | head`: the reader has all it wanted. Keep Python from flushing again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderGone:
         return 1
     except Exception as error:
         text = " ".join(str(error).split()) or "no message"

@@ -1,17 +1,94 @@
-"""What goes to stdout: tables for people, one JSON object for programs."""
+"""What goes to stdout, tables for people or one JSON object for programs, and the streams."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
-__all__ = ["bytes_text", "print_csv", "print_json", "print_markdown", "print_table"]
+from anchorpatch.errors import StorageError
+
+__all__ = [
+    "ReaderGone",
+    "bytes_text",
+    "open_streams",
+    "print_csv",
+    "print_json",
+    "print_markdown",
+    "print_table",
+]
+
+
+class ReaderGone(BrokenPipeError):
+    """The reader of stdout has all it wanted, as in ``anchorpatch ... | head``."""
+
+
+class _Output(io.FileIO):
+    """stdout, which must take what it gets, or stderr, which may lose messages."""
+
+    def write(self, data: Any, /) -> int:
+        """Write.
+
+        Raises:
+            ReaderGone: stdout is a pipe that nobody reads.
+            StorageError: stdout is closed, or on a full disk.
+        """
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self.fileno() != 1:
+                return len(data)
+            # Python writes again as it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if isinstance(error, BrokenPipeError):
+                raise ReaderGone(*error.args) from error
+            raise StorageError(f"cannot write to stdout: {error.strerror}") from error
+
+
+def _named_otherwise(name: str) -> codecs.CodecInfo | None:
+    """Return ASCII under another name: click takes a stream for misconfigured that says ASCII."""
+    if name != "ascii_only":
+        return None
+    ascii = codecs.lookup("ascii")
+    return codecs.CodecInfo(
+        ascii.encode,
+        ascii.decode,
+        incrementalencoder=ascii.incrementalencoder,
+        incrementaldecoder=ascii.incrementaldecoder,
+        name=name,
+    )
+
+
+def open_streams() -> None:
+    """Give the program a stdout that tells when it fails and a stderr that never does.
+
+    Both show characters that the encoding does not have as backslash escapes.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Else the next file that is opened would have this number. Reading gives nothing, and
+            # writing fails.
+            os.open(os.devnull, os.O_RDONLY)
+    codecs.register(_named_otherwise)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old, raw = getattr(sys, name), _Output(number, "w", closefd=False)
+        encoding = codecs.lookup(old.encoding).name if old else "utf-8"
+        new = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding="ascii_only" if encoding == "ascii" else encoding,
+            errors="backslashreplace",
+            line_buffering=raw.isatty() or number == 2,
+        )
+        setattr(sys, name, new)
 
 
 def print_json(result: Any) -> None:
