@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from anchorpatch.cli.output import print_csv, print_json, print_markdown, print_table
+from anchorpatch.text import counted, decimal, percent
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.evaluate import EvaluateSummary
@@ -54,7 +55,7 @@ def print_table_3(table: Table3, form: str) -> None:
         "GMACs",
         "saved",
         "in all",
-        "saved",
+        "saved in all",
         "top-1",
         "top-5",
     )
@@ -85,7 +86,7 @@ def print_table_3(table: Table3, form: str) -> None:
         notes.append(
             f"speed: {speed.whole:,.1f} images/s whole, {speed.patches:,.1f} images/s by "
             f"AnchorNet, LSP and patches: {speed.ratio:.2f} times as many "
-            f"({speed.images:,} images of {speed.mean_patches:.2f} patches, "
+            f"({counted(speed.images, 'image')} of {speed.mean_patches:.2f} patches, "
             f"{speed.rounds} turns each)"
         )
     left_out = [f"left out: {text}" for text in table.left_out]
@@ -100,6 +101,8 @@ def print_table_4(table: Table4, form: str) -> None:
             f"{row.images:,}",
             _share(row.rescaled_top1),
             _share(row.localized_top1),
+            _share(row.rescaled_top5),
+            _share(row.localized_top5),
         ]
         for row in table.rows
     ]
@@ -107,7 +110,8 @@ def print_table_4(table: Table4, form: str) -> None:
         f"{table.network} on {table.shards}; weights: {table.weights}",
         f"-R: the whole image rescaled ({table.whole_source}); -L: the strongest patch",
     ]
-    _print(form, table.to_json(), ("scale", "images", "-R top-1", "-L top-1"), rows, notes)
+    columns = ("scale", "images", "-R top-1", "-L top-1", "-R top-5", "-L top-5")
+    _print(form, table.to_json(), columns, rows, notes)
 
 
 def _print(
@@ -132,8 +136,8 @@ def _print(
 
 
 def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else decimal(value, digits)
 
 
 def _share(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}%}"
+    return "-" if value is None else percent(value, digits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,9 +21,7 @@ from anchorpatch.cli.options import (
     workers_option,
 )
 from anchorpatch.cli.output import print_json, print_table
-
-if TYPE_CHECKING:
-    from anchorpatch.jobs.figures.coverage_curves import Series
+from anchorpatch.text import counted
 
 __all__ = ["coverage"]
 
@@ -123,7 +121,7 @@ def coverage(
     from anchorpatch.figures import coverage_figure
     from anchorpatch.figures.save import picture_kind, save_figure
     from anchorpatch.jobs.figures.coverage import CoverageConfig, run
-    from anchorpatch.jobs.figures.coverage_curves import LOCALIZERS, write_points
+    from anchorpatch.jobs.figures.coverage_curves import LABELS, LOCALIZERS, write_points
     from anchorpatch.jobs.figures.image_source import ImageSource
     from anchorpatch.runtime.device import cpu_count
     from anchorpatch.runtime.progress import reporter
@@ -149,26 +147,18 @@ def coverage(
     print_table(
         ["localizer", "covered", "±", "gain", "masked", "±", "gain"],
         [
-            [curve.localizer, *_cells(curve.covered), *_cells(curve.masked)]
+            [LABELS[curve.localizer], *curve.covered.texts, *curve.masked.texts]
             for curve in result.curves
         ],
         title="Area under the curve of top-1 by area: covered the larger is better, masked the "
         "smaller",
     )
     lines = [
-        f"\n{result.images:,} images of {result.source}; ±: standard error over the images, in "
-        "brackets standard deviation over the seeds; gain: better than anchornet by so much",
+        f"\n{counted(result.images, 'image')} of {result.source}; ±: standard error over the "
+        "images, in brackets standard deviation over the seeds; gain: better than AnchorNet by so "
+        "much",
         *result.winners(),
         *(f"left out: {text}" for text in result.left_out),
         f"{out}, {out.with_suffix('.csv')}, {out.with_suffix('.json')}",
     ]
     click.echo("\n".join(lines))
-
-
-def _cells(series: Series) -> list[str]:
-    """Return area under the curve, its errors, and by how much it is better than AnchorNet's."""
-    errors = f"± {series.auc_error:.4f}" if series.auc_error is not None else ""
-    if series.auc_spread is not None:
-        errors += f" ({series.auc_spread:.4f})"
-    gain = "-" if series.gain is None else f"{series.gain:+.4f} ± {series.gain_error or 0:.4f}"
-    return [f"{series.auc:.4f}", errors, gain]

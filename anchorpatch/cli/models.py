@@ -9,6 +9,7 @@ import click
 from anchorpatch.cli.config import Command
 from anchorpatch.cli.options import json_option
 from anchorpatch.cli.output import print_json, print_table
+from anchorpatch.text import percent
 
 __all__ = ["models"]
 
@@ -193,7 +194,7 @@ def _print_table_3(as_json: bool) -> None:
                 "overall" if cell.scale == "all" else f"{cell.scale} px",
                 f"{cell.gmacs:.3f}",
                 f"{cell.printed:.1f}",
-                f"{cell.deviation:+.1%}",
+                percent(cell.deviation, 1, sign=True),
             ]
             for cell in cells
         ],

@@ -12,6 +12,7 @@ from anchorpatch.cli.config import Command
 from anchorpatch.cli.extract import find_weights
 from anchorpatch.cli.options import PATH, json_option
 from anchorpatch.cli.output import bytes_text, print_json
+from anchorpatch.text import counted
 
 if TYPE_CHECKING:
     from anchorpatch.report.build import ReportSummary
@@ -70,10 +71,23 @@ def report(
 
 def _print_summary(summary: ReportSummary) -> None:
     for name, counts in summary.sections.items():
-        held = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-        click.echo(f"{name}: {held or 'nothing'}")
+        held = ", ".join(_held(what, count) for what, count in counts.items() if count)
+        why = summary.missing.get(name)
+        click.echo(_printable(f"{name}: {held or 'nothing'}{f' ({why})' if why else ''}"))
     size = bytes_text(summary.bytes)
     click.echo(f"{_printable(str(summary.report))}: {size} in {summary.seconds:.1f} s")
+
+
+def _held(what: str, count: int) -> str:
+    """Write a count: things that can be counted are in the plural, tables and figures have names.
+
+    Example:
+        >>> _held("runs", 1), _held("figure 3", 1), _held("table 3", 2)
+        ('1 run', 'figure 3', 'table 3 (2 times)')
+    """
+    if what.endswith("s"):
+        return counted(count, what.removesuffix("s"))
+    return what if count == 1 else f"{what} ({count:,} times)"
 
 
 def _printable(text: str) -> str:

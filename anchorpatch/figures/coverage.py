@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from anchorpatch.jobs.figures.coverage_curves import CoverageResult, Series
+from anchorpatch.jobs.figures.coverage_curves import LABELS, CoverageResult, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,6 @@ __all__ = ["coverage_figure"]
 class _Look(NamedTuple):
     """How a localizer is drawn: apart by colour, dash and mark, each enough by itself."""
 
-    label: str
     color: str
     dash: str
     mark: str
@@ -26,17 +25,17 @@ class _Look(NamedTuple):
 
 #: Colours of Okabe and Ito's, with greys; AnchorNet and its branches are solid.
 _LOOKS: Final = {
-    "anchornet": _Look("AnchorNet", "#000000", "-", "o"),
-    "branch63": _Look("branch 63 px alone", "#56b4e9", "-", "v"),
-    "branch95": _Look("branch 95 px alone", "#0072b2", "-", "^"),
-    "branch111": _Look("branch 111 px alone", "#009e73", "-", "s"),
-    "bagnet33": _Look("BagNet-33", "#e69f00", "--", "P"),
-    "bagnet77": _Look("BagNet-77", "#b8860b", "--", "X"),
-    "saccader": _Look("Saccader", "#d55e00", "--", "D"),
-    "gradcam": _Look("Grad-CAM", "#cc79a7", "--", "*"),
-    "sobel": _Look("Sobel energy", "#777777", ":", "h"),
-    "centre": _Look("centre", "#444444", ":", "p"),
-    "random": _Look("random", "#999999", "-.", "."),
+    "anchornet": _Look("#000000", "-", "o"),
+    "branch63": _Look("#56b4e9", "-", "v"),
+    "branch95": _Look("#0072b2", "-", "^"),
+    "branch111": _Look("#009e73", "-", "s"),
+    "bagnet33": _Look("#e69f00", "--", "P"),
+    "bagnet77": _Look("#b8860b", "--", "X"),
+    "saccader": _Look("#d55e00", "--", "D"),
+    "gradcam": _Look("#cc79a7", "--", "*"),
+    "sobel": _Look("#777777", ":", "h"),
+    "centre": _Look("#444444", ":", "p"),
+    "random": _Look("#999999", "-.", "."),
 }
 
 #: In inches.
@@ -53,6 +52,8 @@ def coverage_figure(result: CoverageResult) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     _panel(left, result, "covered")
     _panel(right, result, "masked")
+    # Once both are drawn: the panels share the axis, and a limit ends its growth.
+    left.set_ylim(bottom=0)
     left.set_ylabel(f"top-1 of {result.network} (%)")
     return figure
 
@@ -74,14 +75,13 @@ def _panel(axes: Axes, result: CoverageResult, way: str) -> None:
             marker=look.mark,
             markersize=6 if bold else 5,
             linewidth=2.4 if bold else 1.3,
-            label=f"{look.label}  {one.auc:.3f}",
+            label=f"{LABELS[name]}  {one.auc:.3f}",
             zorder=3 + len(series) - rank + 20 * bold,
         )
         if one.spread is not None:
             deviation = 100 * np.array(one.spread)
             axes.fill_between(x, y - deviation, y + deviation, color=look.color, alpha=0.3, lw=0)
     axes.set_xlim(0, 100)
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("covered area (%)" if covered else "masked area (%)")

@@ -56,6 +56,7 @@ class ReportSummary:
         bytes: its size.
         seconds: that it took.
         sections: section -> what it holds -> how many.
+        missing: section -> why it lacks something, where it does.
         left_out: what is there and could not be read.
     """
 
@@ -63,6 +64,7 @@ class ReportSummary:
     bytes: int
     seconds: float
     sections: dict[str, dict[str, int]]
+    missing: dict[str, str]
     left_out: tuple[LeftOut, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -72,6 +74,7 @@ class ReportSummary:
             "bytes": self.bytes,
             "seconds": round(self.seconds, 2),
             "sections": self.sections,
+            "missing": self.missing,
             "left_out": [vars(what) for what in self.left_out],
         }
 
@@ -90,14 +93,17 @@ def run(config: ReportConfig, progress: Reporter | None = None) -> ReportSummary
     contents = collect(
         config.folder, runs=config.runs, shards=config.shards, figures=config.figures
     )
-    made = make_figures(contents, config.weights, progress) if config.make_figures else Made()
+    made = Made(reason="--no-figures was given")
+    if config.make_figures:
+        made = make_figures(contents, config.weights, progress)
     scenes, bad = read_scenes(contents)
     left_out = (*contents.left_out, *made.left_out, *bad)
     figures = sorted((*contents.figures, *made.figures), key=lambda figure: figure.number)
     used = [] if made.weights is None else [read_weights_facts(made.weights)]
-    parts = sections(contents, figures, scenes, used, made.nothing)
+    parts = sections(contents, figures, scenes, used, made)
     page = render(config.folder, key_figures(contents), parts, left_out, date)
     out = config.out or config.folder / "report.html"
     write_atomically(out, lambda file: file.write(page))
     counts = {section.key: section.counts for section in parts}
-    return ReportSummary(out, len(page), time.monotonic() - began, counts, left_out)
+    missing = {section.key: section.missing for section in parts if section.missing}
+    return ReportSummary(out, len(page), time.monotonic() - began, counts, missing, left_out)

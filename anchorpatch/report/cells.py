@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+
+from anchorpatch.text import decimal as decimal_text
+from anchorpatch.text import percent
 
 __all__ = [
+    "NO_VALUE",
     "Cell",
     "Column",
     "Table",
@@ -17,10 +21,11 @@ __all__ = [
     "named",
     "share",
     "shown_value",
-    "summary_table",
     "text",
     "written",
 ]
+
+NO_VALUE: Final = "–"  # noqa: RUF001 (an en dash)
 
 
 @dataclass(frozen=True)
@@ -97,12 +102,12 @@ def count(value: Any) -> Cell:
 
 def decimal(value: Any, digits: int = 2) -> Cell:
     """Return a cell of a number with decimals."""
-    return written(value, lambda v: f"{v:,.{digits}f}")
+    return written(value, lambda v: decimal_text(v, digits))
 
 
 def share(value: Any, digits: int = 2) -> Cell:
     """Return a cell of a share from 0 to 1, in per cent."""
-    return written(value, lambda v: f"{v:.{digits}%}")
+    return written(value, lambda v: percent(v, digits))
 
 
 def shown_value(value: Any) -> str:
@@ -124,32 +129,10 @@ def shown_value(value: Any) -> str:
 def written(value: Any, form: Callable[[Any], str]) -> Cell:
     """Return a cell of a number written by ``form``; what is no number goes last."""
     if value is None:
-        return Cell("–", None)  # noqa: RUF001 (an en dash, for no value)
+        return Cell(NO_VALUE, None)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return Cell(str(value), None)
     return Cell(form(value), value)
-
-
-def summary_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return any rows with the same columns, such as the summary of a figure."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    numeric = [
-        all(isinstance(row.get(name), (int, float, type(None))) for row in rows) for name in names
-    ]
-    cells = tuple(
-        tuple(
-            written(row.get(name), lambda v: f"{v:,}" if isinstance(v, int) else f"{v:.4f}")
-            if is_number
-            else text(shown_value(row.get(name, "")))
-            for name, is_number in zip(names, numeric, strict=True)
-        )
-        for row in rows
-    )
-    columns = tuple(
-        Column(name.replace("_", " "), is_number)
-        for name, is_number in zip(names, numeric, strict=True)
-    )
-    return Table(title, columns, cells)
 
 
 def facts_table(

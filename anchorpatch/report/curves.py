@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from anchorpatch.jobs.scores import OUTPUTS
 from anchorpatch.report.collect import Run, number
-from anchorpatch.report.text import clean
+from anchorpatch.text import clean
 
 __all__ = ["Chart", "Series", "comparison", "draw", "run_charts"]
 

@@ -26,7 +26,7 @@ from anchorpatch.runtime.progress import Reporter
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.storage import sha256_of
 
-__all__ = ["Made", "make_figures"]
+__all__ = ["MAKERS", "Made", "make_figures"]
 
 _Maker = Callable[[ImageSource, Weights, Reporter], tuple[Any, Image.Image | Figure]]
 
@@ -40,12 +40,14 @@ class Made:
         weights: that they were made with; None where nothing was made.
         left_out: what failed, and why.
         nothing: why there is nothing to show, by the number of the figure; no fault.
+        reason: why none of those that were missing was tried; empty where they were.
     """
 
     figures: tuple[FigureFile, ...] = ()
     weights: Path | None = None
     left_out: tuple[LeftOut, ...] = ()
     nothing: Mapping[int, str] = field(default_factory=dict)
+    reason: str = ""
 
 
 #: Images that each figure looks at: fewer than its command does, so that a page is quick to make.
@@ -68,7 +70,7 @@ def _attention(source: ImageSource, weights: Weights, reporter: Reporter) -> tup
 
 
 #: Number of a figure -> what makes it: the job's result, and its picture.
-_MAKERS: Final[Mapping[int, _Maker]] = {3: _patches, 4: _errors, 5: _attention}
+MAKERS: Final[Mapping[int, _Maker]] = {3: _patches, 4: _errors, 5: _attention}
 
 
 def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -> Made:
@@ -83,19 +85,21 @@ def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -
     Raises:
         WeightsError: ``weights`` cannot be read, or made none of the shards that store crops.
     """
-    missing = [number for number in _MAKERS if number not in {f.number for f in contents.figures}]
-    splits = [split for split in contents.splits if split.facts.settings.store_images]
+    missing = [number for number in MAKERS if number not in {f.number for f in contents.figures}]
+    splits = [s for s in contents.splits if s.facts.settings.store_images and s.facts.images]
     # Validation images tell more than those that the network was trained on.
     splits.sort(key=lambda split: split.facts.split == "train")
     split, path = _matching(splits, contents, weights)
-    if split is None or path is None or not missing or not split.facts.images:
+    if not missing:
         return Made()
+    if split is None or path is None:
+        return Made(reason=_lacking(contents, splits))
     figures, left_out, nothing = [], [], {}
     loaded = load_weights(path)
     for number in missing:
         try:
             source = ImageSource.of_shards(ShardReader(split.folder, partial=True))
-            result, picture = _MAKERS[number](source, loaded, reporter)
+            result, picture = MAKERS[number](source, loaded, reporter)
             figures.append(_figure(result.to_json(), picture))
         except NothingToShow as error:
             nothing[number] = str(error)
@@ -128,6 +132,21 @@ def _matching(
             "--no-figures"
         )
     return None, None
+
+
+def _lacking(contents: Contents, splits: Sequence[Split]) -> str:
+    """Say what keeps figures from being made."""
+    if not contents.splits:
+        return "there are no shards to make them from"
+    if not any(split.facts.images for split in contents.splits):
+        return "the shards hold no image"
+    if not splits:
+        return "the shards store no images: extract with --store-images"
+    made = ", ".join(dict.fromkeys(split.facts.weights_sha256[:12] for split in splits))
+    return (
+        f"the weights that made the shards (SHA-256 {made}) are neither those of a run nor the "
+        "bundled ones (`anchorpatch report --weights FILE` names them)"
+    )
 
 
 def _known_weights(contents: Contents) -> Iterator[tuple[str, Path]]:

@@ -23,7 +23,7 @@ from anchorpatch.errors import SettingsError
 from anchorpatch.report.collect import LeftOut
 from anchorpatch.report.key_figures import Key
 from anchorpatch.report.sections import Section
-from anchorpatch.report.text import clean
+from anchorpatch.text import clean
 
 __all__ = ["page_date", "render"]
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anchorpatch.jobs.evaluate import EvaluateSummary
 from anchorpatch.jobs.evaluation.tables import Table3, Table4
-from anchorpatch.report.cells import Cell, Column, Table, count, decimal, named, share, text
+from anchorpatch.jobs.figures.coverage_curves import AUC_FIGURES, LABELS, auc_texts
+from anchorpatch.report.cells import (
+    NO_VALUE,
+    Cell,
+    Column,
+    Table,
+    count,
+    decimal,
+    named,
+    share,
+    text,
+)
+from anchorpatch.report.collect import number
+from anchorpatch.text import counted
 
-__all__ = ["output_table", "preset_table", "table_3", "table_4"]
+__all__ = ["coverage_table", "output_table", "preset_table", "table_3", "table_4"]
 
 
 def table_3(table: Table3) -> Table:
@@ -49,7 +62,7 @@ def table_3(table: Table3) -> Table:
         ratio, mean = decimal(speed.ratio).text, decimal(speed.mean_patches).text
         notes.append(
             f"Speed: {whole} images/s whole, {patches} images/s by AnchorNet, LSP and patches: "
-            f"{ratio} times as many ({count(speed.images).text} images of {mean} patches)."
+            f"{ratio} times as many ({counted(speed.images, 'image')} of {mean} patches)."
         )
     notes += [f"Left out: {reason}." for reason in table.left_out]
     return _with_total(f"Table 3: {table.network}", columns, rows, notes)
@@ -92,7 +105,7 @@ def output_table(found: EvaluateSummary) -> Table:
     total = (text("decision (Eq. 7)"), share(found.top1), share(found.top5), share(1.0, 1))
     speed = decimal(found.images_per_second, 1).text
     notes = (
-        f"{count(found.images).text} images, {count(found.skipped).text} skipped; "
+        f"{counted(found.images, 'image')}, {found.skipped:,} skipped; "
         f"{_gmacs(found.gmacs)} GMACs, {speed} images/s without decoding.",
     )
     return Table("AnchorNet by output", columns, tuple(rows), (total,), notes)
@@ -106,7 +119,38 @@ def preset_table(found: EvaluateSummary) -> Table:
         (text(name), *(decimal(means.get(scale)) for scale in scales))
         for name, means in found.mean_patches.items()
     ]
-    return Table("Patches an image by preset", named("preset", *names), tuple(rows))
+    return Table("Patches per image by preset", named("preset", *names), tuple(rows))
+
+
+def coverage_table(caption: str, summary: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the areas under the curves of Figure 6, as `anchorpatch figure coverage` prints them.
+
+    Args:
+        caption: of the table.
+        summary: rows of the figure's JSON.
+    """
+    columns = (
+        Column("localizer", numeric=False),
+        Column("covered", help="area under the curve of top-1 by kept area: the larger is better"),
+        Column("±", help="standard error over the images, in brackets deviation over the seeds"),
+        Column("gain", help="by how much it is better than AnchorNet"),
+        Column("masked", help="the same by the area set to 0: the smaller is better"),
+        Column("±"),
+        Column("gain"),
+    )
+    rows = []
+    for row in summary:
+        name = str(row.get("localizer", ""))
+        cells = [text(LABELS.get(name, name))]
+        for way in ("covered", "masked"):
+            auc, error, spread, gain, gain_error = (
+                number(row, f"{way}_{name}") for name in AUC_FIGURES
+            )
+            texts = auc_texts(auc or 0.0, error, spread, gain, gain_error)
+            for key, shown in zip((auc, error, gain), texts, strict=True):
+                cells.append(Cell(NO_VALUE if key is None else shown, key))
+        rows.append(tuple(cells))
+    return Table(caption, columns, tuple(rows))
 
 
 def _with_total(

@@ -16,7 +16,7 @@ from anchorpatch.report.cells import (
     text,
     written,
 )
-from anchorpatch.report.collect import Run, number
+from anchorpatch.report.collect import Run, best_record, number
 
 __all__ = ["epoch_table", "run_table"]
 
@@ -38,8 +38,7 @@ def run_table(runs: Sequence[Run]) -> Table:
 
 def _run_row(run: Run) -> tuple[Cell, ...]:
     last = run.records[-1]
-    tops = [(number(r, "val", "top1"), number(r, "epoch")) for r in run.records]
-    best = max(((t, e) for t, e in tops if t is not None), default=(None, None))
+    best = best_record(run.records)
     speeds = [s for record in run.records if (s := _speed(record)) is not None]
     seconds = [s for record in run.records if (s := number(record, "seconds")) is not None]
     memory = [m for record in run.records if (m := number(record, "peak_memory")) is not None]
@@ -48,8 +47,8 @@ def _run_row(run: Run) -> tuple[Cell, ...]:
     return (
         text(run.name),
         Cell(epochs, done),
-        share(best[0]),
-        count(best[1]),
+        share(number(best, "val", "top1")),
+        count(number(best, "epoch")),
         decimal(number(last, "val", "loss"), 3),
         decimal(sorted(speeds)[len(speeds) // 2] if speeds else None, 1),
         decimal(sum(seconds) / 3600 if seconds else None),

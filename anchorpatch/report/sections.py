@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from anchorpatch.jobs.evaluation.tables import Table3, Table4
@@ -12,18 +11,25 @@ from anchorpatch.report.cells import (
     Table,
     facts_table,
     shown_value,
-    summary_table,
 )
 from anchorpatch.report.collect import Contents, Run, Split
 from anchorpatch.report.curves import Chart, comparison, draw, run_charts
 from anchorpatch.report.figure_files import FigureFile
+from anchorpatch.report.made import MAKERS, Made
 from anchorpatch.report.pictures import Embedded, embed
-from anchorpatch.report.result_tables import output_table, preset_table, table_3, table_4
+from anchorpatch.report.result_tables import (
+    coverage_table,
+    output_table,
+    preset_table,
+    table_3,
+    table_4,
+)
 from anchorpatch.report.run_tables import epoch_table, run_table
 from anchorpatch.report.scenes import Scenes, fit_table, size_table
 from anchorpatch.report.shard_tables import histogram_table, scale_table, skipped_table
 from anchorpatch.report.weights import WeightsFacts
 from anchorpatch.runtime.checkpoint import versions
+from anchorpatch.text import counted
 
 __all__ = ["Charts", "Part", "Plate", "Section", "Words", "sections"]
 
@@ -34,6 +40,8 @@ _FIGURES: Final = {
     5: ("attention and class heatmaps", "anchorpatch figure attention"),
     6: ("accuracy by covered and masked area", "anchorpatch figure coverage NETWORK"),
 }
+
+_NOTHING_MADE: Final = Made()
 
 
 @dataclass(frozen=True)
@@ -80,12 +88,14 @@ class Section:
         title: its heading.
         blocks: `Words`, `Charts`, `Plate`, `Part` or `Table`, in order.
         counts: what it holds, for the summary of the command.
+        missing: why something is not in it, in one line; empty where nothing is to be said.
     """
 
     key: str
     title: str
     blocks: tuple[Any, ...]
     counts: dict[str, int]
+    missing: str = ""
 
 
 def sections(
@@ -93,7 +103,7 @@ def sections(
     figures: Sequence[FigureFile],
     scenes: Scenes | None = None,
     used: Sequence[WeightsFacts] = (),
-    nothing: Mapping[int, str] = MappingProxyType({}),
+    made: Made = _NOTHING_MADE,
 ) -> tuple[Section, ...]:
     """Return the sections of the page: those that hold something before those that do not.
 
@@ -104,9 +114,9 @@ def sections(
         figures: of the folder, and those made just now.
         scenes: what is known of drawn pictures, where the images are such.
         used: weights that figures were made with just now.
-        nothing: why a figure has nothing to show, by its number.
+        made: what was made on the way: why some figures are not there.
     """
-    found = [_training(contents.runs), _results(contents), _figures(figures, nothing)]
+    found = [_training(contents.runs), _results(contents), _figures(figures, made)]
     found += [] if scenes is None else [_scenes(scenes)]
     found.append(_shards(contents.splits))
     found.sort(key=lambda section: not any(section.counts.values()))
@@ -116,7 +126,7 @@ def sections(
 def _training(runs: Sequence[Run]) -> Section:
     if not runs:
         words = "There is no training run; `anchorpatch train` makes one in `runs/anchornet`."
-        return Section("training", "Training", (Words(words),), {"runs": 0})
+        return Section("training", "Training", (Words(words),), {"runs": 0}, "no training run")
     blocks: list[Any] = [run_table(runs)]
     if (chart := comparison(runs)) is not None:
         blocks.append(Charts(((chart, draw(chart, "runs", width=4.6, height=2.9)),)))
@@ -148,26 +158,36 @@ def _results(contents: Contents) -> Section:
                 )
             )
     counts = {"table 3": len(threes), "table 4": len(fours), "anchornet": len(anchornet)}
-    return Section("tables", "Accuracy and cost", tuple(blocks), counts)
+    missing = "" if found else "no result of `anchorpatch evaluate --result`"
+    return Section("tables", "Accuracy and cost", tuple(blocks), counts, missing)
 
 
-def _figures(figures: Sequence[FigureFile], nothing: Mapping[int, str]) -> Section:
+def _figures(figures: Sequence[FigureFile], made: Made) -> Section:
     blocks: list[Any] = []
+    missing: dict[str, list[int]] = {}  # reason -> figures
     for number, (what, command) in _FIGURES.items():
         of_number = [figure for figure in figures if figure.number == number]
         for figure in of_number:
             blocks.append(_plate(figure))
             if figure.summary:
-                blocks.append(summary_table(f"Figure {number} in numbers", figure.summary))
-        if not of_number:
-            why = nothing.get(number)
-            missing = (
-                f"has nothing to show: {why}." if why else f"is not here; `{command}` makes it."
-            )
-            blocks.append(Words(f"Figure {number} ({what}) {missing}"))
+                blocks.append(coverage_table(f"Figure {number} in numbers", figure.summary))
+        if of_number:
+            continue
+        name = f"Figure {number} ({what})"
+        if why := made.nothing.get(number):
+            blocks.append(Words(f"{name} has nothing to show: {why}."))
+        else:
+            why = made.reason if number in MAKERS else ""
+            blocks.append(Words(f"{name} is not here{why and ': '}{why}; `{command}` makes it."))
+        if why:
+            missing.setdefault(why, []).append(number)
     blocks += [_plate(figure) for figure in figures if figure.number not in _FIGURES]
     shown = {f"figure {number}": sum(f.number == number for f in figures) for number in _FIGURES}
-    return Section("figures", "Figures", tuple(blocks), shown)
+    reasons = "; ".join(
+        f"figure{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}: {why}"
+        for why, numbers in missing.items()
+    )
+    return Section("figures", "Figures", tuple(blocks), shown, reasons)
 
 
 def _plate(figure: FigureFile) -> Plate:
@@ -191,7 +211,7 @@ def _scenes(scenes: Scenes) -> Section:
 def _shards(splits: Sequence[Split]) -> Section:
     if not splits:
         words = "There are no shards; `anchorpatch extract` writes the patches of a folder."
-        return Section("shards", "Shards", (Words(words),), {"splits": 0, "images": 0})
+        return Section("shards", "Shards", (Words(words),), {"splits": 0, "images": 0}, "no shards")
     blocks = tuple(Part(split.facts.split, tuple(_split_blocks(split))) for split in splits)
     images = sum(split.facts.images for split in splits)
     return Section("shards", "Shards", blocks, {"splits": len(splits), "images": images})
@@ -202,11 +222,11 @@ def _split_blocks(split: Split) -> Iterable[Any]:
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in facts.skipped.items())
     skipped = sum(facts.skipped.values())
     top1 = f" AnchorNet decides {facts.top1:.2%} of them right." if facts.top1 is not None else ""
-    of = "" if facts.shards == facts.total_shards else f" of {facts.total_shards:,}"
-    plural = "s" if facts.total_shards != 1 else ""
+    of = "" if facts.shards == facts.total_shards else f"{facts.shards:,} of "
     yield Words(
-        f"{facts.images:,} images of {facts.classes:,} classes in {facts.shards:,}{of} "
-        f"shard{plural}.{top1} Skipped: {skipped:,}{f' ({reasons})' if reasons else ''}."
+        f"{counted(facts.images, 'image')} of {counted(facts.classes, 'class', 'classes')} in "
+        f"{of}{counted(facts.total_shards, 'shard')}.{top1} "
+        f"Skipped: {skipped:,}{f' ({reasons})' if reasons else ''}."
     )
     yield scale_table(split)
     if any(split.histogram.values()):

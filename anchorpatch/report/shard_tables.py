@@ -11,7 +11,7 @@ __all__ = ["histogram_table", "scale_table", "skipped_table"]
 def scale_table(split: Split) -> Table:
     """Return images and patches of a split by scale."""
     facts = split.facts
-    columns = named("scale", "images", "share", "patches", "patches an image")
+    columns = named("scale", "images", "share", "patches", "patches per image")
     most = max((found.images for found in facts.scales.values()), default=0)
     rows = tuple(
         (
@@ -59,7 +59,9 @@ def histogram_table(split: Split) -> Table:
 def skipped_table(split: Split) -> Table:
     """Return the images that could not be read, or the first of them."""
     total = sum(split.facts.skipped.values())
-    notes = (f"The first {len(split.skipped)} of {total:,}.",) if total > len(split.skipped) else ()
+    notes = (
+        (f"The first {len(split.skipped):,} of {total:,}.",) if total > len(split.skipped) else ()
+    )
     columns = (Column("image", numeric=False), Column("reason", numeric=False))
     rows = tuple((text(path), text(reason)) for path, reason in split.skipped)
     return Table("Skipped images", columns, rows, notes=notes, folded=len(rows) > 8)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from anchorpatch.jobs.figures.coverage_curves import LABELS
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from tests.conftest import Program
@@ -40,11 +41,12 @@ def test_it_draws_tells_and_writes_every_point(
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("Area under the curve of top-1 by area")
-    listed = [line.split()[0] for line in lines[2:10]]
-    assert listed == [
+    listed = [
         *("anchornet", "branch63", "branch95", "branch111"),
         *("gradcam", "sobel", "centre", "random"),
     ]
+    for line, name in zip(lines[2:10], listed, strict=True):
+        assert line.startswith(f"{LABELS[name]} ")
     assert "left out: bagnet33: no" in done.stdout
     assert "`anchorpatch train --arch saccader` makes it" in done.stdout
     with Image.open(tmp_path / "figures" / "coverage.png") as picture:

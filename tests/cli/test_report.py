@@ -18,9 +18,10 @@ def test_it_says_what_it_wrote_and_the_same_bytes_twice(program: Program, tmp_pa
     *lines, last = done.stdout.splitlines()
     assert lines == [
         "training: 2 runs",
-        "tables: 1 table 3, 1 table 4, 1 anchornet",
-        "figures: 1 figure 3, 1 figure 6",
-        "shards: 1 splits, 21 images",
+        "tables: table 3, table 4, anchornet",
+        "figures: figure 3, figure 6 (figures 4, 5: the shards store no images: extract with "
+        "--store-images)",
+        "shards: 1 split, 21 images",
         "settings: 3 tables",
     ]
     assert last.startswith("run/report.html: ")
@@ -48,7 +49,10 @@ def test_damage_is_one_line_and_status_1_and_the_page_is_there(
     (line,) = done.stderr.splitlines()
     assert line.startswith("left out: runs/<b>&amp;")
     assert line.endswith("line 5: expected the record of an epoch, found other text")
-    assert done.stdout.splitlines()[0] == "training: 1 runs"
+    lines = done.stdout.splitlines()
+    assert lines[0] == "training: 1 run"
+    assert "figures: nothing (figures 3, 4, 5: there are no shards to make them from)" in lines
+    assert "shards: nothing (no shards)" in lines
     assert (tmp_path / "report.html").is_file()
 
 

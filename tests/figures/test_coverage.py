@@ -36,6 +36,18 @@ def test_each_panel_has_every_curve_at_its_points(result: CoverageResult):
     assert "set to 0" in right.get_title()
 
 
+def test_no_curve_leaves_its_panel():
+    right = np.zeros((1, 2, 4, 10), bool)
+    right[0, 0, :, 0] = True
+    right[0, 1, :, :9] = True
+    curves = curves_of(["centre"], right, AREAS)
+    result = CoverageResult("resnet18", "DATA/val", 10, AREAS, curves, {}, "", (), {"seeds": 1})
+    for axes in coverage_figure(result).axes:
+        bottom, top = axes.get_ylim()
+        assert bottom == 0
+        assert top > 90
+
+
 def test_the_legends_go_from_the_best_to_the_worst(result: CoverageResult):
     left, right = coverage_figure(result).axes
     for axes, sign in ((left, -1), (right, 1)):

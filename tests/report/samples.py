@@ -140,8 +140,8 @@ def write_all(root: Path) -> Path:
     (root / "results" / "notes.json").write_text('{"protocol": "of another program"}')
     write_figure(root / "figures", "patches", 3)
     summary = [
-        {"localizer": "anchornet", "covered_auc": 0.71, "spread": 0.01},
-        {"localizer": "<random>", "covered_auc": 0.52, "spread": None},
+        {"localizer": "anchornet", "covered_auc": 0.71, "covered_auc_error": 0.01},
+        {"localizer": "<random>", "covered_auc": 0.52, "covered_auc_error": None},
     ]
     write_figure(root / "figures", "coverage", 6, summary=summary)
     return root

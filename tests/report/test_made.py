@@ -38,10 +38,13 @@ def test_a_figure_that_is_there_is_not_made_again(demo: Path, tmp_path: Path) ->
 
 def test_without_crops_or_weights_nothing_is_made(weights: Path, tmp_path: Path) -> None:
     make_split(tmp_path / "val", store_images=True)
-    assert make_figures(collect(tmp_path), None, Reporter()).figures == ()
+    made = make_figures(collect(tmp_path), None, Reporter())
+    assert made.figures == ()
+    assert made.reason.startswith("the weights that made the shards (SHA-256 abababababab) are")
     with pytest.raises(WeightsError, match=r"expected the weights that made shards .* abababab"):
         make_figures(collect(tmp_path), weights, Reporter())
     make_split(tmp_path / "none" / "val")
+    assert "--store-images" in make_figures(collect(tmp_path / "none"), None, Reporter()).reason
     with pytest.raises(WeightsError, match=r"found SHA-256 .* no shards that store their crops"):
         make_figures(collect(tmp_path / "none"), weights, Reporter())
     with pytest.raises(WeightsError, match="found none"):

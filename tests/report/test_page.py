@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 
 from anchorpatch.errors import DataError, SettingsError, StorageError
 from anchorpatch.report.build import ReportConfig, run
+from anchorpatch.report.collect import collect
+from anchorpatch.report.key_figures import key_figures
 from anchorpatch.report.page import page_date
-from tests.report.samples import SHOWN, Parsed, sheet, write_all, write_figure, write_run
+from anchorpatch.report.result_files import Result
+from tests.report.samples import SHOWN, TABLE_3, Parsed, sheet, write_all, write_figure, write_run
 
 DATE = datetime(2026, 1, 2, 3, 4, tzinfo=timezone.utc)
 SECTIONS = ["training", "tables", "figures", "shards", "settings"]
@@ -62,13 +66,40 @@ def test_tables_have_what_the_files_say(parsed: Parsed) -> None:
     runs = parsed.tables["Training runs"]
     assert [row[0] for row in runs[1:]] == [SHOWN, "anchornet"]
     assert [row[2] for row in runs[1:]] == ["75.00%", "75.00%"]
-    assert parsed.tables["Figure 6 in numbers"][2] == ["<random>", "0.5200", "–"]  # noqa: RUF001
+    numbers = parsed.tables["Figure 6 in numbers"]
+    assert [row[:3] for row in numbers[1:]] == [
+        ["AnchorNet", "0.7100", "± 0.0100"],
+        ["<random>", "0.5200", "–"],  # noqa: RUF001
+    ]
     assert parsed.tables["Skipped images"][1][0] == "cat/<img src=x onerror=alert(1)>.jpg"
     assert "ab" * 32 in parsed.text
     assert "Caption of <patches> & more" in parsed.text
     for number in (4, 5):
         assert f"Figure {number} (" in parsed.text
     assert "anchorpatch figure errors" in parsed.text
+
+
+def test_the_cards_count_what_anchornet_costs(root: Path, parsed: Parsed) -> None:
+    cards = [(key.value, key.label) for key in key_figures(collect(root))]
+    assert cards[:3] == [
+        ("43.8%", "top-1 of resnet<18> on patches"),
+        (
+            "1.232",
+            "GMACs per image of resnet<18> in all, AnchorNet's 0.394 included: 32% less than a "
+            "whole image's 1.814",
+        ),
+        (
+            "1.24 times",
+            "as many images per second of resnet<18>, AnchorNet included, as whole ones",
+        ),
+    ]
+    assert cards[1][1] in parsed.text
+    # Where patches cost more than the whole image, the card says so, as the table does.
+    rows = [replace(row, saved_with_anchornet=-0.04) for row in TABLE_3.rows if row.scale == "all"]
+    dear = Result("", replace(TABLE_3, rows=tuple(rows), speed=None))
+    _, cost, *rest = key_figures(replace(collect(root), results=(dear,)))
+    assert cost.label.endswith("included: 4% more than a whole image's 1.814")
+    assert not [key for key in rest if "per second" in key.label]
 
 
 def test_every_heading_of_a_column_is_a_button_and_every_picture_has_words(parsed: Parsed) -> None:

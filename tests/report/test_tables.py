@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from anchorpatch.jobs.figures.coverage_curves import CoverageResult, curves_of
 from anchorpatch.report.cells import (
     Cell,
     Table,
@@ -11,11 +14,16 @@ from anchorpatch.report.cells import (
     decimal,
     facts_table,
     share,
-    summary_table,
     text,
 )
-from anchorpatch.report.collect import Run, Split, collect
-from anchorpatch.report.result_tables import output_table, preset_table, table_3, table_4
+from anchorpatch.report.collect import Run, Split, best_record, collect
+from anchorpatch.report.result_tables import (
+    coverage_table,
+    output_table,
+    preset_table,
+    table_3,
+    table_4,
+)
 from anchorpatch.report.run_tables import epoch_table, run_table
 from anchorpatch.report.shard_tables import histogram_table, scale_table, skipped_table
 from anchorpatch.shards.layout import SCALES
@@ -33,6 +41,7 @@ def test_cells_write_numbers_and_keep_what_is_none() -> None:
     assert decimal(0.12345, 3) == Cell("0.123", 0.12345)
     assert share(0.758) == Cell("75.80%", 0.758)
     assert share(None) == Cell(DASH, None)
+    assert (decimal(-1e-9).text, share(-1e-9, 0).text) == ("0.00", "0%")
     for odd in ("many", float("nan"), True, [1]):
         assert decimal(odd) == Cell(str(odd), None)
     assert [text(words).long for words in ("some short words", "a" * 25, "")] == [
@@ -82,6 +91,11 @@ def test_runs_are_summed_up() -> None:
         *("2", "0.05", "5.0000", "4.5000"),
         *("37.50%", "57.50%", "42.0", "1%", "1.0"),
     ]
+    found[3]["val"]["top1"] = found[1]["val"]["top1"] = 0.9
+    # best.safetensors holds the first of equal epochs.
+    assert best_record(found) is found[1]
+    (tied,) = texts(run_table([Run("a", Path(), tuple(found), {})]))
+    assert tied[2:4] == ["90.00%", "2"]
     (bare,) = texts(run_table([Run("b", Path(), ({"epoch": 1},), {})]))
     assert bare == ["b", "1", *[DASH] * 6]
 
@@ -117,12 +131,24 @@ def test_the_histogram_counts_every_image_once(split: Split) -> None:
     assert binned.rows[0][0].text == "1 to 5"
 
 
-def test_any_rows_become_a_table() -> None:
-    rows = [{"name": "a", "auc": 0.5, "seeds": 3}, {"name": "b", "auc": None, "more": [1, 2]}]
-    table = summary_table("Summary", rows)
-    assert [(c.name, c.numeric) for c in table.columns] == [
-        *(("name", False), ("auc", True), ("seeds", True), ("more", False)),
+def test_figure_6_in_numbers_reads_as_on_the_terminal() -> None:
+    right = np.random.default_rng(0).random((4, 2, 3, 30)) < 0.6
+    curves = curves_of(["anchornet", "branch63", "random", "random"], right, (0.0, 0.4, 1.0))
+    result = CoverageResult("net", "val", 30, (0.0, 0.4, 1.0), curves, {}, "", (), {"seeds": 2})
+    table = coverage_table("Figure 6 in numbers", json.loads(json.dumps(result.summary())))
+    assert [column.name for column in table.columns] == [
+        *("localizer", "covered", "±", "gain", "masked", "±", "gain"),
     ]
-    assert texts(table) == [["a", "0.5000", "3", ""], ["b", DASH, DASH, "1/2"]]
+    assert [cell.text for cell in table.rows[2]] == [
+        *("random", *curves[2].covered.texts, *curves[2].masked.texts),
+    ]
+    assert [row[0].text for row in table.rows] == ["AnchorNet", "branch 63 px alone", "random"]
+    assert [row[1].key for row in table.rows] == [curve.covered.auc for curve in curves]
+    tiny = {"localizer": "of later", "covered_auc": 0.5, "covered_gain": -1e-6, "masked_auc": "x"}
+    (row,) = texts(coverage_table("", [tiny]))
+    assert row == ["of later", "0.5000", DASH, "+0.0000 ± 0.0000", DASH, DASH, DASH]
+
+
+def test_any_facts_become_a_table() -> None:
     facts = facts_table("Facts", "what", {"x": {"lr": 0.1, "amp": False}, "y": {"amp": None}})
     assert texts(facts) == [["x", "0.1", "no"], ["y", "", "none"]]

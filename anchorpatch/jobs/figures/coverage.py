@@ -6,8 +6,6 @@ and with the area set to 0. All localizers are compared at the same areas, to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -131,15 +129,18 @@ def run(
     localizers, weights, left_out = _localizers(config, network, device)
     if not localizers:
         raise SettingsError(f"no localizer is left: {'; '.join(left_out)}")
-    scored = _Scores(config, network, localizers, device)
+    scored = _Scores(config, network, localizers, device, report)
     rows = np.arange(len(source))
     if config.images is not None and config.images < len(rows):
         rows = np.sort(np.random.default_rng(config.seed).permutation(len(rows))[: config.images])
     size = config.batch_size or (32 if device.type == "cpu" else 256)
-    with _counting(report, len(rows)) as advance:
+    # Deciding on one batch in every way may take a minute: each decision counts.
+    report.start("measuring coverage", len(rows) * scored.decisions, unit="decisions")
+    try:
         for crops in source.batches(rows.tolist(), size):
             scored.add(see, crops)
-            advance(len(crops.rows))
+    finally:
+        report.stop()
     return CoverageResult(
         network=config.network,
         source=source.name,
@@ -156,15 +157,6 @@ def run(
             "precision": "bfloat16" if config.amp else "float32",
         },
     )
-
-
-@contextmanager
-def _counting(report: Reporter, images: int) -> Iterator[Callable[[int], None]]:
-    report.start("measuring coverage", images)
-    try:
-        yield report.advance
-    finally:
-        report.stop()
 
 
 def _network(config: CoverageConfig, source: ImageSource, report: Reporter) -> Network:
@@ -242,11 +234,18 @@ class _Scores:
         network: Network,
         localizers: list[tuple[str, Localize]],
         device: torch.device,
+        report: Reporter,
     ) -> None:
         self.config, self.localizers, self.device = config, localizers, device
+        self.report = report
         self.decide = Distributions(network.module, device, network.meta, config.amp)
         self.right: list[NDArray[np.bool_]] = []  # a batch each: (localizers, 2, areas, n)
         self.images = 0
+
+    @property
+    def decisions(self) -> int:
+        """How often each image is decided on: whole, black, and in each way."""
+        return 2 + 2 * len(self.localizers) * len(self.config.areas)
 
     def add(self, see: See, crops: Crops) -> None:
         """Decide on a batch in every way."""
@@ -270,6 +269,7 @@ class _Scores:
     def _right(self, pixels: Tensor, labels: Tensor) -> NDArray[np.bool_]:
         """Return whether each image is decided right (n,); equal classes go to the lower one."""
         found: NDArray[np.bool_] = (self.decide(pixels).argmax(1) == labels).cpu().numpy()
+        self.report.advance(len(found))
         return found
 
     def curves(self, source: str) -> tuple[Curve, ...]:

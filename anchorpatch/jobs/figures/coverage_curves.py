@@ -14,13 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from anchorpatch.storage import write_atomically
+from anchorpatch.text import counted, decimal
 
 __all__ = [
+    "AUC_FIGURES",
+    "LABELS",
     "LOCALIZERS",
     "PEERS",
     "CoverageResult",
     "Curve",
     "Series",
+    "auc_texts",
     "curves_of",
     "write_points",
 ]
@@ -28,12 +32,25 @@ __all__ = [
 #: Localizers with weights of their own.
 PEERS: Final = ("bagnet33", "bagnet77", "saccader")
 
-#: All localizers of Figure 6, in the order of the summary.
-LOCALIZERS: Final = (
-    *("anchornet", "branch63", "branch95", "branch111"),
-    *PEERS,
-    *("gradcam", "sobel", "centre", "random"),
-)
+#: All localizers of Figure 6 with their names for people, in the order of the summary.
+LABELS: Final = {
+    "anchornet": "AnchorNet",
+    "branch63": "branch 63 px alone",
+    "branch95": "branch 95 px alone",
+    "branch111": "branch 111 px alone",
+    "bagnet33": "BagNet-33",
+    "bagnet77": "BagNet-77",
+    "saccader": "Saccader",
+    "gradcam": "Grad-CAM",
+    "sobel": "Sobel energy",
+    "centre": "centre",
+    "random": "random",
+}
+
+LOCALIZERS: Final = tuple(LABELS)
+
+#: Figures of a `Series` that the summary has, each as "covered_" and as "masked_".
+AUC_FIGURES: Final = ("auc", "auc_error", "auc_spread", "gain", "gain_error")
 
 Floats = NDArray[np.float64]
 
@@ -64,6 +81,11 @@ class Series:
     def beats_anchornet(self) -> bool:
         """Whether it is better than AnchorNet by more than two standard errors."""
         return bool(self.gain and self.gain_error and self.gain > 2 * self.gain_error)
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """The cells of a table, see `auc_texts`."""
+        return auc_texts(*(getattr(self, name) for name in AUC_FIGURES))
 
 
 @dataclass(frozen=True)
@@ -118,8 +140,7 @@ class CoverageResult:
     def winners(self) -> tuple[str, ...]:
         """Return a sentence for each localizer that beats AnchorNet by two standard errors."""
         return tuple(
-            f"{curve.localizer} is better than anchornet by {way} area: "
-            f"{series.gain:+.4f} ± {series.gain_error:.4f}"
+            f"{LABELS[curve.localizer]} is better than AnchorNet by {way} area: {series.texts[2]}"
             for curve in self.curves
             for way, series in (("covered", curve.covered), ("masked", curve.masked))
             if series.beats_anchornet
@@ -127,12 +148,11 @@ class CoverageResult:
 
     def summary(self) -> list[dict[str, Any]]:
         """Return the areas under the curves, a flat record for each localizer."""
-        names = ("auc", "auc_error", "auc_spread", "gain", "gain_error")
         return [
             {
                 "localizer": curve.localizer,
-                **{f"covered_{name}": getattr(curve.covered, name) for name in names},
-                **{f"masked_{name}": getattr(curve.masked, name) for name in names},
+                **{f"covered_{name}": getattr(curve.covered, name) for name in AUC_FIGURES},
+                **{f"masked_{name}": getattr(curve.masked, name) for name in AUC_FIGURES},
             }
             for curve in self.curves
         ]
@@ -158,10 +178,10 @@ class CoverageResult:
     def caption(self) -> str:
         """A few sentences on what is seen and how it came about."""
         parts = [
-            f"Top-1 of {self.network} on {self.images:,} images of {self.source}, by the share of "
-            "each image that a localizer chose: left with all else set to 0, right with the choice "
-            "set to 0. All are compared at the same areas, to the pixel. The numbers are areas "
-            "under the curves: left the larger is better, right the smaller."
+            f"Top-1 of {self.network} on {counted(self.images, 'image')} of {self.source}, by the "
+            "share of each image that a localizer chose: left with all else set to 0, right with "
+            "the choice set to 0. All are compared at the same areas, to the pixel. The numbers "
+            "are areas under the curves: left the larger is better, right the smaller."
         ]
         if any(curve.covered.spread for curve in self.curves):
             parts.append(
@@ -185,6 +205,28 @@ class CoverageResult:
             "winners": list(self.winners()),
             "summary": self.summary(),
         }
+
+
+def auc_texts(
+    auc: float,
+    auc_error: float | None,
+    auc_spread: float | None,
+    gain: float | None,
+    gain_error: float | None,
+) -> tuple[str, str, str]:
+    """Write the figures of a `Series`: area, its errors, gain.
+
+    Example:
+        >>> auc_texts(0.5, 0.0544, 0.01, -0.00001, 0.0037)
+        ('0.5000', '± 0.0544 (0.0100)', '+0.0000 ± 0.0037')
+    """
+    errors = "" if auc_error is None else f"± {decimal(auc_error, 4)}"
+    if auc_spread is not None:
+        errors += f" ({decimal(auc_spread, 4)})"
+    better = (
+        "-" if gain is None else f"{decimal(gain, 4, sign=True)} ± {decimal(gain_error or 0, 4)}"
+    )
+    return decimal(auc, 4), errors, better
 
 
 def write_points(result: CoverageResult, path: Path) -> None:

@@ -15,6 +15,7 @@ from anchorpatch.jobs.figures.coverage_curves import LOCALIZERS, curves_of
 from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
+from anchorpatch.runtime.progress import Reporter
 
 NETWORK = "mobilenet_v3_small"
 WITHOUT_PEERS = tuple(name for name in LOCALIZERS if name[:3] not in ("bag", "sac"))
@@ -97,6 +98,20 @@ def test_every_way_is_decided_as_by_hand(config: CoverageConfig, source: ImageSo
         assert other.covered.top1[0] == other.masked.top1[-1] == covered[0]
         assert other.covered.top1[-1] == other.masked.top1[0] == covered[-1]
     assert len({covered[0], covered[-1], *covered[1:3], *masked[1:3]}) > 1
+
+
+def test_every_decision_is_progress(config: CoverageConfig, source: ImageSource):
+    class Counter(Reporter):
+        def start(self, description: str, total: int, done: int = 0, unit: str = "images") -> None:
+            self.total, self.unit, self.steps = total, unit, []
+
+        def advance(self, n: int, **counts: int) -> None:
+            self.steps.append(n)
+
+    counter = Counter()
+    run(source, replace(config, localizers=("sobel", "random"), batch_size=6), counter)
+    assert (counter.total, counter.unit) == (6 * (2 + 2 * 3 * 2), "decisions")
+    assert counter.steps == [6] * 14
 
 
 def test_neither_the_batch_nor_the_other_localizers_change_a_curve(

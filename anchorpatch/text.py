@@ -1,0 +1,65 @@
+"""Text for people: names from files, numbers and counts, the same on a terminal and on a page."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+__all__ = ["clean", "counted", "decimal", "percent"]
+
+#: What no HTML may hold: control characters, and halves of surrogate pairs, which stand for
+#: bytes of file names that are no UTF-8.
+_UNFIT: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def clean(value: Any) -> Any:
+    r"""Return text without what HTML cannot hold; other values as they are.
+
+    Example:
+        >>> clean("caf\udce9")
+        'caf�'
+    """
+    if isinstance(value, str) and _UNFIT.search(value):
+        return type(value)(_UNFIT.sub("\N{REPLACEMENT CHARACTER}", value))
+    return value
+
+
+def decimal(value: float, digits: int = 2, *, sign: bool = False) -> str:
+    """Write a number with decimals; what rounds to zero has no minus.
+
+    Args:
+        value: the number.
+        digits: decimals.
+        sign: write the plus too.
+
+    Example:
+        >>> decimal(1234.5), decimal(-0.00004, 4), decimal(0.25, 3, sign=True)
+        ('1,234.50', '0.0000', '+0.250')
+    """
+    # The sum turns -0.0, which round() returns for small negative numbers, into 0.0.
+    return f"{round(value, digits) + 0.0:{'+' if sign else ''},.{digits}f}"
+
+
+def percent(share: float, digits: int = 2, *, sign: bool = False) -> str:
+    """Write a share, where 1 is 100 %, as `decimal` writes numbers.
+
+    Example:
+        >>> percent(0.758), percent(-0.001, 0), percent(-0.04, 0)
+        ('75.80%', '0%', '-4%')
+    """
+    return f"{decimal(100 * share, digits, sign=sign)}%"
+
+
+def counted(count: int, noun: str, nouns: str = "") -> str:
+    """Write a count with its noun, in the plural where it is not one.
+
+    Args:
+        count: the number.
+        noun: in the singular.
+        nouns: in the plural; by default with an s.
+
+    Example:
+        >>> counted(1, "image"), counted(1200, "patch", "patches")
+        ('1 image', '1,200 patches')
+    """
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
