@@ -59,6 +59,6 @@ def _cost(table: Table3, row: Table3Row) -> list[Key]:
             label += f": {percent(abs(saved), 0)} {more} than a whole image's {whole}"
         keys.append(Key(decimal(row.gmacs_with_anchornet, 3).text, label))
     if table.speed is not None:
-        label = f"as many images per second of {table.network}, AnchorNet included, as whole ones"
+        label = f"the speed of {table.network} on whole images, measured, AnchorNet included"
         keys.append(Key(f"{decimal(table.speed.ratio).text} times", label))
     return keys
