@@ -31,7 +31,8 @@ _OF_NETWORKS = (
     "shards",
     "protocol",
     "scale",
-    "baseline_weights",
+    "per_scale",
+    "whole_weights",
     "whole",
     "anchornet_weights",
     "speed",
@@ -39,7 +40,7 @@ _OF_NETWORKS = (
 )
 
 #: Options without a meaning for one patch against a rescaled image.
-_OF_TABLE_3 = ("baseline_weights", "whole", "anchornet_weights", "speed", "predictions")
+_OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions")
 
 
 @click.command(cls=Command)
@@ -52,7 +53,7 @@ _OF_TABLE_3 = ("baseline_weights", "whole", "anchornet_weights", "speed", "predi
     "--weights",
     metavar="FILE|default|demo",
     help="Weights; default: the published ones of NETWORK; demo: the bundled ones of anchornet.  "
-    "[default: RUNS/NETWORK/best.safetensors]",
+    "[default: RUNS/NETWORK/best.safetensors, or one network per scale as with --per-scale]",
 )
 @runs_option
 @click.option(
@@ -65,13 +66,20 @@ _OF_TABLE_3 = ("baseline_weights", "whole", "anchornet_weights", "speed", "predi
 @click.option(
     "--scale",
     type=click.Choice(["63", "95", "111"]),
-    help="Only images that chose this scale, by RUNS/NETWORK-SCALE where there is no RUNS/NETWORK.",
+    help="Only images that chose this scale.",
 )
 @click.option(
-    "--baseline-weights",
+    "--per-scale",
+    is_flag=True,
+    help="One network per scale: RUNS/NETWORK-63, -95 and -111.  [default: where these exist and "
+    "RUNS/NETWORK does not]",
+)
+@click.option(
+    "--whole-weights",
     metavar="FILE|default",
-    help="Weights for whole images.  [default: RUNS/NETWORK-baseline/best.safetensors where it "
-    "exists, else those of --weights]",
+    help="Weights for whole images, and for --protocol rescale.  [default: "
+    "RUNS/NETWORK-baseline/best.safetensors where it exists, else --weights unless fine-tuned on "
+    "patches, else the published ones where they fit]",
 )
 @click.option("--whole/--no-whole", default=True, help="Evaluate whole images too.")
 @click.option(
@@ -119,11 +127,16 @@ def evaluate(
     For anchornet, on a labelled folder: top-1 and top-5 of every branch and of the decision of
     Eq. 7, the share of images that each branch is chosen for, patches an image for each preset,
     and the cost. --labels and --max-bad are for anchornet alone; --shards, --protocol, --scale,
-    --baseline-weights, --whole, --anchornet-weights, --speed and --predictions for the others.
+    --per-scale, --whole-weights, --whole, --anchornet-weights, --speed and --predictions for the
+    others.
+
+    Whole images (row 224) and --protocol rescale ask a network that was not trained on patches,
+    as in the paper: RUNS/NETWORK-baseline, or the published weights where they are for the
+    classes of the shards. The result names the weights behind each row.
 
     \b
     anchorpatch evaluate resnet50
-    anchorpatch evaluate resnet50 --protocol rescale --weights default
+    anchorpatch evaluate resnet50 --protocol rescale
     anchorpatch evaluate resnet50 --scale 63 --predictions 63.csv
     anchorpatch evaluate anchornet --data imagenet --split val
     """  # noqa: D301 (click reads the character)
@@ -136,6 +149,8 @@ def evaluate(
         _refuse(ctx, _OF_ANCHORNET, "is for anchornet alone")
         if options["protocol"] == "rescale":
             _refuse(ctx, _OF_TABLE_3, "goes with --protocol patches")
+        if options["per_scale"] and options["weights"] is not None:
+            raise click.UsageError("--per-scale and --weights exclude each other.", ctx)
     from anchorpatch.runtime.device import cpu_count  # torch is slow to import
 
     options["workers"] = cpu_count() if workers is None else workers

@@ -79,9 +79,7 @@ def print_table_3(table: Table3, form: str) -> None:
         f"{table.gmacs_anchornet:.3f} GMACs",
     ]
     if table.whole_source:
-        same = table.whole_weights == table.weights
-        weights = "the same" if same else str(table.whole_weights)
-        notes.append(f"row 224: {table.whole_source}; weights: {weights}")
+        notes.append(f"row 224: {table.whole_source}; asked: {table.asked}")
     if speed := table.speed:
         notes.append(
             f"speed: {speed.whole:,.1f} images/s whole, {speed.patches:,.1f} images/s by "
@@ -107,7 +105,7 @@ def print_table_4(table: Table4, form: str) -> None:
         for row in table.rows
     ]
     notes = [
-        f"{table.network} on {table.shards}; weights: {table.weights}",
+        f"{table.network} on {table.shards}; asked: {table.asked}",
         f"-R: the whole image rescaled ({table.whole_source}); -L: the strongest patch",
     ]
     columns = ("scale", "images", "-R top-1", "-L top-1", "-R top-5", "-L top-5")

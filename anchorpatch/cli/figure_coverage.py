@@ -36,7 +36,8 @@ __all__ = ["coverage"]
     "--weights",
     metavar="FILE|default",
     help="Weights of NETWORK; default: the published ones.  [default: "
-    "RUNS/NETWORK-baseline/best.safetensors where it exists, else RUNS/NETWORK]",
+    "RUNS/NETWORK-baseline/best.safetensors where it exists, else the published ones where they "
+    "fit, else RUNS/NETWORK/best.safetensors]",
 )
 @click.option(
     "--anchornet-weights",
@@ -115,7 +116,7 @@ def coverage(
     JSON, and prints the latter with standard errors over the images.
 
     \b
-    anchorpatch figure coverage resnet50 --data imagenet --weights default
+    anchorpatch figure coverage resnet50 --data imagenet
     anchorpatch figure coverage resnet18 --localizers anchornet,sobel,centre,random
     """
     from anchorpatch.figures import coverage_figure
@@ -157,6 +158,7 @@ def coverage(
         f"\n{counted(result.images, 'image')} of {result.source}; ±: standard error over the "
         "images, in brackets standard deviation over the seeds; gain: better than AnchorNet by so "
         "much",
+        f"asked: {result.settings['asked']}",
         *result.winners(),
         *(f"left out: {text}" for text in result.left_out),
         f"{out}, {out.with_suffix('.csv')}, {out.with_suffix('.json')}",

@@ -6,12 +6,13 @@ on whole images, with the cost of both.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
 from torchvision.transforms import v2
 
-from anchorpatch.errors import DataError
+from anchorpatch.errors import DataError, WeightsError
 from anchorpatch.jobs.evaluation.config import EvaluateNetworkConfig
 from anchorpatch.jobs.evaluation.parts import Evaluation
 from anchorpatch.jobs.evaluation.patch_scores import ImageBatch
@@ -38,33 +39,53 @@ def run(config: EvaluateNetworkConfig, progress: Reporter | None = None) -> Tabl
     with Evaluation.prepare(config, progress) as job:
         whole, why_not = job.find_whole()
         anchornet, no_speed = job.find_anchornet(whole, why_not)
-        baseline = job.baseline() if whole is not None and config.whole else None
-        costs = job.costs()
-        figures = job.score_whole(baseline, whole) if baseline and whole else None
+        networks = job.for_patches()
+        distinct = list({id(network): network for network in networks.values()}.values())
+        asked = None
+        if whole is not None and config.whole:
+            try:
+                asked = job.for_whole_images(distinct[0] if len(distinct) == 1 else None)
+            except WeightsError as error:
+                if len(distinct) == 1 or config.whole_weights is not None:
+                    raise
+                why_not = str(error)  # networks of one scale have no say in whole images
+        costs = job.costs(distinct[0].module)
+        figures = job.score_whole(asked, whole) if asked and whole else None
         predictions = None
         if config.predictions is not None:
             predictions = Predictions(config.predictions, job.reader, job.device)
-        patches = job.score_patches(keep=predictions.keep if predictions else None)
+        patches = job.score_patches(networks, keep=predictions.keep if predictions else None)
         if predictions is not None:
             predictions.write(job.world)
-        speed = job.measure(whole, anchornet) if anchornet and whole else None
+        speed = job.measure(networks, whole, anchornet) if anchornet and whole else None
         missing = {"row 224": why_not if config.whole else None, "speed": no_speed}
+        one = distinct[0].source if len(distinct) == 1 else None
+        by_scale = ", ".join(f"{net.source} ({scale} px)" for scale, net in networks.items())
+        whole_weights = asked.source if asked else None
+        weights = {str(scale): network.source for scale, network in networks.items()}
+        weights_of_rows = {**weights, str(WHOLE): whole_weights, "all": one}
         return Table3(
             network=config.network,
             shards=str(job.reader.folder),
-            weights=job.network.source,
-            whole_weights=baseline.source if baseline else None,
-            whole_source=whole.source if whole and baseline else None,
+            weights=one or by_scale,
+            whole_weights=whole_weights,
+            whole_source=whole.source if whole and asked else None,
             gmacs_whole=costs.network[WHOLE],
             gmacs_anchornet=costs.anchornet,
-            rows=table_3_rows(patches, figures, costs),
+            rows=tuple(
+                replace(row, weights=weights_of_rows[row.scale])
+                for row in table_3_rows(patches, figures, costs)
+            ),
             speed=speed,
             left_out=tuple(f"{what}: {why}" for what, why in missing.items() if why),
+            whole_trained_on=asked.trained_on if asked else "",
         )
 
 
 def run_rescale(config: EvaluateNetworkConfig, progress: Reporter | None = None) -> Table4:
     """Compare the strongest patch of each image with the image rescaled to its size (Table 4).
+
+    Both are shown to the network for whole images: the paper does not train it further.
 
     Raises:
         DataError: there are no whole images, or the shards have other classes than the weights.
@@ -74,16 +95,19 @@ def run_rescale(config: EvaluateNetworkConfig, progress: Reporter | None = None)
         whole, why_not = job.find_whole()
         if whole is None:
             raise DataError(f"rescaling needs the whole images, but {why_not}")
+        network = job.for_whole_images()
         rescaled = {
-            scale: job.score_whole(job.network, whole, (scale,), partial(_rescaled, side=scale))
+            scale: job.score_whole(network, whole, (scale,), partial(_rescaled, side=scale))
             for scale in config.scales
         }
+        localized = job.score_patches(dict.fromkeys(config.scales, network), most=1)
         return Table4(
             network=config.network,
             shards=str(job.reader.folder),
-            weights=job.network.source,
+            weights=network.source,
             whole_source=whole.source,
-            rows=table_4_rows(rescaled, job.score_patches(most=1)),
+            rows=table_4_rows(rescaled, localized),
+            trained_on=network.trained_on,
         )
 
 

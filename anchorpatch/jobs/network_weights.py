@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from urllib.parse import urlparse
 
 import safetensors
@@ -54,6 +54,7 @@ class Found(NamedTuple):
         classes: names of the outputs; None where nothing says them.
         mean: that the network's input is normalised with; None where nothing says it.
         std: the same.
+        trained_on: "whole images", "patches", or "" where nothing says it.
     """
 
     tensors: dict[str, Tensor]
@@ -61,6 +62,28 @@ class Found(NamedTuple):
     classes: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    trained_on: str = ""
+
+
+def has_pretrained(name: str, classes: tuple[str, ...]) -> bool:
+    """Tell whether a network has a pretrained set whose outputs are these classes."""
+    if name.startswith(TIMM):
+        config = timm_module().get_pretrained_cfg(name.removeprefix(TIMM))
+        known = config is not None and config.has_weights and config.num_classes == 1000
+        return bool(known and _is_imagenet(classes))
+    weights = _set_of_torchvision(name)
+    return weights is not None and (
+        _is_imagenet(classes) or classes == tuple(weights.meta["categories"])
+    )
+
+
+def _set_of_torchvision(name: str) -> Any:
+    """Return the entry of torchvision's default set of weights, or None without one."""
+    known = torchvision_name(name)
+    try:
+        return torchvision.models.get_model_weights(known).DEFAULT if known else None
+    except AttributeError:
+        return None
 
 
 def pretrained(name: str, classes: tuple[str, ...], message: Callable[[str], None]) -> Found:
@@ -76,11 +99,7 @@ def pretrained(name: str, classes: tuple[str, ...], message: Callable[[str], Non
     """
     if name.startswith(TIMM):
         return _pretrained_of_timm(name, classes)
-    known = torchvision_name(name)
-    try:
-        weights = torchvision.models.get_model_weights(known).DEFAULT if known else None
-    except AttributeError:
-        weights = None
+    weights = _set_of_torchvision(name)
     if weights is None:
         raise WeightsError(
             f"{name} has no pretrained set: give --weights none to begin with random weights, or "
@@ -95,6 +114,7 @@ def pretrained(name: str, classes: tuple[str, ...], message: Callable[[str], Non
         classes=classes if _is_imagenet(classes) else tuple(weights.meta["categories"]),
         mean=tuple(transform.mean),
         std=tuple(transform.std),
+        trained_on="whole images",
     )
 
 
@@ -156,6 +176,7 @@ def _pretrained_of_timm(name: str, classes: tuple[str, ...]) -> Found:
         classes=classes if imagenet else tuple(f"output {i}" for i in range(config.num_classes)),
         mean=tuple(config.mean),
         std=tuple(config.std),
+        trained_on="whole images",
     )
 
 
@@ -237,7 +258,12 @@ def _of_others(tensors: dict[str, Tensor], path: Path, name: str) -> Found:
 def of_checkpoint(weights: Weights) -> Found:
     """Return what one of our files holds, by its own word."""
     meta = weights.meta
-    return Found(weights.tensors, str(weights.path), meta.classes, meta.mean, meta.std)
+    settings = meta.training.get("settings")
+    trained_on = ""
+    if isinstance(settings, Mapping):
+        # `train` has no baselines: it trains on whole images.
+        trained_on = "whole images" if settings.get("baseline", True) else "patches"
+    return Found(weights.tensors, str(weights.path), meta.classes, meta.mean, meta.std, trained_on)
 
 
 def _from_torch(path: Path, advice: str) -> dict[str, Tensor]:

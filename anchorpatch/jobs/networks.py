@@ -12,13 +12,29 @@ from torch import Tensor, nn
 
 from anchorpatch.errors import SettingsError, WeightsError
 from anchorpatch.jobs.class_names import few
-from anchorpatch.jobs.network_weights import Found, of_checkpoint, pretrained, read_file
+from anchorpatch.jobs.network_weights import (
+    Found,
+    has_pretrained,
+    of_checkpoint,
+    pretrained,
+    read_file,
+)
 from anchorpatch.lsp import SCALES
 from anchorpatch.models.complexity import refusal
 from anchorpatch.models.registry import build, check_name, run_name
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights
 
-__all__ = ["Network", "check_sides", "load_checkpoint", "load_network", "run_folder"]
+__all__ = [
+    "Network",
+    "asked_text",
+    "best_weights",
+    "check_sides",
+    "load_checkpoint",
+    "load_for_whole_images",
+    "load_network",
+    "load_tuned",
+    "run_folder",
+]
 
 #: Classifiers that inception_v3 and googlenet have in training only; they are built without.
 _AUXILIARY: Final = ("AuxLogits.", "aux1.", "aux2.")
@@ -32,11 +48,29 @@ class Network:
         module: in evaluation mode, on the CPU.
         meta: its name, the classes of its outputs and the normalisation of its input.
         source: where the weights came from, for people.
+        trained_on: "whole images", "patches", or "" where nothing says it.
     """
 
     module: nn.Module
     meta: WeightsMeta
     source: str
+    trained_on: str = ""
+
+    @property
+    def asked(self) -> str:
+        """Where the weights came from and what they were trained on, for people."""
+        return asked_text(self.source, self.trained_on)
+
+
+def asked_text(source: str, trained_on: str) -> str:
+    """Return which network was asked, for people.
+
+    Example:
+        >>> asked_text("best.safetensors", "patches"), asked_text("own.pth", "")
+        ('best.safetensors (fine-tuned on patches)', 'own.pth')
+    """
+    how = {"whole images": " (trained on whole images)", "patches": " (fine-tuned on patches)"}
+    return source + how.get(trained_on, "")
 
 
 def _silent(_: str) -> None:
@@ -84,7 +118,7 @@ def load_network(
         found = read_file(Path(weights), name)
     module = build(name, len(classes)).eval()
     _fill(module, found, meta, message, replace_head=replace_head)
-    return Network(module, _with_normalization(meta, found), found.source)
+    return Network(module, _with_normalization(meta, found), found.source, found.trained_on)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Network:
@@ -106,7 +140,70 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Network:
     module = build(name, len(weights.meta.classes)).eval()
     found = of_checkpoint(weights)
     _fill(module, found, weights.meta, _silent, replace_head=False)
-    return Network(module, weights.meta, found.source)
+    return Network(module, weights.meta, found.source, found.trained_on)
+
+
+def load_for_whole_images(
+    name: str,
+    classes: tuple[str, ...],
+    runs: Path,
+    message: Callable[[str], None] = _silent,
+    *,
+    at_hand: Network | None = None,
+    option: str = "--whole-weights",
+) -> Network:
+    """Load the network that is asked about whole images, which the paper does not train further.
+
+    It is the first of RUNS/NETWORK-baseline, ``at_hand`` unless that was fine-tuned on patches,
+    the pretrained set if it is for these classes, and, with a warning, the network on patches.
+
+    Args:
+        name: as `load_network` takes it.
+        classes: names of the outputs, in their order.
+        runs: folder of training runs.
+        message: is told of a download, and warned of a network that was fine-tuned on patches.
+        at_hand: the network that decides on patches; None for RUNS/NETWORK where it exists.
+        option: that names other weights.
+
+    Raises:
+        WeightsError: there is none, or a file cannot be used.
+    """
+    baseline = best_weights(run_folder(runs, name, baseline=True))
+    if baseline.is_file():
+        return load_network(name, classes, baseline, message)
+    if at_hand is not None and at_hand.trained_on != "patches":
+        return at_hand
+    why = "there is no pretrained set for these classes"
+    if has_pretrained(name, classes):
+        try:
+            return load_network(name, classes, "default", message)
+        except WeightsError as error:
+            why = str(error).partition("; ")[0]
+    tuned = best_weights(run_folder(runs, name))
+    if at_hand is None and tuned.is_file():
+        at_hand = load_tuned(name, classes, tuned, message)
+    advice = f"run `anchorpatch finetune {name} --baseline`, or name weights with {option} FILE"
+    if at_hand is None:
+        raise WeightsError(f"{baseline} does not exist, and {why}: {advice}")
+    if at_hand.trained_on == "patches":
+        message(
+            f"warning: {at_hand.source} was fine-tuned on patches and understates the accuracy on "
+            f"whole images; {baseline} does not exist, and {why}: {advice}"
+        )
+    return at_hand
+
+
+def load_tuned(
+    name: str, classes: tuple[str, ...], path: Path, message: Callable[[str], None] = _silent
+) -> Network:
+    """Load a network from the place of those on patches, which it is unless it says otherwise."""
+    found = load_network(name, classes, path, message)
+    return replace(found, trained_on=found.trained_on or "patches")
+
+
+def best_weights(folder: Path) -> Path:
+    """Return the weights of a run's best epoch."""
+    return folder / "best.safetensors"
 
 
 def check_sides(name: str, module: nn.Module, sides: Sequence[int] = SCALES) -> None:

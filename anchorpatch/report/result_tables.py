@@ -54,9 +54,7 @@ def table_3(table: Table3) -> Table:
     ]
     notes = [f"Shards {table.shards}; weights {table.weights}."]
     if table.whole_source:
-        same = table.whole_weights == table.weights
-        weights = "the same" if same else table.whole_weights
-        notes.append(f"Row 224: {table.whole_source}; weights: {weights}.")
+        notes.append(f"Row 224: {table.whole_source}; asked: {table.asked}.")
     if speed := table.speed:
         whole, patches = decimal(speed.whole, 1).text, decimal(speed.patches, 1).text
         ratio, mean = decimal(speed.ratio).text, decimal(speed.mean_patches).text
@@ -89,7 +87,7 @@ def table_4(table: Table4) -> Table:
         )
         for row in table.rows
     ]
-    notes = [f"Shards {table.shards}; weights {table.weights}."]
+    notes = [f"Shards {table.shards}; asked: {table.asked}."]
     return _with_total(f"Table 4: {table.network}", columns, rows, notes)
 
 

@@ -100,6 +100,7 @@ def test_errors_and_wrong_usage(program: Program, root: Path, tmp_path: Path):
         (("evaluate", NETWORK, "--labels", "x"), "--labels is for anchornet alone"),
         (("evaluate", "anchornet", "--format", "csv"), "--format csv is for networks on patches"),
         (("evaluate", NETWORK, "--protocol", "rescale", "--no-speed"), "--speed goes with"),
+        (("evaluate", NETWORK, "--per-scale", "--weights", "default"), "--per-scale and --weights"),
     ):
         done = program(*wrong)
         assert (done.returncode, done.stdout) == (2, "")
@@ -112,7 +113,9 @@ LINES = (
     Table3Row("all", 8, 3.25, 2.05, 0.5, 2.444, 0.404, 0.719, 0.897, 1.2),
 )
 SPEED = Speed(32, 3, 10.0, 18.0, 1.8, 3.5)
-TABLE_3 = Table3("resnet50", "s/val", "w", "w", "the crops", 4.1, 0.394, LINES, SPEED, ("x: y",))
+TABLE_3 = Table3(
+    "resnet50", "s/val", "w", "w", "the crops", 4.1, 0.394, LINES, SPEED, ("x: y",), "patches"
+)
 
 
 def test_table_3_in_every_format(capsys: pytest.CaptureFixture[str]):
@@ -124,7 +127,7 @@ def test_table_3_in_every_format(capsys: pytest.CaptureFixture[str]):
     assert lines[2].split() == ["63", "0", *"-------"]
     assert " ".join(lines[3].split()) == "all 8 3.25 2.050 50% 2.444 40% 71.90% 89.70%"
     assert lines[5] == "resnet50 on s/val; weights: w"
-    assert "row 224: the crops; weights: the same" in lines
+    assert "row 224: the crops; asked: w (fine-tuned on patches)" in lines
     assert any("18.0 images/s" in line and "1.80 times as many" in line for line in lines)
     assert lines[-1] == "left out: x: y"
 
@@ -149,11 +152,12 @@ def test_table_3_in_every_format(capsys: pytest.CaptureFixture[str]):
 
 def test_table_4(capsys: pytest.CaptureFixture[str]):
     rows = (Table4Row("63", 3, 0.156, 0.382, 0.3, 0.5), Table4Row("all", 3, 0.156, 0.382, 0.3, 0.5))
-    table = Table4("resnet50", "s/val", "w", "the crops", rows)
+    table = Table4("resnet50", "s/val", "w", "the crops", rows, "whole images")
     print_table_4(table, "table")
     lines = capsys.readouterr().out.splitlines()
     heads = re.sub(r" +", " ", lines[0]).strip()
     assert heads == "scale images -R top-1 -L top-1 -R top-5 -L top-5"
     assert lines[1].split() == ["63", "3", "15.60%", "38.20%", "30.00%", "50.00%"]
+    assert "resnet50 on s/val; asked: w (trained on whole images)" in lines
     print_table_4(table, "json")
     assert json.loads(capsys.readouterr().out)["rows"][0]["localized_top1"] == 0.382

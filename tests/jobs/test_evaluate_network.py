@@ -159,7 +159,7 @@ def test_whole_images_by_the_baseline_from_crops_or_files(root: Path):
 
 
 def test_one_scale_counts_its_images_alone(root: Path, tmp_path: Path):
-    one = run(config_of(root, scales=(63,), baseline_weights="none"))
+    one = run(config_of(root, scales=(63,), whole_weights="none"))
     n = sum(image.scale == 63 for image in images())
     assert [(row.scale, row.images) for row in one.rows] == [("224", n), ("63", n), ("all", n)]
     assert one.whole_weights == "random weights"
@@ -167,9 +167,66 @@ def test_one_scale_counts_its_images_alone(root: Path, tmp_path: Path):
     alone.parent.mkdir()
     alone.hardlink_to(root / "runs" / NETWORK / "best.safetensors")
     own = run(config_of(root, scales=(63,), runs=tmp_path, whole=False))
-    assert (own.weights, own.rows[0]) == (str(alone), one.rows[1])
+    assert (own.weights, own.rows[0].weights) == (str(alone), str(alone))
+    assert replace(own.rows[0], weights=None) == replace(one.rows[1], weights=None)
     part = run(config_of(root, limit=4, whole=False))
     assert (part.rows[-1].images, part.whole_source, part.left_out) == (4, None, ())
+
+
+def save_runs(runs: Path, **seeds: int) -> None:
+    """Runs by what stands behind the network's name: "_63" for RUNS/NETWORK-63."""
+    for name, seed in seeds.items():
+        path = runs / (NETWORK + name.replace("_", "-")) / "best.safetensors"
+        save_weights(path, lively(seed).state_dict(), WeightsMeta(NETWORK, SEVEN))
+
+
+def test_one_network_per_scale(root: Path, tmp_path: Path):
+    save_runs(tmp_path, _63=0, _95=1)
+    with pytest.raises(WeightsError, match=r"-111/best.safetensors .* finetune .* --scale 111"):
+        run(config_of(root, runs=tmp_path))
+    save_runs(tmp_path, _111=2)
+    found = run(config_of(root, runs=tmp_path, speed=True))
+    reader = ShardReader(root / "stored" / "val")
+    modules = dict(zip(SCALES, map(lively, range(3)), strict=True))
+    right = []
+    for i in range(len(reader)):
+        best = ranking(summed(modules[int(reader.scale[i])], reader, i))
+        right.append(best[0] == reader.label[i])
+    for row, scale in zip(found.rows, SCALES, strict=False):
+        rows = [i for i in range(len(reader)) if reader.scale[i] == scale]
+        assert row.top1 == sum(right[i] for i in rows) / len(rows)
+        assert row.weights == f"{tmp_path}/{NETWORK}-{scale}/best.safetensors"
+    assert (found.rows[-1].top1, found.rows[-1].weights) == (sum(right) / 9, None)
+    assert found.weights.startswith(f"{tmp_path}/{NETWORK}-63/best.safetensors (63 px), ")
+    assert found.left_out[0].startswith(f"row 224: {tmp_path}/{NETWORK}-baseline/")
+    # One network for all scales goes first, unless the others are asked for.
+    save_runs(tmp_path, **{"": 3})
+    one = run(config_of(root, runs=tmp_path, whole=False))
+    assert one.weights == one.rows[0].weights == f"{tmp_path}/{NETWORK}/best.safetensors"
+    three = run(config_of(root, runs=tmp_path, whole=False, per_scale=True))
+    assert three.rows == found.rows
+
+
+def test_a_network_on_patches_is_asked_about_whole_images_only_with_a_warning(
+    root: Path, tmp_path: Path
+):
+    save_runs(tmp_path, **{"": 0})
+    report = Lines()
+    table = run(config_of(root, runs=tmp_path), report)
+    best = f"{tmp_path}/{NETWORK}/best.safetensors"
+    assert (table.whole_weights, table.rows[0].weights) == (best, best)
+    assert table.asked == f"{best} (fine-tuned on patches)"
+    (warning,) = [line for line in report.lines if line.startswith("warning: ")]
+    assert warning.startswith(f"warning: {best} was fine-tuned on patches and understates")
+    assert f"run `anchorpatch finetune {NETWORK} --baseline`, or name weights with" in warning
+    report = Lines()
+    assert run_rescale(config_of(root, runs=tmp_path), report).trained_on == "patches"
+    assert len([line for line in report.lines if line.startswith("warning: ")]) == 1
+    save_runs(tmp_path, _baseline=1)
+    report = Lines()
+    table = run(config_of(root, runs=tmp_path), report)
+    assert (table.rows[0].weights, table.rows[1].weights) == (table.whole_weights, best)
+    assert not [line for line in report.lines if line.startswith("warning: ")]
 
 
 def test_what_is_left_out_is_said(root: Path, tmp_path: Path):
@@ -226,7 +283,10 @@ def test_predictions(root: Path, tmp_path: Path):
 
 def test_table_4_equals_image_by_image(root: Path):
     table = run_rescale(config_of(root))
-    reader, module = ShardReader(root / "stored" / "val"), lively(0)
+    reader, module = ShardReader(root / "stored" / "val"), lively(1)
+    assert table.asked == f"{root}/runs/{NETWORK}-baseline/best.safetensors"
+    given = run_rescale(config_of(root, weights=root / "runs" / NETWORK / "best.safetensors"))
+    assert given.weights == f"{root}/runs/{NETWORK}/best.safetensors"
     for row, scale in zip(table.rows, (*SCALES, None), strict=True):
         rows = [i for i in range(len(reader)) if scale in (None, reader.scale[i])]
         localized = [ranking(summed(module, reader, i, most=1)) for i in rows]

@@ -22,10 +22,11 @@ from anchorpatch.errors import (
     ShardError,
     WeightsError,
 )
-from anchorpatch.jobs.evaluation.patch_scores import score_patches
+from anchorpatch.jobs.evaluation.patch_scores import Distributions, score_patches
 from anchorpatch.jobs.finetune import FinetuneConfig, FinetuneSummary, forecast, run
 from anchorpatch.jobs.finetuning import setup as finetune_setup
 from anchorpatch.jobs.finetuning.setup import prepare
+from anchorpatch.lsp import SCALES
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import load_into, load_weights
@@ -256,14 +257,9 @@ def test_two_processes_end_with_the_same_weights(tmp_path: Path):
     # One process's figures of the same weights.
     module = build("tiny", 3).eval()
     load_into(module, saved)
-    alone = score_patches(
-        module,
-        ShardReader(shards / "val"),
-        world=World(),
-        device=torch.device("cpu"),
-        meta=saved.meta,
-        batch_size=32,
-    )
+    run = Distributions(module, torch.device("cpu"), saved.meta, amp=False)
+    reader = ShardReader(shards / "val")
+    alone = score_patches(dict.fromkeys(SCALES, run), reader, world=World(), batch_size=32)
     found = records(folder)[0]["val"]
     assert found["images"] == len(VAL)
     assert found["top1"] == alone.top1

@@ -19,6 +19,7 @@ from anchorpatch.jobs.networks import (
     Network,
     check_sides,
     load_checkpoint,
+    load_for_whole_images,
     load_network,
     run_folder,
 )
@@ -283,6 +284,47 @@ def test_a_download_goes_into_the_cache(cache: Path, monkeypatch: pytest.MonkeyP
     network, messages = load(LINEAR, IMAGENET, "default")
     assert_same(network.module, state)
     assert messages[0].startswith("downloading https://download.pytorch.org/models/shufflenet")
+
+
+def test_whole_images_are_asked_of_no_network_on_patches(cache: Path, tmp_path: Path) -> None:
+    def asked(classes: tuple[str, ...], at_hand: Network | None = None) -> tuple[str, str]:
+        lines.clear()
+        found = load_for_whole_images(LINEAR, classes, tmp_path, lines.append, at_hand=at_hand)
+        return found.source, found.trained_on
+
+    def save(run: str, classes: tuple[str, ...], **settings: object) -> str:
+        path = tmp_path / run / "best.safetensors"
+        training = {"settings": settings} if settings else {}
+        meta = WeightsMeta(LINEAR, classes, training=training)
+        save_weights(path, state_of(LINEAR, len(classes)), meta)
+        return str(path)
+
+    lines: list[str] = []
+    with pytest.raises(WeightsError, match=r"-baseline/best.safetensors does not exist, and there"):
+        asked(THREE)
+    tuned = save(LINEAR, THREE, baseline=False)
+    assert asked(THREE) == (tuned, "patches")
+    assert lines[-1].startswith(f"warning: {tuned} was fine-tuned on patches")
+    # Another file may be on whole images, or another program's.
+    for training, trained_on in (({"baseline": True}, "whole images"), ({}, "")):
+        given = save("given", THREE, **training)
+        network = load_network(LINEAR, THREE, given)
+        assert asked(THREE, network) == (given, trained_on)
+        assert lines == []
+    tuned = save(LINEAR, IMAGENET)
+    assert asked(IMAGENET) == (tuned, "patches")
+    assert "no route to host" in lines[-1]
+    file = cache / "shufflenetv2_x0.5-f707e7126e.pth"
+    torch.save(state_of(LINEAR, 1000), file)
+    found = f"{file.name} (IMAGENET1K_V1 of torchvision)"
+    assert asked(IMAGENET) == (found, "whole images")
+    assert asked(IMAGENET, load_network(LINEAR, IMAGENET, tuned)) == (tuned, "")
+    tuned = save(LINEAR, IMAGENET, baseline=False)
+    network = load_network(LINEAR, IMAGENET, tuned)
+    assert asked(IMAGENET, network) == (found, "whole images")
+    baseline = save(f"{LINEAR}-baseline", IMAGENET, baseline=True)
+    assert asked(IMAGENET, network) == (baseline, "whole images")
+    assert lines == []
 
 
 def test_networks_without_a_pretrained_set() -> None:

@@ -19,11 +19,14 @@ class EvaluateNetworkConfig:
         shards: folder that holds the split's shards.
         split: name of the split's folder.
         runs: folder of training runs.
-        weights: a file, "default" or "none"; None for RUNS/NETWORK/best.safetensors, or for
-            one scale RUNS/NETWORK-SCALE/best.safetensors where that is all there is.
+        weights: for patches: a file, "default" or "none"; None for
+            RUNS/NETWORK/best.safetensors, or where there is none for one network per scale,
+            RUNS/NETWORK-SCALE/best.safetensors.
+        per_scale: take one network per scale also where there is one for all.
         whole: also evaluate whole images, where there are some.
-        baseline_weights: the same as ``weights`` for whole images; None for
-            RUNS/NETWORK-baseline/best.safetensors where it exists, else ``weights``.
+        whole_weights: the same as ``weights`` for whole images, and for both columns of
+            Table 4; None for the first of RUNS/NETWORK-baseline/best.safetensors, ``weights``
+            unless they were fine-tuned on patches, the pretrained set, and ``weights``.
         data: folder of the images, for shards that hold no whole images.
         anchornet_weights: of AnchorNet, to measure speed; None for
             RUNS/anchornet/best.safetensors where it exists.
@@ -42,8 +45,9 @@ class EvaluateNetworkConfig:
     split: str = "val"
     runs: Path = Path("runs")
     weights: str | Path | None = None
+    per_scale: bool = False
     whole: bool = True
-    baseline_weights: str | Path | None = None
+    whole_weights: str | Path | None = None
     data: Path = Path("data")
     anchornet_weights: Path | None = None
     speed: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -41,12 +41,17 @@ class Speed:
 
 @torch.inference_mode()
 def measure_speed(
-    run: Distributions, localizer: Localizer, pixels: Tensor, *, batch_size: int, rounds: int = 3
+    networks: Mapping[int, Distributions],
+    localizer: Localizer,
+    pixels: Tensor,
+    *,
+    batch_size: int,
+    rounds: int = 3,
 ) -> Speed:
     """Time both ways from pixels in memory to decisions in memory.
 
     Args:
-        run: the network.
+        networks: of one architecture, by the scale of the patches that they decide on.
         localizer: AnchorNet, the decision and LSP, on the same device.
         pixels: uint8 (n, 224, 224, 3), n at least 1; in pinned memory for a GPU.
         batch_size: of whole images, and of patches.
@@ -54,8 +59,8 @@ def measure_speed(
     """
     counts: list[int] = []
     ways: tuple[Callable[[], object], ...] = (
-        lambda: _whole(run, pixels, batch_size),
-        lambda: counts.append(_patches(run, localizer, pixels, batch_size)),
+        lambda: _whole(networks[SCALES[0]], pixels, batch_size),
+        lambda: counts.append(_patches(networks, localizer, pixels, batch_size)),
     )
     seconds: tuple[list[float], ...] = ([], [])
     for _ in range(1 + rounds):
@@ -73,27 +78,29 @@ def _whole(run: Distributions, pixels: Tensor, batch_size: int) -> None:
     torch.cat(decided).cpu()  # waits for the device
 
 
-def _patches(run: Distributions, localizer: Localizer, pixels: Tensor, batch_size: int) -> int:
+def _patches(
+    networks: Mapping[int, Distributions], localizer: Localizer, pixels: Tensor, batch_size: int
+) -> int:
     """Decide on images by their patches, and return how many patches there were."""
-    decided, patches = [], 0
+    decided, patches, device = [], 0, localizer.device
     for batch in torch.split(pixels, batch_size):
         found = localizer.submit(batch).result()
-        on_device = batch.to(run.device, non_blocking=True)
+        on_device = batch.to(device, non_blocking=True)
         sums: Tensor | None = None
         for scale in SCALES:
             chosen = np.flatnonzero(found.scale == scale)
             counts = found.counts[chosen]
-            image = torch.from_numpy(np.repeat(chosen, counts)).to(run.device)
+            image = torch.from_numpy(np.repeat(chosen, counts)).to(device)
             valid = np.arange(found.corners.shape[1]) < counts[:, None]
             corner = torch.from_numpy(found.corners[chosen][valid].astype(np.int64))
-            corner = corner.to(run.device)
+            corner = corner.to(device)
             patches += len(image)
             for some, at in zip(
                 *(torch.split(t, batch_size) for t in (image, corner)), strict=True
             ):
                 if not len(some):
                     continue
-                p = run(crop(on_device, some, at, scale))
+                p = networks[scale](crop(on_device, some, at, scale))
                 if sums is None:
                     sums = p.new_zeros(len(batch), p.shape[1])
                 sums.index_add_(0, some, p)

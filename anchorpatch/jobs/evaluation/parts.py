@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from anchorpatch.jobs.evaluation.patch_scores import (
     Distributions,
     ImageBatch,
     Keep,
-    check_classes,
     open_shards,
     score_images,
     score_patches,
@@ -28,7 +27,15 @@ from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
 from anchorpatch.jobs.evaluation.tables import WHOLE, Costs
 from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_images
 from anchorpatch.jobs.localizer import Localizer
-from anchorpatch.jobs.networks import Network, check_sides, load_network, run_folder
+from anchorpatch.jobs.networks import (
+    Network,
+    best_weights,
+    check_sides,
+    load_for_whole_images,
+    load_network,
+    load_tuned,
+    run_folder,
+)
 from anchorpatch.lsp import SCALES, LspSettings
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import macs
@@ -48,12 +55,11 @@ _SPEED_IMAGES: Final = {"cpu": 32, "cuda": 2048}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Shards and a network, opened and checked, and what can be measured of them.
+    """Shards, opened and checked, and what can be measured of networks on them.
 
     Attributes:
         config: what is evaluated.
         reader: of the shards.
-        network: that decides on patches.
         device: where it computes.
         world: the processes.
         report: is told what is done.
@@ -61,7 +67,6 @@ class Evaluation:
 
     config: EvaluateNetworkConfig
     reader: ShardReader
-    network: Network
     device: torch.device
     world: World
     report: Reporter
@@ -81,9 +86,7 @@ class Evaluation:
             check_name(config.network)
             check_sides(config.network, build_on_meta(config.network), config.scales)
             reader = open_shards(config.shards, config.split)
-            source = config.weights or _trained(config)
-            network = _load(config.network, reader, source, report)
-            yield cls(config, reader, network, device, world, report)
+            yield cls(config, reader, device, world, report)
 
     @property
     def batch_size(self) -> int:
@@ -100,44 +103,93 @@ class Evaluation:
         found = find_whole_images(self.reader, self.config.data, self.config.split)
         return (None, found) if isinstance(found, str) else (found, None)
 
-    def baseline(self) -> Network:
-        """Return the network for whole images; see `EvaluateNetworkConfig`."""
-        source = self.config.baseline_weights
-        if source is None:
-            path = _best(run_folder(self.config.runs, self.config.network, baseline=True))
-            if not path.is_file():
-                return self.network
-            source = path
-        return _load(self.config.network, self.reader, source, self.report)
+    def for_patches(self) -> dict[int, Network]:
+        """Load the network that decides on patches, or one per scale, by scale.
 
-    def costs(self) -> Costs:
-        """Count what the network and AnchorNet cost."""
+        Raises:
+            WeightsError: there is none, or it cannot be used.
+        """
+        config, name = self.config, self.config.network
+        if config.weights is not None:
+            return dict.fromkeys(config.scales, self._load(config.weights))
+        path = best_weights(run_folder(config.runs, name))
+        paths = {s: best_weights(run_folder(config.runs, name, scale=s)) for s in config.scales}
+        missing = [scale for scale, file in paths.items() if not file.is_file()]
+        if path.is_file() and not config.per_scale:
+            return dict.fromkeys(config.scales, self._load_tuned(path))
+        if not missing:
+            return {scale: self._load_tuned(file) for scale, file in paths.items()}
+        if config.per_scale or len(missing) < len(paths):
+            path = paths[missing[0]]
+            advice = f"run `anchorpatch finetune {name} --scale {missing[0]}`"
+        else:
+            advice = f"run `anchorpatch finetune {name}`"
+        raise WeightsError(
+            f"{path} does not exist: {advice}, or name weights with --weights FILE (--weights "
+            "default: the published ones)"
+        )
+
+    def for_whole_images(self, at_hand: Network | None = None) -> Network:
+        """Load the network that is asked about whole images; see `EvaluateNetworkConfig`.
+
+        Args:
+            at_hand: the network that decides on all patches, where there is one.
+        """
+        config, message = self.config, self.report.message
+        given = config.whole_weights or (config.weights if at_hand is None else None)
+        if given is not None:
+            return self._load(given)
+        return load_for_whole_images(
+            config.network, self.reader.classes, config.runs, message, at_hand=at_hand
+        )
+
+    def _load(self, source: str | Path) -> Network:
+        name, message = self.config.network, self.report.message
+        return load_network(name, self.reader.classes, source, message)
+
+    def _load_tuned(self, path: Path) -> Network:
+        name, message = self.config.network, self.report.message
+        return load_tuned(name, self.reader.classes, path, message)
+
+    def costs(self, module: torch.nn.Module) -> Costs:
+        """Count what a network and AnchorNet cost."""
         sides = (*self.config.scales, WHOLE)
-        module = self.network.module
         anchornet = AnchorNet(len(self.reader.network_classes))
         return Costs(
             {side: macs(module, side) / 1e9 for side in sides},
             macs(anchornet, WHOLE, anchornet.localize) / 1e9,
         )
 
-    def score_patches(self, *, most: int | None = None, keep: Keep | None = None) -> PatchFigures:
-        """Decide on the images by their patches, or by the strongest of them."""
-        module = _on(self.network, self.device)
+    def score_patches(
+        self, networks: Mapping[int, Network], *, most: int | None = None, keep: Keep | None = None
+    ) -> PatchFigures:
+        """Decide on the images by their patches, or by the strongest of them.
+
+        Args:
+            networks: by the scale of the patches that they decide on.
+            most: take only the strongest patches of each image, so many.
+            keep: gets the decisions.
+        """
         with self._counting("patches", self.config.scales) as advance:
             return score_patches(
-                module,
+                self._distributions(networks),
                 self.reader,
                 world=self.world,
-                device=self.device,
-                meta=self.network.meta,
                 batch_size=self.batch_size,
-                amp=self.config.amp,
                 scales=self.config.scales,
                 keep=keep,
                 most=most,
                 limit=self.config.limit,
                 advance=advance,
             )
+
+    def _distributions(self, networks: Mapping[int, Network]) -> dict[int, Distributions]:
+        return {
+            scale: Distributions(
+                _on(network, self.device), self.device, network.meta, self.config.amp
+            )
+            for scale, network in networks.items()
+        }
 
     def score_whole(
         self,
@@ -177,7 +229,8 @@ class Evaluation:
         self, whole: WholeImages | None, why_not: str | None
     ) -> tuple[Weights | None, str | None]:
         """Return AnchorNet's weights if speed can be measured, or why it cannot."""
-        path, best = self.config.anchornet_weights, _best(run_folder(self.config.runs, "anchornet"))
+        path = self.config.anchornet_weights
+        best = best_weights(run_folder(self.config.runs, "anchornet"))
         if not self.config.speed:
             return None, None
         if self.config.scales != SCALES:
@@ -197,7 +250,9 @@ class Evaluation:
             )
         return weights, None
 
-    def measure(self, whole: WholeImages, weights: Weights) -> Speed | None:
+    def measure(
+        self, networks: Mapping[int, Network], whole: WholeImages, weights: Weights
+    ) -> Speed | None:
         """Measure both ways in the main process; None in the others."""
         if not self.world.is_main:
             return None
@@ -208,12 +263,11 @@ class Evaluation:
         some = rows[np.linspace(0, len(rows) - 1, n).astype(np.int64)]
         batches = whole.batches(some, self.batch_size, workers=self.config.workers)
         pixels = torch.cat([batch.pixels for batch in batches])
-        amp, meta = self.config.amp, self.network.meta
-        run = Distributions(_on(self.network, self.device), self.device, meta, amp)
+        amp = self.config.amp
         lsp = LspSettings(settings.max_patches, settings.iou_threshold, settings.coverage)
         with Localizer(weights, lsp, self.device, batch_size=self.batch_size, amp=amp) as localizer:
             return measure_speed(
-                run,
+                self._distributions(networks),
                 localizer,
                 pixels.pin_memory() if on_gpu else pixels,
                 batch_size=self.batch_size,
@@ -224,28 +278,3 @@ def _on(network: Network, device: torch.device) -> torch.nn.Module:
     # Channels last takes the pixels as they lie in the shards.
     module = network.module.eval().to(device)
     return module.to(memory_format=torch.channels_last)
-
-
-def _best(folder: Path) -> Path:
-    return folder / "best.safetensors"
-
-
-def _trained(config: EvaluateNetworkConfig) -> Path:
-    """Return the weights for patches that `finetune` wrote: of all scales, or of the one."""
-    path = _best(run_folder(config.runs, config.network))
-    if path.is_file():
-        return path
-    if len(config.scales) == 1:
-        of_scale = _best(run_folder(config.runs, config.network, scale=config.scales[0]))
-        if of_scale.is_file():
-            return of_scale
-    raise WeightsError(
-        f"{path} does not exist: run `anchorpatch finetune {config.network}`, or name weights "
-        "with --weights FILE (--weights default: the published ones)"
-    )
-
-
-def _load(name: str, reader: ShardReader, source: str | Path, report: Reporter) -> Network:
-    network = load_network(name, reader.classes, source, report.message)
-    check_classes(reader, network.meta)
-    return network

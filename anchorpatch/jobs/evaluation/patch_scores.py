@@ -8,7 +8,7 @@ the figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -115,14 +115,11 @@ def check_tables(reader: ShardReader) -> None:
 
 @torch.inference_mode()
 def score_patches(
-    module: nn.Module,
+    networks: Mapping[int, Distributions],
     reader: ShardReader,
     *,
     world: World,
-    device: torch.device,
-    meta: WeightsMeta,
     batch_size: int,
-    amp: bool = False,
     scales: Sequence[int] = SCALES,
     check: Callable[[], object] = lambda: None,
     keep: Keep | None = None,
@@ -136,13 +133,10 @@ def score_patches(
     Each process takes its share of the images, all patches of an image in one process.
 
     Args:
-        module: the network, in evaluation mode and on the device.
+        networks: that decides on the patches of each scale, all on one device.
         reader: of the shards.
         world: the processes.
-        device: of the network.
-        meta: the network's classes, and the mean and deviation of its input.
         batch_size: patches in a batch, all of one scale.
-        amp: compute in bfloat16; distributions stay float64.
         scales: the images that chose one of these are counted.
         check: called between batches, may raise.
         keep: gets the images of this process as they are decided, by scale in order.
@@ -155,20 +149,22 @@ def score_patches(
         The figures of all processes' images.
 
     Raises:
-        DataError: the network knows other classes than the shards.
+        DataError: a network knows other classes than the shards.
         ShardError: there is no image, or one without patches.
         CorruptShard: a shard cannot be read.
         WeightsError: the network does not give one logit for each class.
         NonFiniteError: the network gave NaN or infinity.
     """
-    check_classes(reader, meta)
+    for run in networks.values():
+        check_classes(reader, run.meta)
     check_tables(reader)
-    run = Distributions(module, device, meta, amp)
+    device = next(iter(networks.values())).device
     mine = np.array(world.share(min(limit or len(reader), len(reader))), np.int64)
     sums = torch.zeros(len(SCALES), len(Sum), dtype=torch.float64, device=device)
     for j, scale in enumerate(SCALES):
         if scale not in scales:
             continue
+        run = networks[scale]
         plan = ScalePlan.of(reader, scale, mine[reader.scale[mine] == scale], batch_size, most)
         carry: Tensor | None = None
         loaded = load_rows(reader, plan, threads=threads, pin_memory=device.type == "cuda")

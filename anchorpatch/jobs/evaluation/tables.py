@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from anchorpatch.jobs.evaluation.network_speed import Speed
 from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
+from anchorpatch.jobs.networks import asked_text
 
 __all__ = [
     "WHOLE",
@@ -56,6 +57,7 @@ class Table3Row:
         top1: share of images that are decided right.
         top5: share of images whose label is among the five best.
         loss: mean over images of -log of the label's mean probability.
+        weights: what the network that decided was loaded from; None where there were several.
     """
 
     scale: str
@@ -68,6 +70,7 @@ class Table3Row:
     top1: float | None
     top5: float | None
     loss: float | None
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Table3:
     Attributes:
         network: its name.
         shards: folder of the split.
-        weights: what the network on patches was loaded from.
+        weights: what the network on patches was loaded from, or the three of them.
         whole_weights: what the network on whole images was loaded from; None without.
         whole_source: where the whole images came from; None without.
         gmacs_whole: of the network at 224 px, 1e9.
@@ -85,6 +88,8 @@ class Table3:
         rows: of the table.
         speed: measured; None where it was not.
         left_out: what could not be had, and why.
+        whole_trained_on: "whole images" or "patches", which the network on whole images was
+            trained on; "" where nothing says it.
     """
 
     network: str
@@ -97,6 +102,12 @@ class Table3:
     rows: tuple[Table3Row, ...]
     speed: Speed | None
     left_out: tuple[str, ...]
+    whole_trained_on: str = ""
+
+    @property
+    def asked(self) -> str:
+        """Which network was asked about whole images."""
+        return asked_text(str(self.whole_weights), self.whole_trained_on)
 
     def to_json(self) -> dict[str, Any]:
         """Return the table as JSON knows it."""
@@ -134,6 +145,7 @@ class Table4:
         weights: what the network was loaded from.
         whole_source: where the whole images came from.
         rows: of the table.
+        trained_on: "whole images" or "patches"; "" where nothing says it.
     """
 
     network: str
@@ -141,6 +153,12 @@ class Table4:
     weights: str
     whole_source: str
     rows: tuple[Table4Row, ...]
+    trained_on: str = ""
+
+    @property
+    def asked(self) -> str:
+        """Which network was asked."""
+        return asked_text(self.weights, self.trained_on)
 
     def to_json(self) -> dict[str, Any]:
         """Return the table as JSON knows it."""

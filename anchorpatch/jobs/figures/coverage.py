@@ -36,7 +36,12 @@ from anchorpatch.jobs.figures.coverage_curves import (
 )
 from anchorpatch.jobs.figures.image_source import Crops, ImageSource
 from anchorpatch.jobs.figures.pixel_order import mask_of_area, pixel_positions
-from anchorpatch.jobs.networks import Network, load_checkpoint, load_network, run_folder
+from anchorpatch.jobs.networks import (
+    Network,
+    load_checkpoint,
+    load_for_whole_images,
+    load_network,
+)
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.memory import keep_freed_memory
@@ -52,8 +57,9 @@ class CoverageConfig:
     Attributes:
         network: name of the network that decides.
         runs: folder of training runs.
-        weights: of the network: a file or "default"; None for
-            RUNS/NETWORK-baseline/best.safetensors, else RUNS/NETWORK/best.safetensors.
+        weights: of the network: a file or "default"; None for the first of
+            RUNS/NETWORK-baseline/best.safetensors, the pretrained set, if it is for the images'
+            classes, and RUNS/NETWORK/best.safetensors.
         anchornet_weights: of AnchorNet.
         peers: weights of BagNets and Saccader; None for those that lie in RUNS.
         localizers: of `LOCALIZERS`.
@@ -155,24 +161,17 @@ def run(
             "seeds": config.seeds,
             "seed": config.seed,
             "precision": "bfloat16" if config.amp else "float32",
+            "asked": network.asked,
         },
     )
 
 
 def _network(config: CoverageConfig, source: ImageSource, report: Reporter) -> Network:
     """Load the network that decides, for the classes of the images."""
-    weights = config.weights
-    if weights is None:
-        folders = [run_folder(config.runs, config.network, baseline=b) for b in (True, False)]
-        found = [path for f in folders if (path := f / "best.safetensors").is_file()]
-        if not found:
-            raise WeightsError(
-                f"{folders[0] / 'best.safetensors'} does not exist: run `anchorpatch finetune "
-                f"{config.network} --baseline`, or name weights with --weights FILE (--weights "
-                "default: the published ones)"
-            )
-        weights = found[0]
-    return load_network(config.network, source.classes, weights, report.message)
+    name, message = config.network, report.message
+    if config.weights is not None:
+        return load_network(name, source.classes, config.weights, message)
+    return load_for_whole_images(name, source.classes, config.runs, message, option="--weights")
 
 
 def _localizers(

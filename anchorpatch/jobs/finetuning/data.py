@@ -16,7 +16,7 @@ from torch import nn
 from anchorpatch.errors import DataError
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.training import RandomCrop, load_training_batches
-from anchorpatch.jobs.evaluation.patch_scores import score_images, score_patches
+from anchorpatch.jobs.evaluation.patch_scores import Distributions, score_images, score_patches
 from anchorpatch.jobs.evaluation.whole_images import WholeImages
 from anchorpatch.jobs.finetuning.config import FinetuneConfig
 from anchorpatch.jobs.finetuning.plan import Request
@@ -114,14 +114,12 @@ class PatchData:
         check: Callable[[], object],
     ) -> dict[str, Any]:
         """Decide on the validation images by the sum of their patches' distributions."""
+        run = Distributions(module, device, meta, self.config.amp)
         return score_patches(
-            module,
+            dict.fromkeys(self.config.scales, run),
             self.val,
             world=world,
-            device=device,
-            meta=meta,
             batch_size=_eval_batch(device),
-            amp=self.config.amp,
             scales=self.config.scales,
             check=check,
         ).to_json()

@@ -15,6 +15,7 @@ from torch import nn
 
 from anchorpatch.errors import CorruptShard, DataError, NonFiniteError, ShardError, WeightsError
 from anchorpatch.jobs.evaluation.patch_scores import (
+    Distributions,
     ImageBatch,
     PatchFigures,
     score_images,
@@ -48,8 +49,15 @@ IMAGES = (
 
 def score(folder: Path, module: nn.Module | None = None, **options: object) -> PatchFigures:
     reader = ShardReader(folder)
-    values = dict(world=World(), device=CPU, meta=meta_of(reader.classes), batch_size=2)
-    return score_patches(module or Spelled(len(reader.classes)), reader, **{**values, **options})
+    module = module or Spelled(len(reader.classes))
+    run = Distributions(
+        module,
+        options.pop("device", CPU),
+        options.pop("meta", meta_of(reader.classes)),
+        options.pop("amp", False),
+    )
+    options = {"world": World(), "batch_size": 2, **options}
+    return score_patches(dict.fromkeys(SCALES, run), reader, **options)
 
 
 @pytest.fixture(scope="module")
@@ -211,10 +219,9 @@ def test_an_image_without_patches_is_refused(folder: Path):
     counts = reader.counts.copy()
     counts[3] = 0
     reader._columns["images/count"] = counts
+    run = Distributions(Spelled(6), CPU, meta_of(SIX), amp=False)
     with pytest.raises(ShardError, match=r"1 of 5 images have no patch, .* class03/0003.png"):
-        score_patches(
-            Spelled(6), reader, world=World(), device=CPU, meta=meta_of(SIX), batch_size=2
-        )
+        score_patches(dict.fromkeys(SCALES, run), reader, world=World(), batch_size=2)
 
 
 def test_a_corrupt_shard_is_named(folder: Path, tmp_path: Path):

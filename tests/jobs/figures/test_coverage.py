@@ -189,7 +189,13 @@ def test_weights_and_peers_that_are_missing_or_wrong(
         run(source, replace(config, runs=tmp_path))
     with pytest.raises(WeightsError, match=r"expected weights of bagnet33, .*, found anchornet"):
         run(source, replace(config, peers=(weights,)))
+    best = tmp_path / NETWORK / "best.safetensors"
+    best.parent.mkdir()
+    best.hardlink_to(config.runs / f"{NETWORK}-baseline" / "best.safetensors")
+    tuned = run(source, replace(config, runs=tmp_path, localizers=("centre",), images=2))
+    assert tuned.settings["asked"] == f"{best} (fine-tuned on patches)"
     result = run(source, replace(config, localizers=("centre", "bagnet33"), images=2))
+    assert result.settings["asked"] == str(config.runs / f"{NETWORK}-baseline/best.safetensors")
     assert [curve.localizer for curve in result.curves] == ["centre"]
     assert "anchorpatch train --arch bagnet33" in result.left_out[0]
     with pytest.raises(SettingsError, match=r"no localizer is left: bagnet33: no .*bagnet33"):
