@@ -10,13 +10,10 @@ import os
 import stat
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils.data import Dataset
 
 from anchorpatch.errors import ImageError, SettingsError, reason_of
 from anchorpatch.images.decode import CROP, Decoded, decode
@@ -61,7 +58,8 @@ def load_batches(
         workers: processes that decode. 0 decodes in this thread, when a batch is asked for.
         pin_memory: put the pixels into page-locked memory, for copies to a GPU. Without a GPU
             it does nothing.
-        prefetch: batches that each worker is ahead. One of 256 images takes 39 MB.
+        prefetch: batches that each worker is ahead, fewer where those of all the processes of
+            this machine would take more than 8 GiB. One of 256 images takes 39 MB.
 
     Raises:
         SettingsError: ``workers`` is negative or ``prefetch`` below 1.
@@ -72,7 +70,7 @@ def load_batches(
     if prefetch < 1:
         raise SettingsError(f"prefetch: expected a whole number of at least 1, got {prefetch}")
     return serve_batches(
-        partial(_Images, str(folder.root)),
+        _Images(str(folder.root)),
         _Requests(folder, batches),
         batch_bytes=max(map(len, batches), default=0) * CROP * CROP * 3,
         workers=workers if len(batches) else 0,
@@ -86,10 +84,8 @@ def fill_batch(
     paths: npt.NDArray[np.bytes_],
     side: int,
     decode: Callable[[int, str], tuple[npt.NDArray[np.uint8], tuple[int, int]]],
-    *,
-    shared: bool,
 ) -> tuple[Any, ...]:
-    """Return a `Batch` as a plain tuple; without shared memory its pixels are an array.
+    """Return a `Batch` as a plain tuple whose pixels are an array.
 
     Args:
         index: row of each image (n,).
@@ -97,7 +93,6 @@ def fill_batch(
         side: of the pixels.
         decode: from row and path to pixels (side, side, 3) and the size of the source; raises
             ImageError for a bad image.
-        shared: whether the batch may travel in shared memory.
     """
     n = len(index)
     # Allocated once and filled in place; stacking would copy every image twice.
@@ -114,8 +109,7 @@ def fill_batch(
         pixels[len(good)], size[len(good)] = decoded
         good.append(row)
     m = len(good)
-    kept = torch.from_numpy(pixels[:m]) if shared else pixels[:m]
-    return np.array(good, np.int64), kept, size[:m].copy(), bad
+    return np.array(good, np.int64), pixels[:m], size[:m].copy(), bad
 
 
 def read_image(path: str) -> bytes:
@@ -166,15 +160,14 @@ class _Requests:
 
 
 @dataclass(frozen=True)
-class _Images(Dataset[Any]):
+class _Images:
     """What a worker holds: where the images are."""
 
     root: str
-    shared: bool = True
 
     def __getitem__(self, request: _Request) -> tuple[Any, ...]:
         """Return the batch of a request."""
-        return fill_batch(request.index, request.paths, CROP, self._decode, shared=self.shared)
+        return fill_batch(request.index, request.paths, CROP, self._decode)
 
     def _decode(self, _: int, path: str) -> Decoded:
         return decode(read_image(os.path.join(self.root, path)))

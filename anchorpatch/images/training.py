@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from torch.utils.data import Dataset
 
 from anchorpatch.images.cache import PictureCache
 from anchorpatch.images.folder import ImageFolder
@@ -116,7 +115,7 @@ def load_training_batches(
         Batches whose pixels are uint8 (n, size, size, 3).
     """
     return serve_batches(
-        partial(_Crops, str(folder.root), crop, cache),
+        _Crops(str(folder.root), crop, cache),
         _Requests(folder, plan),
         batch_bytes=256 * crop.size**2 * 3,
         workers=workers,
@@ -144,18 +143,17 @@ class _Requests:
 
 
 @dataclass(frozen=True)
-class _Crops(Dataset[Any]):
+class _Crops:
     """What a worker holds."""
 
     root: str
     crop: RandomCrop
     cache: PictureCache | None
-    shared: bool
 
     def __getitem__(self, request: _Request) -> tuple[Any, ...]:
         """Return the batch of a request."""
         decode = partial(self._crop, request.epoch)
-        return fill_batch(request.rows, request.paths, self.crop.size, decode, shared=self.shared)
+        return fill_batch(request.rows, request.paths, self.crop.size, decode)
 
     def _crop(
         self, epoch: int, row: int, path: str

@@ -1,41 +1,58 @@
 """Worker processes that turn requests into batches of pixels, ahead of their use.
 
-The workers are those of a torch DataLoader, started by ``fork`` on Linux. They run Pillow,
-numpy and torchvision's JPEG decoder on one thread each, and touch neither CUDA nor HDF5 nor
-the parent's OpenMP threads, so that what makes forking a process with threads unsafe does not
-reach them. Measured on two busy cores (2026-11-22), two workers have their first batch of 32
-after 0.14 s by fork, 5.9 s by a fork server and 5.6 s by spawn, which import torch anew.
-Nothing depends on fork: where the platform has another default, that is used.
+The workers are started by ``fork`` on Linux. They run Pillow, numpy and torchvision's JPEG
+decoder on one thread each, and touch neither CUDA nor HDF5 nor the parent's OpenMP threads, so
+that what makes forking a process with threads unsafe does not reach them. Measured on two busy
+cores (2026-11-22), two workers have their first batch of 32 after 0.14 s by fork, 5.9 s by a
+fork server and 5.6 s by spawn, which import torch anew. Nothing depends on fork: where the
+platform has another default, that is used.
 
-Pixels come back through shared memory, or through a pipe where that is too small for them
-(containers often have 64 MB).
+Each worker answers on a connection of its own, from the thread that did the work: pixels in
+anonymous memory whose descriptor is handed over, or, where the system refuses that, through the
+connection itself. Nothing is looked at ahead that may be different when it is needed, a failure
+travels as words, and the death of a worker ends the connection, also in the middle of an answer.
+A torch DataLoader promises none of this: what the thread of its queue cannot hand over (shared
+memory or descriptors have run out) is dropped with a traceback on the worker's stderr, and is
+waited for without end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import mmap
 import multiprocessing
 import os
+import queue
 import signal
 import sys
 import threading
+import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, Final, NamedTuple
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from itertools import cycle, islice
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
+from multiprocessing.util import Finalize
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from anchorpatch.errors import AnchorpatchError
+from anchorpatch.waits import STOP_SIGNALS, waiting_for
 
-__all__ = ["Batch", "serve_batches"]
+__all__ = ["Batch", "Images", "serve_batches"]
 
-#: Ctrl-C and batch systems signal the whole group of processes. The parent decides what comes of
-#: it, and may want the batches that are under way.
-_FOR_THE_PARENT: Final = (signal.SIGINT, signal.SIGTERM)
+#: Pixels that may be on their way to all processes of this machine, in bytes, beyond the one
+#: batch that each worker has in hand.
+_IN_FLIGHT: Final = 8 << 30
+
+#: Seconds that a worker may take to die once it is killed.
+_KILL_TIME: Final = 5.0
 
 
 class Batch(NamedTuple):
@@ -54,8 +71,21 @@ class Batch(NamedTuple):
     bad: list[tuple[int, str]]
 
 
+#: A `Batch` whose pixels are an array.
+_Item = tuple[
+    npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.int32], list[tuple[int, str]]
+]
+
+
+class Images(Protocol):
+    """What a worker holds: it turns requests into batches."""
+
+    def __getitem__(self, request: Any) -> _Item:
+        """Return the batch of a request."""
+
+
 def serve_batches(
-    images: Callable[[bool], Dataset[Any]],
+    images: Images,
     requests: Iterable[Any],
     *,
     batch_bytes: int,
@@ -66,61 +96,51 @@ def serve_batches(
     """Turn each request into a batch, in order, by ``images[request]``; see `load_batches`.
 
     Args:
-        images: makes what a worker holds; told whether batches may travel in shared memory.
+        images: what a worker holds.
         requests: the work of each batch.
         batch_bytes: pixels of the largest batch.
         workers: processes; 0 works in this thread.
-        prefetch: batches that each worker is ahead.
-        pin_memory: put the pixels into page-locked memory, where there is a GPU.
+        prefetch: batches that each worker is ahead, fewer where they take much memory.
+        pin_memory: put the pixels into page-locked memory, where there is a GPU: only those of
+            the batch that is handed out, so that what the workers are ahead is not locked too.
     """
     pin_memory = pin_memory and torch.cuda.is_available()
     if workers == 0:
-        return _in_this_process(images(True), requests, pin_memory)
-    shared = _fits_shared_memory(batch_bytes * (workers * prefetch + 2))
-    return _in_workers(images(shared), requests, workers, prefetch, pin_memory)
+        return _in_this_process(images, requests, pin_memory)
+    share = _IN_FLIGHT // _local_ranks() // (workers * max(1, batch_bytes))
+    todo = iter(requests)
+    pool = _Pool(images, workers)
+    pending: deque[_Worker] = deque()
+    for request, worker in zip(
+        islice(todo, workers * min(prefetch, max(1, share))), cycle(pool.workers), strict=False
+    ):
+        worker.ask(request)
+        pending.append(worker)
+    return _from_workers(pool, pending, todo, pin_memory)
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
+def _local_ranks() -> int:
+    """Return how many processes of ``torchrun`` share this machine."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(text)) if text.isdecimal() else 1
 
 
-def _as_batch(item: tuple[Any, ...], pin_memory: bool) -> Batch:
-    index, pixels, size, bad = item
-    if isinstance(pixels, np.ndarray):
-        pixels = torch.from_numpy(pixels)
-    if pin_memory and not pixels.is_pinned():
-        pixels = pixels.pin_memory()
-    return Batch(index, pixels, size, bad)
+def _as_batch(item: _Item, pin_memory: bool) -> Batch:
+    index, array, size, bad = item
+    pixels = torch.from_numpy(array)
+    return Batch(index, pixels.pin_memory() if pin_memory else pixels, size, bad)
+
+
+# --- in this process --------------------------------------------------------------------------
 
 
 def _in_this_process(
-    images: Dataset[Any], requests: Iterable[Any], pin_memory: bool
+    images: Images, requests: Iterable[Any], pin_memory: bool
 ) -> Generator[Batch, None, None]:
     for request in requests:
         with _one_thread():
             item = images[request]
         yield _as_batch(item, pin_memory)
-
-
-def _in_workers(
-    images: Dataset[Any], requests: Iterable[Any], workers: int, prefetch: int, pin_memory: bool
-) -> Generator[Batch, None, None]:
-    """Start workers that turn each request into a batch by ``images[request]``."""
-    loader = DataLoader(
-        images,
-        # Without automatic batching each item of the sampler is the work of one batch.
-        batch_size=None,
-        sampler=requests,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        pin_memory=pin_memory,
-        multiprocessing_context="fork" if sys.platform == "linux" else None,
-        worker_init_fn=_start_worker,
-        # Its own, so that the state of torch's global generator does not depend on loading.
-        generator=torch.Generator(),
-    )
-    return _from_workers(_started(loader), pin_memory)
 
 
 @contextlib.contextmanager
@@ -137,102 +157,224 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _started(loader: DataLoader[Any]) -> Any:
-    """Start the workers of a loader and return its iterator."""
-    with _signals_for_workers(), warnings.catch_warnings():
-        # More workers than cores is the caller's choice; that forking is safe here is said
-        # above (Python 3.12 warns where there are threads).
-        warnings.simplefilter("ignore")
-        return iter(loader)
+# --- the parent's side ------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _signals_for_workers() -> Iterator[None]:
-    """Start workers that only their parent stops, and keep torch from reporting deaths by signal.
-
-    torch's handler of SIGCHLD raises RuntimeError wherever the main thread happens to be. The
-    iterator notices a dead worker by itself, within 5 seconds, in ``next``.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers, and torch sets none either
-        return
-    handler = signal.getsignal(signal.SIGCHLD)
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
+def _from_workers(
+    pool: _Pool, pending: deque[_Worker], todo: Iterator[Any], pin_memory: bool
+) -> Generator[Batch, None, None]:
     try:
-        yield
+        while pending:
+            worker = pending.popleft()
+            item = worker.answer()
+            for request in islice(todo, 1):
+                worker.ask(request)
+                pending.append(worker)
+            yield _as_batch(item, pin_memory)
+            del item  # or it would live on while the next one is waited for
     finally:
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        pool.close()
 
 
-def _start_worker(_: int) -> None:
-    for number in _FOR_THE_PARENT:
+class _Pool:
+    """The workers of one loader; they end with it, or with this process."""
+
+    def __init__(self, images: Images, workers: int) -> None:
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        self.workers: list[_Worker] = []
+        # At exit, this is before multiprocessing waits for its children, which ignore SIGTERM.
+        self.close = Finalize(self, _kill, (self.workers,), exitpriority=0)
+        # Blocked until the worker ignores them.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            with warnings.catch_warnings():
+                # That forking is safe here is said above (Python 3.12 warns of threads).
+                warnings.simplefilter("ignore")
+                for _ in range(workers):
+                    self.workers.append(_Worker(context, images))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _kill(workers: list[_Worker]) -> None:
+    """End workers, which hold nothing of value."""
+    for worker in workers:
+        worker.process.kill()
+    while workers:
+        workers.pop().end()
+
+
+class _Worker:
+    """A process that answers requests in their order, as its parent sees it."""
+
+    def __init__(self, context: Any, images: Images) -> None:
+        self._connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(images, theirs), daemon=True)
+        try:
+            self.process.start()
+        except OSError as error:
+            why = error.strerror or error
+            raise AnchorpatchError(
+                f"a loading worker cannot be started: {why}; use fewer --workers"
+            ) from error
+        finally:
+            theirs.close()  # the worker's death is then the end of the connection
+
+    def ask(self, request: Any) -> None:
+        with contextlib.suppress(ConnectionError):  # `answer` will say so
+            self._connection.send(request)
+
+    def answer(self) -> _Item:
+        try:
+            with waiting_for(f"images from a loading worker (process {self.process.pid})"):
+                found = self._connection.recv()
+                if isinstance(found, _Failure):
+                    raise AnchorpatchError(found.text) from _RemoteError(found.trace)
+                index, shape, size, bad, in_memory = found
+                pixels = self._mapped(shape) if in_memory else self._received(shape)
+        except (EOFError, ConnectionError) as error:
+            raise AnchorpatchError(self._what_killed()) from error
+        except (OSError, RuntimeError, MemoryError) as error:
+            why = _reason(error)
+            raise AnchorpatchError(
+                f"a batch cannot be taken from a loading worker: {why}"
+            ) from error
+        return index, pixels, size, bad
+
+    def _mapped(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        descriptor = recv_handle(self._connection)
+        try:
+            memory = mmap.mmap(descriptor, int(np.prod(shape)))
+        finally:
+            os.close(descriptor)
+        return np.frombuffer(memory, np.uint8).reshape(shape)
+
+    def _received(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        pixels = np.empty(shape, np.uint8)
+        if pixels.nbytes:
+            self._connection.recv_bytes_into(pixels.data.cast("B"))
+        return pixels
+
+    def _what_killed(self) -> str:
+        self.process.join(_KILL_TIME)
+        status = self.process.exitcode
+        if status is None or status >= 0:
+            return f"a loading worker ended unexpectedly (exit status {status}); run again"
+        how = f"a loading worker was killed by {signal.Signals(-status).name}"
+        if -status != signal.SIGKILL:
+            return f"{how}; run again with --workers 0 to see where"
+        return f"{how}, probably out of memory; use fewer --workers or a smaller --batch-size"
+
+    def end(self) -> None:
+        self._connection.close()
+        with waiting_for("a loading worker to end"):
+            self.process.join(_KILL_TIME)
+
+
+class _Failure(NamedTuple):
+    """What a worker answers that could not do its work."""
+
+    text: str
+    trace: str
+
+
+class _RemoteError(Exception):
+    """Carries the traceback of a worker."""
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files; raise the limit (ulimit -n) or use fewer --workers"
+    if isinstance(error, RuntimeError) and "ancdata" in str(error):  # how Python reports EMFILE
+        return "too many open files; raise the limit (ulimit -n) or use fewer --workers"
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+# --- the worker's side ------------------------------------------------------------------------
+
+
+def _serve(images: Images, connection: Connection) -> None:
+    _settle()
+    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_take_in, args=(connection, requests), daemon=True).start()
+    while True:
+        request = requests.get()
+        try:
+            item = images[request]
+        except AnchorpatchError as error:
+            connection.send(_Failure(str(error), traceback.format_exc()))
+        except Exception as error:
+            text = f"a loading worker failed: {_reason(error)}"
+            connection.send(_Failure(text, traceback.format_exc()))
+        else:
+            _hand_over(connection, item)
+
+
+def _settle() -> None:
+    """Have one thread, no voice, and no signals: what comes of those the parent decides.
+
+    Ctrl-C and batch systems signal the whole group of processes, and the parent may want the
+    batches that are under way.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_PARENT)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     warnings.simplefilter("ignore")
     # libjpeg writes "Corrupt JPEG data: ..." without a file name through the progress bar.
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 2)
+    torch.set_num_threads(1)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
-def _die_with_parent() -> None:
-    """Wait, without polling, until the parent is gone, however it ended.
+def _take_in(connection: Connection, requests: queue.SimpleQueue[Any]) -> None:
+    """Take requests in at once, so that the parent never waits to get rid of one."""
+    try:
+        while True:
+            requests.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(1)
 
-    DataLoader's own watchdog asks for the parent's id every 5 seconds, and not while a worker
-    is busy or cannot get rid of a result; a process started by a fork server never sees that
-    id change.
-    """
+
+def _die_with_parent() -> None:
+    """Wait, without polling, until the parent is gone, however it ended."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
 
 
-def _from_workers(iterator: Any, pin_memory: bool) -> Generator[Batch, None, None]:
+def _hand_over(connection: Connection, item: _Item) -> None:
+    index, pixels, size, bad = item
+    descriptor = _in_memory(pixels)
+    connection.send((index, pixels.shape, size, bad, descriptor is not None))
+    if descriptor is not None:
+        send_handle(connection, descriptor, 0)
+        os.close(descriptor)
+    elif pixels.nbytes:
+        connection.send_bytes(pixels.data.cast("B"))
+
+
+def _in_memory(pixels: npt.NDArray[np.uint8]) -> int | None:
+    """Return a descriptor of anonymous memory that holds the pixels; None if refused.
+
+    It is not in /dev/shm, which containers often limit to 64 MB. Writing, unlike touching
+    mapped pages, reports a limit (``ulimit -f``) as an error.
+    """
+    if not pixels.nbytes or not hasattr(os, "memfd_create"):
+        return None
     try:
-        while True:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            except AnchorpatchError:
-                raise
-            except Exception as error:
-                raise AnchorpatchError(_what_failed(error)) from error
-            yield _as_batch(item, pin_memory)
-            del item  # or it would live on while the next one is waited for
-    finally:
-        # Done by its __del__ too, but a traceback may keep it alive.
-        iterator._shutdown_workers()
-
-
-def _what_failed(error: Exception) -> str:
-    if _is_of_a_dead_worker(error):
-        return (
-            "a loading worker was killed, most likely for want of memory or shared memory "
-            f"({_last_line(error)}); use fewer workers or smaller batches, and run again"
-        )
-    return f"a loading worker failed: {_last_line(error)}"
-
-
-def _is_of_a_dead_worker(error: Exception) -> bool:
-    if str(error).startswith("Caught "):  # the worker lived to report it
-        return False
-    # The worker that filled shared memory hands it over by a connection. Where it dies over
-    # that, the connection may be gone before the system counts the worker among the dead.
-    if isinstance(error, (ConnectionError, EOFError)):
-        return True
-    return "exited unexpectedly" in str(error) or "is killed by signal" in str(error)
-
-
-def _last_line(error: Exception) -> str:
-    # An error that a worker has raised carries the worker's traceback as its message.
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
-
-
-def _fits_shared_memory(size: int) -> bool:
+        descriptor = os.memfd_create("anchorpatch")
+    except OSError:
+        return None
     try:
-        info = os.statvfs("/dev/shm")
-    except OSError:  # another system, which keeps shared memory elsewhere
-        return True
-    return size < info.f_bavail * info.f_frsize
+        left = pixels.data.cast("B")
+        while left:
+            left = left[os.write(descriptor, left) :]
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

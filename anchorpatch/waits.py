@@ -1,0 +1,125 @@
+"""Waits that end: each says what it waits for, and a signal ends it.
+
+Python runs the handler of a signal between two instructions of the main thread. A main thread
+that is held up in C++ (an all-reduce with a process that hangs, a copy from a GPU), or by a
+thread that is held up, does not get there. So waits for another process, thread, lock or device
+are marked with `waiting_for`, and a thread that `watch_waits` starts looks at the marks: it
+reports waits that take long, and ends the process where a wait outlives a stop signal.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager, suppress
+from typing import Final, NamedTuple
+
+__all__ = ["STOP_SIGNALS", "shut_down", "waiting_for", "watch_waits"]
+
+#: What asks a run to stop: Ctrl-C, ``kill``, a closed terminal, and what batch systems send
+#: ahead of the end of a job (``sbatch --signal=USR1@60``).
+STOP_SIGNALS: Final = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+
+#: Seconds from the second signal, which `watch_waits` sends, to the end of the process.
+_LAST_GRACE: Final = 3.0
+
+
+class _Wait(NamedTuple):
+    what: str
+    since: float
+    grace: float
+
+
+_waits: dict[int, list[_Wait]] = {}
+
+
+@contextmanager
+def waiting_for(what: str, grace: float = 10.0) -> Iterator[None]:
+    """Mark the block as a wait of this thread.
+
+    Args:
+        what: completes "waiting for ...".
+        grace: seconds that the wait may go on after a stop signal.
+    """
+    mine = _waits.setdefault(threading.get_ident(), [])
+    mine.append(_Wait(what, time.monotonic(), grace))
+    try:
+        yield
+    finally:
+        mine.pop()
+
+
+def shut_down(pool: Executor, what: str) -> None:
+    """End a pool of threads: tasks that have not begun are dropped, others are waited for."""
+    with waiting_for(what):
+        pool.shutdown(cancel_futures=True)
+
+
+def watch_waits(patience: float = 60.0) -> None:
+    """Start to look at the waits of this process. Call it once, from the main thread.
+
+    A wait of any thread that lasts longer than ``patience`` seconds is reported on stderr. A
+    wait of the main thread that goes on for its ``grace`` after a signal of `STOP_SIGNALS` gets
+    the signal once more, in case a handler only took note of the first one. If that does not
+    help, the process exits with status 128 + signal, as after a SIGKILL.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    # Written to when a signal arrives, whatever the main thread is busy with.
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reading, patience), name="waits", daemon=True).start()
+
+
+def _watch(signals: int, patience: float) -> None:
+    main = threading.main_thread().ident
+    asked, when, nudged = 0, 0.0, 0.0
+    reported: dict[int, tuple[_Wait, float]] = {}
+    while True:
+        if select.select([signals], [], [], 0.2 if asked else 1.0)[0]:
+            for number in os.read(signals, 64):
+                if number in STOP_SIGNALS and not asked:
+                    asked, when = number, time.monotonic()
+        now = time.monotonic()
+        for thread, waits in list(_waits.items()):
+            if not waits:
+                continue
+            wait = waits[-1]
+            known, next_time = reported.get(thread, (wait, wait.since + patience))
+            if known is not wait:
+                next_time = wait.since + patience
+            if now >= next_time:
+                _say(f"still waiting for {wait.what} ({now - wait.since:.0f} s)")
+                next_time = now + (now - wait.since)  # less and less often
+            reported[thread] = wait, next_time
+        of_main = _waits.get(main or 0)
+        if not (asked and of_main):
+            continue
+        wait = of_main[-1]
+        if not nudged and now - max(wait.since, when) > wait.grace:
+            nudged = now
+            signal.pthread_kill(main or 0, asked)
+        elif nudged and now - max(wait.since, nudged) > _LAST_GRACE:
+            _say(
+                f"ended by {signal.Signals(asked).name} while waiting for {wait.what}; "
+                "run the same command again"
+            )
+            os._exit(128 + asked)
+
+
+def _say(text: str) -> None:
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    who = "anchorpatch: " if rank is None else f"anchorpatch: rank {rank}: "
+    with suppress(OSError, ValueError, AttributeError):  # stderr may be closed
+        print(who + text, file=sys.stderr, flush=True)
