@@ -16,21 +16,24 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-__all__ = ["STOP_SIGNALS", "shut_down", "waiting_for", "watch_waits"]
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+__all__ = ["STOP_SIGNALS", "ending", "shut_down", "waiting_for", "watch_waits"]
 
 #: What asks a run to stop: Ctrl-C, ``kill``, a closed terminal, and what batch systems send
 #: ahead of the end of a job (``sbatch --signal=USR1@60``).
-STOP_SIGNALS: Final = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
+STOP_SIGNALS: Final = tuple(
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if name in signal.Signals.__members__
 )
+
+#: Seconds that a wait may go on after a stop signal.
+_GRACE: Final = 10.0
 
 #: Seconds from the second signal, which `watch_waits` sends, to the end of the process.
 _LAST_GRACE: Final = 3.0
@@ -46,7 +49,7 @@ _waits: dict[int, list[_Wait]] = {}
 
 
 @contextmanager
-def waiting_for(what: str, grace: float = 10.0) -> Iterator[None]:
+def waiting_for(what: str, grace: float = _GRACE) -> Iterator[None]:
     """Mark the block as a wait of this thread.
 
     Args:
@@ -59,6 +62,17 @@ def waiting_for(what: str, grace: float = 10.0) -> Iterator[None]:
         yield
     finally:
         mine.pop()
+
+
+def ending() -> None:
+    """Mark what is left of the main thread as a wait: Python joins all threads before it exits.
+
+    A signal then has its default effect.
+    """
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    _waits[threading.get_ident()] = [_Wait("threads to end", time.monotonic(), _GRACE)]
 
 
 def shut_down(pool: Executor, what: str) -> None:

@@ -16,6 +16,7 @@ from anchorpatch.cli.config import debug_option, load_config, unknown_variables
 from anchorpatch.cli.lazy import LazyGroup
 from anchorpatch.cli.output import ReaderGone, open_streams
 from anchorpatch.errors import AnchorpatchError, Interrupted
+from anchorpatch.waits import STOP_SIGNALS, ending, watch_waits
 
 __all__ = ["cli", "main"]
 
@@ -73,8 +74,14 @@ def main() -> NoReturn:
     except ImportError:
         sys.exit("anchorpatch: runs on Linux and macOS only; on Windows, use WSL")
     open_streams()
-    signal.signal(signal.SIGTERM, _raise_interrupted)
-    sys.exit(_run(sys.argv[1:]))
+    for number in STOP_SIGNALS:
+        # Ctrl-C has Python's own handler; nohup has SIGHUP ignored, which is to stay.
+        if number != signal.SIGINT and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _raise_interrupted)
+    watch_waits()
+    status = _run(sys.argv[1:])
+    ending()
+    sys.exit(status)
 
 
 def _run(args: list[str]) -> int:
@@ -107,4 +114,5 @@ def _fail(message: str, status: int, debug: bool) -> int:
 
 
 def _raise_interrupted(number: int, frame: FrameType | None) -> Any:
-    raise Interrupted("terminated; run the same command again", number)
+    name = signal.Signals(number).name
+    raise Interrupted(f"terminated by {name}; run the same command again", number)

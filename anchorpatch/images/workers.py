@@ -238,9 +238,10 @@ class _Worker:
         except (EOFError, ConnectionError) as error:
             raise AnchorpatchError(self._what_killed()) from error
         except (OSError, RuntimeError, MemoryError) as error:
-            why = _reason(error)
+            if isinstance(error, OSError) and error.errno is None:  # the end of half an answer
+                raise AnchorpatchError(self._what_killed()) from error
             raise AnchorpatchError(
-                f"a batch cannot be taken from a loading worker: {why}"
+                f"a batch cannot be taken from a loading worker: {_reason(error)}"
             ) from error
         return index, pixels, size, bad
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.shards.manifest import Manifest
 from anchorpatch.shards.writer import ShardWriter
+from anchorpatch.waits import shut_down, waiting_for
 
 __all__ = ["ShardSink"]
 
@@ -37,6 +38,7 @@ class ShardSink:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._queue: deque[_Work] = deque()
         self._writer: ShardWriter | None = None
+        self._failed = False
 
     def put(
         self,
@@ -68,15 +70,25 @@ class ShardSink:
 
     def close(self) -> None:
         """End the thread. A shard that is not finished leaves nothing behind."""
-        self._thread.shutdown(cancel_futures=True)
+        shut_down(self._thread, "the thread that writes shards")
         if self._writer is not None:
             self._writer.abort()
 
     def _pop(self) -> None:
         work = self._queue.popleft()
-        self._reporter.advance(work.images, patches=work.patches.result(), skipped=work.skipped)
+        with waiting_for("the thread that writes shards"):
+            patches = work.patches.result()
+        self._reporter.advance(work.images, patches=patches, skipped=work.skipped)
 
     def _write(self, shard: int, write: Callable[[ShardWriter], int], last: bool) -> int:
+        if self._failed:  # or a shard would be closed that lacks a batch
+            return 0
+        self._failed = True
+        patches = self._written(shard, write, last)
+        self._failed = False
+        return patches
+
+    def _written(self, shard: int, write: Callable[[ShardWriter], int], last: bool) -> int:
         if self._writer is None:
             path = self._manifest.shard_path(shard)
             header = self._manifest.header

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.queues
+import errno
 import os
+import resource
 import signal
+import struct
 import subprocess
 import sys
 import warnings
+from multiprocessing.connection import Connection
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +21,8 @@ from anchorpatch.errors import AnchorpatchError
 from anchorpatch.images import loader, workers
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.loader import load_batches
+from anchorpatch.images.workers import serve_batches
+from anchorpatch.waits import STOP_SIGNALS
 from tests.images.processes import own_workers, wait_until, workers_alive
 
 pytestmark = pytest.mark.filterwarnings(
@@ -63,18 +69,71 @@ def test_a_killed_worker_is_one_clear_error(small: ImageFolder) -> None:
     assert wait_until(lambda: workers_alive() == 0)
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError, EOFError, BrokenPipeError])
-def test_a_worker_that_dies_while_it_hands_over_a_batch_counts_as_killed(
-    small: ImageFolder, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+def test_a_worker_killed_in_the_middle_of_an_answer_is_one_clear_error(
+    small: ImageFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Which trace a death leaves first is a matter of microseconds.
-    def lose_connection(*_: object, **__: object) -> None:
+    def begin_and_die(connection: Connection, item: tuple[Any, ...]) -> None:
+        index, pixels, size, bad = item
+        connection.send((index, pixels.shape, size, bad, False))
+        os.write(connection.fileno(), struct.pack("!i", pixels.nbytes) + bytes(1000))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(workers, "_hand_over", begin_and_die)
+    with pytest.raises(AnchorpatchError, match="a loading worker was killed by SIGKILL, probably"):
+        list(load_batches(small, [range(3)], workers=2))
+
+
+@pytest.mark.parametrize("allowed", [0, 3 * 224 * 224 * 3 - 1])
+def test_pixels_that_memory_refuses_take_the_connection(small: ImageFolder, allowed: int) -> None:
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
+    try:
+        batches = load_batches(small, [range(3)] * 3, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    (wanted,) = load_batches(small, [range(3)], workers=0)
+    got = list(batches)
+    assert len(got) == 3
+    assert all(torch.equal(batch.pixels, wanted.pixels) for batch in got)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EMFILE, "Too many open files"), RuntimeError("received 0 items of ancdata")],
+)
+def test_a_parent_out_of_descriptors_says_so(
+    small: ImageFolder, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(_: Connection) -> int:
         raise error
 
-    batches = load_batches(small, [range(3)], workers=1)
-    monkeypatch.setattr(multiprocessing.queues.Queue, "get", lose_connection)
-    with pytest.raises(AnchorpatchError, match="a loading worker was killed"):
-        list(batches)
+    monkeypatch.setattr(workers, "recv_handle", refuse)
+    with pytest.raises(AnchorpatchError, match="too many open files; raise the limit"):
+        list(load_batches(small, [range(3)], workers=1))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "room", "taken"), [("1", 1 << 30, 8), ("4", 6 * 1000, 2), ("2", 9 * 1000, 4)]
+)
+def test_what_is_under_way_is_bounded_for_all_processes_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch, ranks: str, room: int, taken: int
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(workers, "_IN_FLIGHT", room)
+    asked: list[int] = []
+    requests = (asked.append(i) or i for i in range(100))
+    batches = serve_batches(
+        Numbers(), requests, batch_bytes=1000, workers=2, prefetch=4, pin_memory=False
+    )
+    assert len(asked) == taken
+    assert [next(batches).index.item() for _ in range(3)] == [0, 1, 2]
+    assert len(asked) == taken + 3
+    batches.close()
+
+
+class Numbers:
+    def __getitem__(self, request: int) -> tuple[Any, ...]:
+        return np.array([request]), np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 2), np.int32), []
 
 
 def test_workers_leave_signals_to_the_parent(small: ImageFolder) -> None:
@@ -82,8 +141,8 @@ def test_workers_leave_signals_to_the_parent(small: ImageFolder) -> None:
     next(batches)
     for child in own_workers():
         assert child.pid
-        os.kill(child.pid, signal.SIGINT)
-        os.kill(child.pid, signal.SIGTERM)
+        for number in STOP_SIGNALS:
+            os.kill(child.pid, number)
     assert len(list(batches)) == 19
 
 
@@ -97,6 +156,7 @@ def test_a_failing_worker_is_one_clear_error(
     with pytest.raises(AnchorpatchError) as caught:
         list(load_batches(small, [range(3)], workers=1))
     assert str(caught.value) == "a loading worker failed: MemoryError: no more"
+    assert "in fail" in str(caught.value.__cause__)  # --debug shows where
 
 
 SCRIPT = """
@@ -104,6 +164,7 @@ import multiprocessing, os, signal, sys
 from pathlib import Path
 from anchorpatch.images.folder import scan_folder
 from anchorpatch.images.loader import load_batches
+from anchorpatch.waits import STOP_SIGNALS
 from tests.images.processes import own_workers, wait_until, workers_alive
 folder = scan_folder(Path(sys.argv[1]), "val")
 batches = load_batches(folder, [range(20)] * 1000, workers=2)
@@ -113,6 +174,8 @@ try:
     print(*pids, flush=True)
     if sys.argv[2] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[2] == "exit":
+        sys.exit(3)  # the iterator lives on
     for batch in batches:
         pass
 except KeyboardInterrupt:
@@ -135,6 +198,7 @@ def is_running(pid: int) -> bool:
     [
         ("kill", None, -signal.SIGKILL),
         ("interrupt", signal.SIGINT, 130),
+        ("exit", None, 3),
     ],
 )
 def test_no_worker_outlives_its_parent(
@@ -153,21 +217,3 @@ def test_no_worker_outlives_its_parent(
     assert process.returncode == status
     assert errors == ""
     assert wait_until(lambda: not any(is_running(pid) for pid in pids), seconds=3)
-
-
-def test_small_shared_memory_is_noticed(
-    small: ImageFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-
-    def full(size: int) -> bool:
-        asked.append(size)
-        return False
-
-    monkeypatch.setattr(workers, "_fits_shared_memory", full)
-    (batch,) = load_batches(small, [range(8)], workers=1, prefetch=2)
-    assert asked == [8 * 224 * 224 * 3 * 4]
-    assert len(batch.pixels) == 8
-    monkeypatch.undo()
-    assert workers._fits_shared_memory(0)
-    assert not workers._fits_shared_memory(1 << 60)
