@@ -17,6 +17,7 @@ from anchorpatch.cli.options import (
     device_option,
     json_option,
     labels_option,
+    limit_option,
     runs_option,
     shards_option,
     workers_option,
@@ -97,7 +98,7 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 @workers_option
 @device_option
 @click.option("--amp", is_flag=True, help="Compute in bfloat16.")
-@click.option("--limit", type=click.IntRange(min=1), help="Take only the first N images.")
+@limit_option
 @click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
 @click.option(
     "--format",

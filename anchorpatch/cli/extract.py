@@ -18,6 +18,7 @@ from anchorpatch.cli.options import (
     device_option,
     json_option,
     labels_option,
+    limit_option,
     runs_option,
     weights_option,
     workers_option,
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
 @device_option
 @click.option("--amp", is_flag=True, help="Compute in bfloat16; needs a GPU.")
 @click.option("--compile", "compile_", is_flag=True, help="Use torch.compile.")
-@click.option("--limit", type=click.IntRange(min=1), help="Take only the first N images.")
+@limit_option
 @click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
 @click.option("--task", metavar="I/N", help="Do every N-th shard from I = 0; as SLURM arrays do.")
 @click.option("--overwrite", is_flag=True, help="Replace shards made from other inputs.")

@@ -17,6 +17,7 @@ __all__ = [
     "device_option",
     "json_option",
     "labels_option",
+    "limit_option",
     "runs_option",
     "shards_option",
     "weights_option",
@@ -115,6 +116,12 @@ labels_option = click.option(
     "--labels",
     type=PATH,
     help="CSV with the labels of a flat split folder: LOC_val_solution.csv, or path,label.",
+)
+
+limit_option = click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Take only N images, evenly spread over the sorted list and so over the classes.",
 )
 
 weights_option = click.option(

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from anchorpatch.errors import DataError, reason_of
 from anchorpatch.images.labels import read_labels
 
-__all__ = ["EXTENSIONS", "ImageFolder", "scan_folder"]
+__all__ = ["EXTENSIONS", "ImageFolder", "scan_folder", "spread_rows"]
 
 #: What an image's name ends with, in any case.
 EXTENSIONS: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -60,9 +60,12 @@ class ImageFolder:
         """Return the path of image ``i`` relative to `root`."""
         return bytes(self.paths[i]).decode()
 
-    def head(self, n: int) -> ImageFolder:
-        """Return the folder of the first ``n`` images; the classes stay."""
-        return replace(self, paths=self.paths[:n], labels=self.labels[:n], sizes=self.sizes[:n])
+    def limited(self, limit: int | None) -> ImageFolder:
+        """Return the folder of the images that ``--limit`` takes; the classes stay."""
+        rows = spread_rows(len(self), limit)
+        return replace(
+            self, paths=self.paths[rows], labels=self.labels[rows], sizes=self.sizes[rows]
+        )
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
         """Return the SHA-256 of path, label and size of the images ``start`` to ``stop``.
@@ -79,6 +82,24 @@ class ImageFolder:
         digest.update(self.labels[rows].astype("<i4").tobytes())
         digest.update(self.sizes[rows].astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def spread_rows(count: int, limit: int | None) -> npt.NDArray[np.int64]:
+    """Return the rows of a sorted list that ``--limit`` takes, evenly spread over the list.
+
+    The list is sorted by class, so every class gets its share of the limit; the choice depends on
+    the two numbers alone.
+
+    Args:
+        count: rows of the list.
+        limit: how many to take at most; None for all.
+
+    Example:
+        >>> spread_rows(10, 4).tolist(), spread_rows(3, None).tolist()
+        ([0, 2, 5, 7], [0, 1, 2])
+    """
+    taken = count if limit is None else min(limit, count)
+    return np.arange(taken, dtype=np.int64) * count // max(taken, 1)
 
 
 def scan_folder(data: Path, split: str, labels: Path | None = None) -> ImageFolder:

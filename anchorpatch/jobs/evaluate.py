@@ -14,7 +14,7 @@ from torch import Tensor
 from anchorpatch.errors import DataError, TooManyBadImages
 from anchorpatch.images.folder import scan_folder
 from anchorpatch.images.loader import load_batches
-from anchorpatch.jobs.class_names import few
+from anchorpatch.jobs.class_names import few, without_images
 from anchorpatch.jobs.localizer import load_anchornet, normalize
 from anchorpatch.jobs.scores import Scores
 from anchorpatch.lsp import PRESETS, SCALES, decide, localize
@@ -41,7 +41,7 @@ class EvaluateConfig:
         workers: loading processes.
         device: auto, cpu or cuda.
         amp: compute in bfloat16.
-        limit: take only the first images.
+        limit: take only so many images, evenly spread over the split.
         max_bad: share of unreadable images that fails the run.
     """
 
@@ -114,8 +114,9 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> EvaluateSum
                 f"{config.weights} ({few(weights.meta.classes)}), found {len(folder.classes)} "
                 f"({few(folder.classes)}); evaluate weights on the classes they know"
             )
-        if config.limit is not None:
-            folder = folder.head(config.limit)
+        folder = folder.limited(config.limit)
+        if absent := without_images(folder.labels, folder.classes):
+            report.message(absent)
         meter = _Meter(weights, device, amp=config.amp)
         rows = list(world.share(len(folder)))
         size = config.batch_size or (16 if device.type == "cpu" else 256)

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from anchorpatch.errors import (
@@ -27,9 +26,10 @@ from anchorpatch.errors import (
     SettingsError,
     TooManyBadImages,
 )
-from anchorpatch.images.folder import ImageFolder, scan_folder
+from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows
 from anchorpatch.images.loader import load_batches
 from anchorpatch.images.workers import Batch
+from anchorpatch.jobs.class_names import without_images
 from anchorpatch.jobs.extract_summary import ExtractSummary, summarize
 from anchorpatch.jobs.localizer import Localizer, Pending
 from anchorpatch.jobs.sink import ShardSink
@@ -86,7 +86,7 @@ class ExtractConfig:
         device: auto, cpu or cuda.
         amp: bfloat16 features, on a GPU.
         compile: use ``torch.compile``.
-        limit: take only the first images of the sorted list.
+        limit: take only so many images, evenly spread over the sorted list.
         max_bad: share of unreadable images that fails the run when exceeded.
         overwrite: replace shards of other settings, weights or files instead of refusing.
         task: the part of the shards that this process does.
@@ -188,6 +188,8 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
     plan = _plan(config)
     manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=config.overwrite)
     pending = [i for i in manifest.pending() if config.task.owns(i)]
+    if absent := without_images(plan.folder.labels, plan.folder.classes):
+        reporter.message(absent)
     began = time.monotonic()
     if pending:
         with plan.localizer() as localizer:
@@ -208,7 +210,7 @@ def forecast(config: ExtractConfig) -> Forecast:
         manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=False)
         pending = [i for i in manifest.pending() if config.task.owns(i)]
     n = len(plan.folder)
-    sample = np.unique(np.linspace(0, n - 1, min(n, _SAMPLE)).astype(int)).tolist()
+    sample = spread_rows(n, _SAMPLE).tolist()
     with tempfile.TemporaryDirectory(prefix="anchorpatch-") as name:
         with plan.localizer() as localizer, ShardWriter(Path(name, "0.h5"), plan.header) as writer:
             for batch in load_batches(plan.folder, [sample], workers=0):
@@ -244,8 +246,7 @@ def _plan(config: ExtractConfig) -> _Plan:
         raise SettingsError("--amp: expected a GPU, as results on CPU are always float32")
     weights = load_weights(config.weights)
     folder = scan_folder(config.data, config.split, config.labels)
-    if config.limit is not None:
-        folder = folder.head(config.limit)
+    folder = folder.limited(config.limit)
     lsp = _lsp_settings(config)
     preset = config.preset or default_preset(config.split)
     settings = ShardSettings(

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from anchorpatch.images.folder import ImageFolder, scan_folder
+from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows
 from anchorpatch.images.loader import load_batches
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.jobs.localizer import Localizer, load_anchornet
@@ -56,7 +56,8 @@ def straight_script(data: Path, split: str, limit: int, weights: Weights, out: P
     s = PRESETS["evaluate"]
     net = load_anchornet(weights)
     resize = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])
-    images = Subset(datasets.ImageFolder(data / split, resize), range(limit))
+    folder = datasets.ImageFolder(data / split, resize)
+    images = Subset(folder, spread_rows(len(folder), limit).tolist())
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (weights.meta.mean, weights.meta.std))
     row = 0
     with h5py.File(out, "w") as file, torch.no_grad():
@@ -122,7 +123,7 @@ def main() -> None:
         classes = tuple(f"class{i:04d}" for i in range(1000))
         save_weights(tmp / "w", net.state_dict(), WeightsMeta("anchornet", classes))
         weights = load_weights(tmp / "w")
-        folder = scan_folder(args.data, args.split).head(args.limit)
+        folder = scan_folder(args.data, args.split).limited(args.limit)
         n, jobs = len(folder), batches_of(folder)
         ready = [b.pixels for b in load_batches(folder, jobs, workers=0)]
 

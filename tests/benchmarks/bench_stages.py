@@ -104,7 +104,7 @@ def main() -> None:
         tmp = Path(name)
         weights = random_weights(tmp / "w", args.classes)
         folder = scan_folder(args.data, args.split)
-        folder = folder.head(args.limit) if args.limit else folder
+        folder = folder.limited(args.limit)
         speeds: dict[str, float] = {}
 
         batches = [range(i, min(i + 256, len(folder))) for i in range(0, len(folder), 256)]

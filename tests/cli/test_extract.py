@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from anchorpatch.shards import ShardReader
 from tests.conftest import Program
 from tests.oddities import make_oddities
 from tests.program import run_program
@@ -138,6 +139,26 @@ def test_nothing_left_to_do_changes_nothing(
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "shards/val").iterdir()}
 
 
+def test_a_limit_is_spread_over_the_classes(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path
+) -> None:
+    arguments = [*common(image_folder, weights), "--limit", 5, "--shard-size", 2]
+    assert program(*arguments).returncode == 0
+    names = [name.decode() for name in ShardReader(tmp_path / "shards/val").path.tolist()]
+    assert names == [f"{n}.JPEG" for n in ("cat/00", "cat/08", "cat/16", "dog/04", "dog/12")]
+    # The shards are those of a folder that holds only these images.
+    for name in names:
+        copy = tmp_path / "few" / "val" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image_folder / "val" / name, copy)
+    few = [*common(tmp_path / "few", weights), "--shard-size", 2, "--out", tmp_path / "few"]
+    assert program(*few).returncode == 0
+    made = [tmp_path / folder / "val" / "val-00002.h5" for folder in ("shards", "few")]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    one = program(*common(image_folder, weights), "--limit", 1, "--out", tmp_path / "one")
+    assert "1 of 2 classes has no image among the 1 image taken: dog" in one.stderr
+
+
 def test_other_inputs_are_refused_until_overwrite(
     program: Program, tmp_path: Path, image_folder: Path, weights: Path
 ) -> None:
@@ -165,7 +186,7 @@ def test_other_inputs_are_refused_until_overwrite(
     (data / "val/cat/00.JPEG").rename(data / "val/cat/00b.JPEG")
     refused(message="cat/00b.JPEG")
     (data / "val/cat/00b.JPEG").rename(data / "val/cat/00.JPEG")
-    with open(data / "val/cat/07.JPEG", "ab") as file:
+    with open(data / "val/cat/06.JPEG", "ab") as file:
         file.write(b"junk")
     refused(message="images were 25, now 25")
     assert program(*arguments, "--overwrite", "--preset", "figure").returncode == 0

@@ -8,12 +8,13 @@ import struct
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorpatch.errors import DataError
-from anchorpatch.images.folder import EXTENSIONS, ImageFolder, scan_folder
+from anchorpatch.images.folder import EXTENSIONS, ImageFolder, scan_folder, spread_rows
 
 
 def touch(*files: Path) -> None:
@@ -138,17 +139,29 @@ def test_names_that_are_not_utf8_are_refused(tmp_path: Path, name: bytes) -> Non
     assert "\\x" in message
 
 
-def test_head_and_digest(tmp_path: Path) -> None:
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12), limit=st.integers(1, 300))
+def test_a_limit_gives_every_class_its_share(sizes: list[int], limit: int) -> None:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    rows = spread_rows(len(labels), limit)
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    assert len(rows) == min(limit, len(labels))
+    found = np.bincount(labels[rows], minlength=len(sizes))
+    share = np.array(sizes) * len(rows) / len(labels)
+    assert (np.abs(found - share) < 1).all()
+
+
+def test_limit_and_digest(tmp_path: Path) -> None:
     touch(*(tmp_path / "val" / name for name in ("a/1.jpg", "b/22.jpg", "c/333.jpg")))
     folder = scan_folder(tmp_path, "val")
     plain_digest = hashlib.sha256(
         b"a/1.jpg\0b/22.jpg\0c/333.jpg\0" + struct.pack("<3i3q", 0, 1, 2, 5, 6, 7)
     ).hexdigest()
     assert folder.digest() == folder.digest(0, 3) == plain_digest
-    head = folder.head(2)
-    assert len(head) == 2
-    assert head.classes == folder.classes
-    assert head.digest() == folder.digest(0, 2) != folder.digest(1, 3)
+    some = folder.limited(2)
+    assert len(some) == 2
+    assert some.classes == folder.classes
+    assert some.digest() == folder.digest(0, 2) != folder.digest(1, 3)
+    assert folder.limited(None).digest() == folder.limited(4).digest() == plain_digest
     # A longer name elsewhere widens the array, which must not be seen.
     touch(tmp_path / "val" / "d" / ("long" * 30 + ".jpg"))
     assert scan_folder(tmp_path, "val").digest(0, 3) == plain_digest

@@ -168,7 +168,7 @@ def test_the_cache_is_made_once_for_each_set_of_files(
     build_cache(folder, tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == made
     with pytest.raises(TypeError):
-        build_cache(folder.head(3), tmp_path, 1)
+        build_cache(folder.limited(3), tmp_path, 1)
 
 
 def test_a_cut_off_cache_is_refused(folder: ImageFolder, tmp_path: Path):

@@ -169,7 +169,11 @@ def test_one_scale_counts_its_images_alone(root: Path, tmp_path: Path):
     own = run(config_of(root, scales=(63,), runs=tmp_path, whole=False))
     assert (own.weights, own.rows[0].weights) == (str(alone), str(alone))
     assert replace(own.rows[0], weights=None) == replace(one.rows[1], weights=None)
-    part = run(config_of(root, limit=4, whole=False))
+    lines = Lines()
+    part = run(config_of(root, limit=4, whole=False), lines)
+    taken = [images()[i] for i in (0, 2, 4, 6)]
+    assert part.rows[-1].mean_patches == sum(len(image.logits) for image in taken) / 4
+    assert any("classes have no image among the 4 images taken: " in line for line in lines.lines)
     assert (part.rows[-1].images, part.whole_source, part.left_out) == (4, None, ())
 
 

@@ -37,7 +37,7 @@ class EvaluateNetworkConfig:
         workers: processes that decode the images of ``data``.
         device: auto, cpu or cuda.
         amp: compute in bfloat16.
-        limit: take only the first images.
+        limit: take only so many images, evenly spread over the split.
     """
 
     network: str

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from anchorpatch.errors import WeightsError
+from anchorpatch.images.folder import spread_rows
+from anchorpatch.jobs.class_names import without_images
 from anchorpatch.jobs.evaluation.config import EvaluateNetworkConfig
 from anchorpatch.jobs.evaluation.network_speed import Speed, measure_speed
 from anchorpatch.jobs.evaluation.patch_scores import (
@@ -86,7 +88,10 @@ class Evaluation:
             check_name(config.network)
             check_sides(config.network, build_on_meta(config.network), config.scales)
             reader = open_shards(config.shards, config.split)
-            yield cls(config, reader, device, world, report)
+            job = cls(config, reader, device, world, report)
+            if absent := without_images(reader.label[job.rows(SCALES)], reader.classes):
+                report.message(absent)
+            yield job
 
     @property
     def batch_size(self) -> int:
@@ -95,8 +100,8 @@ class Evaluation:
 
     def rows(self, scales: tuple[int, ...]) -> NDArray[np.int64]:
         """Return the images that are evaluated and chose one of the scales."""
-        chosen = np.isin(self.reader.scale[: self.config.limit], scales)
-        return np.flatnonzero(chosen).astype(np.int64)
+        taken = spread_rows(len(self.reader), self.config.limit)
+        return taken[np.isin(self.reader.scale[taken], scales)]
 
     def find_whole(self) -> tuple[WholeImages | None, str | None]:
         """Return the whole images, or why there are none."""
@@ -260,7 +265,7 @@ class Evaluation:
         on_gpu, settings = self.device.type == "cuda", self.reader.settings
         rows = self.rows(SCALES)
         n = min(len(rows), _SPEED_IMAGES[self.device.type])
-        some = rows[np.linspace(0, len(rows) - 1, n).astype(np.int64)]
+        some = rows[spread_rows(len(rows), n)]
         batches = whole.batches(some, self.batch_size, workers=self.config.workers)
         pixels = torch.cat([batch.pixels for batch in batches])
         amp = self.config.amp

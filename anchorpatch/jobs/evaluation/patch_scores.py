@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anchorpatch.errors import CorruptShard, DataError, ShardError, WeightsError
+from anchorpatch.images.folder import spread_rows
 from anchorpatch.jobs.class_names import few
 from anchorpatch.jobs.evaluation.image_parts import ScalePlan, added_by_image
 from anchorpatch.jobs.evaluation.score_figures import (
@@ -141,7 +142,7 @@ def score_patches(
         check: called between batches, may raise.
         keep: gets the images of this process as they are decided, by scale in order.
         most: take only the strongest patches of each image, so many.
-        limit: take only the first images.
+        limit: take only so many images, evenly spread over the split.
         threads: that read patches ahead.
         advance: told how many images were decided.
 
@@ -159,7 +160,8 @@ def score_patches(
         check_classes(reader, run.meta)
     check_tables(reader)
     device = next(iter(networks.values())).device
-    mine = np.array(world.share(min(limit or len(reader), len(reader))), np.int64)
+    taken = spread_rows(len(reader), limit)
+    mine = taken[list(world.share(len(taken)))]
     sums = torch.zeros(len(SCALES), len(Sum), dtype=torch.float64, device=device)
     for j, scale in enumerate(SCALES):
         if scale not in scales:
