@@ -172,11 +172,7 @@ class Decision(NamedTuple):
 
 def first_argmax(x: Tensor) -> Tensor:
     """Arg max over the last axis; of equal values the first, on every device."""
-    size = x.shape[-1]
-    index = torch.arange(size, device=x.device)
-    at_maximum = x == x.amax(-1, keepdim=True)
-    # clamp: a row with NaN equals nothing; callers reject it, but it must not index outside.
-    return torch.where(at_maximum, index, size).amin(-1).clamp(max=size - 1)
+    return x.argmax(-1)
 
 
 def decide(probabilities: Tensor) -> Decision:
@@ -200,9 +196,11 @@ def decide(probabilities: Tensor) -> Decision:
     majority = branch_class.gather(1, first_argmax(votes)[:, None])[:, 0]
     surest = branch_class.gather(1, first_argmax(branch_prob)[:, None])[:, 0]
     predicted = torch.where(votes.amax(-1) >= 2, majority, surest)
-    # (8): of the branches whose own maximum is at gamma, the surest.
+    # (8): of the branches whose own maximum is at gamma, the surest. A tie may have given such a
+    # branch another class; and a compiler may compute the softmax twice, with another last bit.
     at_gamma = probabilities.gather(2, predicted[:, None, None].expand(-1, len(SCALES), 1))[..., 0]
-    branch = first_argmax((branch_prob == at_gamma) * branch_prob)
+    agrees = (branch_prob == at_gamma) | (branch_class == predicted[:, None])
+    branch = first_argmax(agrees * branch_prob)
     return Decision(branch_class, branch_prob, predicted, branch)
 
 
