@@ -14,6 +14,7 @@
     │   └── ManifestMismatch         the folder holds shards made from other inputs
     ├── StorageError                 the disk refused a write (full, quota, read-only)
     ├── NonFiniteError               NaN or infinity where a number was needed
+    ├── OutOfMemory                  the memory of the GPU or of the computer is used up
     ├── MissingDependency            an optional package is not installed
     └── Interrupted                  a signal stopped the run; exit status 128 + signal
 
@@ -36,6 +37,7 @@ __all__ = [
     "MissingDependency",
     "NonFiniteError",
     "NothingToShow",
+    "OutOfMemory",
     "SettingsError",
     "ShardError",
     "StorageError",
@@ -132,6 +134,10 @@ class NonFiniteError(AnchorpatchError):
     def __init__(self, message: str, row: int | None = None) -> None:
         super().__init__(message)
         self.row = row
+
+
+class OutOfMemory(AnchorpatchError):
+    """The memory of the GPU or of the computer is used up."""
 
 
 class MissingDependency(AnchorpatchError):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from anchorpatch.cli.options import SharedOption
+from anchorpatch.errors import OutOfMemory
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,6 +84,39 @@ class Command(click.Command):
                     variable = own if os.environ.get(own) else shared
                     error.param_hint = f"{option.get_error_hint(ctx)} (from ${variable})"
             raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; where memory is used up, name the command's options that need less of it."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            message = _out_of_memory(error, _options(self))
+            if message is None:
+                raise
+            raise OutOfMemory(message) from error
+
+
+def _out_of_memory(error: Exception, options: Container[str]) -> str | None:
+    """Return what to tell the user if memory is what an error is about."""
+    text = str(error)
+    # By name: importing torch takes seconds, and commands that do without have no such error.
+    gpu = type(error).__name__ == "OutOfMemoryError" or re.search(
+        r"CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED", text
+    )
+    host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
+    if not gpu and not host:
+        return None
+    size = re.search(r"allocate (\d[\d.]* ?\w+)", text)
+    needed = f" ({size[1]} more were needed)" if size else ""
+    ways = {
+        "batch-size": "a lower --batch-size",
+        "accumulate": "a higher --accumulate",
+        "workers": "" if gpu else "fewer --workers",
+        "device": "--device cpu" if gpu else "",
+    }
+    known = [way for option, way in ways.items() if way and option in options]
+    advice = f"use {' or '.join(known[:2])}" if known else "close other programs"
+    return f"out of {'GPU ' if gpu else ''}memory{needed}: {advice}"
 
 
 def with_layout(text: str | None) -> str | None:

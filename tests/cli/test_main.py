@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import anchorpatch
+from anchorpatch.cli import main as program_of
 from tests.conftest import Program
 
 
@@ -109,3 +111,72 @@ def test_completion_works(program: Program) -> None:
     script = Path(sys.executable).with_name("anchorpatch")
     result = subprocess.run([script], env={**os.environ, **env}, capture_output=True, text=True)
     assert "extract" in result.stdout
+
+
+GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.6 GiB"
+CPU = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+@pytest.mark.parametrize(
+    ("command", "job", "error", "line"),
+    [
+        (
+            "train",
+            "jobs.train.run",
+            torch.OutOfMemoryError(GPU),
+            "out of GPU memory (2.00 GiB more were needed): "
+            "use a lower --batch-size or a higher --accumulate",
+        ),
+        (
+            "finetune resnet18",
+            "jobs.finetune.run",
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+            "out of GPU memory: use a lower --batch-size or a higher --accumulate",
+        ),
+        (
+            "evaluate anchornet --weights demo",
+            "jobs.evaluate.run",
+            torch.OutOfMemoryError(GPU),
+            "out of GPU memory (2.00 GiB more were needed): "
+            "use a lower --batch-size or --device cpu",
+        ),
+        (
+            "extract --weights demo",
+            "jobs.extract.run",
+            MemoryError("Unable to allocate 147. KiB for an array with shape (224, 224, 3)"),
+            "out of memory (147. KiB more were needed): "
+            "use a lower --batch-size or fewer --workers",
+        ),
+        (
+            "scenes data",
+            "demo.scenes.make_scenes",
+            RuntimeError(CPU),
+            "out of memory: close other programs",
+        ),
+    ],
+)
+def test_used_up_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    job: str,
+    error: Exception,
+    line: str,
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"anchorpatch.{job}", fail)
+    assert program_of._run(command.split()) == 1
+    assert capsys.readouterr() == ("", f"anchorpatch: {line}\n")
+
+
+def test_other_errors_stay_what_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("anchorpatch.jobs.train.run", fail)
+    assert program_of._run(["train"]) == 1
+    assert "unexpected RuntimeError: CUDA error: an illegal" in capsys.readouterr().err
