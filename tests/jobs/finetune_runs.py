@@ -118,7 +118,7 @@ def _batch(images: Sequence[Image], start: int, seed: int) -> PatchBatch:
     corners = rng.integers(0, 225 - scale.astype(int)[:, None, None], (n, width, 2))
     noise = rng.integers(0, 96, (n, 224, 224, 3), dtype=np.uint8)
     return PatchBatch(
-        path=np.array([f"{CLASSES[k]}/{start + i:02d}.png".encode() for i, k in enumerate(label)]),
+        path=np.array([f"{start + i:02d}/{CLASSES[k]}.png".encode() for i, k in enumerate(label)]),
         label=label,
         predicted=label,
         scale=scale,

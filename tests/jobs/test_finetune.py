@@ -134,7 +134,7 @@ def test_pixels_and_labels_of_a_step(shards: Path, tmp_path: Path):
         assert batch.share == request.share
         for row, inputs, label in zip(request.rows, batch.inputs, batch.labels, strict=True):
             image = reader.patch_image(request.scale, [row])[0]
-            assert reader.path[image].decode().split("/")[0] == CLASSES[label]
+            assert Path(reader.path[image].decode()).stem == CLASSES[label]
             pixels = reader.patches(request.scale, [row])[0]
             expected = (pixels / 255 - mean) / std
             assert np.allclose(inputs.numpy().transpose(1, 2, 0), expected, atol=1e-5)
@@ -370,7 +370,7 @@ def test_a_baseline_names_the_image_that_is_gone(pictures: tuple[Path, Path], tm
         path = tmp_path / split / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"train/\w+/\d+\.png: .*\(not an image\).*restore it"):
+    with pytest.raises(DataError, match=r"train/\d+/\w+\.png: .*\(not an image\).*restore it"):
         run(tiny(shards, tmp_path / "run", baseline=True, data=tmp_path, workers=0))
 
 
@@ -410,7 +410,7 @@ def test_images_without_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return np.where(np.arange(len(found)) == 2, 0, found) if name == "images/count" else found
 
     monkeypatch.setattr(ShardReader, "_column", without)
-    fails(ShardError, r"1 of 14 images have no patch.*blue|red/", tiny(tmp_path, tmp_path / "run"))
+    fails(ShardError, r"1 of 14 images have no patch.*02/red.png", tiny(tmp_path, tmp_path / "run"))
 
 
 def test_a_corrupt_shard_within_an_epoch_keeps_the_checkpoint(tmp_path: Path):
@@ -427,7 +427,7 @@ def test_a_corrupt_shard_within_an_epoch_keeps_the_checkpoint(tmp_path: Path):
         with open(path, "r+b") as file:
             file.seek(offset)
             file.write(bytes(int(np.prod(shape))))
-    fails(CorruptShard, r"train-00002\.h5: a JPEG patch cannot be decoded", config)
+    fails(CorruptShard, r"train-00002\.h5: .*expected a JPEG file", config)
     assert state_of(tmp_path / "run")["step"] >= before
 
 
