@@ -16,11 +16,11 @@ from anchorpatch.images.folder import scan_folder
 from anchorpatch.images.loader import load_batches
 from anchorpatch.jobs.class_names import few, without_images
 from anchorpatch.jobs.localizer import load_anchornet, normalize
-from anchorpatch.jobs.scores import Scores
+from anchorpatch.jobs.scores import Scores, per_branch
 from anchorpatch.lsp import PRESETS, SCALES, decide, localize
 from anchorpatch.models.complexity import macs
 from anchorpatch.runtime.checkpoint import Weights, load_weights
-from anchorpatch.runtime.device import resolve_device
+from anchorpatch.runtime.device import exact_float32, resolve_device, to_device
 from anchorpatch.runtime.distributed import World, process_group, sum_ranks
 from anchorpatch.runtime.memory import keep_freed_memory
 from anchorpatch.runtime.progress import Reporter
@@ -158,11 +158,12 @@ class _Meter:
         self.seconds = 0.0
 
     @torch.inference_mode()
+    @exact_float32()
     def update(self, pixels: Tensor, labels: Tensor) -> None:
         """Count a batch: uint8 pixels (n, 224, 224, 3) and labels (n,)."""
-        labels = labels.to(self.device)
+        labels = to_device(labels, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            inputs = normalize(pixels.to(self.device), self.mean, self.std)
+            inputs = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std)
             # Localising alone is timed: the outputs of the attention branches are no part of it.
             began = self._now()
             logits, features = self.net.localize(inputs)
@@ -204,10 +205,10 @@ class _MeanPatches:
 
     def update(self, heatmaps: tuple[Tensor, ...], branch: Tensor) -> None:
         """Select patches by every preset and count them."""
-        self._images += torch.bincount(branch, minlength=len(SCALES))
+        chosen = per_branch(branch).double()
+        self._images += chosen.sum(0)
         for row, settings in enumerate(PRESETS.values()):
-            counts = localize(heatmaps, branch, settings).counts.double()
-            self._sums[row] += torch.bincount(branch, counts, minlength=len(SCALES))
+            self._sums[row] += localize(heatmaps, branch, settings).counts.double() @ chosen
 
     def result(self) -> dict[str, dict[str, float | None]]:
         images, sums = sum_ranks(self._images).tolist(), sum_ranks(self._sums).tolist()

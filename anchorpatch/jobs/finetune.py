@@ -28,7 +28,7 @@ from anchorpatch.jobs.training.runlog import RunLog, write_config
 from anchorpatch.jobs.training.task import Batch, Piece, Waiting
 from anchorpatch.jobs.training.trainer import Trainer
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
-from anchorpatch.runtime.device import resolve_device
+from anchorpatch.runtime.device import resolve_device, to_device
 from anchorpatch.runtime.distributed import World, process_group
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.shards.reader import ShardReader
@@ -185,7 +185,7 @@ class _FinetuneTask:
                 inputs = (inputs - self._mean) / self._std
                 if not self.config.channels_last:
                     inputs = inputs.contiguous()
-                yield Piece(inputs, labels.to(self.device, non_blocking=True), request.share)
+                yield Piece(inputs, to_device(labels, self.device), request.share)
 
     def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         logits = module(batch.inputs).float()

@@ -23,6 +23,7 @@ from anchorpatch.errors import NonFiniteError, WeightsError
 from anchorpatch.lsp import SCALES, LspSettings, decide, localize
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, load_into
+from anchorpatch.runtime.device import exact_float32
 
 __all__ = [
     "CPU_CHUNK",
@@ -170,9 +171,6 @@ class Localizer:
             )
         else:
             self.chunk = batch_size
-            # Other algorithms sum in another order: shards of equal inputs are to be equal.
-            torch.backends.cudnn.deterministic = True
-            torch.backends.cudnn.benchmark = False
         if compile:
             self._stage = torch.compile(self._run)
             # Compiling is for one thread, before the pool's get there.
@@ -191,7 +189,7 @@ class Localizer:
         Args:
             pixels: uint8 (n, 224, 224, 3), n at least 1; in pinned memory for a GPU.
         """
-        chunks = [self._padded(chunk) for chunk in torch.split(pixels, self.chunk)]
+        chunks = torch.split(pixels, self.chunk)
         if self._pool is not None:
             return Pending([self._pool.submit(self._on_cpu, c) for c in chunks], len(pixels))
         return Pending([self._on_gpu(chunk) for chunk in chunks], len(pixels))
@@ -207,7 +205,7 @@ class Localizer:
         for chunk, wanted in zip(
             torch.split(pixels, self.chunk), torch.split(classes, self.chunk), strict=True
         ):
-            work = partial(self._maps, self._padded(chunk), self._padded(wanted))
+            work = partial(self._maps, chunk, wanted)
             found = work() if self._pool is None else self._pool.submit(work).result()
             parts.append([array[: len(chunk)] for array in found])
         probabilities, *maps = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -215,32 +213,35 @@ class Localizer:
         return Maps(probabilities, tuple(maps[:n]), tuple(maps[n:]))
 
     def _maps(self, chunk: Tensor, classes: Tensor) -> list[NDArray[np.float32]]:
-        with torch.inference_mode():
-            images = normalize(chunk.to(self.device), self._mean, self._std)
+        with torch.inference_mode(), exact_float32():
+            images = normalize(self._filled(chunk), self._mean, self._std)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 logits, features = self.net.localize(images)
             attention = [s.float().squeeze(1) for s in features.attention]
             # Without `weighted_mean` the network's S sums to 1, else to H * W.
             attention = [s / s.mean((1, 2), keepdim=True) for s in attention]
-            of_class = [self.net.heatmaps(features, c) for c in classes.to(self.device).T]
+            of_class = [self.net.heatmaps(features, c) for c in self._filled(classes).T]
             heatmaps = [torch.stack(branch, 1) for branch in zip(*of_class, strict=True)]
             out = [logits.softmax(-1), *attention, *heatmaps]
             return [tensor.cpu().numpy() for tensor in out]
 
-    def _padded(self, chunk: Tensor) -> Tensor:
+    def _filled(self, chunk: Tensor) -> Tensor:
+        """Copy a chunk to the device and fill it up there: no longer copy, from pinned memory."""
+        chunk = chunk.to(self.device, non_blocking=True)
         missing = self.chunk - len(chunk)
         return torch.cat((chunk, chunk[:1].expand(missing, *chunk.shape[1:]))) if missing else chunk
 
     def _on_cpu(self, chunk: Tensor) -> Localized:
         with torch.inference_mode():
-            return _to_numpy(self._stage(chunk))
+            return _to_numpy(self._stage(self._filled(chunk)))
 
     def _on_gpu(self, chunk: Tensor) -> _OnDevice:
-        with torch.inference_mode():
-            out = self._stage(chunk.to(self.device, non_blocking=True))
+        with torch.inference_mode(), exact_float32():
+            out = self._stage(self._filled(chunk))
             host = [tensor.to("cpu", non_blocking=True) for tensor in out]
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
+        # Blocking: who waits for it sleeps, instead of keeping a core busy.
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self.device))
         return _OnDevice(host, done)
 
     def _run(self, pixels: Tensor) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from anchorpatch.lsp import SCALES, Decision, decide
 from anchorpatch.models.anchornet import Logits
 from anchorpatch.runtime.distributed import sum_ranks
 
-__all__ = ["OUTPUTS", "Scores", "hits", "six_losses"]
+__all__ = ["OUTPUTS", "Scores", "hits", "per_branch", "six_losses"]
 
 #: The six supervised outputs, in the order of `six_losses`.
 OUTPUTS = tuple(f"{part}_{scale}" for part in ("localization", "attention") for scale in SCALES)
@@ -63,11 +63,11 @@ class Scores:
         of_outputs = [hits(outputs, labels, k).sum(0) for k in (1, 5)]
         self._sums += torch.cat(
             (
-                torch.tensor([float(n)], device=labels.device),
+                torch.full((1,), float(n), device=labels.device),
                 six_losses(logits, labels) * n,
                 *of_outputs,
                 *(hits(ranking, labels, k).sum(0, keepdim=True) for k in (1, 5)),
-                torch.bincount(decision.branch, minlength=len(SCALES)).float(),
+                per_branch(decision.branch).sum(0),
             )
         ).double()
         return decision
@@ -91,6 +91,14 @@ class Scores:
             "top5_by_output": dict(zip(OUTPUTS, mean[12:18], strict=True)),
             "branch_share": dict(zip(map(str, SCALES), mean[20:23], strict=True)),
         }
+
+
+def per_branch(branch: Tensor) -> Tensor:
+    """Return 1 in the column of each image's branch (N,), else 0; float32 (N, 3).
+
+    Its sums count like `torch.bincount`, which makes the host wait for a GPU.
+    """
+    return functional.one_hot(branch, len(SCALES)).float()
 
 
 def hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:

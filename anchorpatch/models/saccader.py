@@ -184,7 +184,7 @@ class Saccader(nn.Module):
         n, _, size = maps.mixed.shape
         if not 1 <= count <= size:
             raise SettingsError(f"Saccader: expected 1 to {size} glimpses, got {count}")
-        noise = _gumbel((count, n, size), generator).to(maps.mixed.device) if sample else None
+        noise = _gumbel((count, n, size), generator, maps.mixed.device) if sample else None
         saliency = self.cell.saliency(maps.mixed)
         visited = torch.zeros_like(saliency)
         picked, log_probs = [], []
@@ -241,11 +241,15 @@ def _attention_group(inputs: int, outputs: int) -> list[nn.Module]:
     ]
 
 
-def _gumbel(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+def _gumbel(
+    shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device
+) -> Tensor:
     """Draw noise whose arg max with logits is a draw from their softmax."""
     drawn = torch.empty(shape).exponential_(generator=generator)
     # An exact 0 would become infinite, and beat what keeps visited places out.
-    return -drawn.clamp_(min=torch.finfo(drawn.dtype).tiny).log()
+    noise = -drawn.clamp_(min=torch.finfo(drawn.dtype).tiny).log()
+    # From page-locked memory, as the host would wait for the GPU otherwise.
+    return (noise.pin_memory() if device.type == "cuda" else noise).to(device, non_blocking=True)
 
 
 def saccader(classes: int = 1000) -> Saccader:

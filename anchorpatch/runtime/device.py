@@ -1,22 +1,29 @@
-"""Which device computes."""
+"""Which device computes, how exactly, and how data gets there without a wait."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from anchorpatch.errors import SettingsError
 from anchorpatch.runtime.tasks import environment_number
 
-__all__ = ["cpu_count", "resolve_device"]
+__all__ = ["cpu_count", "exact_float32", "resolve_device", "to_device"]
 
 
 def resolve_device(name: str) -> torch.device:
     """Return the device for ``auto``, ``cpu`` or ``cuda``.
 
     ``auto`` is a GPU where there is one. Under ``torchrun`` each process takes the GPU of its
-    local rank.
+    local rank. That GPU becomes the current one, which is what streams, events and allocations
+    that name no device mean.
 
     Raises:
         SettingsError: ``cuda`` was asked for and cannot be used.
@@ -31,7 +38,45 @@ def resolve_device(name: str) -> torch.device:
         raise SettingsError(
             f"local rank {rank} has no GPU: {gpus} found; lower torchrun's --nproc-per-node"
         )
-    return torch.device("cuda", rank)
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Compute in float32 where it says so, and alike each time, during the block.
+
+    cuDNN's convolutions round float32 to TF32 by default, which moves a few per cent of the
+    images to other patches, and it may choose other algorithms, which sum in another order.
+    Training keeps the defaults. Also a decorator.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    settings: list[tuple[Any, str, Any]] = [
+        (cudnn, "deterministic", True),
+        (cudnn, "benchmark", False),
+    ]
+    # torch 2.9 replaced `allow_tf32`, and warns of it.
+    if hasattr(cudnn, "conv"):
+        settings += [(cudnn.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
+    else:
+        settings += [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    with ExitStack() as stack:
+        for where, name, value in settings:
+            stack.callback(setattr, where, name, getattr(where, name))
+            setattr(where, name, value)
+        yield
+
+
+def to_device(array: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
+    """Copy from the host without waiting for what the GPU is doing.
+
+    Such a copy starts from page-locked memory; from any other the driver may wait.
+    """
+    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def cpu_count() -> int:

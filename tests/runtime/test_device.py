@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.runtime.device import cpu_count, resolve_device
+from anchorpatch.runtime.device import cpu_count, exact_float32, resolve_device, to_device
 
 
 def test_cpu_is_always_there() -> None:
@@ -22,8 +23,39 @@ def test_without_a_gpu_auto_is_cpu_and_cuda_is_refused(monkeypatch: pytest.Monke
 def test_ranks_take_their_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert resolve_device("auto") == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 1)]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(SettingsError, match="local rank 2 has no GPU: 2 found"):
         resolve_device("cuda")
+
+
+def precisions() -> list[object]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(cudnn, "conv"):
+        kinds = [cudnn.conv.fp32_precision, matmul.fp32_precision]
+    else:
+        kinds = ["tf32" if b.allow_tf32 else "ieee" for b in (cudnn, matmul)]
+    return [*kinds, cudnn.deterministic, cudnn.benchmark]
+
+
+def test_exact_float32_lasts_for_its_block() -> None:
+    before = precisions()
+    with exact_float32():
+        assert precisions() == ["ieee", "ieee", True, False]
+        with exact_float32():
+            pass
+        assert precisions() == ["ieee", "ieee", True, False]
+    assert precisions() == before
+    with pytest.raises(ZeroDivisionError), exact_float32():
+        1 / 0  # noqa: B018
+    assert precisions() == before
+
+
+def test_to_device_takes_arrays_and_tensors() -> None:
+    array = np.arange(3, dtype=np.float32)
+    for given in (array, torch.from_numpy(array)):
+        assert to_device(given, torch.device("cpu")).tolist() == [0, 1, 2]

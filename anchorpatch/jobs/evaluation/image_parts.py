@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anchorpatch.runtime.device import to_device
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = ["Part", "ScalePlan", "added_by_image"]
@@ -105,7 +106,7 @@ def added_by_image(probabilities: Tensor, part: Part, carry: Tensor | None) -> T
     return torch.segment_reduce(
         probabilities,
         "sum",
-        lengths=torch.from_numpy(lengths).to(probabilities.device),
+        lengths=to_device(lengths, probabilities.device),
         axis=0,
         unsafe=True,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from anchorpatch.jobs.evaluation.patch_scores import Distributions
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.lsp import SCALES, crop
+from anchorpatch.runtime.device import to_device
 
 __all__ = ["Speed", "measure_speed"]
 
@@ -90,10 +91,9 @@ def _patches(
         for scale in SCALES:
             chosen = np.flatnonzero(found.scale == scale)
             counts = found.counts[chosen]
-            image = torch.from_numpy(np.repeat(chosen, counts)).to(device)
+            image = to_device(np.repeat(chosen, counts), device)
             valid = np.arange(found.corners.shape[1]) < counts[:, None]
-            corner = torch.from_numpy(found.corners[chosen][valid].astype(np.int64))
-            corner = corner.to(device)
+            corner = to_device(found.corners[chosen][valid].astype(np.int64), device)
             patches += len(image)
             for some, at in zip(
                 *(torch.split(t, batch_size) for t in (image, corner)), strict=True

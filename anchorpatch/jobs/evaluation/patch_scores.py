@@ -32,6 +32,7 @@ from anchorpatch.jobs.evaluation.score_figures import (
 from anchorpatch.jobs.localizer import normalize
 from anchorpatch.lsp import SCALES
 from anchorpatch.runtime.checkpoint import WeightsMeta
+from anchorpatch.runtime.device import exact_float32
 from anchorpatch.runtime.distributed import World, sum_ranks
 from anchorpatch.shards.batches import load_rows
 from anchorpatch.shards.layout import MANIFEST_NAME
@@ -248,6 +249,7 @@ class Distributions:
         self.mean = torch.tensor(meta.mean, device=device)
         self.std = torch.tensor(meta.std, device=device)
 
+    @exact_float32()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Run the network on a batch.
 

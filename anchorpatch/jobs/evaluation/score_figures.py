@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anchorpatch.errors import NonFiniteError
+from anchorpatch.runtime.device import to_device
 
 __all__ = ["PatchFigures", "ScaleFigures", "Sum", "count", "figures_of"]
 
@@ -88,7 +89,7 @@ def count(sums: Tensor, labels: NDArray[Any], device: torch.device) -> Tensor:
         labels: class index (n,).
         device: of the sums.
     """
-    label = torch.from_numpy(np.asarray(labels, np.int64)).to(device)[:, None]
+    label = to_device(np.asarray(labels, np.int64), device)[:, None]
     own = sums.gather(1, label)
     # The label's place in the order by falling sum; the lower of two equal classes is first.
     before = (sums > own) | ((sums == own) & (torch.arange(sums.shape[1], device=device) < label))

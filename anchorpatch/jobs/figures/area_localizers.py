@@ -26,6 +26,7 @@ from anchorpatch.lsp import SCALES, STRIDE, Decision, decide
 from anchorpatch.models.bagnet import BagNet
 from anchorpatch.models.saccader import Saccader
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta
+from anchorpatch.runtime.device import exact_float32
 
 __all__ = [
     "SIDE",
@@ -83,6 +84,7 @@ class See:
         self.std = torch.tensor(weights.meta.std, device=device)
 
     @torch.inference_mode()
+    @exact_float32()
     def __call__(self, rows: NDArray[np.int64], pixels: Tensor) -> Seen:
         """Look at a batch: rows (n,) and uint8 pixels (n, 224, 224, 3), on any device.
 

@@ -43,7 +43,7 @@ from anchorpatch.jobs.networks import (
     load_network,
 )
 from anchorpatch.runtime.checkpoint import load_weights
-from anchorpatch.runtime.device import resolve_device
+from anchorpatch.runtime.device import exact_float32, resolve_device, to_device
 from anchorpatch.runtime.memory import keep_freed_memory
 from anchorpatch.runtime.progress import Reporter
 
@@ -246,10 +246,11 @@ class _Scores:
         """How often each image is decided on: whole, black, and in each way."""
         return 2 + 2 * len(self.localizers) * len(self.config.areas)
 
+    @exact_float32()
     def add(self, see: See, crops: Crops) -> None:
         """Decide on a batch in every way."""
         seen = see(crops.rows, crops.pixels)
-        labels = torch.from_numpy(crops.labels).to(self.device)
+        labels = to_device(crops.labels, self.device)
         whole = self._right(seen.pixels, labels)
         black = self._right(torch.zeros_like(seen.pixels), labels)
         right = []

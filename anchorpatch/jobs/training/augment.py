@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anchorpatch.images.training import RandomCrop, random_box
+from anchorpatch.runtime.device import to_device
 
 __all__ = ["Augmentation", "adjust_colours", "crop_boxes"]
 
@@ -43,7 +45,7 @@ class Augmentation:
         n, height, width, _ = pixels.shape
         inputs = pixels.permute(0, 3, 1, 2).float() / 255
         # Drawn whatever the settings, so that one of them does not change the others' draws.
-        draws = torch.from_numpy(rng.random((n, 4), np.float32)).to(pixels.device)
+        draws = to_device(rng.random((n, 4), np.float32), pixels.device)
         if self.min_area < 1:
             crop = RandomCrop(min_area=self.min_area)
             boxes = [random_box(rng, width, height, crop) for _ in range(n)]
@@ -73,7 +75,7 @@ def crop_boxes(inputs: Tensor, boxes: Sequence[tuple[int, int, int, int]]) -> Te
         1,
     )
     grid = functional.affine_grid(
-        torch.from_numpy(theta).to(inputs.device), list(inputs.shape), align_corners=False
+        to_device(theta, inputs.device), list(inputs.shape), align_corners=False
     )
     return functional.grid_sample(inputs, grid, padding_mode="border", align_corners=False)
 
@@ -95,5 +97,10 @@ def adjust_colours(inputs: Tensor, factors: Tensor) -> Tensor:
 
 
 def _grey(inputs: Tensor) -> Tensor:
-    weights = torch.tensor(_GREY, device=inputs.device)
+    weights = _grey_weights(inputs.device)
     return (inputs * weights[:, None, None]).sum(1, keepdim=True)
+
+
+@cache
+def _grey_weights(device: torch.device) -> Tensor:
+    return torch.tensor(_GREY, device=device)

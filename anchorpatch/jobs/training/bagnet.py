@@ -66,7 +66,7 @@ class LogitFigures:
         logits = outputs.float()
         self._sums += torch.stack(
             (
-                torch.tensor(float(len(labels)), device=labels.device),
+                torch.full((), float(len(labels)), device=labels.device),
                 functional.cross_entropy(logits, labels, reduction="sum"),
                 hits(logits, labels, 1).sum(),
                 hits(logits, labels, 5).sum(),

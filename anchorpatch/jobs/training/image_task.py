@@ -32,6 +32,7 @@ from anchorpatch.runtime.checkpoint import (
     load_weights,
     save_weights,
 )
+from anchorpatch.runtime.device import exact_float32, to_device
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 
@@ -214,6 +215,7 @@ class ImageTask(ABC):
         try:
             with (
                 torch.inference_mode(),
+                exact_float32(),
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp),
             ):
                 for found, pixels, _, missing in loaded:
@@ -241,12 +243,12 @@ class ImageTask(ABC):
         save_weights(path, tensors, replace(self.meta, training=training))
 
     def _on_device(self, rows: npt.NDArray[np.int64], pixels: Tensor, of: ImageFolder) -> Piece:
-        labels = torch.from_numpy(of.labels[rows].astype(np.int64))
+        labels = to_device(of.labels[rows].astype(np.int64), self.device)
         inputs = normalize(pixels.to(self.device, non_blocking=True), self._mean, self._std)
         if not self.config.channels_last:
             inputs = inputs.contiguous()
         share = 1 / self.world.size / self.config.accumulate
-        return Piece(inputs, labels.to(self.device, non_blocking=True), share)
+        return Piece(inputs, labels, share)
 
     def _note_bad(self, bad: Mapping[int, str], good: int) -> None:
         self.bad.update(bad)

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from anchorpatch.errors import Interrupted, NonFiniteError, SettingsError, WeightsError
-from anchorpatch.jobs.training.averaging import averaged
+from anchorpatch.jobs.training.averaging import MovingAverage
 from anchorpatch.jobs.training.loop_config import LoopConfig, build_optimizer, rate_factor
 from anchorpatch.jobs.training.place import Place, check_identity
 from anchorpatch.jobs.training.runlog import RunLog
@@ -95,7 +95,7 @@ class Trainer:
         if config.sync_batchnorm and world.size > 1:
             self.module = _synchronized(self.module)
         self.wrapped = self._wrap(self.module)
-        self.average = averaged(self.module, config.ema_decay) if config.ema_decay else None
+        self.average = MovingAverage(self.module, config.ema_decay) if config.ema_decay else None
         self.optimizer = build_optimizer(self.module, config)
         self.schedule = LambdaLR(self.optimizer, lambda s: rate_factor(config, s, task.steps))
         self.place = Place()
@@ -172,8 +172,9 @@ class Trainer:
             for piece in range(self.config.accumulate):
                 batch = next(batches)
                 last = piece + 1 == self.config.accumulate
-                with self._piece(last):
-                    loss, parts = self.task.loss(self.wrapped, batch)
+                with self._exchange(last):
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+                        loss, parts = self.task.loss(self.wrapped, batch)
                     # Over the processes, gradients are averaged; shares ask for their sum.
                     torch.autograd.backward(loss * (batch.share * self.world.size))
                 n = len(batch.labels) if batch.share else 0
@@ -258,16 +259,11 @@ class Trainer:
 
     # --- parts of a step ----------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _piece(self, last: bool) -> Generator[None, None, None]:
-        """Autocast; gradients are exchanged with the last piece of a step."""
-        with contextlib.ExitStack() as stack:
-            if not last and isinstance(self.wrapped, DistributedDataParallel):
-                stack.enter_context(self.wrapped.no_sync())
-            stack.enter_context(
-                torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp)
-            )
-            yield
+    def _exchange(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Processes exchange gradients with the last piece of a step."""
+        if not last and isinstance(self.wrapped, DistributedDataParallel):
+            return self.wrapped.no_sync()
+        return contextlib.nullcontext()
 
     def _check_finite(self, total: Tensor) -> None:
         """Look at the sum of the losses, in which NaN and infinity stay."""

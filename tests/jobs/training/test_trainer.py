@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
+from anchorpatch.jobs.training.averaging import MovingAverage
 from anchorpatch.jobs.training.loop_config import LoopConfig, rate_factor
 from anchorpatch.jobs.training.runlog import RunLog
 from anchorpatch.jobs.training.task import Piece, Waiting
@@ -109,6 +111,27 @@ def test_the_average_of_a_run(tmp_path: Path):
     # Young averages weigh the present much, so it lies among the last weights, not before them.
     assert not torch.equal(tensors["weight"], plain[-1])
     assert (tensors["weight"] - plain[-1]).norm() < (plain[0] - plain[-1]).norm()
+
+
+def test_the_average_is_that_of_torch_bit_for_bit():
+    def update(average: Any, current: Any, count: Any) -> None:
+        weight = 1 - min(0.9, (1 + float(count)) / (10 + float(count)))
+        for a, c in zip(average, current, strict=True):
+            a.copy_(torch.lerp(a, c, weight) if a.is_floating_point() else c)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    expected = AveragedModel(net, multi_avg_fn=update, use_buffers=True)
+    found = MovingAverage(net, 0.9)
+    for _ in range(5):
+        net(torch.randn(8, 3))
+        with torch.no_grad():
+            net[0].weight.normal_()
+        expected.update_parameters(net)
+        found.update_parameters(net)
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
 
 
 def test_adamw_scales_its_rate_by_the_square_root():

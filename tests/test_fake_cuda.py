@@ -1,0 +1,276 @@
+"""What runs on a GPU, run on a pretended one: devices, waits, and the type that is computed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from anchorpatch.jobs import finetune
+from anchorpatch.jobs.evaluate import _Meter
+from anchorpatch.jobs.evaluation.image_parts import Part, added_by_image
+from anchorpatch.jobs.evaluation.patch_scores import Distributions, ImageBatch, score_images
+from anchorpatch.jobs.evaluation.score_figures import count
+from anchorpatch.jobs.finetune import FinetuneConfig
+from anchorpatch.jobs.finetuning.plan import Request
+from anchorpatch.jobs.localizer import Localizer
+from anchorpatch.jobs.training import image_task
+from anchorpatch.jobs.training.anchornet import AnchorNetTask
+from anchorpatch.jobs.training.bagnet import BagNetTask
+from anchorpatch.jobs.training.config import TrainConfig
+from anchorpatch.jobs.training.image_task import open_images
+from anchorpatch.jobs.training.runlog import RunLog
+from anchorpatch.jobs.training.saccader import LocationTask, ReinforceTask
+from anchorpatch.jobs.training.trainer import Trainer
+from anchorpatch.lsp import PRESETS, _parameters
+from anchorpatch.models.registry import build
+from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights, save_weights
+from anchorpatch.runtime.device import exact_float32, resolve_device
+from anchorpatch.runtime.distributed import World
+from anchorpatch.runtime.progress import Reporter
+from anchorpatch.shards.batches import Loaded
+from tests.fake_cuda import FakeGpu, why_not
+
+WHY_NOT = why_not()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+GPU = torch.device("cuda", 0)
+CLASSES = ("cat", "dog", "owl")
+
+
+@pytest.fixture
+def gpu() -> Iterator[FakeGpu]:
+    _parameters.cache_clear()  # which keeps tensors by their device
+    with FakeGpu() as gpu:
+        yield gpu
+    _parameters.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def anchornet(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    return load_weights(weights_file(tmp_path_factory.mktemp("weights"), "anchornet"))
+
+
+def weights_file(folder: Path, arch: str) -> Path:
+    path = folder / f"{arch}.safetensors"
+    save_weights(path, build(arch, len(CLASSES)).state_dict(), WeightsMeta(arch, CLASSES))
+    return path
+
+
+def pixels(n: int, side: int = 224) -> Tensor:
+    """Return a batch as the loaders give it, in page-locked memory."""
+    return torch.zeros(n, side, side, 3, dtype=torch.uint8).pin_memory()
+
+
+# --- extraction -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("preset", "amp"), [("finetune", False), ("figure", True)])
+def test_extraction_never_waits(gpu: FakeGpu, anchornet: Weights, preset: str, amp: bool) -> None:
+    with Localizer(anchornet, PRESETS[preset], GPU, batch_size=32, amp=amp) as localizer:
+        gpu.forget()
+        first = localizer.submit(pixels(32))
+        # The settings of Algorithm 1 go to the device once.
+        assert [line.split(":")[0] for line in gpu.waits] == ["host -> device lsp.py"]
+        gpu.forget()
+        localizer.submit(pixels(32))
+        assert gpu.waits == {}
+        launches = gpu.launches.copy()
+        gpu.forget()
+        localizer.submit(pixels(7))  # a last batch is filled up, where that needs no wait
+        assert gpu.waits == {}
+    assert {t.device.type for t in first.chunks[0].host} == {"cpu"}
+    convolutions = [m for m in localizer.net.modules() if isinstance(m, torch.nn.Conv2d)]
+    of_classes = len(localizer.net.branches)  # whose F is never built
+    assert launches["convolution"] == len(convolutions) - of_classes
+    assert gpu.rounded == {}
+
+
+def test_the_event_is_of_the_device_that_computes(
+    gpu: FakeGpu, anchornet: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with mock.patch.object(torch.cuda, "is_available", return_value=True):
+        device = resolve_device("cuda")
+    assert (device.index, gpu.current) == (1, 1)
+    gpu.current = 0  # as another thread, or another library, may leave it
+    with Localizer(anchornet, PRESETS["evaluate"], device, batch_size=4) as localizer:
+        localizer.submit(pixels(4))
+    assert localizer.net.stem[0].weight.device == device
+    assert gpu.recorded == [1]
+    assert gpu.blocking == [True]
+
+
+def test_maps_are_exact(gpu: FakeGpu, anchornet: Weights) -> None:
+    with Localizer(anchornet, PRESETS["evaluate"], GPU, batch_size=4) as localizer:
+        found = localizer.maps(pixels(3), torch.zeros(3, 2, dtype=torch.int64))
+    assert found.heatmaps[0].shape == (3, 2, 21, 21)
+    assert gpu.launches["convolution"]
+    assert gpu.rounded == {}
+
+
+def test_float32_is_restored(gpu: FakeGpu) -> None:
+    x, kernel = (torch.zeros(1, 1, 3, 3, device="cuda") for _ in range(2))
+    with exact_float32():
+        torch.conv2d(x, kernel)
+    assert gpu.rounded == {}
+    torch.conv2d(x, kernel)
+    assert len(gpu.rounded) == 1
+    assert not torch.backends.cudnn.deterministic
+
+
+# --- evaluation -------------------------------------------------------------------------------
+
+
+def test_anchornet_is_evaluated_without_waits(gpu: FakeGpu, anchornet: Weights) -> None:
+    meter = _Meter(anchornet, GPU, amp=False)
+    labels = torch.zeros(16, dtype=torch.int64)
+    meter.update(pixels(16), labels)
+    gpu.forget()
+    meter.update(pixels(16), labels)
+    # Algorithm 1 looks for NaN first, once for each preset.
+    assert [line.split(":")[0] for line in gpu.waits] == ["item lsp.py"]
+    assert gpu.waits.total() == len(PRESETS)
+    assert gpu.rounded == {}
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_networks_are_evaluated_without_waits(gpu: FakeGpu, amp: bool) -> None:
+    meta = WeightsMeta("resnet18", CLASSES)
+    module = build("resnet18", len(CLASSES)).eval().to(GPU)
+    batch = ImageBatch(np.arange(8), pixels(8), np.zeros(8, np.int64))
+
+    def batches() -> Iterator[ImageBatch]:
+        for _ in range(2):
+            gpu.forget()
+            yield batch
+
+    with torch.inference_mode():
+        run = Distributions(module, GPU, meta, amp)
+        part = Part(95, np.arange(8), np.array([3, 5]), np.arange(1), 0, True)
+        gpu.forget()
+        added = added_by_image(run(pixels(8, 95)), part, None)
+        added = added_by_image(run(pixels(8, 95)), part, added[-1])
+        count(added, np.zeros(2, np.int64), GPU)
+    assert gpu.waits == {}
+    score_images(module, batches(), device=GPU, meta=meta, amp=amp)
+    assert gpu.waits == {}
+    assert gpu.rounded == {}
+
+
+# --- training ---------------------------------------------------------------------------------
+
+TASKS = {
+    "anchornet": (AnchorNetTask, None),
+    "bagnet33": (BagNetTask, None),
+    "location": (LocationTask, "bagnet77"),
+    "reinforce": (ReinforceTask, "saccader"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("anchornet", {"label_smoothing": 0.1, "ema_decay": 0.99}),
+        ("anchornet", {"amp": True, "accumulate": 2, "optimizer": "adamw"}),
+        ("bagnet33", {"amp": True}),
+        ("location", {}),
+        ("reinforce", {}),
+    ],
+)
+def test_training_never_waits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    name: str,
+    options: dict[str, Any],
+) -> None:
+    for split in ("train", "val"):
+        for folder in CLASSES:
+            (tmp_path / split / folder).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (8, 8)).save(tmp_path / split / folder / f"{i}.png")
+    kind, start = TASKS[name]
+    config = TrainConfig(
+        data=tmp_path,
+        folder=tmp_path / "run",
+        arch=name if start is None else "saccader",
+        batch_size=8,
+        epochs=1,
+        init=None if start is None else weights_file(tmp_path, start),
+        **options,
+    )
+    images = open_images(config, GPU, World(), Reporter())
+
+    def batches(folder: Any, parts: Any, *_: Any, **__: Any) -> Iterator[Any]:
+        while True:
+            n = config.piece(World())
+            yield np.arange(n), pixels(n), None, []
+
+    def val_batches(folder: Any, parts: Any, **_: Any) -> Iterator[Any]:
+        for part in parts:
+            yield np.array(part), pixels(len(part)), None, []
+
+    monkeypatch.setattr(image_task, "load_training_batches", batches)
+    monkeypatch.setattr(image_task, "load_batches", val_batches)
+    gpu = request.getfixturevalue("gpu")
+    task = kind(config, images)
+    trainer = new_trainer(task, config)
+    assert waits_of_a_step(gpu, trainer) == {}
+    gpu.forget()
+    task.evaluate(trainer.module.eval(), lambda: None)
+    # Devices of evaluation and training are the same; how it rounds differs.
+    assert gpu.launches["convolution"]
+    assert gpu.rounded == {}
+
+
+@pytest.mark.parametrize(("side", "min_area", "amp"), [(95, 1.0, False), (224, 0.35, True)])
+def test_fine_tuning_never_waits(
+    gpu: FakeGpu, tmp_path: Path, side: int, min_area: float, amp: bool
+) -> None:
+    def load(pieces: Any, pin_memory: bool) -> Iterator[Any]:
+        assert pin_memory
+        for k in range(9):
+            request = Request((0, 0, k, 0), side, np.arange(8), 1.0)
+            yield request, Loaded(pixels(8, side), torch.zeros(8, dtype=torch.int64))
+
+    config = FinetuneConfig(
+        network="resnet18",
+        shards=tmp_path,
+        folder=tmp_path / "run",
+        weights="none",
+        batch_size=8,
+        epochs=1,
+        amp=amp,
+    )
+    setup = mock.Mock(config=config)
+    setup.data.load, setup.data.min_area, setup.data.unit = load, min_area, "patches"
+    setup.train.classes = CLASSES
+    setup.plan.steps_an_epoch, setup.plan.rows_an_epoch = 9, 9 * 8
+    with mock.patch.object(finetune, "_digest_of_shards", return_value={}):
+        task = finetune._FinetuneTask(setup, GPU, World(), print)
+    assert waits_of_a_step(gpu, new_trainer(task, config)) == {}
+
+
+def new_trainer(task: Any, config: Any) -> Trainer:
+    log = RunLog(config.folder, main=True, tensorboard=False)
+    return Trainer(task, config, config.folder, GPU, World(), Reporter(), log)
+
+
+def waits_of_a_step(gpu: FakeGpu, trainer: Trainer) -> dict[str, int]:
+    """Train two steps; return what the host waited for in the second."""
+    loaded = trainer.task.batches(0, 0)
+    with mock.patch.object(trainer, "_collect"):  # is for the end of an epoch
+        for _ in range(2):
+            gpu.forget()
+            trainer.task.steps = trainer.place.step + 1
+            trainer._train_epoch(loaded)
+    assert gpu.launches["convolution"]
+    return dict(gpu.waits)
