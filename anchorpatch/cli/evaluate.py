@@ -20,6 +20,7 @@ from anchorpatch.cli.options import (
     limit_option,
     runs_option,
     shards_option,
+    threads_option,
     workers_option,
 )
 from anchorpatch.runtime.tasks import is_main
@@ -96,6 +97,7 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
     help="Patches or images in a batch.  [default: 32 on CPU (anchornet: 16), 256 on a GPU]",
 )
 @workers_option
+@threads_option
 @device_option
 @click.option("--amp", is_flag=True, help="Compute in bfloat16.")
 @limit_option
@@ -118,6 +120,7 @@ def evaluate(
     format: str,
     as_json: bool,
     workers: int | None,
+    threads: int | None,
     **options: Any,
 ) -> None:
     """Measure a network: an ordinary one on patches, or anchornet on images.
@@ -152,8 +155,9 @@ def evaluate(
             _refuse(ctx, _OF_TABLE_3, "goes with --protocol patches")
         if options["per_scale"] and options["weights"] is not None:
             raise click.UsageError("--per-scale and --weights exclude each other.", ctx)
-    from anchorpatch.runtime.device import cpu_count  # torch is slow to import
+    from anchorpatch.runtime.device import cpu_count, use_threads  # torch is slow to import
 
+    use_threads(threads)
     options["workers"] = cpu_count() if workers is None else workers
     if network == "anchornet":
         _evaluate_anchornet(form, options)

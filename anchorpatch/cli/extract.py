@@ -20,6 +20,7 @@ from anchorpatch.cli.options import (
     labels_option,
     limit_option,
     runs_option,
+    threads_option,
     weights_option,
     workers_option,
 )
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     help="Images in a batch.  [default: 64 on CPU, 256 on a GPU]",
 )
 @workers_option
+@threads_option
 @device_option
 @click.option("--amp", is_flag=True, help="Compute in bfloat16; needs a GPU.")
 @click.option("--compile", "compile_", is_flag=True, help="Use torch.compile.")
@@ -88,6 +90,7 @@ def extract(
     coverage: tuple[float, float, float] | None,
     compile_: bool,
     task: str | None,
+    threads: int | None,
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -105,9 +108,11 @@ def extract(
     """
     from anchorpatch.jobs.extract import ExtractConfig, default_preset, forecast, run
     from anchorpatch.jobs.extract_summary import wait_for_ranks
+    from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.progress import Reporter, reporter
     from anchorpatch.runtime.tasks import rank_and_size, resolve_task
 
+    use_threads(threads)
     part = resolve_task(task)
     lsp = overridden(
         preset or default_preset(options["split"]), max_patches, iou_threshold, coverage

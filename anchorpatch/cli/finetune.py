@@ -17,6 +17,7 @@ from anchorpatch.cli.options import (
     json_option,
     runs_option,
     shards_option,
+    threads_option,
 )
 from anchorpatch.cli.output import print_json, print_table
 from anchorpatch.cli.training_options import RECORD_COLUMNS, loop_options, record_rows, run_options
@@ -92,8 +93,9 @@ DEFAULTS = {
     shared="workers",
     type=click.IntRange(min=0),
     help="Threads that read shards, processes that decode images; 0: the main one does it.  "
-    "[default: one a CPU core]",
+    "[default: one per CPU core]",
 )
+@threads_option
 @device_option
 @run_options
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and its cost.")
@@ -105,6 +107,7 @@ def finetune(
     scale: str | None,
     baseline: bool,
     workers: int | None,
+    threads: int | None,
     compile_: bool,
     dry_run: bool,
     as_json: bool,
@@ -125,9 +128,10 @@ def finetune(
     """
     from anchorpatch.jobs.finetune import SCRATCH, FinetuneConfig, forecast, run
     from anchorpatch.jobs.networks import run_folder
-    from anchorpatch.runtime.device import cpu_count
+    from anchorpatch.runtime.device import cpu_count, use_threads
     from anchorpatch.runtime.progress import reporter
 
+    use_threads(threads)
     given = {name: value for name, value in options.items() if value is not None}
     side = None if scale is None else int(scale)
     config = FinetuneConfig(

@@ -20,6 +20,7 @@ __all__ = [
     "limit_option",
     "runs_option",
     "shards_option",
+    "threads_option",
     "weights_option",
     "workers_option",
 ]
@@ -164,7 +165,16 @@ workers_option = click.option(
     shared="workers",
     type=click.IntRange(min=0),
     default=None,
-    help="Decoding processes; 0 decodes in the main one.  [default: one a CPU core]",
+    help="Decoding processes; 0 decodes in the main one.  [default: one per CPU core]",
+)
+
+threads_option = click.option(
+    "--threads",
+    cls=SharedOption,
+    shared="threads",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Threads that compute on the CPU.  [default: $OMP_NUM_THREADS, else one per CPU core]",
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -17,6 +17,7 @@ from anchorpatch.cli.options import (
     json_option,
     labels_option,
     runs_option,
+    threads_option,
     workers_option,
 )
 from anchorpatch.cli.output import print_json, print_table
@@ -90,6 +91,7 @@ _ARCHITECTURES = ("anchornet", "bagnet33", "bagnet77", "saccader")
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of weights, order and crops.")
 @workers_option
+@threads_option
 @device_option
 @click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
 @run_options
@@ -100,6 +102,7 @@ def train(
     runs: Path,
     recipe: str,
     workers: int | None,
+    threads: int | None,
     compile_: bool,
     as_json: bool,
     **options: Any,
@@ -124,9 +127,10 @@ def train(
     """  # noqa: D301 (click reads the character)
     _refuse_options_of_anchornet(arch)
     from anchorpatch.jobs.train import RECIPES, TrainConfig, run
-    from anchorpatch.runtime.device import cpu_count
+    from anchorpatch.runtime.device import cpu_count, use_threads
     from anchorpatch.runtime.progress import reporter
 
+    use_threads(threads)
     given = {name: value for name, value in options.items() if value is not None}
     config = TrainConfig(
         data=data,

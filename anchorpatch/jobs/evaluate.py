@@ -20,7 +20,7 @@ from anchorpatch.jobs.scores import Scores, per_branch
 from anchorpatch.lsp import PRESETS, SCALES, decide, localize
 from anchorpatch.models.complexity import macs
 from anchorpatch.runtime.checkpoint import Weights, load_weights
-from anchorpatch.runtime.device import exact_float32, resolve_device, to_device
+from anchorpatch.runtime.device import computing_on, exact_float32, resolve_device, to_device
 from anchorpatch.runtime.distributed import World, process_group, sum_ranks
 from anchorpatch.runtime.memory import keep_freed_memory
 from anchorpatch.runtime.progress import Reporter
@@ -127,6 +127,7 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> EvaluateSum
             pin_memory=device.type == "cuda",
         )
         bad = 0
+        report.message(computing_on(device))
         report.start("evaluating", len(folder))
         try:
             for found, pixels, _, missing in loaded:

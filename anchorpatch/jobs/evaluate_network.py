@@ -18,6 +18,7 @@ from anchorpatch.jobs.evaluation.parts import Evaluation
 from anchorpatch.jobs.evaluation.patch_scores import ImageBatch
 from anchorpatch.jobs.evaluation.predictions import Predictions, check_predictions_path
 from anchorpatch.jobs.evaluation.tables import WHOLE, Table3, Table4, table_3_rows, table_4_rows
+from anchorpatch.runtime.device import computing_on
 from anchorpatch.runtime.progress import Reporter
 
 __all__ = ["EvaluateNetworkConfig", "run", "run_rescale"]
@@ -49,6 +50,7 @@ def run(config: EvaluateNetworkConfig, progress: Reporter | None = None) -> Tabl
                 if len(distinct) == 1 or config.whole_weights is not None:
                     raise
                 why_not = str(error)  # networks of one scale have no say in whole images
+        job.report.message(computing_on(job.device))
         costs = job.costs(distinct[0].module)
         figures = job.score_whole(asked, whole) if asked and whole else None
         predictions = None
@@ -96,6 +98,7 @@ def run_rescale(config: EvaluateNetworkConfig, progress: Reporter | None = None)
         if whole is None:
             raise DataError(f"rescaling needs the whole images, but {why_not}")
         network = job.for_whole_images()
+        job.report.message(computing_on(job.device))
         rescaled = {
             scale: job.score_whole(network, whole, (scale,), partial(_rescaled, side=scale))
             for scale in config.scales

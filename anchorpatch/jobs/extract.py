@@ -35,7 +35,7 @@ from anchorpatch.jobs.localizer import Localizer, Pending
 from anchorpatch.jobs.sink import ShardSink
 from anchorpatch.lsp import PRESETS, LspSettings
 from anchorpatch.runtime.checkpoint import Weights, load_weights
-from anchorpatch.runtime.device import cpu_count, resolve_device
+from anchorpatch.runtime.device import computing_on, cpu_count, resolve_device
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.runtime.tasks import Task
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
@@ -82,7 +82,7 @@ class ExtractConfig:
         store_images: store the 224 crop of each image too.
         shard_size: images in a shard.
         batch_size: images in a batch; None: 64 on CPU, 256 on a GPU.
-        workers: decoding processes; None: one a CPU core.
+        workers: decoding processes; None: one per CPU core.
         device: auto, cpu or cuda.
         amp: bfloat16 features, on a GPU.
         compile: use ``torch.compile``.
@@ -300,6 +300,7 @@ def _extract(
     left = sum(len(plan.ranges[i]) for i in shards)
     bad = _BadImages(plan, total)
     sink = ShardSink(manifest, plan.files.shards, reporter)
+    reporter.message(f"extract {plan.config.split}: {computing_on(plan.device)}")
     reporter.start(f"extract {plan.config.split}", total, total - left)
     try:
         with closing(loader):

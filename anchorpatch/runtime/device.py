@@ -1,4 +1,4 @@
-"""Which device computes, how exactly, and how data gets there without a wait."""
+"""Which device computes, how exactly, with how many threads, and how data gets there at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,7 +16,14 @@ from torch import Tensor
 from anchorpatch.errors import SettingsError
 from anchorpatch.runtime.tasks import environment_number
 
-__all__ = ["cpu_count", "exact_float32", "resolve_device", "to_device"]
+__all__ = [
+    "computing_on",
+    "cpu_count",
+    "exact_float32",
+    "resolve_device",
+    "to_device",
+    "use_threads",
+]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -80,7 +88,29 @@ def to_device(array: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
 
 
 def cpu_count() -> int:
-    """Return how many CPU cores this process may use (affinity and batch systems count)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many CPU cores are this process's, at least 1.
+
+    Affinity and the quota of a container count. Processes of ``torchrun`` on one machine share
+    its cores.
+    """
+    return max(1, int(joblib.cpu_count()) // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
+
+
+def use_threads(threads: int | None) -> None:
+    """Choose the threads that compute on the CPU.
+
+    Args:
+        threads: how many; None: as OMP_NUM_THREADS says, else one per core of this process.
+    """
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        threads = cpu_count()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def computing_on(device: torch.device) -> str:
+    """Return a line that says where a job computes, and with how many threads on a CPU."""
+    if device.type != "cpu":
+        return f"computing on {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"computing on {threads} CPU thread{'s' * (threads != 1)} (--threads)"

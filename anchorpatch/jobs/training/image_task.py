@@ -74,7 +74,7 @@ def open_images(
         if world.is_main:
             report.message(f"decoding {len(train):,} images into {config.image_cache}")
             build_cache(train, config.image_cache, max(1, config.workers))
-        world.wait()
+        world.wait(f"rank 0 to decode {len(train):,} images into {config.image_cache}")
         cache = build_cache(train, config.image_cache, 1)
     return TrainingImages(train, val, cache, device, world)
 

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import time
 import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +37,11 @@ from anchorpatch.jobs.training.place import Place, check_identity
 from anchorpatch.jobs.training.runlog import RunLog
 from anchorpatch.jobs.training.task import Batch, Task
 from anchorpatch.runtime.checkpoint import load_state, save_state
+from anchorpatch.runtime.device import computing_on
 from anchorpatch.runtime.distributed import World, any_rank, average_buffers
 from anchorpatch.runtime.memory import keep_freed_memory, peak_memory
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.runtime.signals import StopSignals
+from anchorpatch.runtime.signals import StopRequested, StopSignals
 
 __all__ = ["Trainer"]
 
@@ -53,10 +55,6 @@ _WEIGHTS = ("last.safetensors", "best.safetensors")
 def _synchronized(module: nn.Module) -> nn.Module:
     synchronized: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     return synchronized
-
-
-class _Stop(Exception):
-    """Leave the evaluation: a signal has come."""
 
 
 class Trainer:
@@ -126,7 +124,7 @@ class Trainer:
                 if not overwrite:
                     raise
                 state = None
-        self.world.wait()  # all processes have looked
+        self.world.wait("the other processes to open the run")
         if state is not None:
             self._restore(state)
             return
@@ -150,6 +148,7 @@ class Trainer:
         with self.stop:
             if self.place.epoch < epochs:
                 batches = self.task.batches(self.place.epoch, self.place.step)
+                self.report.message(computing_on(self.device))
                 self.report.start(
                     "training", epochs * self.task.size, self._counted(), self.task.unit
                 )
@@ -158,6 +157,10 @@ class Trainer:
                     assert batches is not None
                     self._train_epoch(batches)
                     self._finish_epoch()
+            except RuntimeError:
+                if self.world.size > 1 and self.stop.received:  # others were stopped first
+                    self._interrupt(self.stop.received)
+                raise
             finally:
                 if batches is not None:
                     batches.close()
@@ -170,7 +173,12 @@ class Trainer:
         began = time.monotonic()
         while self.place.step < self.task.steps:
             for piece in range(self.config.accumulate):
-                batch = next(batches)
+                try:
+                    batch = self._next(batches, piece)
+                except StopRequested:
+                    self._collect(sums, began)
+                    self._save(check=self.place.step > 0)
+                    self._interrupt(self.stop.received)
                 last = piece + 1 == self.config.accumulate
                 with self._exchange(last):
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
@@ -193,6 +201,13 @@ class Trainer:
             began = self._pause(sums, began)
         self._collect(sums, began)
 
+    def _next(self, batches: Generator[Batch, None, None], piece: int) -> Batch:
+        """Return the next piece; a signal ends the wait for it where nothing is half done."""
+        if piece or self.world.size > 1:
+            return next(batches)
+        with self.stop.interrupting():
+            return next(batches)
+
     def _counted(self) -> int:
         """Return how many images or patches the run has seen, all processes together."""
         place, size = self.place, self.task.size
@@ -203,7 +218,8 @@ class Trainer:
         # One process can stop at any step. Several have to agree, which costs a message.
         alone = self.world.size == 1
         due = time.monotonic() - self._saved > self.config.checkpoint_minutes * 60
-        if not alone and self.place.step % _LOOK_EVERY and self.place.step < self.task.steps:
+        often = alone or self.device.type == "cpu"
+        if not often and self.place.step % _LOOK_EVERY and self.place.step < self.task.steps:
             return began
         # The main process's clock decides for all.
         state = self.stop.received * 2 + (due and self.world.is_main)
@@ -224,11 +240,15 @@ class Trainer:
         if self.average is not None:
             average_buffers(self.average)
             module = self.average.module
+        if self.world.size > 1:
+            self._save()  # a process that is stopped in the evaluation cannot ask the others
         try:
-            validation = task.evaluate(module.eval(), self._check_stop)
-        except _Stop:
+            with self.stop.interrupting():
+                validation = task.evaluate(module.eval(), self._check_stop)
+        except StopRequested:
             # The trained epoch is saved whole; only the evaluation is done again.
-            self._save()
+            if self.world.size == 1:
+                self._save()
             self._interrupt(self.stop.received)
         record = self._record(validation)
         better = validation["top1"] > place.best
@@ -285,13 +305,13 @@ class Trainer:
         self.place.waited += self.task.waiting.take()
 
     def _check_stop(self) -> None:
-        # Several processes evaluate different numbers of batches: they finish instead.
-        if self.stop.received and self.world.size == 1:
-            raise _Stop
+        """Stop an evaluation that signals do not reach, as it is another thread's."""
+        if self.stop.received:
+            raise StopRequested
 
-    def _interrupt(self, number: int) -> None:
+    def _interrupt(self, number: int) -> NoReturn:
         raise Interrupted(
-            f"stopped by signal {number} in epoch {self.place.epoch + 1}; "
+            f"stopped by {signal.Signals(number).name} in epoch {self.place.epoch + 1}; "
             "the same command goes on from here",
             number,
         )
