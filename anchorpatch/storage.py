@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Final
 
 from anchorpatch.errors import ENOTSUPP, StorageError, reason_of
+from anchorpatch.waits import waiting_for
 
 __all__ = [
     "allocate",
@@ -85,7 +86,7 @@ def locked(path: Path) -> Iterator[None]:
     with refusals(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        with refusals(path):
+        with refusals(path), waiting_for(f"the lock {path}, which another process holds"):
             try_lock(descriptor, wait=True)
         yield
     finally:

@@ -15,14 +15,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+
+from anchorpatch.errors import AnchorpatchError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-__all__ = ["STOP_SIGNALS", "ending", "shut_down", "waiting_for", "watch_waits"]
+__all__ = ["STOP_SIGNALS", "answers", "ending", "shut_down", "waiting_for", "watch_waits"]
 
 #: What asks a run to stop: Ctrl-C, ``kill``, a closed terminal, and what batch systems send
 #: ahead of the end of a job (``sbatch --signal=USR1@60``).
@@ -37,6 +39,9 @@ _GRACE: Final = 10.0
 
 #: Seconds from the second signal, which `watch_waits` sends, to the end of the process.
 _LAST_GRACE: Final = 3.0
+
+
+_T = TypeVar("_T")
 
 
 class _Wait(NamedTuple):
@@ -79,6 +84,32 @@ def shut_down(pool: Executor, what: str) -> None:
     """End a pool of threads: tasks that have not begun are dropped, others are waited for."""
     with waiting_for(what):
         pool.shutdown(cancel_futures=True)
+
+
+def answers(found: Iterable[_T], what: str) -> Iterator[_T]:
+    """Yield what the processes of a pool find, as each is waited for.
+
+    Args:
+        found: by the processes.
+        what: they are.
+
+    Raises:
+        AnchorpatchError: one of them has died.
+    """
+    from concurrent.futures import BrokenExecutor  # slow to import
+
+    items = iter(found)
+    while True:
+        try:
+            with waiting_for(what):
+                item = next(items)
+        except StopIteration:
+            return
+        except BrokenExecutor as error:
+            raise AnchorpatchError(
+                f"one of {what} was killed, probably out of memory; use fewer --jobs"
+            ) from error
+        yield item
 
 
 def watch_waits(patience: float = 60.0) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from anchorpatch.demo.draw import CLASSES, CROP, SIDE, SIZES, Box, draw_scene, object_box
 from anchorpatch.errors import DataError, SettingsError, StorageError
+from anchorpatch.waits import answers
 
 __all__ = [
     "CLASSES",
@@ -179,9 +180,11 @@ def _draw_all(folder: Path, seed: int, missing: list[tuple[str, int]], jobs: int
         for split, index in missing:
             _draw_file(folder, seed, split, index)
         return
-    joblib.Parallel(n_jobs=jobs, batch_size=32)(
+    drawn = joblib.Parallel(n_jobs=jobs, batch_size=32, return_as="generator")(
         joblib.delayed(_draw_file)(folder, seed, split, index) for split, index in missing
     )
+    for _ in answers(drawn, "the processes that draw scenes"):
+        pass
 
 
 def _draw_file(folder: Path, seed: int, split: str, index: int) -> None:

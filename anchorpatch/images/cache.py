@@ -23,6 +23,7 @@ from anchorpatch.errors import DataError, ImageError, StorageError, reason_of
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.loader import read_image
 from anchorpatch.images.picture import decode_picture
+from anchorpatch.waits import shut_down, waiting_for
 
 __all__ = ["SHORT_SIDE", "PictureCache", "build_cache"]
 
@@ -135,6 +136,12 @@ def _pictures(folder: ImageFolder, threads: int) -> Iterator[Image.Image | str]:
             picture = picture.resize((w, h), Image.Resampling.BILINEAR)
         return picture.convert("RGB")
 
-    with ThreadPoolExecutor(max(1, threads)) as pool:
+    what, pool = "the threads that decode images", ThreadPoolExecutor(max(1, threads))
+    try:
         for start in range(0, len(folder), _CHUNK):  # in chunks: memory must not grow with n
-            yield from pool.map(one, range(start, min(start + _CHUNK, len(folder))))
+            rows = range(start, min(start + _CHUNK, len(folder)))
+            with waiting_for(what):
+                pictures = list(pool.map(one, rows))
+            yield from pictures
+    finally:
+        shut_down(pool, what)

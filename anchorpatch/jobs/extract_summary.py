@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from anchorpatch.errors import ShardError
 from anchorpatch.runtime.tasks import Task
 from anchorpatch.shards.layout import SCALES
 from anchorpatch.shards.manifest import read_manifest
+from anchorpatch.waits import waiting_for
 
 __all__ = ["ExtractSummary", "mean_patches", "summarize", "wait_for_ranks"]
 
@@ -119,16 +123,49 @@ def summarize(
     )
 
 
-def wait_for_ranks(summary: ExtractSummary, task: Task, ranks: int) -> ExtractSummary:
+def wait_for_ranks(
+    summary: ExtractSummary, task: Task, ranks: int, patience: float = 3600.0
+) -> ExtractSummary:
     """Wait until the other ranks of ``torchrun`` are done too, and sum up all of them.
 
     The manifest tells when; no process talks to another. A rank that fails does not leave this
-    one waiting: torchrun ends the others then.
+    one waiting: torchrun ends the others then. Other launchers may not.
+
+    Args:
+        summary: of this rank.
+        task: of this rank.
+        ranks: how many there are.
+        patience: seconds without a change in the folder after which the others count as gone.
+
+    Raises:
+        ShardError: shards are missing, and nobody has written for ``patience`` seconds.
     """
     began, together = time.monotonic(), Task(task.index // ranks, task.total // ranks)
-    while True:
-        whole = summarize(summary.folder, together)
-        if whole.shards == whole.total_shards:
-            seconds = summary.seconds + time.monotonic() - began
-            return replace(whole, seconds=seconds, images_run=summary.images_run * ranks)
-        time.sleep(0.2)
+    seen, since = None, began
+    with waiting_for("the other ranks to write their shards"):
+        while True:
+            whole = summarize(summary.folder, together)
+            now = time.monotonic()
+            if whole.shards == whole.total_shards:
+                seconds = summary.seconds + now - began
+                return replace(whole, seconds=seconds, images_run=summary.images_run * ranks)
+            there = _what_is_there(summary.folder)
+            if there != seen:
+                seen, since = there, now
+            elif now - since > patience:
+                raise ShardError(
+                    f"{summary.folder}: {whole.total_shards - whole.shards} shards are missing, "
+                    f"and no rank has written for {patience:,.0f} s: one has probably failed; run "
+                    "the same command again"
+                )
+            time.sleep(0.2)
+
+
+def _what_is_there(folder: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and time of each file: they change while somebody writes."""
+    found = []
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # just renamed
+            info = entry.stat()
+            found.append((entry.name, info.st_size, info.st_mtime_ns))
+    return sorted(found)

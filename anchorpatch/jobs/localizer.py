@@ -24,6 +24,7 @@ from anchorpatch.lsp import SCALES, LspSettings, decide, localize
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, load_into
 from anchorpatch.runtime.device import exact_float32
+from anchorpatch.waits import shut_down, waiting_for
 
 __all__ = [
     "CPU_CHUNK",
@@ -123,7 +124,8 @@ class Pending:
         Raises:
             NonFiniteError: the network gave NaN or infinity; its ``row`` says for which image.
         """
-        parts = [chunk.result() for chunk in self.chunks]
+        with waiting_for("AnchorNet"):
+            parts = [chunk.result() for chunk in self.chunks]
         joined = Localized(*(np.concatenate(c)[: self.images] for c in zip(*parts, strict=True)))
         finite = np.isfinite(joined.branch_prob).all(1) & np.isfinite(joined.scores).all(1)
         if not finite.all():
@@ -181,7 +183,7 @@ class Localizer:
 
     def __exit__(self, *error: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            shut_down(self._pool, "the threads that compute")
 
     def submit(self, pixels: Tensor) -> Pending:
         """Start on a batch and return without waiting for it.

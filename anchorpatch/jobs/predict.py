@@ -28,6 +28,7 @@ from anchorpatch.jobs.networks import Network, check_sides, load_checkpoint
 from anchorpatch.lsp import PRESETS, SCALES, LspSettings, crop
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
+from anchorpatch.waits import shut_down, waiting_for
 
 __all__ = ["PredictConfig", "Prediction", "Predictor", "Unreadable"]
 
@@ -142,7 +143,7 @@ class Predictor:
 
     def __exit__(self, *error: object) -> None:
         self._localizer.__exit__(*error)
-        self._decoders.shutdown(cancel_futures=True)
+        shut_down(self._decoders, "the threads that decode images")
 
     def predict(self, paths: Iterable[str]) -> Iterator[Prediction | Unreadable]:
         """Yield what each file is, in their order; files are read some ahead.
@@ -165,7 +166,8 @@ class Predictor:
     def _chunk(
         self, paths: list[str], decoded: list[Future[Decoded | str]]
     ) -> Iterator[Prediction | Unreadable]:
-        found = [future.result() for future in decoded]
+        with waiting_for("the threads that decode images"):
+            found = [future.result() for future in decoded]
         good = [i for i, image in enumerate(found) if isinstance(image, Decoded)]
         images = [image for image in found if isinstance(image, Decoded)]
         predictions = iter(self._decide([paths[i] for i in good], images) if good else ())

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from anchorpatch.shards.layout import CROP_SIDE, SCALES
 from anchorpatch.shards.reader import ShardReader
+from anchorpatch.waits import shut_down, waiting_for
 
 __all__ = ["Loaded", "Rows", "batches_of", "epoch_rows", "load_rows", "pieces_of", "visited"]
 
@@ -187,12 +188,13 @@ def load_rows(
         submit(islice(waiting, threads + ahead))
         while queue:
             request, future = queue.popleft()
-            loaded = future.result()
+            with waiting_for("the threads that read shards"):
+                loaded = future.result()
             del future  # or the pixels would live on while they are used
             submit(islice(waiting, 1))
             yield request, loaded
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        shut_down(pool, "the threads that read shards")
 
 
 def _load(reader: ShardReader, request: Rows, pin_memory: bool) -> Loaded:

@@ -16,6 +16,7 @@ from anchorpatch.errors import CorruptShard, ShardError, reason_of
 from anchorpatch.shards.access import check_size, decode_patch, survey
 from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.manifest import Manifest, ShardEntry, read_manifest
+from anchorpatch.waits import answers
 
 __all__ = ["ShardProblem", "verify_folder", "verify_shard"]
 
@@ -59,7 +60,8 @@ def verify_folder(
     verify = Parallel(n_jobs=jobs, return_as="generator")
     found = verify(delayed(verify_shard)(manifest, entry) for entry in manifest.entries)
     problems = []
-    for entry, of_shard in zip(manifest.entries, found, strict=True):
+    of_all = answers(found, "the processes that verify shards")
+    for entry, of_shard in zip(manifest.entries, of_all, strict=True):
         problems += of_shard
         if done is not None:
             done(entry.images)
