@@ -11,7 +11,6 @@ import click
 from anchorpatch.cli.config import Command
 from anchorpatch.cli.options import (
     PATH,
-    NumberList,
     Share,
     SharedOption,
     data_option,
@@ -19,6 +18,7 @@ from anchorpatch.cli.options import (
     json_option,
     labels_option,
     limit_option,
+    lsp_options,
     runs_option,
     threads_option,
     weights_option,
@@ -47,14 +47,7 @@ if TYPE_CHECKING:
     default=Path("shards"),
     help="Folder for the shards, OUT/SPLIT/SPLIT-00000.h5, ...; also $ANCHORPATCH_SHARDS.",
 )
-@click.option(
-    "--preset",
-    type=click.Choice(["figure", "finetune", "evaluate"]),
-    help="Values of K, T and P.  [default: finetune for the split train, evaluate for others]",
-)
-@click.option("--max-patches", type=NumberList(int), help="K for 63, 95, 111 px; over the preset.")
-@click.option("--iou-threshold", type=float, help="T; over the preset.")
-@click.option("--coverage", type=NumberList(float), help="P for 63, 95, 111 px; over the preset.")
+@lsp_options(None, "finetune for the split train, evaluate for others")
 @click.option(
     "--codec",
     type=click.Choice(["raw", "jpeg", "image"]),
@@ -139,8 +132,13 @@ def extract(
         print_summary(summary, as_json)
 
 
-def find_weights(weights: str | None, runs: Path) -> Path:
-    """Return the file that ``--weights`` means.
+def find_weights(weights: str | None, runs: Path, option: str = "--weights") -> Path:
+    """Return the file of AnchorNet's weights that an option means.
+
+    Args:
+        weights: a file, "demo", or None where the option is not given.
+        runs: folder of training runs.
+        option: its name.
 
     Raises:
         WeightsError: the option is not given and there is no trained network.
@@ -155,7 +153,7 @@ def find_weights(weights: str | None, runs: Path) -> Path:
     if not trained.is_file():
         raise WeightsError(
             f"{trained} does not exist: train a network with `anchorpatch train`, name a file "
-            "with --weights, or take the bundled ones of the sample set with --weights demo"
+            f"with {option}, or take the bundled ones of the sample set with {option} demo"
         )
     return trained
 

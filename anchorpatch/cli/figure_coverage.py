@@ -13,6 +13,7 @@ from anchorpatch.cli.figure_options import Names
 from anchorpatch.cli.options import (
     PATH,
     NumberList,
+    anchornet_weights_option,
     data_option,
     device_option,
     json_option,
@@ -39,11 +40,7 @@ __all__ = ["coverage"]
     "RUNS/NETWORK-baseline/best.safetensors where it exists, else the published ones where they "
     "fit, else RUNS/NETWORK/best.safetensors]",
 )
-@click.option(
-    "--anchornet-weights",
-    metavar="FILE|demo",
-    help="AnchorNet weights.  [default: RUNS/anchornet/best.safetensors]",
-)
+@anchornet_weights_option
 @click.option(
     "--peer",
     "peers",
@@ -129,7 +126,7 @@ def coverage(
 
     picture_kind(out)
     config = CoverageConfig(
-        anchornet_weights=find_weights(anchornet_weights, options["runs"]),
+        anchornet_weights=find_weights(anchornet_weights, options["runs"], "--anchornet-weights"),
         peers=peers or None,
         localizers=localizers or LOCALIZERS,
         images=limit,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -13,11 +15,13 @@ __all__ = [
     "NumberList",
     "Share",
     "SharedOption",
+    "anchornet_weights_option",
     "data_option",
     "device_option",
     "json_option",
     "labels_option",
     "limit_option",
+    "lsp_options",
     "runs_option",
     "shards_option",
     "threads_option",
@@ -125,6 +129,12 @@ limit_option = click.option(
     help="Take only N images, evenly spread over the sorted list and so over the classes.",
 )
 
+anchornet_weights_option = click.option(
+    "--anchornet-weights",
+    metavar="FILE|demo",
+    help="AnchorNet weights.  [default: RUNS/anchornet/best.safetensors]",
+)
+
 weights_option = click.option(
     "--weights",
     default=None,
@@ -178,3 +188,41 @@ threads_option = click.option(
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def lsp_options(default: str | None, shown: str) -> Callable[[_F], _F]:
+    """Return a decorator that adds the preset of LSP, and what overrides it.
+
+    Args:
+        default: preset; None where it depends on the split.
+        shown: the default in the help.
+    """
+    options = (
+        click.option(
+            "--preset",
+            type=click.Choice(["figure", "finetune", "evaluate"]),
+            default=default,
+            help=f"Values of K, T and P.  [default: {shown}]",
+            show_default=False,
+        ),
+        click.option(
+            "--max-patches",
+            type=NumberList(int),
+            help="Maximum patches per image (K) at 63, 95 and 111 px (overrides the preset).",
+        ),
+        click.option(
+            "--iou-threshold",
+            type=float,
+            help="IoU (T) that two patches of an image stay below (overrides the preset).",
+        ),
+        click.option(
+            "--coverage",
+            type=NumberList(float),
+            help="Share (P) of the locations that are candidates at 63, 95 and 111 px (overrides "
+            "the preset).",
+        ),
+    )
+    return lambda function: reduce(lambda f, option: option(f), reversed(options), function)

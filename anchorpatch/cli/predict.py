@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from anchorpatch.cli.config import Command
-from anchorpatch.cli.extract import find_weights
-from anchorpatch.cli.options import PATH, device_option, json_option, runs_option, weights_option
+from anchorpatch.cli.extract import find_weights, overridden
+from anchorpatch.cli.options import (
+    PATH,
+    anchornet_weights_option,
+    device_option,
+    json_option,
+    lsp_options,
+    runs_option,
+)
 from anchorpatch.cli.output import print_json
+from anchorpatch.errors import DataError, reason_of
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.predict import Prediction
@@ -26,28 +34,40 @@ __all__ = ["predict"]
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option(
     "--network",
-    type=PATH,
-    metavar="CHECKPOINT",
-    help="Weights that `anchorpatch finetune` wrote.  [required]",
+    metavar="NAME|FILE",
+    help="Network that decides: its name as in `anchorpatch models`, or weights that `anchorpatch "
+    "finetune` wrote.  [required]",
 )
-@weights_option
-@runs_option
 @click.option(
-    "--preset",
-    type=click.Choice(["figure", "finetune", "evaluate"]),
-    default="evaluate",
-    help="Values of K, T and P.",
+    "--weights",
+    metavar="FILE|default",
+    help="Weights of the network NAME; default: the published ones.  [default: "
+    "RUNS/NAME/best.safetensors]",
 )
+@click.option(
+    "--classes",
+    type=PATH,
+    help="Text file with the classes of --weights, one per line in the order of the outputs.  "
+    "[default: as the weights say, else those of AnchorNet]",
+)
+@anchornet_weights_option
+@runs_option
+@lsp_options("evaluate", "evaluate")
 @click.option("--top", type=click.IntRange(min=1), default=5, help="Classes to tell of an image.")
 @click.option("--out", type=PATH, help="Folder for a picture of each image with its patches.")
 @device_option
 @json_option
 def predict(
     images: tuple[str, ...],
-    network: Path | None,
+    network: str | None,
     weights: str | None,
+    classes: Path | None,
+    anchornet_weights: str | None,
     runs: Path,
     preset: str,
+    max_patches: tuple[int, int, int] | None,
+    iou_threshold: float | None,
+    coverage: tuple[float, float, float] | None,
     top: int,
     out: Path | None,
     device: str,
@@ -55,26 +75,44 @@ def predict(
 ) -> int:
     r"""Classify pictures by their patches: files in, classes out, without shards.
 
-    AnchorNet finds the patches of each IMAGE and the network of CHECKPOINT decides by the sum of
-    their softmax distributions, as `extract` and `evaluate` do for a whole split. Corners are
-    pixels (y, x) of the 224 px centre crop. An IMAGE of - reads names from stdin, one a line.
+    AnchorNet finds the patches of each IMAGE and the network decides by the sum of their softmax
+    distributions, as `extract` and `evaluate` do for a whole split. Corners are pixels (y, x) of
+    the 224 px centre crop. An IMAGE of - reads names from stdin, one per line.
 
     \b
-    anchorpatch predict dog.jpg --network runs/resnet50/best.safetensors
+    anchorpatch predict dog.jpg --network resnet50
+    anchorpatch predict dog.jpg --network resnet50 --weights own.pth --classes names.txt
     find photos -name '*.jpg' | anchorpatch predict - --network best.safetensors --json
 
     A file that is no picture is named on stderr, the others go on, and the status is 1.
     """
     if network is None:
         raise click.UsageError(
-            "Missing option '--network'. Name weights that `anchorpatch finetune` wrote, such as "
-            f"{runs / 'resnet50' / 'best.safetensors'}."
+            "Missing option '--network'. Name a network, such as resnet50, or weights that "
+            f"`anchorpatch finetune` wrote, such as {runs / 'resnet50' / 'best.safetensors'}."
         )
-    from anchorpatch.jobs.predict import PredictConfig, Predictor, Unreadable
-    from anchorpatch.lsp import PRESETS
+    from anchorpatch.jobs.predict import PredictConfig, Predictor, Unreadable, names_file
+    from anchorpatch.runtime.progress import reporter
 
-    lsp = PRESETS[preset]
-    predictor = Predictor(PredictConfig(network, find_weights(weights, runs), lsp, top, device))
+    if weights is not None and names_file(network):
+        raise click.UsageError(
+            f"--network {network} names weights already: name the network they are of with "
+            "--weights FILE, or AnchorNet's weights with --anchornet-weights."
+        )
+    if classes is not None and weights is None:
+        raise click.UsageError("--classes goes with --weights.")
+    lsp = overridden(preset, max_patches, iou_threshold, coverage)
+    config = PredictConfig(
+        network=network,
+        anchornet_weights=find_weights(anchornet_weights, runs, "--anchornet-weights"),
+        weights=weights,
+        classes=None if classes is None else _class_names(classes),
+        runs=runs,
+        lsp=lsp,
+        top=top,
+        device=device,
+    )
+    predictor = Predictor(config, reporter().message)
     pictures = None if out is None else _Pictures(out)
     found: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
@@ -92,7 +130,8 @@ def predict(
         meta = predictor.network.meta
         print_json(
             {
-                "network": str(network),
+                "network": network,
+                "weights": predictor.network.source,
                 "architecture": meta.architecture,
                 "classes": len(meta.classes),
                 "settings": {"preset": preset, **asdict(lsp)},
@@ -101,6 +140,25 @@ def predict(
             }
         )
     return int(bool(bad))
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    """Read the names of classes, one per line.
+
+    Raises:
+        DataError: the file cannot be read or holds no names.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: expected a text file of class names, found: {reason_of(error)}"
+        ) from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    if not names or len(set(names)) < len(names):
+        found = "none" if not names else f"{len(names) - len(set(names))} of them twice"
+        raise DataError(f"{path}: expected class names, one per line and each once, found {found}")
+    return names
 
 
 def _names(images: Iterable[str]) -> Iterator[str]:

@@ -29,7 +29,14 @@ from anchorpatch.errors import WeightsError, reason_of
 from anchorpatch.models.registry import TIMM, timm_module, torchvision_name
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 
-__all__ = ["Found", "of_checkpoint", "pretrained", "read_file"]
+__all__ = [
+    "Found",
+    "has_pretrained",
+    "of_another_program",
+    "of_checkpoint",
+    "pretrained",
+    "read_file",
+]
 
 #: Seconds that a download may be silent.
 _TIMEOUT: Final = 30.0
@@ -245,6 +252,19 @@ def read_file(path: Path, name: str) -> Found:
     if found != name and (torchvision_name(found) or found) != torchvision_name(name):
         raise WeightsError(f"{path}: expected weights of {name}, found {found}; name its own file")
     return of_checkpoint(weights)
+
+
+def of_another_program(path: Path) -> bool:
+    """Tell whether a file holds tensors without our metadata: a torch file, or safetensors."""
+    try:
+        with open(path, "rb") as file:
+            beginning = file.read(9)
+        if beginning[8:9] != b"{":
+            return beginning[:2] == b"PK" or beginning[:1] == b"\x80"
+        with safetensors.safe_open(path, framework="pt") as content:
+            return "anchorpatch" not in (content.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return False
 
 
 def _of_others(tensors: dict[str, Tensor], path: Path, name: str) -> Found:

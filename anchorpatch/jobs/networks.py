@@ -15,13 +15,14 @@ from anchorpatch.jobs.class_names import few
 from anchorpatch.jobs.network_weights import (
     Found,
     has_pretrained,
+    of_another_program,
     of_checkpoint,
     pretrained,
     read_file,
 )
 from anchorpatch.lsp import SCALES
 from anchorpatch.models.complexity import refusal
-from anchorpatch.models.registry import build, check_name, run_name
+from anchorpatch.models.registry import build, build_on_meta, check_name, run_name
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights
 
 __all__ = [
@@ -79,22 +80,24 @@ def _silent(_: str) -> None:
 
 def load_network(
     name: str,
-    classes: tuple[str, ...],
+    classes: tuple[str, ...] | None,
     weights: str | os.PathLike[str] = "default",
     message: Callable[[str], None] = _silent,
     *,
+    otherwise: tuple[str, ...] = (),
     replace_head: bool = False,
 ) -> Network:
     """Build a network and fill it with weights.
 
     Args:
         name: as `anchorpatch.models.registry.build` takes it.
-        classes: names of the outputs, in their order.
+        classes: names of the outputs, in their order; None for those that the weights name.
         weights: "default" for the pretrained set of torchvision or timm (downloaded once),
             "none" for random weights, or a file: our safetensors, another program's, or a torch
             file of a state dict. A file that names no classes is taken to have the right ones
             when their number is right.
         message: is told what takes long or is not as a user may think.
+        otherwise: classes for weights that name none, if their number is right.
         replace_head: give the network a new last layer where the weights are for other classes;
             otherwise that is an error.
 
@@ -109,16 +112,35 @@ def load_network(
             "as resnet50"
         )
     check_name(name)
-    meta = WeightsMeta(architecture=name, classes=tuple(classes))
     if weights == "none":
-        return Network(build(name, len(classes)).eval(), meta, "random weights")
+        meta = WeightsMeta(name, classes or otherwise)
+        return Network(build(name, len(meta.classes)).eval(), meta, "random weights")
     if weights == "default":
-        found = pretrained(name, meta.classes, message)
+        found = pretrained(name, classes or (), message)
     else:
         found = read_file(Path(weights), name)
+    if classes is None:
+        classes = found.classes or _fitting(name, found, otherwise)
+    meta = WeightsMeta(name, tuple(classes))
     module = build(name, len(classes)).eval()
     _fill(module, found, meta, message, replace_head=replace_head)
     return Network(module, _with_normalization(meta, found), found.source, found.trained_on)
+
+
+def _fitting(name: str, found: Found, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the classes, if there are as many as outputs of weights that name none.
+
+    Raises:
+        WeightsError: there are more or fewer.
+    """
+    head = _head_keys(build_on_meta(name, 1000), 1000)
+    outputs = next((len(found.tensors[key]) for key in head if key in found.tensors), len(classes))
+    if outputs != len(classes):
+        raise WeightsError(
+            f"{found.source}: names no classes for its {outputs:,} outputs: name them with "
+            "--classes FILE, one per line in the order of the outputs"
+        )
+    return classes
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Network:
@@ -130,6 +152,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Network:
     Raises:
         WeightsError: the file is missing, damaged, another program's, or of AnchorNet.
     """
+    if of_another_program(Path(path)):
+        raise WeightsError(
+            f"{path}: written by another program, and does not say which network it is of: "
+            f"give --network NAME --weights {path}"
+        )
     weights = load_weights(path, None)
     name = weights.meta.architecture
     if name == "anchornet":

@@ -7,8 +7,9 @@ evaluating a network on it, and the same results.
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +20,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anchorpatch.errors import ImageError, NonFiniteError
+from anchorpatch.errors import ImageError, NonFiniteError, WeightsError
 from anchorpatch.images.decode import Decoded, decode
 from anchorpatch.images.loader import read_image
 from anchorpatch.jobs.evaluation.patch_scores import Distributions
 from anchorpatch.jobs.localizer import Localized, Localizer
-from anchorpatch.jobs.networks import Network, check_sides, load_checkpoint
+from anchorpatch.jobs.networks import (
+    Network,
+    best_weights,
+    check_sides,
+    load_checkpoint,
+    load_network,
+    run_folder,
+)
 from anchorpatch.lsp import PRESETS, SCALES, LspSettings, crop
+from anchorpatch.models.registry import check_name
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
 from anchorpatch.waits import shut_down, waiting_for
 
-__all__ = ["PredictConfig", "Prediction", "Predictor", "Unreadable"]
+__all__ = ["PredictConfig", "Prediction", "Predictor", "Unreadable", "names_file"]
 
 #: Images in a batch on a GPU; few, since a batch is always filled up.
 _GPU_IMAGES: Final = 32
+
+#: Names of weights files end so.
+_SUFFIXES: Final = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 #: Patches in a batch of the network.
 _PATCHES: Final = 64
@@ -44,15 +56,23 @@ class PredictConfig:
     """What decides on the pictures.
 
     Attributes:
-        network: a weights file of `anchorpatch finetune`.
-        weights: a weights file of AnchorNet.
+        network: a weights file that `anchorpatch finetune` wrote, or the name of a network.
+        anchornet_weights: of AnchorNet.
+        weights: of the named network: a file or "default"; None for
+            RUNS/NETWORK/best.safetensors.
+        classes: names of the outputs of the weights; None for what these say themselves, else
+            those of AnchorNet, if their number is right.
+        runs: folder of training runs.
         lsp: K, T and P of Algorithm 1.
         top: classes to tell of each picture.
         device: auto, cpu or cuda.
     """
 
-    network: Path
-    weights: Path
+    network: str | Path
+    anchornet_weights: Path
+    weights: str | Path | None = None
+    classes: tuple[str, ...] | None = None
+    runs: Path = Path("runs")
     lsp: LspSettings = PRESETS["evaluate"]
     top: int = 5
     device: str = "auto"
@@ -118,19 +138,22 @@ class Predictor:
 
     Args:
         config: what decides.
+        message: is told what takes long or is not as a user may think.
 
     Raises:
         WeightsError: a file cannot be used.
-        SettingsError: the network cannot take patches of a scale, or there is no such device.
+        SettingsError: there is no such network or device, or the network cannot take patches of
+            a scale.
     """
 
-    def __init__(self, config: PredictConfig) -> None:
+    def __init__(
+        self, config: PredictConfig, message: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.config, device = config, resolve_device(config.device)
-        self.network: Network = load_checkpoint(config.network)
+        anchornet = load_weights(config.anchornet_weights)
+        self.network = _load(config, anchornet.meta.classes, message)
         check_sides(self.network.meta.architecture, self.network.module)
-        self._localizer = Localizer(
-            load_weights(config.weights), config.lsp, device, batch_size=_GPU_IMAGES
-        )
+        self._localizer = Localizer(anchornet, config.lsp, device, batch_size=_GPU_IMAGES)
         module = self.network.module.to(device)
         self._run = Distributions(module, device, self.network.meta, amp=False)
         # Images are too small to share out, and a new thread starts with all cores.
@@ -181,8 +204,8 @@ class Predictor:
             local = self._localizer.submit(pixels).result()
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"{paths[error.row or 0]}: {error}; the weights {self.config.weights} may be "
-                "damaged or badly trained: train or download them again"
+                f"{paths[error.row or 0]}: {error}; {self.config.anchornet_weights} may be "
+                "damaged or badly trained: train AnchorNet or download its weights again"
             ) from error
         patches, sums = self._distributions(local, pixels)
         means = sums / torch.from_numpy(local.counts)[:, None]
@@ -241,6 +264,36 @@ class Predictor:
             crop=image.pixels,
             patches=patches,
         )
+
+
+def _load(
+    config: PredictConfig, otherwise: tuple[str, ...], message: Callable[[str], None]
+) -> Network:
+    """Load the network that decides; see `PredictConfig`."""
+    name = str(config.network)
+    if config.weights is not None:
+        return load_network(name, config.classes, config.weights, message, otherwise=otherwise)
+    if names_file(name):
+        return load_checkpoint(name)
+    check_name(name)
+    path = best_weights(run_folder(config.runs, name))
+    if not path.is_file():
+        raise WeightsError(
+            f"{path} does not exist: run `anchorpatch finetune {name}`, or name weights with "
+            "--weights FILE (--weights default: the published ones)"
+        )
+    return load_network(name, None, path, message)
+
+
+def names_file(network: str) -> bool:
+    """Tell whether a network is given by a weights file, and not by its name.
+
+    Example:
+        >>> names_file("runs/resnet50/best.safetensors"), names_file("timm:resnet50.a1_in1k")
+        (True, False)
+    """
+    path = Path(network)
+    return path.suffix in _SUFFIXES or os.sep in network or path.is_file()
 
 
 def _decoded(path: str) -> Decoded | str:

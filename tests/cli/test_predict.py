@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from anchorpatch.runtime.checkpoint import load_weights
 from tests.conftest import Program
 from tests.jobs.small_networks import save_small_network
 
@@ -26,8 +28,16 @@ def test_classes_patches_and_pictures(
     good = [image_folder / "val" / name / "00.JPEG" for name in ("cat", "dog")]
     (tmp_path / "bad.jpg").write_text("no picture")
     images = [good[0], "bad.jpg", good[1], "none.jpg"]
-    arguments = ["predict", *images, "--network", network, "--weights", weights]
-    result = program(*arguments, "--out", "drawn", "--top", 2, "--json")
+    arguments: list[object] = [
+        "predict",
+        *images,
+        "--network",
+        network,
+        "--anchornet-weights",
+        weights,
+    ]
+    lsp = ("--max-patches", 5, "--iou-threshold", 0.2, "--coverage", "0.1,0.2,0.3")
+    result = program(*arguments, "--out", "drawn", "--top", 2, "--json", *lsp)
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
         "anchorpatch: bad.jpg: not an image",
@@ -35,7 +45,11 @@ def test_classes_patches_and_pictures(
     ]
     report = json.loads(result.stdout)
     assert (report["architecture"], report["classes"]) == ("shufflenet_v2_x0_5", 3)
-    assert report["settings"]["preset"] == "evaluate"
+    assert report["weights"] == report["network"] == str(network)
+    assert report["settings"] == {
+        **{"preset": "evaluate", "max_patches": [5, 5, 5], "iou_threshold": 0.2},
+        "coverage": [0.1, 0.2, 0.3],
+    }
     assert report["unreadable"] == [
         {"path": "bad.jpg", "reason": "not an image"},
         {"path": "none.jpg", "reason": "missing"},
@@ -52,6 +66,7 @@ def test_classes_patches_and_pictures(
         assert image["class"] == image["top"][0]["class"]
         assert 1 >= image["top"][0]["probability"] >= image["top"][1]["probability"] >= 0
         scores = [patch["score"] for patch in image["patches"]]
+        assert 1 <= len(scores) <= 5
         assert scores == sorted(scores, reverse=True)
         for patch in image["patches"]:
             assert min(patch["y"], patch["x"]) >= 0
@@ -64,7 +79,7 @@ def test_names_from_stdin_and_plain_text(
     odd = tmp_path / os.fsdecode(b"odd \xff name.jpg")
     odd.write_bytes((image_folder / "val/cat/01.JPEG").read_bytes())
     names = os.fsencode(odd) + b"\n\n" + os.fsencode(image_folder / "val/cat/02.JPEG") + b"\n"
-    arguments = ["predict", "-", "--network", network, "--weights", weights]
+    arguments = ["predict", "-", "--network", network, "--anchornet-weights", weights]
     command = [sys.executable, "-m", "anchorpatch", *map(str, arguments)]
     result = subprocess.run(command, input=names, capture_output=True, timeout=240)
     assert (result.returncode, result.stderr) == (0, b"")
@@ -80,11 +95,43 @@ def test_names_from_stdin_and_plain_text(
         assert lines[begin + 2].count("(") == int(count) + 1
 
 
+def test_another_programs_weights(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path, network: Path
+) -> None:
+    own, name = tmp_path / "own.pth", "shufflenet_v2_x0_5"
+    torch.save(load_weights(network, name).tensors, own)
+    picture = image_folder / "val" / "cat" / "00.JPEG"
+    common = ("predict", picture, "--anchornet-weights", weights, "--network")
+
+    def line(*options: object) -> str:
+        done = program(*common, *options)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        return done.stderr
+
+    # The advice of each error is the next command.
+    assert f"give --network NAME --weights {own}" in line(own)
+    assert "names no classes for its 3 outputs: name them with --classes FILE" in line(
+        *(name, "--weights", own)
+    )
+    (tmp_path / "names.txt").write_text("a\nb\n\nc \n")
+    found = program(*common, name, "--weights", own, "--classes", "names.txt", "--json")
+    assert found.returncode == 0, found.stderr
+    expected = program(*common, network, "--json")
+    assert json.loads(found.stdout)["images"] == json.loads(expected.stdout)["images"]
+    (tmp_path / "names.txt").write_text("a\nb\na\n")
+    assert "each once, found 1 of them twice" in line(
+        *(name, "--weights", own, "--classes", "names.txt")
+    )
+
+
 def test_wrong_usage(program: Program, weights: Path) -> None:
     result = program("predict", "a.jpg")
     assert (result.returncode, result.stdout) == (2, "")
-    assert "Missing option '--network'. Name weights that `anchorpatch finetune`" in result.stderr
+    assert "Missing option '--network'. Name a network, such as resnet50, or" in result.stderr
     result = program("predict", "a.jpg", "--network", weights, "--weights", weights)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "AnchorNet's weights with --anchornet-weights" in result.stderr
+    result = program("predict", "a.jpg", "--network", "resnet50", "--anchornet-weights", weights)
     assert (result.returncode, result.stdout) == (1, "")
-    assert "expected a network for patches" in result.stderr
+    assert "best.safetensors does not exist: run `anchorpatch finetune resnet50`" in result.stderr
     assert result.stderr.count("\n") == 1

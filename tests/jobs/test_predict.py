@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from anchorpatch.errors import NonFiniteError, WeightsError
+from anchorpatch.errors import NonFiniteError, SettingsError, WeightsError
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.jobs.networks import load_checkpoint
 from anchorpatch.jobs.predict import PredictConfig, Prediction, Predictor, Unreadable
 from anchorpatch.lsp import PRESETS
+from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from anchorpatch.shards.reader import ShardReader
 from tests.jobs.small_networks import save_small_network
@@ -33,7 +35,7 @@ def test_the_same_as_extracting_and_adding_softmaxes(
     run(ExtractConfig(image_folder, "val", weights, tmp_path, lsp=lsp, workers=0))
     reader = ShardReader(tmp_path / "val")
     paths = [image_folder / "val" / path.decode() for path in reader.path]
-    found = predict(PredictConfig(network, weights, lsp, top=2), paths)
+    found = predict(PredictConfig(network, weights, lsp=lsp, top=2), paths)
     module = load_checkpoint(network).module
     mean = torch.tensor([0.485, 0.456, 0.406])
     std = torch.tensor([0.229, 0.224, 0.225])
@@ -143,6 +145,24 @@ def test_files_that_are_no_networks_for_patches(
     ):
         with pytest.raises(WeightsError, match=message):
             Predictor(PredictConfig(of_network, of_anchornet))
+
+
+def test_a_network_by_its_name(tmp_path: Path, weights: Path, network: Path) -> None:
+    config = PredictConfig("shufflenet_v2_x0_5", weights, runs=tmp_path)
+    with pytest.raises(WeightsError, match=r"finetune shufflenet_v2_x0_5`, or name weights with"):
+        Predictor(config)
+    with pytest.raises(SettingsError, match="no network is named 'shufflenet'"):
+        Predictor(replace(config, network="shufflenet"))
+    path = tmp_path / "shufflenet_v2_x0_5" / "best.safetensors"
+    save_small_network(path)
+    assert Predictor(config).network.meta.classes == ("a", "b", "c")
+    # As many outputs as AnchorNet has classes.
+    lines: list[str] = []
+    state = build("shufflenet_v2_x0_5", 2).state_dict()
+    torch.save(state, tmp_path / "two.pth")
+    two = Predictor(replace(config, weights=tmp_path / "two.pth"), lines.append)
+    assert two.network.meta.classes == ("cat", "dog")
+    assert "names no classes; its 2 outputs are taken for the classes" in lines[0]
 
 
 def test_nan_is_told_with_the_picture(
