@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -78,6 +79,8 @@ def main() -> NoReturn:
     except ImportError:
         sys.exit("anchorpatch: runs on Linux and macOS only; on Windows, use WSL")
     open_streams()
+    # Its warnings are of cache folders and of fonts that lack a weight.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     for number in STOP_SIGNALS:
         # Ctrl-C has Python's own handler; nohup has SIGHUP ignored, which is to stay.
         if number != signal.SIGINT and signal.getsignal(number) is not signal.SIG_IGN:

@@ -23,6 +23,7 @@ from anchorpatch.cli.options import (
 )
 from anchorpatch.cli.output import print_json
 from anchorpatch.errors import DataError, reason_of
+from anchorpatch.text import counted
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.predict import Prediction
@@ -190,12 +191,14 @@ def _text(result: Prediction, drawn: Path | None) -> str:
         f"({y}, {x}) {score:.3g}"
         for (y, x), score in zip(result.corners.tolist(), result.scores.tolist(), strict=True)
     )
-    lines.append(
-        f"  {len(result.scores)} patches of {result.scale} px, (y, x) and score: {patches}"
-    )
+    lines.append(f"  {_counted(result)} of {result.scale} px, (y, x) and score: {patches}")
     if drawn is not None:
         lines.append(f"  {_printable(str(drawn))}")
     return "\n".join(lines)
+
+
+def _counted(result: Prediction) -> str:
+    return counted(len(result.scores), "patch", "patches")
 
 
 class _Pictures:
@@ -221,7 +224,7 @@ class _Pictures:
             result.scores,
             image=result.crop,
             caption=f"{_printable(Path(result.path).name)}: {name} {probability:.1%}, "
-            f"{len(result.scores)} patches of {result.scale} px",
+            f"{_counted(result)} of {result.scale} px",
         )
         path = self.folder / self._name(Path(result.path).stem)
         write_atomically(path, lambda file: picture.save(file, "PNG"))

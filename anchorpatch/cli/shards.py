@@ -11,6 +11,7 @@ from anchorpatch.cli.config import Command, did_you_mean
 from anchorpatch.cli.options import PATH, json_option
 from anchorpatch.cli.output import bytes_text, print_json, print_table
 from anchorpatch.errors import ShardError
+from anchorpatch.text import counted
 
 if TYPE_CHECKING:
     from anchorpatch.shards.facts import SplitFacts
@@ -117,7 +118,8 @@ def show(folder: Path, image: str, out: Path) -> None:
     path = bytes(reader.path[row]).decode("utf-8", "replace")
     label = reader.classes[reader.label[row]]
     predicted = reader.network_classes[reader.predicted[row]]
-    caption = f"{path}: label {label}, predicted {predicted}, {len(found.pixels)} patches"
+    patches = counted(len(found.pixels), "patch", "patches")
+    caption = f"{path}: label {label}, predicted {predicted}, {patches}"
     picture = patch_figure(
         found.pixels,
         found.corners,

@@ -132,19 +132,19 @@ class _Page:
 def _row(axes: Sequence[Axes], example: AttentionExample, weight: Normalize) -> None:
     image = example.image
     axes[0].imshow(image.pixels, extent=_EDGES)
-    lines = [image.label]
+    names = [("", image.label, "")]
     if image.predicted != image.label:
-        lines.append(f"predicted {image.predicted}")
-    _caption(axes[0], lines)
+        names.append(("predicted ", image.predicted, ""))
+    _caption(axes[0], names)
     for j, scale in enumerate(SCALES):
         chosen = scale == image.scale
         attention, heatmap = example.attention[j], example.heatmaps[j]
         largest = float(np.abs(heatmap).max())
         _overlay(axes[1 + j], image.pixels, attention, scale, weight, _SEQUENTIAL)
         _overlay(axes[4 + j], image.pixels, heatmap / (largest or 1), scale, _EVIDENCE, _SIGNED)
-        words = f"{example.branch_class[j]} {example.branch_prob[j]:.0%}"
+        words = ("", example.branch_class[j], f" {example.branch_prob[j]:.0%}")
         _caption(axes[1 + j], [words], chosen=chosen)
-        _caption(axes[4 + j], [f"largest |M| {rounded(largest)}"], chosen=chosen)
+        _caption(axes[4 + j], [("largest |M| ", rounded(largest), "")], chosen=chosen)
 
 
 def _overlay(
@@ -172,10 +172,13 @@ def _overlay(
     axis.set(xlim=_EDGES[:2], ylim=_EDGES[2:])
 
 
-def _caption(axis: Axes, lines: Sequence[str], *, chosen: bool = False) -> None:
-    """Write below a panel, and frame the one of the branch that localizes the image."""
-    face = font(ceil(_SMALL * 100 / 72), bold=chosen)
-    text = "\n".join(fitted(line, int(_SIDE * 100) - 4, face) for line in lines)
+def _caption(axis: Axes, lines: Sequence[tuple[str, str, str]], *, chosen: bool = False) -> None:
+    """Write below a panel, and frame the one of the branch that localizes the image.
+
+    A line is a name that may be shortened, with what stands before and behind it.
+    """
+    face, width = font(ceil(_SMALL * 100 / 72), bold=chosen), int(_SIDE * 100) - 4
+    text = "\n".join(fitted(name, width, face, start=a, end=b) for a, name, b in lines)
     axis.set_xlabel(
         _plain(text), fontsize=_SMALL, labelpad=4, fontweight="bold" if chosen else "normal"
     )

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import groupby
 from math import ceil
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from PIL import Image, ImageDraw, ImageFont
+
+from anchorpatch.text import clean, decimal
+
+if TYPE_CHECKING:
+    from matplotlib.font_manager import FontEntry
 
 __all__ = [
     "BLACK",
@@ -16,8 +25,10 @@ __all__ = [
     "GREY",
     "PAPER",
     "Color",
+    "Font",
     "beside",
     "bordered",
+    "fallbacks",
     "fitted",
     "font",
     "rounded",
@@ -31,35 +42,154 @@ BLACK: Final = (0, 0, 0)
 GREY: Final = (88, 88, 88)
 PAPER: Final = (255, 255, 255)
 
+#: Stands for a character that no font has.
+_BOX: Final = "\N{WHITE SQUARE}"
+
 #: Space between parts, in pixels.
 GAP: Final = 8
 
 
+class Font:
+    """Type of one size: DejaVu Sans, and a font of the system for what that lacks.
+
+    Args:
+        size: in pixels.
+        bold: take the bold type, where DejaVu Sans has the character.
+
+    Attributes:
+        face: DejaVu Sans.
+    """
+
+    def __init__(self, size: int, *, bold: bool = False) -> None:
+        self._path = _dejavu(bold)
+        self._faces = {self._path: ImageFont.truetype(self._path, size)}
+        self.face = self._faces[self._path]
+
+    def width(self, text: str) -> float:
+        """Return how wide a line is, in pixels."""
+        return sum(face.getlength(run) for run, face in self._runs(text))
+
+    def draw(self, draw: ImageDraw.ImageDraw, x: float, y: float, text: str, fill: Color) -> None:
+        """Write a line whose top left corner is at (x, y)."""
+        base = y + self.face.getmetrics()[0]
+        for run, face in self._runs(text):
+            draw.text((x, base), run, fill, face, anchor="ls")
+            x += face.getlength(run)
+
+    def _runs(self, text: str) -> list[tuple[str, ImageFont.FreeTypeFont]]:
+        """Split a line into pieces that one font has."""
+        text = _one_line(text)
+        others = [entry.fname for entry in fallbacks(text)]
+        if not others:
+            return [(text, self.face)]
+
+        def path_of(character: str) -> str:
+            known = (p for p in (self._path, *others) if ord(character) in _characters(p))
+            return next(known, self._path)
+
+        return [("".join(run), self._face(path)) for path, run in groupby(text, path_of)]
+
+    def _face(self, path: str) -> ImageFont.FreeTypeFont:
+        if path not in self._faces:
+            self._faces[path] = ImageFont.truetype(path, int(self.face.size))
+        return self._faces[path]
+
+
 @lru_cache(maxsize=16)
-def font(size: int = 14, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which matplotlib brings: Latin, Greek, Cyrillic and more."""
+def font(size: int = 14, *, bold: bool = False) -> Font:
+    """Return the type of all pictures in a size in pixels."""
+    return Font(size, bold=bold)
+
+
+@lru_cache(maxsize=1024)
+def fallbacks(text: str) -> tuple[FontEntry, ...]:
+    """Return the system's fonts for the characters that DejaVu Sans lacks, as few as it takes."""
+    missing = {ord(c) for c in text if unicodedata.category(c)[0] != "C"}
+    missing -= _characters(_dejavu(bold=False))
+    chosen = []
+    while missing:
+        fonts = [entry for entry in _system_fonts() if entry not in chosen]
+        whole = (entry for entry in fonts if missing <= _characters(entry.fname))
+        best = next(whole, None) or max(
+            fonts, key=lambda entry: len(missing & _characters(entry.fname)), default=None
+        )
+        if best is None or missing.isdisjoint(_characters(best.fname)):
+            break
+        chosen.append(best)
+        missing -= _characters(best.fname)
+    return tuple(chosen)
+
+
+def _dejavu(bold: bool) -> str:
+    """Return the path of DejaVu Sans, which matplotlib brings: Latin, Greek, Cyrillic and more."""
     import matplotlib  # not for pictures without type
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", name))
 
 
-def fitted(text: str, width: int, face: ImageFont.FreeTypeFont) -> str:
-    """Shorten a line in its middle until it fits into a width in pixels.
+@cache
+def _system_fonts() -> tuple[FontEntry, ...]:
+    """Return the system's upright fonts, those of ordinary weight first."""
+    from matplotlib import font_manager
+
+    manager, paths = font_manager.fontManager, set(font_manager.findSystemFonts())
+    # Matplotlib keeps its list in a file, and does not look for fonts installed since.
+    for path in sorted(paths - {entry.fname for entry in manager.ttflist}):
+        # Bitmaps of one size, such as coloured emoji, and damaged files.
+        with contextlib.suppress(OSError, RuntimeError, NotImplementedError, ValueError, KeyError):
+            manager.addfont(path)
+    # Of a collection the first, as Pillow takes it.
+    entries = {entry.fname: entry for entry in reversed(manager.ttflist)}
+    usable = [
+        entry
+        for path, entry in entries.items()
+        # Apple's last resort draws every character as a box.
+        if path in paths and entry.style == "normal" and "LastResort" not in path
+    ]
+    return tuple(
+        sorted(usable, key=lambda e: (abs(int(e.weight) - 400), "Serif" in e.name, e.fname))
+    )
+
+
+@cache
+def _characters(path: str) -> frozenset[int]:
+    """Return the code points that a font has."""
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(path).get_charmap())
+
+
+def _one_line(text: str) -> str:
+    """Compose accents, and replace what cannot be drawn in one line: by a box what no font has."""
+    text = re.sub(r"\s", " ", clean(unicodedata.normalize("NFC", text)))
+    paths = (_dejavu(bold=False), *(entry.fname for entry in fallbacks(text)))
+    return "".join(c if any(ord(c) in _characters(p) for p in paths) else _BOX for c in text)
+
+
+def fitted(text: str, width: float, face: Font, *, start: str = "", end: str = "") -> str:
+    """Shorten a name in its middle until its line fits into a width in pixels.
+
+    Args:
+        text: the name.
+        width: in pixels.
+        face: in which the line is written.
+        start: what stands before the name and is never shortened.
+        end: what stands behind it and is never shortened.
 
     Example:
         >>> fitted("n02102040", 200, font())
         'n02102040'
-        >>> fitted("a_very_long_class_name", 100, font())[:4]
-        'a_ve'
+        >>> fitted("a_very_long_class_name", 130, font(), end=", 87%")
+        'a_ve…name, 87%'
     """
-    if face.getlength(text) <= width:
-        return text
+    text = _one_line(text)
+    line = f"{start}{text}{end}"
     for kept in range(len(text) - 1, 1, -1):
-        shorter = f"{text[: ceil(kept / 2)]}…{text[-(kept // 2) :]}"
-        if face.getlength(shorter) <= width:
-            return shorter
-    return "…"
+        if face.width(line) <= width:
+            return line
+        line = f"{start}{text[: ceil(kept / 2)]}…{text[-(kept // 2) :]}{end}"
+    return line if face.width(line) <= width else f"{start}…{end}"
 
 
 def written(
@@ -69,27 +199,35 @@ def written(
     size: int = 14,
     bold: bool = False,
     fill: Color = BLACK,
-    lines: int | None = None,
+    wrap: bool = False,
+    start: str = "",
+    end: str = "",
 ) -> Image.Image:
-    """Return text as a picture, on as many lines as it needs.
+    """Return text as a picture.
 
     Args:
-        text: words too long for a line are shortened in their middle.
-        width: of the picture in pixels; None: of the text, on one line.
+        text: shortened in its middle where the line is too long.
+        width: of the picture in pixels; None: of the text.
         size: of the type in pixels.
         bold: take the bold type.
         fill: colour of the type.
-        lines: how many lines to have; the rest is dropped or left empty.
+        wrap: take as many lines as it needs, and shorten only words too long for one.
+        start: what stands before the text and is never shortened.
+        end: what stands behind it and is never shortened.
     """
     face = font(size, bold=bold)
-    broken = [text] if width is None else _wrapped(text, width, face)
-    broken = broken if lines is None else broken[:lines]
-    width = ceil(face.getlength(text)) if width is None else width
+    if width is None:
+        lines = [f"{start}{text}{end}"]
+        width = ceil(face.width(lines[0]))
+    elif wrap:
+        lines = _wrapped(f"{start}{text}{end}", width, face)
+    else:
+        lines = [fitted(text, width, face, start=start, end=end)]
     height = round(size * 1.3)
-    picture = Image.new("RGB", (width, (lines or max(1, len(broken))) * height), PAPER)
+    picture = Image.new("RGB", (width, max(1, len(lines)) * height), PAPER)
     draw = ImageDraw.Draw(picture)
-    for i, line in enumerate(broken):
-        draw.text((0, i * height), line, fill, face)
+    for i, line in enumerate(lines):
+        face.draw(draw, 0, i * height, line, fill)
     return picture
 
 
@@ -100,7 +238,7 @@ def rounded(value: float) -> str:
         >>> rounded(4792.4), rounded(13.52), rounded(0.01234)
         ('4,792', '13.5', '0.0123')
     """
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return decimal(value, 0) if abs(value) >= 100 else f"{value + 0.0:.3g}"
 
 
 def stacked(parts: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
@@ -139,11 +277,11 @@ def bordered(picture: Image.Image, margin: int = 2 * GAP) -> Image.Image:
     return page
 
 
-def _wrapped(text: str, width: int, face: ImageFont.FreeTypeFont) -> list[str]:
+def _wrapped(text: str, width: int, face: Font) -> list[str]:
     lines: list[str] = []
     for word in (fitted(word, width, face) for word in text.split()):
         longer = f"{lines[-1]} {word}" if lines else word
-        if lines and face.getlength(longer) <= width:
+        if lines and face.width(longer) <= width:
             lines[-1] = longer
         else:
             lines.append(word)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from anchorpatch.figures.canvas import (
     GAP,
     GREY,
-    PAPER,
     Color,
     beside,
     bordered,
@@ -18,9 +17,10 @@ from anchorpatch.figures.canvas import (
     stacked,
     written,
 )
-from anchorpatch.figures.frames import MARK, Mark, cross, draw_frames, framed, tick
+from anchorpatch.figures.frames import MARK, Mark, badge, cross, draw_frames, framed, tick
 from anchorpatch.figures.patches import heading, localized_picture
 from anchorpatch.jobs.figures.errors import BranchError, BranchErrors, Evidence
+from anchorpatch.text import counted
 
 __all__ = ["RIGHT", "WRONG", "errors_figure"]
 
@@ -49,7 +49,7 @@ def errors_figure(result: BranchErrors) -> Image.Image:
     for scale, errors in result.errors.items():
         text = (
             f"is wrong and another branch right about {result.found[scale]:,} of "
-            f"{result.looked.images:,} images"
+            f"{counted(result.looked.images, 'image')}"
         )
         rows = [_row(error, scale) for error in errors]
         blocks.append(stacked([heading(scale, text), *rows], 2 * GAP))
@@ -59,24 +59,17 @@ def errors_figure(result: BranchErrors) -> Image.Image:
 def _legend() -> Image.Image:
     return beside(
         [
-            _sign(cross(WRONG)),
+            badge(cross(WRONG)),
             written(
                 "most evidence of the branch for the class it predicts, which is wrong",
                 None,
                 size=13,
                 fill=GREY,
             ),
-            _sign(tick(RIGHT)),
+            badge(tick(RIGHT)),
             written("most evidence of the branch for the true class", None, size=13, fill=GREY),
         ]
     )
-
-
-def _sign(mark: Mark) -> Image.Image:
-    """Return a mark as a picture."""
-    sign = Image.new("RGB", (MARK, MARK), PAPER)
-    mark(ImageDraw.Draw(sign), 0, 0)
-    return sign
 
 
 def _row(error: BranchError, scale: int) -> Image.Image:
@@ -87,9 +80,9 @@ def _row(error: BranchError, scale: int) -> Image.Image:
     parts = [
         stacked(
             [
-                written(error.true.name, image.width, bold=True, lines=1),
+                written(error.true.name, image.width, bold=True),
                 image,
-                written(f"right by {others}", image.width, size=12, fill=GREY, lines=1),
+                written(f"right by {others}", image.width, size=12, fill=GREY),
             ],
             2,
         ),
@@ -100,10 +93,12 @@ def _row(error: BranchError, scale: int) -> Image.Image:
         typical = error.typical
         note = f"{typical.probability:.0%} by {scale} px"
         picture = localized_picture(typical.pixels, typical.corners, scale, note=note)
-        name = written(f"an image of {error.mistaken.name}", picture.width, lines=1)
+        name = written(error.mistaken.name, picture.width, start="an image of ")
         parts.append(stacked([name, picture], 2))
     else:
-        parts.append(written(f"no image of {error.mistaken.name} that it is right about", 224))
+        parts.append(
+            written(f"no image of {error.mistaken.name} that it is right about", 224, wrap=True)
+        )
     return beside(parts, 2 * GAP)
 
 
@@ -113,7 +108,7 @@ def _patch(
     y, x = evidence.corner
     cut = framed(error.pixels[y : y + scale, x : x + scale], color, _MARGIN)
     width = max(cut.width, _PATCH_TEXT)
-    name = written(evidence.name, width - MARK - GAP, lines=1)
+    name = written(evidence.name, width - MARK - GAP)
     facts = (f"evidence {rounded(evidence.score)}", f"{evidence.probability:.0%} by {scale} px")
-    lines = [written(fact, width, size=12, fill=GREY, lines=1) for fact in facts]
-    return stacked([beside([_sign(mark), name]), cut, *lines], 2)
+    lines = [written(fact, width, size=12, fill=GREY) for fact in facts]
+    return stacked([beside([badge(mark), name]), cut, *lines], 2)

@@ -17,6 +17,7 @@ __all__ = [
     "MARK",
     "Box",
     "Mark",
+    "badge",
     "cross",
     "draw_frames",
     "enlarged",
@@ -114,8 +115,15 @@ def draw_frames(
     return picture
 
 
+def badge(mark: Mark) -> Image.Image:
+    """Return a mark as a picture of its own."""
+    picture = Image.new("RGB", (MARK, MARK), PAPER)
+    mark(ImageDraw.Draw(picture), 0, 0)
+    return picture
+
+
 def number(value: int, color: Color) -> Mark:
-    """Return a mark that shows a number, dark on a colour."""
+    """Return a mark that shows a number, dark on a light colour and light on a dark one."""
     return partial(_number, value, color)
 
 
@@ -132,7 +140,9 @@ def cross(color: Color) -> Mark:
 def _number(value: int, color: Color, draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
     draw.rectangle((x, y, x + MARK - 1, y + MARK - 1), fill=color)
     middle = (x + MARK / 2, y + MARK / 2)
-    draw.text(middle, str(value), BLACK, font(11, bold=True), anchor="mm")
+    face = font(11 if value < 100 else 6, bold=True).face
+    light = (299 * color[0] + 587 * color[1] + 114 * color[2]) / 1000
+    draw.text(middle, str(value), BLACK if light > 100 else PAPER, face, anchor="mm")
 
 
 def _sign(

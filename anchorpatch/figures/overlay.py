@@ -1,18 +1,20 @@
-"""Pictures of patches: boxes on the image they are from, and the patches side by side."""
+"""Pictures of patches: frames on the image they are from, and the patches side by side."""
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from math import ceil
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from anchorpatch.figures.frames import enlarged, frame
+from anchorpatch.figures.canvas import font, rounded
+from anchorpatch.figures.frames import draw_frames, enlarged, number
 
-__all__ = ["draw_boxes", "patch_figure", "patch_sheet", "rank_color"]
+__all__ = ["patch_figure", "patch_sheet", "rank_color"]
 
 _BACKGROUND: Final = (255, 255, 255)
 _TEXT: Final = (32, 32, 32)
@@ -38,35 +40,6 @@ def rank_color(rank: int, count: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def draw_boxes(
-    pixels: NDArray[np.uint8],
-    corners: NDArray[Any],
-    theta: int,
-    *,
-    zoom: int = 1,
-    width: int = 1,
-) -> Image.Image:
-    """Frame patches in their image; the strongest, which come first, lie on top.
-
-    The frame is the outermost ``width`` pixels of the patch itself.
-
-    Args:
-        pixels: uint8 (H, W, 3).
-        corners: top-left (y, x) of each patch in pixels (k, 2), the strongest first.
-        theta: side of the patches in pixels.
-        zoom: enlarge the picture so many times.
-        width: of the frames, in pixels of the enlarged picture.
-    """
-    picture = enlarged(pixels, zoom)
-    draw = ImageDraw.Draw(picture)
-    boxes = [(x * zoom, y * zoom) for y, x in np.asarray(corners).tolist()]
-    side = theta * zoom
-    for rank in reversed(range(len(boxes))):
-        x, y = boxes[rank]
-        frame(draw, (x, y, x + side, y + side), rank_color(rank, len(boxes)), width)
-    return picture
-
-
 def patch_sheet(
     patches: NDArray[np.uint8], scores: Sequence[float] | NDArray[Any], *, zoom: int = 1
 ) -> Image.Image:
@@ -86,7 +59,7 @@ def patch_sheet(
     draw = ImageDraw.Draw(sheet)
     for rank in range(count):
         x, y = rank % columns * cell[0], rank // columns * cell[1]
-        draw.text((x, y), f"{rank + 1}:  {float(scores[rank]):.3g}", _TEXT, _font())
+        font().draw(draw, x, y, f"{rank + 1}:  {rounded(float(scores[rank]))}", _TEXT)
         y += _LINE
         draw.rectangle((x, y, x + side - 1, y + side - 1), fill=rank_color(rank, count))
         sheet.paste(enlarged(patches[rank], zoom), (x + _FRAME, y + _FRAME))
@@ -102,7 +75,7 @@ def patch_figure(
     caption: str = "",
     zoom: int = 2,
 ) -> Image.Image:
-    """Show the patches of an image beside the image, where it is at hand.
+    """Show the patches of an image, numbered, beside the image with their frames, if at hand.
 
     Args:
         patches: uint8 (k, theta, theta, 3), the strongest first.
@@ -114,20 +87,19 @@ def patch_figure(
     """
     parts = []
     if image is not None:
-        parts.append(draw_boxes(image, corners, patches.shape[1], zoom=zoom, width=_FRAME))
+        colors = [rank_color(rank, len(corners)) for rank in range(len(corners))]
+        marks = [number(rank + 1, color) for rank, color in enumerate(colors)]
+        side = patches.shape[1]
+        parts.append(draw_frames(image, corners, side, colors, marks, zoom=zoom, width=_FRAME))
     parts.append(patch_sheet(patches, scores, zoom=zoom))
     top = _GAP + (_LINE + _GAP if caption else 0)
-    needed = round(_font().getlength(caption)) + 2 * _GAP
+    needed = ceil(font().width(caption)) + 2 * _GAP
     width = max(needed, sum(part.width for part in parts) + _GAP * (len(parts) + 1))
     height = max(part.height for part in parts) + top + _GAP
     figure = Image.new("RGB", (width, height), _BACKGROUND)
-    ImageDraw.Draw(figure).text((_GAP, _GAP), caption, _TEXT, _font())
+    font().draw(ImageDraw.Draw(figure), _GAP, _GAP, caption, _TEXT)
     x = _GAP
     for part in parts:
         figure.paste(part, (x, top))
         x += part.width + _GAP
     return figure
-
-
-def _font() -> Any:
-    return ImageFont.load_default(14)

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from anchorpatch.figures.canvas import BLACK, GAP, GREY, beside, bordered, stacked, written
-from anchorpatch.figures.frames import COLORS, draw_frames, framed, number
+from anchorpatch.figures.frames import COLORS, badge, draw_frames, framed, number
 from anchorpatch.jobs.figures.examples import Example
 from anchorpatch.jobs.figures.patches import PatchExamples
+from anchorpatch.text import counted
 
 __all__ = ["heading", "localized_picture", "patches_figure"]
 
@@ -43,7 +44,7 @@ def patches_figure(result: PatchExamples) -> Image.Image:
     blocks = []
     for scale, of_scale in cells.items():
         share = result.by_scale[scale] / result.looked.images
-        top = heading(scale, f"chosen by {share:.1%} of {result.looked.images:,} images")
+        top = heading(scale, f"chosen by {share:.1%} of {counted(result.looked.images, 'image')}")
         blocks.append(stacked([top, _grid(of_scale, width)] if of_scale else [top]))
     return bordered(stacked(blocks, 3 * GAP))
 
@@ -51,7 +52,7 @@ def patches_figure(result: PatchExamples) -> Image.Image:
 def localized_picture(
     pixels: NDArray[np.uint8], corners: NDArray[Any], theta: int, *, note: str = ""
 ) -> Image.Image:
-    """Draw an image with its patches framed and numbered, and cut out beside it.
+    """Draw an image with its patches framed and numbered, and cut out beside it, in rows.
 
     Args:
         pixels: the crop, uint8 (224, 224, 3).
@@ -62,16 +63,17 @@ def localized_picture(
     color = COLORS[theta]
     marks = [number(rank + 1, color) for rank in range(len(corners))]
     image = draw_frames(pixels, corners, theta, [color] * len(corners), marks, width=_MARGIN)
+    # The number stands beside the patch: no pixel of it is hidden.
     cuts = [
-        framed(pixels[y : y + theta, x : x + theta], color, _MARGIN)
-        for y, x in np.asarray(corners).tolist()
+        beside([badge(mark), framed(pixels[y : y + theta, x : x + theta], color, _MARGIN)], 0)
+        for mark, (y, x) in zip(marks, np.asarray(corners).tolist(), strict=True)
     ]
-    rows = max(1, round(len(pixels) / (theta + 3 * _MARGIN)))
-    columns = [stacked(cuts[i : i + rows], _MARGIN) for i in range(0, len(cuts), rows)]
+    most = max(1, round(len(pixels) / (theta + 3 * _MARGIN)))  # rows beside the image
+    columns = -(-len(cuts) // most)
+    rows = [beside(cuts[i : i + columns], 2 * _MARGIN) for i in range(0, len(cuts), columns)]
     if note:
-        line = written(note, image.width, size=12, fill=GREY, lines=1)
-        image = stacked([image, line], _MARGIN)
-    return beside([image, beside(columns, _MARGIN)], 2 * _MARGIN)
+        image = stacked([image, written(note, image.width, size=12, fill=GREY)], _MARGIN)
+    return beside([image, stacked(rows, _MARGIN)], 2 * _MARGIN)
 
 
 def _cell(example: Example, *, predicted: bool) -> Image.Image:
@@ -79,9 +81,9 @@ def _cell(example: Example, *, predicted: bool) -> Image.Image:
     lines = [written(example.label, picture.width)]
     if predicted:
         right = example.label == example.predicted
-        what = "right" if right else f"as {example.predicted}"
-        text = f"predicted {what}, {example.probability:.0%}"
-        lines.append(written(text, picture.width, size=12, fill=GREY, lines=1))
+        name, start = ("right", "predicted ") if right else (example.predicted, "predicted as ")
+        end = f", {example.probability:.0%}"
+        lines.append(written(name, picture.width, size=12, fill=GREY, start=start, end=end))
     return stacked([*lines, picture], 2)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from anchorpatch.errors import SettingsError
+from anchorpatch.figures.canvas import fallbacks
 from anchorpatch.storage import write_atomically
 
-__all__ = ["picture_kind", "save_figure"]
+__all__ = ["drawable", "encoded", "picture_kind", "save_figure"]
 
 #: Kind of picture by the ending of its name.
 _KINDS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP", ".pdf": "PDF"}
@@ -61,21 +65,45 @@ def save_figure(
         SettingsError: the format is not known.
         StorageError: the disk refused.
     """
-    kind = picture_kind(path)
+    data = encoded(picture, picture_kind(path), dpi=dpi)
+    write_atomically(path, lambda file: file.write(data))
+    beside = path.with_suffix(".json")
+    text = json.dumps({**facts, "picture": path.name}, indent=2, ensure_ascii=False)
+    write_atomically(beside, lambda file: file.write(f"{text}\n".encode()))
+    return beside
+
+
+def encoded(picture: Image.Image | Figure, kind: str, *, dpi: int = 100) -> bytes:
+    """Return the file of a picture.
+
+    Args:
+        picture: from one of this package's functions.
+        kind: format, see `picture_kind`.
+        dpi: pixels of an inch, for a matplotlib figure.
+    """
     buffer = io.BytesIO()
-    if isinstance(picture, Figure):
+    if not isinstance(picture, Figure):
+        picture.save(buffer, kind, **(_pillow(kind) or {}))
+        return buffer.getvalue()
+    with drawable(picture):
         # Without the time of day, equal figures are equal files.
         metadata = {"CreationDate": None} if kind == "PDF" else None
         picture.savefig(
             buffer, format=kind.lower(), dpi=dpi, metadata=metadata, pil_kwargs=_pillow(kind)
         )
-    else:
-        picture.save(buffer, kind, **(_pillow(kind) or {}))
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
-    beside = path.with_suffix(".json")
-    text = json.dumps({**facts, "picture": path.name}, indent=2, ensure_ascii=False)
-    write_atomically(beside, lambda file: file.write(f"{text}\n".encode()))
-    return beside
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def drawable(figure: Figure) -> Iterator[None]:
+    """Give a figure's text the fonts that it needs; what no font has becomes boxes, silently."""
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if others := [entry.name for entry in fallbacks(text.get_text())]:
+            text.set_fontfamily(["DejaVu Sans", *others])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
 
 
 def _pillow(kind: str) -> dict[str, Any] | None:

@@ -10,9 +10,10 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from anchorpatch.errors import SettingsError
+from anchorpatch.figures.canvas import BLACK, fitted, font
 from anchorpatch.figures.frames import COLORS, frame
 from anchorpatch.storage import write_atomically
 
@@ -21,7 +22,6 @@ __all__ = ["TRUTH", "Tile", "contact_sheet", "save_png"]
 #: Colour of the dashed frame of the true box.
 TRUTH: Final = (255, 255, 255)
 
-_BLACK: Final = (0, 0, 0)
 _PAPER: Final = (250, 250, 250)
 _ZOOM: Final = 1.5
 _GAP: Final = 12
@@ -69,11 +69,11 @@ def contact_sheet(tiles: Sequence[Tile], columns: int = 3, title: str = "") -> I
     rows = math.ceil(len(tiles) / columns)
     top = _GAP + (_CAPTION + _GAP if title else 0)
     sheet = Image.new("RGB", (columns * width + _GAP, top + rows * height), _PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    draw.text((_GAP, _GAP), title, fill=_BLACK, font=font)
+    draw, face = ImageDraw.Draw(sheet), font()
+    face.draw(draw, _GAP, _GAP, fitted(title, sheet.width - 2 * _GAP, face), BLACK)
     for i, (tile, image) in enumerate(zip(tiles, drawn, strict=True)):
         x, y = _GAP + i % columns * width, top + i // columns * height
-        draw.text((x, y), tile.caption, fill=_BLACK, font=font)
+        face.draw(draw, x, y, fitted(tile.caption, image.width, face), BLACK)
         sheet.paste(image, (x, y + _CAPTION))
     return sheet
 
@@ -114,8 +114,8 @@ def _dashed(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], dash: int
     for k, x in enumerate(range(x0, x1 + 1, dash)):
         for y in (y0, y1):
             ends = (x, y, min(x + dash - 1, x1), y)
-            draw.line(ends, fill=_BLACK if k % 2 else TRUTH, width=2)
+            draw.line(ends, fill=BLACK if k % 2 else TRUTH, width=2)
     for k, y in enumerate(range(y0, y1 + 1, dash)):
         for x in (x0, x1):
             ends = (x, y, x, min(y + dash - 1, y1))
-            draw.line(ends, fill=_BLACK if k % 2 else TRUTH, width=2)
+            draw.line(ends, fill=BLACK if k % 2 else TRUTH, width=2)

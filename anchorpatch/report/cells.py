@@ -62,6 +62,11 @@ class Column:
     numeric: bool = True
     help: str = ""
 
+    @property
+    def long(self) -> bool:
+        """Whether it may be broken into lines, as a long cell."""
+        return Cell(self.name, None).long
+
 
 @dataclass(frozen=True)
 class Table:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Final
+from unicodedata import east_asian_width
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from anchorpatch.figures.save import drawable
 from anchorpatch.jobs.scores import OUTPUTS
 from anchorpatch.report.collect import Run, number
 from anchorpatch.text import clean
@@ -152,9 +154,7 @@ def draw(chart: Chart, key: str, width: float = 3.6, height: float = 2.9) -> str
         width: in inches; the page scales it.
         height: in inches.
     """
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": key}), warnings.catch_warnings():
-        # The browser draws the letters; matplotlib only measures them.
-        warnings.filterwarnings("ignore", "Glyph .* missing")
+    with matplotlib.rc_context({**_RC, "svg.hashsalt": key}):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -181,7 +181,9 @@ def draw(chart: Chart, key: str, width: float = 3.6, height: float = 2.9) -> str
                 columnspacing=1.4,
             )
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        # The browser draws the letters; matplotlib only measures them.
+        with drawable(figure):
+            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return _themed(file.getvalue(), key)
 
 
@@ -236,8 +238,13 @@ def _line(axes: Any, series: Series) -> Line2D:
 
 
 def _short(name: str, most: int = 30) -> str:
-    name = clean(name)
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    """Shorten a name in its middle to so many letters, of which Chinese ones take two."""
+    name = shown = clean(name)
+    for kept in range(len(name) - 1, 0, -1):
+        if sum(2 if east_asian_width(c) in "WF" else 1 for c in shown) <= most:
+            break
+        shown = f"{name[: ceil(kept / 2)]}…{name[len(name) - kept // 2 :]}"
+    return str(shown)
 
 
 def _themed(svg: str, key: str) -> str:

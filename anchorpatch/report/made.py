@@ -14,6 +14,7 @@ from PIL import Image
 from anchorpatch.demo.weights import demo_weights
 from anchorpatch.errors import AnchorpatchError, NothingToShow, WeightsError
 from anchorpatch.figures import attention_figure, errors_figure, patches_figure
+from anchorpatch.figures.save import encoded
 from anchorpatch.jobs.figures.attention import AttentionConfig, find_attention
 from anchorpatch.jobs.figures.errors import ErrorsConfig, find_errors
 from anchorpatch.jobs.figures.examples import Choice
@@ -137,7 +138,7 @@ def _matching(
 def _lacking(contents: Contents, splits: Sequence[Split]) -> str:
     """Say what keeps figures from being made."""
     if not contents.splits:
-        return "there are no shards to make them from"
+        return "there are no shards"
     if not any(split.facts.images for split in contents.splits):
         return "the shards hold no image"
     if not splits:
@@ -164,9 +165,7 @@ def _known_weights(contents: Contents) -> Iterator[tuple[str, Path]]:
 def _figure(facts: Mapping[str, Any], picture: Image.Image | Figure) -> FigureFile:
     """Return a figure as if it had been read from a folder."""
     if isinstance(picture, Figure):
-        buffer = io.BytesIO()
-        picture.savefig(buffer, format="png", dpi=100)
-        picture = Image.open(buffer)
+        picture = Image.open(io.BytesIO(encoded(picture, "PNG")))
     return FigureFile(
         source="made for this page",
         name=facts["figure"],

@@ -51,7 +51,7 @@ def test_damage_is_one_line_and_status_1_and_the_page_is_there(
     assert line.endswith("line 5: expected the record of an epoch, found other text")
     lines = done.stdout.splitlines()
     assert lines[0] == "training: 1 run"
-    assert "figures: nothing (figures 3, 4, 5: there are no shards to make them from)" in lines
+    assert "figures: nothing (figures 3, 4, 5: there are no shards)" in lines
     assert "shards: nothing (no shards)" in lines
     assert (tmp_path / "report.html").is_file()
 

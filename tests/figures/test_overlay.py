@@ -3,43 +3,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anchorpatch.figures.overlay import draw_boxes, patch_figure, patch_sheet, rank_color
-
-
-@pytest.mark.parametrize("zoom", [1, 2, 3])
-@pytest.mark.parametrize("width", [1, 2])
-def test_a_box_is_the_outermost_pixels_of_its_patch(zoom: int, width: int) -> None:
-    image = np.full((224, 224, 3), 128, np.uint8)
-    y, x, theta = 40, 96, 63
-    drawn = np.asarray(draw_boxes(image, np.array([(y, x)]), theta, zoom=zoom, width=width))
-    assert drawn.shape == (224 * zoom, 224 * zoom, 3)
-    expected = np.full_like(drawn, 128)
-    top, left, side = y * zoom, x * zoom, theta * zoom
-    expected[top : top + side, left : left + side] = rank_color(0, 1)
-    inner = slice(top + width, top + side - width), slice(left + width, left + side - width)
-    expected[inner] = 128
-    np.testing.assert_array_equal(drawn, expected)
+from anchorpatch.figures.frames import MARK, badge, number
+from anchorpatch.figures.overlay import patch_figure, patch_sheet, rank_color
 
 
 def test_patches_in_the_corners_of_the_image_are_framed_whole() -> None:
     corners = np.array([(0, 0), (0, 113), (113, 0), (113, 113)])
-    drawn = np.asarray(draw_boxes(np.zeros((224, 224, 3), np.uint8), corners, 111))
+    patches = np.zeros((4, 111, 111, 3), np.uint8)
+    image = np.zeros((224, 224, 3), np.uint8)
+    figure = np.asarray(patch_figure(patches, corners, [4, 3, 2, 1], image=image, zoom=1))
+    drawn = figure[6:230, 6:230]
     for rank, (y, x) in enumerate(corners):
         frame = drawn[y : y + 111, x : x + 111]
         color = rank_color(rank, 4)
-        for edge in (frame[0], frame[-1], frame[:, 0], frame[:, -1]):
+        for edge in (frame[0], frame[1], frame[-1], frame[:, 0], frame[:, -1]):
             assert (edge == color).all()
-
-
-def test_the_strongest_lies_on_top() -> None:
-    corners = np.array([(8, 8), (8, 8), (8, 8)])
-    drawn = np.asarray(draw_boxes(np.zeros((224, 224, 3), np.uint8), corners, 63))
-    assert tuple(drawn[8, 8]) == rank_color(0, 3)
-
-
-def test_drawing_leaves_the_pixels_alone() -> None:
-    image = np.zeros((224, 224, 3), np.uint8)
-    draw_boxes(image, np.array([(0, 0)]), 63)
+        # The number of the patch, in the frame's corner.
+        label = frame[3 : 3 + MARK, 3 : 3 + MARK]
+        assert np.array_equal(label, badge(number(rank + 1, color)))
     assert not image.any()
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anchorpatch.figures.frames import COLORS, MARK, draw_frames
+from anchorpatch.figures.frames import COLORS, MARK, badge, draw_frames, number
 from anchorpatch.figures.patches import localized_picture, patches_figure
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.jobs.figures.examples import Choice, Example
@@ -103,7 +105,7 @@ def test_each_frame_is_the_edge_of_the_stored_patch(
             free[top : top + MARK, left : left + MARK] = False  # the number
             assert np.array_equal(image[free], example.pixels[free])
             # The frame outside, the patch as it is stored: nothing of it is hidden.
-            cut = picture[: theta + 2 * WIDTH, 224 + 2 * WIDTH :]
+            cut = picture[: theta + 2 * WIDTH, 224 + 2 * WIDTH + MARK :]
             assert cut.shape == (theta + 2 * WIDTH, theta + 2 * WIDTH, 3)
             assert np.array_equal(cut[WIDTH:-WIDTH, WIDTH:-WIDTH], patch)
             assert (cut[[0, 1, -1, -2]] == color).all()
@@ -112,7 +114,7 @@ def test_each_frame_is_the_edge_of_the_stored_patch(
     assert drawn > len(reader)
 
 
-def test_the_strongest_patch_lies_on_top_and_cut_outs_go_down_then_right(found: PatchExamples):
+def test_the_strongest_patch_lies_on_top_and_cut_outs_read_in_rows(found: PatchExamples):
     several = [example for example in examples_of(found) if len(example.corners) > 1]
     assert several
     for example in several:
@@ -120,12 +122,39 @@ def test_the_strongest_patch_lies_on_top_and_cut_outs_go_down_then_right(found: 
         picture = np.asarray(localized_picture(example.pixels, example.corners, theta))
         y, x = corners[0]
         assert (picture[:224, :224][edge(y, x, theta, 0, WIDTH)] == COLORS[theta]).all()
-        rows = {63: 3, 95: 2, 111: 2}[theta]
+        columns = math.ceil(len(corners) / {63: 3, 95: 2, 111: 2}[theta])
         for rank, (y, x) in enumerate(corners):
-            top = WIDTH + rank % rows * (theta + 3 * WIDTH)
-            left = 224 + 3 * WIDTH + rank // rows * (theta + 3 * WIDTH)
+            top = WIDTH + rank // columns * (theta + 3 * WIDTH)
+            left = 224 + 3 * WIDTH + MARK + rank % columns * (theta + 4 * WIDTH + MARK)
             cut = picture[top : top + theta, left : left + theta]
             assert np.array_equal(cut, example.pixels[y : y + theta, x : x + theta])
+            # The number of the frame stands beside the patch.
+            label = picture[top - WIDTH :, left - WIDTH - MARK : left - WIDTH][:MARK]
+            assert np.array_equal(label, badge(number(rank + 1, COLORS[theta])))
+
+
+def test_numbers_of_three_digits_stay_in_their_box():
+    color = COLORS[63]
+    pixels = np.asarray(badge(number(188, color)))
+    assert (pixels[:, [0, -1]] == color).all()
+    assert not (pixels == color).all()
+
+
+def test_long_names_keep_their_probability(found: PatchExamples):
+    """Shortened in the middle: of the names, nothing else changes."""
+    name = "German short-haired pointer, of all of them"
+    examples = {s: e[:1] for s, e in found.examples.items()}
+
+    def page(predicted: str, probability: float) -> NDArray[np.uint8]:
+        changed = {
+            s: tuple(replace(x, predicted=predicted, probability=probability) for x in e)
+            for s, e in examples.items()
+        }
+        return np.asarray(patches_figure(replace(found, examples=changed)))
+
+    long, longer = page(name * 2, 0.5), page(name * 9, 0.5)
+    assert np.array_equal(long, longer)
+    assert not np.array_equal(long, page(name * 2, 0.75))
 
 
 def test_a_zoomed_frame_lies_on_the_zoomed_patch():

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from anchorpatch.jobs.figures.examples import Choice, Survey
 from anchorpatch.lsp import LspSettings
 from anchorpatch.runtime.checkpoint import Weights
+from anchorpatch.text import counted
 
 __all__ = ["LookedAt", "ShownImages", "settings_text"]
 
@@ -30,7 +31,7 @@ class LookedAt:
     unreadable: int
 
     def __str__(self) -> str:
-        return f"{self.images:,} images of {self.source}"
+        return f"{counted(self.images, 'image')} of {self.source}"
 
     @classmethod
     def of(cls, survey: Survey, weights: Weights) -> LookedAt:
