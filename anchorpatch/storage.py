@@ -1,4 +1,7 @@
-"""Writing to a disk that may refuse: one clear error, and never half a file."""
+"""Files: writing to a disk that may refuse, and reading what others may have written.
+
+A write ends in one clear error or in a whole file. What is read is looked at before it is used.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,20 @@ import errno
 import fcntl
 import hashlib
 import os
+import sys
+import types
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Final
+from typing import IO, Any, BinaryIO, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from anchorpatch.errors import ENOTSUPP, StorageError, reason_of
 from anchorpatch.waits import waiting_for
 
 __all__ = [
     "allocate",
+    "from_json",
     "locked",
     "refusals",
     "replace",
@@ -30,6 +36,81 @@ _NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 #: What a filesystem answers that has no locks.
 _NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, ENOTSUPP}
+
+
+_T = TypeVar("_T")
+
+_WORDS: Final = {str: "text", bool: "true or false", int: "an integer", float: "a finite number"}
+
+
+def from_json(cls: type[_T], document: object) -> _T:
+    """Build a dataclass from a JSON object whose values have the annotated types.
+
+    Lists become tuples, integers become floats where the annotation says so; ``true`` is no number.
+
+    Raises:
+        ValueError: a name is missing or unknown, or a value is of another type; it is named.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Box:
+        ...     corner: tuple[float, float]
+        >>> from_json(Box, {"corner": [0, 1.5]})
+        Box(corner=(0.0, 1.5))
+        >>> from_json(Box, {"corner": [0, True]})
+        Traceback (most recent call last):
+        ValueError: corner: expected 2 values, each a finite number, found [0, True]
+    """
+    if not isinstance(document, Mapping):
+        raise ValueError(f"expected a JSON object, found {type(document).__name__}")
+    hints = get_type_hints(cls)
+    unknown = document.keys() - hints.keys()
+    if unknown:
+        raise ValueError(f"expected no field {min(unknown)!r}")
+    values = {name: _typed(value, hints[name], name) for name, value in document.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:  # a field is missing
+        raise ValueError(reason_of(error)) from error
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """Return a JSON value as the annotation has it, or raise ValueError."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        for one in args:
+            with suppress(ValueError):
+                return _typed(value, one, name)
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [args[0]] * len(value) if args[-1] is ... else args
+        if len(kinds) == len(value):
+            with suppress(ValueError):
+                return tuple(_typed(v, kind, name) for v, kind in zip(value, kinds, strict=True))
+    elif origin is not None and origin is not tuple and isinstance(value, Mapping):
+        return {
+            _typed(k, args[0], name): _typed(v, args[1], f"{name}[{k!r}]") for k, v in value.items()
+        }
+    elif hint is float and type(value) in (int, float):
+        if abs(value) <= sys.float_info.max:
+            return float(value)
+    elif type(value) is hint:
+        return value
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+    raise ValueError(f"{name}: expected {_expected(hint)}, found {shown}")
+
+
+def _expected(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_expected, args))
+    if origin is tuple:
+        number = "a list" if args[-1] is ... else f"{len(args)} values"
+        return f"{number}, each {_expected(args[0])}"
+    return _WORDS.get(hint, "nothing" if hint is type(None) else "a JSON object")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch.nn import functional
 from anchorpatch.errors import WeightsError, reason_of
 from anchorpatch.jobs.finetuning.config import FREE, SCRATCH, FinetuneConfig
 from anchorpatch.jobs.finetuning.setup import Setup, prepare
+from anchorpatch.jobs.network_weights import find_pretrained
 from anchorpatch.jobs.networks import load_network
 from anchorpatch.jobs.training.augment import Augmentation
 from anchorpatch.jobs.training.runlog import RunLog, write_config
@@ -110,8 +111,15 @@ def run(config: FinetuneConfig, progress: Reporter | None = None) -> FinetuneSum
 
 
 def forecast(config: FinetuneConfig) -> dict[str, Any]:
-    """Return what a run would do, as JSON values; see `run` for errors."""
+    """Return what a run would do, as JSON values; see `run` for errors.
+
+    Weights of a file are read and tried; a pretrained set must exist, and is not downloaded.
+    """
     setup = prepare(config, World())
+    if config.weights == "default":
+        find_pretrained(config.network)
+    elif config.weights != "none":
+        load_network(config.network, setup.train.classes, config.weights, replace_head=True)
     return {
         "network": config.network,
         "weights": config.weights,

@@ -1,11 +1,12 @@
 """Where the weights of networks for patches come from: pretrained sets and files.
 
 Files are read without running code from them: safetensors, ours or another program's, and
-torch files of tensors alone.
+torch files of tensors and plain values.
 """
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import pickle
 import re
@@ -27,10 +28,16 @@ from torch import Tensor
 
 from anchorpatch.errors import WeightsError, reason_of
 from anchorpatch.models.registry import TIMM, timm_module, torchvision_name
-from anchorpatch.runtime.checkpoint import Weights, load_weights
+from anchorpatch.runtime.checkpoint import (
+    Weights,
+    load_weights,
+    reading_safetensors,
+    refused_object,
+)
 
 __all__ = [
     "Found",
+    "find_pretrained",
     "has_pretrained",
     "of_another_program",
     "of_checkpoint",
@@ -44,9 +51,14 @@ _TIMEOUT: Final = 30.0
 #: The file of a pretrained set of timm in its repository.
 _TIMM_FILE: Final = "model.safetensors"
 
-#: What some programs put around a state dict, and before its names.
+#: What some programs put around a state dict, and before its names: DistributedDataParallel,
+#: torch.compile, and modules of Lightning.
 _WRAPPERS: Final = ("state_dict", "model", "model_state_dict")
-_PREFIXES: Final = ("module.", "_orig_mod.")
+_PREFIXES: Final = ("module.", "_orig_mod.", "model.")
+
+#: Classes that a checkpoint may hold beside tensors, as they run nothing: the training scripts of
+#: timm and of torchvision store their arguments.
+_HARMLESS: Final[list[Any]] = [argparse.Namespace]
 
 #: As torchvision's first DenseNets name the layers of a dense layer: "norm.1" for "norm1".
 _OLD_DENSENET: Final = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
@@ -74,23 +86,36 @@ class Found(NamedTuple):
 
 def has_pretrained(name: str, classes: tuple[str, ...]) -> bool:
     """Tell whether a network has a pretrained set whose outputs are these classes."""
+    found = _pretrained_set(name)
+    if found is None:
+        return False
+    if name.startswith(TIMM):
+        return bool(found.num_classes == 1000 and _is_imagenet(classes))
+    return _is_imagenet(classes) or classes == tuple(found.meta["categories"])
+
+
+def _pretrained_set(name: str) -> Any:
+    """Return what torchvision or timm says of a network's default set, or None without one."""
     if name.startswith(TIMM):
         config = timm_module().get_pretrained_cfg(name.removeprefix(TIMM))
-        known = config is not None and config.has_weights and config.num_classes == 1000
-        return bool(known and _is_imagenet(classes))
-    weights = _set_of_torchvision(name)
-    return weights is not None and (
-        _is_imagenet(classes) or classes == tuple(weights.meta["categories"])
-    )
-
-
-def _set_of_torchvision(name: str) -> Any:
-    """Return the entry of torchvision's default set of weights, or None without one."""
+        return config if config is not None and config.has_weights else None
     known = torchvision_name(name)
-    try:
-        return torchvision.models.get_model_weights(known).DEFAULT if known else None
-    except AttributeError:
-        return None
+    return getattr(torchvision.models.get_model_weights(known), "DEFAULT", None) if known else None
+
+
+def find_pretrained(name: str) -> Any:
+    """Return what torchvision or timm says of a network's pretrained set, without fetching it.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    found = _pretrained_set(name)
+    if found is None:
+        raise WeightsError(
+            f"{name} has no pretrained set: give --weights none to begin with random weights, or "
+            "--weights FILE"
+        )
+    return found
 
 
 def pretrained(name: str, classes: tuple[str, ...], message: Callable[[str], None]) -> Found:
@@ -104,14 +129,9 @@ def pretrained(name: str, classes: tuple[str, ...], message: Callable[[str], Non
     Raises:
         WeightsError: there is no such set, or it cannot be downloaded.
     """
+    weights = find_pretrained(name)
     if name.startswith(TIMM):
-        return _pretrained_of_timm(name, classes)
-    weights = _set_of_torchvision(name)
-    if weights is None:
-        raise WeightsError(
-            f"{name} has no pretrained set: give --weights none to begin with random weights, or "
-            "--weights FILE"
-        )
+        return _pretrained_of_timm(name, weights, classes)
     file = _cached(name, weights.url, message)
     transform = weights.transforms()
     return Found(
@@ -158,18 +178,12 @@ def _time_limit() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _pretrained_of_timm(name: str, classes: tuple[str, ...]) -> Found:
-    timm = timm_module()
-    short = name.removeprefix(TIMM)
-    config = timm.get_pretrained_cfg(short)
-    if config is None or not config.has_weights:
-        raise WeightsError(
-            f"{name} has no pretrained set: give --weights none to begin with random weights, or "
-            "--weights FILE"
-        )
+def _pretrained_of_timm(name: str, config: Any, classes: tuple[str, ...]) -> Found:
     try:
         overlay = {"file": _cached_of_timm(config.hf_hub_id)} if config.hf_hub_id else None
-        module = timm.create_model(short, pretrained=True, pretrained_cfg_overlay=overlay)
+        module = timm_module().create_model(
+            name.removeprefix(TIMM), pretrained=True, pretrained_cfg_overlay=overlay
+        )
     except Exception as error:  # whatever urllib, huggingface_hub, httpx and others raise
         place = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
         raise WeightsError(
@@ -237,16 +251,11 @@ def read_file(path: Path, name: str) -> Found:
     if beginning[8:9] != b"{":
         tensors = _from_torch(path, advice="name another, or copy it again")
         return _of_others(tensors, path, name)
-    try:
+    with reading_safetensors(path):
         with safetensors.safe_open(path, framework="pt") as content:
             ours = "anchorpatch" in (content.metadata() or {})
         if not ours:
             return _of_others(_unwrapped(safetensors.torch.load_file(path)), path, name)
-    except safetensors.SafetensorError as error:
-        raise WeightsError(
-            f"{path}: expected safetensors, found a damaged or cut-off file of "
-            f"{path.stat().st_size} bytes; copy it again"
-        ) from error
     weights = load_weights(path, None)
     found = weights.meta.architecture
     if found != name and (torchvision_name(found) or found) != torchvision_name(name):
@@ -289,13 +298,13 @@ def of_checkpoint(weights: Weights) -> Found:
 def _from_torch(path: Path, advice: str) -> dict[str, Tensor]:
     """Read a state dict from a torch file, without running code from it."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.simplefilter("ignore")  # torch warns of old formats
             document = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path}: expected a torch file of tensors alone, found a damaged file or a pickle "
-            f"of other objects, which was not run; {advice}, or save its state_dict() alone"
+            f"{path}: expected a torch file of tensors and plain values, found "
+            f"{refused_object(error)}; {advice}, or save its state_dict() alone"
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, ValueError, ... by damage
         raise WeightsError(
@@ -320,9 +329,10 @@ def _from_torch(path: Path, advice: str) -> dict[str, Tensor]:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Strip what DistributedDataParallel and torch.compile put before every name."""
+    """Strip what wrappers put before every name, in whatever order they were wrapped."""
     plain = dict(tensors)
-    for prefix in _PREFIXES:
-        if plain and all(key.startswith(prefix) for key in plain):
-            plain = {key.removeprefix(prefix): value for key, value in plain.items()}
+    while prefix := next(
+        (p for p in _PREFIXES if plain and all(key.startswith(p) for key in plain)), None
+    ):
+        plain = {key.removeprefix(prefix): value for key, value in plain.items()}
     return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in plain.items()}

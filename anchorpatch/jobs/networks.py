@@ -23,7 +23,7 @@ from anchorpatch.jobs.network_weights import (
 from anchorpatch.lsp import SCALES
 from anchorpatch.models.complexity import refusal
 from anchorpatch.models.registry import build, build_on_meta, check_name, run_name
-from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights
+from anchorpatch.runtime.checkpoint import WeightsMeta, check_tensors, load_weights
 
 __all__ = [
     "Network",
@@ -277,6 +277,7 @@ def _fill(
     """
     # The module's own state stands below: it has the versions that some modules ask for, the
     # new head, and the counters that old files lack.
+    check_tensors(found.source, found.tensors)
     state = module.state_dict()
     tensors = {key: value for key, value in found.tensors.items() if _belongs(key, state)}
     wrong = [

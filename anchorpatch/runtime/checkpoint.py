@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import platform
+import re
+import unicodedata
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -25,16 +29,19 @@ import torchvision
 from torch import Tensor, nn
 
 import anchorpatch
-from anchorpatch.errors import WeightsError, reason_of
-from anchorpatch.storage import write_atomically
+from anchorpatch.errors import SettingsError, WeightsError, reason_of
+from anchorpatch.storage import from_json, write_atomically
 
 __all__ = [
     "Weights",
     "WeightsMeta",
+    "check_tensors",
     "load_into",
     "load_state",
     "load_weights",
     "read_meta",
+    "reading_safetensors",
+    "refused_object",
     "save_state",
     "save_weights",
     "versions",
@@ -66,9 +73,12 @@ class WeightsMeta:
         resize: length of the short side before cropping, in pixels.
         crop: side of the centre crop, in pixels.
         mean: of the three channels, pixels in [0, 1].
-        std: of the three channels, pixels in [0, 1].
+        std: of the three channels, above 0, pixels in [0, 1].
         training: how the weights came about and how good they are, for people: JSON values.
         versions: of the software that wrote the file.
+
+    Raises:
+        SettingsError: a value outside its range, or a class that no file of text can name.
     """
 
     architecture: str
@@ -81,6 +91,23 @@ class WeightsMeta:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     training: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions)
+
+    def __post_init__(self) -> None:
+        # Names are written as UTF-8, into lines of tables, and into strings that end at a NUL.
+        for name in (self.architecture, *self.classes):
+            if not name or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+                raise SettingsError(
+                    "expected names of classes without control characters or halves of surrogate "
+                    f"pairs, found {name!r}"
+                )
+        for what, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not all(map(math.isfinite, values)):
+                raise SettingsError(f"{what}: expected 3 finite numbers, found {values}")
+        if min(self.std) <= 0:
+            raise SettingsError(f"std: expected 3 numbers above 0, found {self.std}")
+        for what, side in (("resize", self.resize), ("crop", self.crop)):
+            if not 1 <= side <= 65_535:
+                raise SettingsError(f"{what}: expected 1 to 65,535 px, found {side:,}")
 
 
 @dataclass(frozen=True)
@@ -132,21 +159,15 @@ def load_weights(path: str | os.PathLike[str], architecture: str | None = "ancho
         WeightsError: the file is missing, truncated, of another kind or another network's.
     """
     path = Path(path)
-    content = _read(path)
-    header = _header(path, content)
-    meta = _meta(path, header)
+    meta = read_meta(path)
     if architecture is not None and meta.architecture != architecture:
         raise WeightsError(
             f"{path}: expected weights of {architecture}, found {meta.architecture}; "
             "name a file of the right network"
         )
-    try:
+    with reading_safetensors(path):
+        content = path.read_bytes()
         tensors = safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise WeightsError(
-            f"{path}: expected {_described_size(header, content)}, found {len(content)} bytes: "
-            "the file is damaged or was cut off; copy it again or train again"
-        ) from error
     return Weights(path, tensors, meta, hashlib.sha256(content).hexdigest())
 
 
@@ -157,15 +178,72 @@ def read_meta(path: str | os.PathLike[str]) -> WeightsMeta:
         WeightsError: the file is missing, damaged or of another kind.
     """
     path = Path(path)
+    with reading_safetensors(path), safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if _KEY not in metadata:
+        raise WeightsError(
+            f"{path}: expected anchorpatch metadata (classes, preprocessing), found none: "
+            "the weights were written by another program"
+        )
+    try:
+        document = json.loads(metadata[_KEY])
+        version = document.pop("format", None) if isinstance(document, dict) else None
+        if version != _FORMAT:
+            raise WeightsError(
+                f"{path}: expected metadata of format {_FORMAT}, found format {version!r:.40}; "
+                "update anchorpatch"
+            )
+        meta = from_json(WeightsMeta, document)
+        if not meta.classes or len(set(meta.classes)) < len(meta.classes):
+            raise ValueError("classes: expected at least one, and each once")
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{path}: expected anchorpatch metadata, found metadata that cannot be used "
+            f"({reason_of(error)}); name a file that `anchorpatch train` or `finetune` wrote"
+        ) from error
+    return meta
+
+
+@contextmanager
+def reading_safetensors(path: Path) -> Iterator[None]:
+    """Say in one line what safetensors finds wrong with a file, and that a pickle is none.
+
+    Raises:
+        WeightsError: the file is missing, damaged or of another kind.
+    """
     try:
         with path.open("rb") as file:
-            content = file.read(8)
-            content += file.read(min(int.from_bytes(content, "little"), path.stat().st_size))
+            beginning = file.read(9)
+        # The length of a safetensors header may look like either mark; its "{" cannot be mistaken.
+        if beginning[8:] != b"{" and (beginning[:2] == b"PK" or beginning[:1] == b"\x80"):
+            raise WeightsError(
+                f"{path}: expected safetensors, found a torch or pickle file, which was not opened "
+                "as it can hold code; convert it with safetensors.torch.save_file"
+            )
+        yield
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: expected a weights file, found none") from error
     except OSError as error:
         raise WeightsError(
             f"{path}: expected a readable weights file, found: {reason_of(error)}"
         ) from error
-    return _meta(path, _header(path, content))
+    # A KeyError: a type of numbers that torch has not.
+    except (safetensors.SafetensorError, KeyError) as error:
+        reason = reason_of(error).removeprefix("Error while deserializing header: ")
+        raise WeightsError(
+            f"{path}: expected safetensors, found a damaged, cut-off or other file of "
+            f"{path.stat().st_size:,} bytes ({reason}); copy it again, or name another"
+        ) from error
+
+
+def check_tensors(source: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError unless all tensors are dense and of real numbers, as in networks."""
+    for name, value in tensors.items():
+        if value.is_complex() or value.is_quantized or value.layout is not torch.strided:
+            raise WeightsError(
+                f"{source}: expected dense tensors of real numbers, found {value.dtype} in "
+                f"{value.layout} for {name}; save it in another way"
+            )
 
 
 def load_into(module: nn.Module, weights: Weights) -> None:
@@ -174,6 +252,7 @@ def load_into(module: nn.Module, weights: Weights) -> None:
     Raises:
         WeightsError: the file's tensors are not those of the network.
     """
+    check_tensors(str(weights.path), weights.tensors)
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
@@ -184,6 +263,13 @@ def load_into(module: nn.Module, weights: Weights) -> None:
                 "(other classes or options)"
             )
     module.load_state_dict(weights.tensors)
+
+
+def refused_object(error: pickle.UnpicklingError) -> str:
+    """Return what torch refused to build from a file of weights, for the middle of a message."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    what = f"an object of {found[1]}" if found else "a damaged file or a pickle of other objects"
+    return f"{what}, which was not run"
 
 
 def save_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]) -> None:
@@ -217,8 +303,8 @@ def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
             document = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path}: expected training state written by anchorpatch, found a pickle of other "
-            f"objects, which was not run; {advice}"
+            f"{path}: expected training state written by anchorpatch, found "
+            f"{refused_object(error)}; {advice}"
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, ValueError, ... by damage
         raise WeightsError(
@@ -236,78 +322,6 @@ def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         )
     state: dict[str, Any] = document["state"]
     return state
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path}: expected a weights file, found none") from error
-    except OSError as error:
-        raise WeightsError(
-            f"{path}: expected a readable weights file, found: {reason_of(error)}"
-        ) from error
-
-
-def _header(path: Path, content: bytes) -> dict[str, Any]:
-    """Return the JSON header of a safetensors file."""
-    # The length of a safetensors header may look like either mark; its "{" cannot be mistaken.
-    if content[8:9] != b"{" and (content[:2] == b"PK" or content[:1] == b"\x80"):
-        raise WeightsError(
-            f"{path}: expected safetensors, found a torch or pickle file, which was not opened as "
-            "it can hold code; convert it with safetensors.torch.save_file"
-        )
-    length = int.from_bytes(content[:8], "little")
-    try:
-        header = json.loads(content[8 : 8 + length])
-    except ValueError as error:
-        cut = content[8:9] == b"{" and 8 + length > len(content)
-        found = (
-            "a file cut off in its header"
-            if cut
-            else f"another kind of file ({len(content)} bytes)"
-        )
-        raise WeightsError(
-            f"{path}: expected safetensors, found {found}; "
-            "name a file that `anchorpatch train` wrote"
-        ) from error
-    if not isinstance(header, dict):
-        raise WeightsError(f"{path}: expected safetensors, found another kind of file")
-    return header
-
-
-def _meta(path: Path, header: Mapping[str, Any]) -> WeightsMeta:
-    metadata = header.get("__metadata__")
-    text = metadata.get(_KEY) if isinstance(metadata, dict) else None
-    if text is None:
-        raise WeightsError(
-            f"{path}: expected anchorpatch metadata (classes, preprocessing), found none: "
-            "the weights were written by another program"
-        )
-    try:
-        document = json.loads(text)
-        version = document.pop("format")
-        if version != _FORMAT:
-            raise WeightsError(
-                f"{path}: expected metadata of format {_FORMAT}, found format {version}; "
-                "update anchorpatch"
-            )
-        for name in ("classes", "mean", "std"):
-            document[name] = tuple(document[name])
-        return WeightsMeta(**document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(
-            f"{path}: expected anchorpatch metadata, found metadata that cannot be read ({error})"
-        ) from error
-
-
-def _described_size(header: Mapping[str, Any], content: bytes) -> str:
-    ends = [
-        entry["data_offsets"][1]
-        for entry in header.values()
-        if isinstance(entry, dict) and "data_offsets" in entry
-    ]
-    return f"{8 + int.from_bytes(content[:8], 'little') + max(ends, default=0)} bytes"
 
 
 def _described(shape: tuple[int, ...] | None) -> str:

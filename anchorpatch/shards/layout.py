@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 
 import anchorpatch
 from anchorpatch.errors import SettingsError, ShardError
+from anchorpatch.storage import from_json
 
 __all__ = [
     "CODECS",
@@ -158,15 +159,13 @@ class ShardSettings:
 
         Raises:
             ShardError: a field is missing, or one is there that this version does not know.
+            ValueError: a value is of another type, or outside its range.
         """
         names = {field.name for field in fields(cls)}
         if set(data) != names:
             odd = ", ".join(sorted(names ^ set(data)))
             raise ShardError(f"settings: expected exactly the fields of format 1, differs: {odd}")
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
-        }
-        return cls(**values)
+        return from_json(cls, data)
 
 
 @dataclass(frozen=True)

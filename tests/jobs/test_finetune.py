@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,17 @@ def test_a_baseline_costs_what_the_run_on_patches_cost(shards: Path, tmp_path: P
     (tmp_path / "tiny" / "config.json").write_text("{}")
     with pytest.raises(DataError, match=r"tiny/config\.json: expected the settings of a run"):
         forecast(baseline(shards, tmp_path / "tiny-baseline"))
+
+
+def test_a_forecast_looks_at_the_weights(shards: Path, whole: Path, tmp_path: Path):
+    config = tiny(shards, tmp_path / "tiny", weights=str(whole / "best.safetensors"))
+    assert forecast(config)["weights"] == config.weights
+    with pytest.raises(WeightsError, match=r"nosuch\.pth: expected a weights file, found none"):
+        forecast(replace(config, weights="nosuch.pth"))
+    with pytest.raises(WeightsError, match="expected weights of resnet18, found tiny"):
+        forecast(replace(config, network="resnet18"))
+    with pytest.raises(WeightsError, match="tiny has no pretrained set"):
+        forecast(replace(config, weights="default"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
@@ -109,7 +110,10 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [LINEAR, CONV])
-@pytest.mark.parametrize("wrapped", ["plain", "state_dict", "model", "module.", "safetensors"])
+@pytest.mark.parametrize(
+    "wrapped",
+    ["plain", "state_dict", "model", "module.", "safetensors", "timm", "torchvision", "lightning"],
+)
 def test_files_of_other_programs(tmp_path: Path, name: str, wrapped: str) -> None:
     state = state_of(name, 3, seed=2)
     stored: dict[str, object] = dict(state)
@@ -121,6 +125,14 @@ def test_files_of_other_programs(tmp_path: Path, name: str, wrapped: str) -> Non
             stored = {wrapped: stored, "epoch": 3}
         elif wrapped == "module.":
             stored = {"state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}}
+        elif wrapped == "timm":  # as its train.py saves
+            args = argparse.Namespace(model=name, lr=0.1, mean=None, aa=("rand", 9))
+            stored = {"epoch": 3, "arch": name, "state_dict": stored, "args": args, "metric": 0.5}
+        elif wrapped == "torchvision":  # as its references save
+            stored = {"model": stored, "epoch": 3, "args": argparse.Namespace(lr=0.1, amp=False)}
+        elif wrapped == "lightning":  # a module that is compiled, and compiled again as a whole
+            stored = {f"_orig_mod.model._orig_mod.{k}": v for k, v in state.items()}
+            stored = {"state_dict": stored, "pytorch-lightning_version": "2.4.0", "loops": {}}
         torch.save(stored, path)
     network, messages = load(name, THREE, path)
     assert_same(network.module, state)
@@ -134,6 +146,22 @@ def test_files_of_other_programs(tmp_path: Path, name: str, wrapped: str) -> Non
     changed = {k for k, v in network.module.state_dict().items() if v.shape != state[k].shape}
     assert changed == {f"{head}.weight", f"{head}.bias"}
     assert messages == [f"{path}: its head for 3 gives way to a new one for 4 (ape, bee, cat, ...)"]
+
+
+def test_what_a_file_holds_beside_tensors_is_named(tmp_path: Path) -> None:
+    stored = {"state_dict": state_of(LINEAR, 3), "args": argparse.Namespace(out=Path("runs"))}
+    torch.save(stored, tmp_path / "a.pth")
+    assert "found an object of pathlib" in error_of(LINEAR, THREE, tmp_path / "a.pth")
+
+
+def test_tensors_that_no_network_takes(tmp_path: Path) -> None:
+    state = state_of(LINEAR, 3)
+    for other in (state["fc.bias"].to(torch.complex64), state["fc.bias"].to_sparse()):
+        torch.save({**state, "fc.bias": other}, tmp_path / "a.pth")
+        message = error_of(LINEAR, THREE, tmp_path / "a.pth")
+        assert "expected dense tensors of real numbers, found torch." in message
+    safetensors.torch.save_file({}, tmp_path / "empty")
+    assert "found other tensors" in error_of(LINEAR, THREE, tmp_path / "empty")
 
 
 def test_files_without_a_head_or_counters(tmp_path: Path) -> None:
@@ -203,7 +231,9 @@ def test_a_crafted_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with open(path, "wb") as file:
             save(file)
         message = error_of(LINEAR, THREE, path)
-        assert "a pickle of other objects, which was not run" in message
+        # torch's reader knows no newer pickles than its own, and names nothing in them.
+        what = "pickle of other objects" if i == 2 else f"an object of {os.mkdir.__module__}.mkdir"
+        assert f"{what}, which was not run" in message
         assert str(path) in message
     assert not (tmp_path / "run").exists()
 
@@ -228,7 +258,7 @@ def test_damaged_missing_and_other_files(tmp_path: Path) -> None:
     assert "damaged" in error_of(CONV, THREE, path)
     safetensors.torch.save_file(state_of(CONV, 3), whole)
     path.write_bytes(whole.read_bytes()[:100_000])
-    assert "damaged or cut-off file of 100000 bytes" in error_of(CONV, THREE, path)
+    assert "damaged, cut-off or other file of 100,000 bytes" in error_of(CONV, THREE, path)
     path.write_bytes(b"")
     assert "file of 0 bytes" in error_of(CONV, THREE, path)
     assert "--weights takes default, none or a file" in error_of(CONV, THREE, tmp_path / "no")

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from anchorpatch.errors import StorageError, WeightsError
@@ -54,16 +60,11 @@ def test_metadata_are_read_without_the_tensors(file: Path, tmp_path: Path):
     assert read_meta(file) == META
     length = int.from_bytes(file.read_bytes()[:8], "little")
     header = tmp_path / "header"
-    header.write_bytes(file.read_bytes()[: 8 + length])
-    assert read_meta(header) == META
-    header.write_bytes(file.read_bytes()[: 8 + length // 2])
-    with pytest.raises(WeightsError, match="cut off in its header"):
-        read_meta(header)
-    for size in (0, 3):
-        header.write_bytes(b"abc"[:size])
-        with pytest.raises(WeightsError, match="found another kind of file"):
+    for size in (0, 3, 8 + length // 2, 8 + length):
+        header.write_bytes(file.read_bytes()[:size])
+        with pytest.raises(WeightsError, match=f"cut-off or other file of {size:,} bytes"):
             read_meta(header)
-    with pytest.raises(WeightsError, match="No such file"):
+    with pytest.raises(WeightsError, match="found none"):
         read_meta(tmp_path / "none")
 
 
@@ -83,13 +84,13 @@ def test_weights_in_channels_last_memory_come_back(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"", "another kind of file (0 bytes)"),
-        (b"these are no weights at all", "another kind of file (27 bytes)"),
+        (b"", "other file of 0 bytes (header too small)"),
+        (b"these are no weights at all", "other file of 27 bytes (header too large)"),
         (pickle.dumps({"weight": 1}), "a torch or pickle file, which was not opened"),
         (safetensors.torch.save(TENSORS), "found none: the weights were written by another"),
-        (safetensors.torch.save(TENSORS, {"anchorpatch": "[]"}), "metadata that cannot be read"),
+        (safetensors.torch.save(TENSORS, {"anchorpatch": "[]"}), "found format None"),
         (safetensors.torch.save(TENSORS, {"anchorpatch": '{"format": 9}'}), "found format 9"),
-        (b"\x02\0\0\0\0\0\0\0[]", "another kind of file"),
+        (b"\x02\0\0\0\0\0\0\0[]", "other file of 10 bytes (invalid JSON in header"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes, found: str):
@@ -110,11 +111,172 @@ def test_every_truncation_is_refused(file: Path):
             load_weights(file)
 
 
-def test_truncation_names_both_sizes(file: Path):
+def test_truncation_is_named(file: Path):
     content = file.read_bytes()
     file.write_bytes(content[:-1])
-    with pytest.raises(WeightsError, match=f"{len(content)} bytes, found {len(content) - 1} bytes"):
+    found = rf"{len(content) - 1} bytes \(incomplete metadata, file not fully covered\)"
+    with pytest.raises(WeightsError, match=found):
         load_weights(file)
+
+
+def with_header(file: Path, header: bytes | dict[str, object]) -> None:
+    """Give a weights file another header."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw + content[8 + length :])
+
+
+def header_of(file: Path) -> dict[str, dict]:
+    content = file.read_bytes()
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+
+
+@pytest.mark.parametrize("offsets", [None, [0], ["a", "b"], [0, 12], [-1, 11], [4, 0], {}, 12])
+def test_other_offsets_are_named(file: Path, offsets: object):
+    header = header_of(file)
+    header["weight"]["data_offsets"] = offsets
+    with_header(file, header)
+    with pytest.raises(WeightsError, match="found a damaged, cut-off or other file of"):
+        load_weights(file)
+
+
+@pytest.mark.parametrize("nested", [b'{"a":' * 1000 + b"1" + b"}" * 1000, b"[" * 100_000])
+def test_a_header_nested_deeply_is_named(file: Path, nested: bytes):
+    for header in (nested, b'{"__metadata__":' + nested + b"}"):
+        with_header(file, header)
+        with pytest.raises(WeightsError, match="found a damaged, cut-off or other file of"):
+            load_weights(file)
+
+
+def test_types_that_torch_has_not_are_named(file: Path):
+    with_header(file, {"a": {"dtype": "F4", "shape": [72], "data_offsets": [0, 36]}})
+    with pytest.raises(WeightsError, match=r"anchorpatch metadata|other file of \d+ bytes \(F4\)"):
+        load_weights(file)
+
+
+def with_document(file: Path, document: object) -> None:
+    """Give a weights file other metadata; a string is taken as it is."""
+    text = document if isinstance(document, str) else json.dumps(document)
+    file.write_bytes(safetensors.torch.save(TENSORS, {"anchorpatch": text}))
+
+
+DOCUMENT = {"format": 1, **asdict(META)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("mean", [0.5], "mean: expected 3 values, each a finite number, found [0.5]"),
+        ("mean", [0.5] * 4, "mean: expected 3 values"),
+        ("mean", ["a", "b", "c"], "mean: expected 3 values"),
+        ("mean", "abc", "mean: expected 3 values"),
+        ("mean", [0, True, 0], "mean: expected 3 values"),
+        ("mean", [0, 1e400, 0], "mean: expected 3 values, each a finite number"),
+        ("mean", [0, 10**400, 0], "mean: expected 3 values, each a finite number"),
+        ("std", [1, 0, 1], "std: expected 3 numbers above 0"),
+        ("std", [1, -1, 1], "std: expected 3 numbers above 0"),
+        ("std", None, "std: expected 3 values"),
+        ("classes", [1, 2], "classes: expected a list, each text, found [1, 2]"),
+        ("classes", [["a"], ["b"]], "classes: expected a list, each text"),
+        ("classes", "abc", "classes: expected a list, each text"),
+        ("classes", {"a": 1}, "classes: expected a list, each text"),
+        ("classes", [], "classes: expected at least one, and each once"),
+        ("classes", ["a", "a"], "classes: expected at least one, and each once"),
+        ("classes", ["a", ""], "without control characters"),
+        (
+            "classes",
+            ["a\n"],
+            "control characters or halves of surrogate pairs, found 'a\\n'",
+        ),
+        ("classes", ["a\0"], "without control characters"),
+        ("classes", ["\ud800"], "without control characters"),
+        ("architecture", "\ud800", "without control characters"),
+        ("architecture", 3, "architecture: expected text, found 3"),
+        ("se", "no", "se: expected true or false, found 'no'"),
+        ("se", 0, "se: expected true or false, found 0"),
+        ("weighted_mean", None, "weighted_mean: expected true or false, found None"),
+        ("resize", 256.5, "resize: expected an integer, found 256.5"),
+        ("resize", True, "resize: expected an integer, found True"),
+        ("crop", 0, "crop: expected 1 to 65,535 px, found 0"),
+        ("crop", 10**9, "crop: expected 1 to 65,535 px, found 1,000,000,000"),
+        ("training", [], "training: expected a JSON object, found []"),
+        ("versions", {"a": 1}, "versions['a']: expected text, found 1"),
+        ("colour\n", 1, "expected no field 'colour\\n'"),
+        ("format", 2, "expected metadata of format 1, found format 2"),
+        ("format", "x" * 99, "found format 'xxxxx"),
+    ],
+)
+def test_metadata_that_cannot_be_used(file: Path, name: str, value: object, found: str):
+    with_document(file, {**DOCUMENT, name: value})
+    for read in (load_weights, read_meta):
+        with pytest.raises(WeightsError) as caught:
+            read(file)
+        assert found in str(caught.value)
+        assert str(caught.value).startswith(f"{file}: expected ")
+        assert len(str(caught.value).splitlines()) == 1
+        str(caught.value).encode()
+
+
+def test_metadata_without_what_has_a_default(file: Path):
+    with_document(file, {"format": 1, "architecture": "anchornet", "classes": ["a"]})
+    assert read_meta(file).std == META.std
+    with_document(file, {"format": 1, "classes": ["a"]})
+    with pytest.raises(WeightsError, match="missing 1 required positional argument: 'arch"):
+        read_meta(file)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a":' * 100_000, "null", "1", "NaN"])
+def test_metadata_that_are_no_object(file: Path, text: str):
+    with_document(file, text)
+    with pytest.raises(WeightsError, match=r"expected (anchorpatch )?metadata"):
+        load_weights(file)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_whatever_the_metadata_are_they_fit_or_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+):
+    file = tmp_path_factory.mktemp("any") / "w"
+    changes = data.draw(st.dictionaries(st.sampled_from(sorted(DOCUMENT)), JSON, min_size=1))
+    with_document(file, {**DOCUMENT, **changes})
+    with suppress(WeightsError):
+        meta = load_weights(file, None).meta
+        assert type(meta.se) is type(meta.weighted_mean) is bool
+        assert np.array([meta.mean, meta.std]).shape == (2, 3)
+        assert np.isfinite([meta.mean, meta.std]).all()
+        assert "".join([meta.architecture, *meta.classes]).encode()
+        save_weights(file, TENSORS, meta)
+        assert read_meta(file) == meta
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_whatever_the_bytes_are_they_are_weights_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+):
+    file = tmp_path_factory.mktemp("any") / "w"
+    save_weights(file, TENSORS, META)
+    content = bytearray(file.read_bytes())
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
+        content[at] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    with suppress(WeightsError):
+        load_into(nn.Linear(2, 3), load_weights(file, None))
+
+
+def test_complex_numbers_are_refused(tmp_path: Path):
+    save_weights(tmp_path / "w", {"weight": torch.zeros(3, 2, dtype=torch.complex64)}, META)
+    with pytest.raises(WeightsError, match=r"real numbers, found torch.complex64 in .* weight"):
+        load_into(nn.Linear(2, 3, bias=False), load_weights(tmp_path / "w"))
 
 
 def test_missing_file_and_folder(tmp_path: Path):
@@ -133,7 +295,7 @@ def test_another_architecture_is_refused_unless_any_will_do(tmp_path: Path):
 
 def test_a_header_length_that_looks_like_a_pickle_is_read(tmp_path: Path):
     # 0x80 opens a pickle, and the header of a safetensors file where its length ends so.
-    for filling in range(400):
+    for filling in range(1, 400):
         meta = WeightsMeta("anchornet", ("x" * filling,))
         save_weights(tmp_path / "w", TENSORS, meta)
         if (tmp_path / "w").read_bytes()[:1] == b"\x80":
