@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from anchorpatch.errors import NonFiniteError, SettingsError
@@ -175,11 +176,14 @@ def first_argmax(x: Tensor) -> Tensor:
     return x.argmax(-1)
 
 
-def decide(probabilities: Tensor) -> Decision:
+def decide(probabilities: Tensor | NDArray[Any]) -> Decision:
     """Decide on the class and the branch of each image (Eq. 6-8); ties go to the smaller scale.
 
     Args:
-        probabilities: softmax outputs B of the branches (N, 3, C).
+        probabilities: softmax outputs B of the branches (N, 3, C), a tensor or an array.
+
+    Raises:
+        SettingsError: they have another shape.
 
     Example:
         Two branches agree on class 0; of them the second is the surer one.
@@ -189,6 +193,11 @@ def decide(probabilities: Tensor) -> Decision:
         >>> decision.predicted.item(), SCALES[decision.branch.item()]
         (0, 95)
     """
+    probabilities = torch.as_tensor(probabilities)
+    if probabilities.ndim != 3 or probabilities.shape[1] != len(SCALES):
+        raise SettingsError(
+            f"probabilities: expected (N, {len(SCALES)}, C), got {tuple(probabilities.shape)}"
+        )
     branch_class = first_argmax(probabilities)
     branch_prob = probabilities.amax(-1)
     # (7): the class of two or three branches, else that of the surest branch.
@@ -219,8 +228,8 @@ class Patches(NamedTuple):
 
 
 def localize(
-    heatmaps: Sequence[Tensor],
-    branch: Tensor,
+    heatmaps: Sequence[Tensor | NDArray[Any]],
+    branch: Tensor | NDArray[Any],
     settings: LspSettings,
     *,
     scales: Sequence[int] = SCALES,
@@ -232,25 +241,38 @@ def localize(
     image, so there are at most max(K) rounds whatever N is, and no wait for the GPU.
 
     Args:
-        heatmaps: M of each branch, (N, H_j, W_j) each, of the class that was decided on.
+        heatmaps: M of each branch, (N, H_j, W_j) each, of the class that was decided on. Arrays
+            of numpy are taken too, also for ``branch``.
         branch: index into ``scales`` of each image's branch (N,), int64.
         settings: K, T and P.
         scales: side of the patches of each branch, in pixels.
-        check: look for NaN and infinity first. That waits for the GPU; a caller that
-            switches it off answers for it.
+        check: look at the values of ``branch`` and for NaN and infinity first. That waits for the
+            GPU; a caller that switches it off answers for them.
 
     Raises:
+        SettingsError: the heatmaps are not N grids of one size of image, or ``branch`` does not
+            choose among them.
         NonFiniteError: a heatmap of a chosen branch holds NaN or infinity.
     """
-    shapes = tuple((m.shape[1], m.shape[2]) for m in heatmaps)
+    maps = [torch.as_tensor(heatmap) for heatmap in heatmaps]
+    branch = torch.as_tensor(branch)
+    if not torch.compiler.is_compiling():
+        _check_shapes(maps, branch, scales)
+    branch = branch.long()
+    shapes = tuple((m.shape[1], m.shape[2]) for m in maps)
     n = max(candidate_count(h, w, p) for (h, w), p in zip(shapes, settings.coverage, strict=True))
-    if check:
-        _check_finite(heatmaps, branch)
+    if check and len(branch):
+        if branch.min() < 0 or branch.max() >= len(scales):
+            raise SettingsError(
+                f"branch: expected indices from 0 to {len(scales) - 1}, got {int(branch.min())} to "
+                f"{int(branch.max())}"
+            )
+        _check_finite(maps, branch)
     # torch.compile looks behind a cache anyway, and warns of it.
     parameters = _parameters.__wrapped__ if torch.compiler.is_compiling() else _parameters
     table, rounds = parameters(shapes, tuple(scales), settings, branch.device)
     width, limit, theta, k, conflict = torch.split(table[branch], 1, dim=1)
-    candidate, score = _strongest(_chosen(heatmaps, branch), n)
+    candidate, score = _strongest(_chosen(maps, branch), n)
     row = torch.div(candidate, width, rounding_mode="trunc")
     corner = torch.stack((row, candidate - row * width)).mul_(STRIDE)  # (2, N, n)
 
@@ -283,7 +305,11 @@ def localize(
 
 
 def select(
-    heatmap: Tensor, theta: int, max_patches: int, iou_threshold: float, coverage: float
+    heatmap: Tensor | NDArray[Any],
+    theta: int,
+    max_patches: int,
+    iou_threshold: float,
+    coverage: float,
 ) -> Patches:
     """Run Algorithm 1 on heatmaps of one scale, (N, H, W).
 
@@ -293,8 +319,33 @@ def select(
         [[[160, 160], [160, 120]]]
     """
     settings = LspSettings((max_patches,) * 3, iou_threshold, (coverage,) * 3)
+    heatmap = torch.as_tensor(heatmap)
     branch = torch.zeros(len(heatmap), dtype=torch.long, device=heatmap.device)
     return localize((heatmap,) * 3, branch, settings, scales=(theta,) * 3)
+
+
+def _check_shapes(heatmaps: Sequence[Tensor], branch: Tensor, scales: Sequence[int]) -> None:
+    """Raise SettingsError unless the heatmaps can be those of N images of one size."""
+    shapes = [tuple(heatmap.shape) for heatmap in heatmaps]
+    n = tuple(branch.shape)
+    if len(n) != 1 or branch.is_floating_point() or branch.dtype == torch.bool:
+        raise SettingsError(f"branch: expected whole numbers (N,), got {branch.dtype} {n}")
+    if len(shapes) != len(scales) or any(len(s) != 3 or (s[0],) != n or 0 in s[1:] for s in shapes):
+        raise SettingsError(
+            f"heatmaps: expected (N, H, W) for each of the scales {', '.join(map(str, scales))} px "
+            f"with N = {n[0]} as in branch, got {', '.join(map(str, shapes))}"
+        )
+    # The smallest image that has each grid; up to STRIDE - 1 pixels more change nothing.
+    images = [
+        [theta + STRIDE * (side - 1) for side in shape[1:]]
+        for theta, shape in zip(scales, shapes, strict=True)
+    ]
+    if any(max(sides) - min(sides) >= STRIDE for sides in zip(*images, strict=True)):
+        found = ", ".join(
+            f"{h} x {w} for {theta} px (an image of {height} x {width} px)"
+            for theta, (_, h, w), (height, width) in zip(scales, shapes, images, strict=True)
+        )
+        raise SettingsError(f"heatmaps: expected the grids of one size of image, got {found}")
 
 
 def _check_finite(heatmaps: Sequence[Tensor], branch: Tensor) -> None:

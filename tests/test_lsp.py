@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -215,3 +216,47 @@ def test_gpu_equals_cpu_bit_for_bit(preset: str) -> None:
     on_gpu = lsp.localize([m.cuda() for m in heatmaps], branch.cuda(), lsp.PRESETS[preset])
     for a, b in zip(on_cpu, on_gpu, strict=True):
         assert torch.equal(a, b.cpu())
+
+
+def test_arrays_are_taken_as_tensors_are() -> None:
+    rng = np.random.default_rng(5)
+    heatmaps = [random_heatmaps(rng, 4, GRIDS[theta]) for theta in lsp.SCALES]
+    probabilities = torch.from_numpy(rng.random((4, 3, 7), np.float32)).softmax(-1)
+    decision = lsp.decide(probabilities)
+    found = lsp.localize(heatmaps, decision.branch, lsp.PRESETS["evaluate"])
+    arrays = [heatmap.numpy() for heatmap in heatmaps]
+    branch = lsp.decide(probabilities.numpy()).branch.numpy().astype(np.int32)
+    assert all(map(torch.equal, found, lsp.localize(arrays, branch, lsp.PRESETS["evaluate"])))
+    one = lsp.select(heatmaps[0], 63, 5, 0.3, 0.05)
+    assert all(map(torch.equal, one, lsp.select(arrays[0], 63, 5, 0.3, 0.05)))
+
+
+@given(height=st.integers(111, 400), width=st.integers(111, 400))
+def test_the_grids_of_every_image_are_taken(height: int, width: int) -> None:
+    heatmaps = [torch.zeros(1, *lsp.grid_size(height, width, theta)) for theta in lsp.SCALES]
+    assert lsp.localize(heatmaps, torch.tensor([2]), lsp.PRESETS["figure"]).counts.item() >= 1
+
+
+@pytest.mark.parametrize(
+    ("shapes", "branch", "message"),
+    [
+        ([(2, 20, 21), (2, 17, 17), (2, 15, 15)], [0, 1], "20 x 21 for 63 px (an image of 215 x"),
+        ([(2, 17, 17), (2, 21, 21), (2, 15, 15)], [0, 1], "the grids of one size of image, got 17"),
+        ([(2, 21, 21), (2, 17, 17)], [0, 1], "expected (N, H, W) for each of the scales 63, 95,"),
+        ([(2, 21), (2, 17), (2, 15)], [0, 1], "with N = 2 as in branch, got (2, 21), (2, 17)"),
+        ([(3, 21, 21), (2, 17, 17), (2, 15, 15)], [0, 1], "got (3, 21, 21), (2, 17, 17)"),
+        ([(2, 21, 21), (2, 17, 17), (2, 15, 15)], [0, 3], "indices from 0 to 2, got 0 to 3"),
+        ([(2, 21, 21), (2, 17, 17), (2, 15, 15)], [0.0, 1.0], "expected whole numbers (N,), got"),
+        ([(2, 21, 21), (2, 17, 17), (2, 15, 15)], [[0], [1]], "(N,), got torch.int64 (2, 1)"),
+    ],
+)
+def test_heatmaps_of_another_size_are_refused(
+    shapes: list[tuple[int, ...]], branch: list[float], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        lsp.localize([torch.zeros(s) for s in shapes], torch.tensor(branch), lsp.PRESETS["figure"])
+
+
+def test_probabilities_of_another_shape_are_refused() -> None:
+    with pytest.raises(SettingsError, match=re.escape("expected (N, 3, C), got (2, 10)")):
+        lsp.decide(torch.zeros(2, 10))

@@ -29,6 +29,7 @@ def test_all_is_sorted_and_true(name: str) -> None:
     assert names == sorted(constants) + sorted(classes) + sorted(others)
     for exported in names:
         assert hasattr(module, exported)
+    assert set(names) <= set(dir(module))
 
 
 def test_the_error_tree_is_the_one_drawn() -> None:

@@ -11,6 +11,7 @@ from anchorpatch.cli.config import Command
 from anchorpatch.cli.extract import print_summary
 from anchorpatch.cli.options import PATH, device_option, json_option, workers_option
 from anchorpatch.cli.output import print_json, print_table
+from anchorpatch.text import counted
 
 if TYPE_CHECKING:
     from anchorpatch.demo.score import SceneScore
@@ -70,7 +71,7 @@ def demo(
     network = find_weights(weights, folder)
     load_weights(network)  # a bad file is better found before anything is drawn
     progress = reporter()
-    progress.message(f"drawing {images:,} scenes in {folder / 'scenes'}")
+    progress.message(f"drawing {counted(images, 'scene')} in {folder / 'scenes'}")
     drawn = make_scenes(folder / "scenes", 0, images, seed)
     config = ExtractConfig(
         data=folder / "scenes",
@@ -87,7 +88,8 @@ def demo(
     if problems:
         raise CorruptShard(
             f"{extracted.folder / problems[0].shard}: {problems[0].problem}; "
-            f"{len(problems)} problems in all: see anchorpatch shards verify {extracted.folder}"
+            f"{counted(len(problems), 'problem')} in all: see anchorpatch shards verify "
+            f"{extracted.folder}"
         )
     boxes = folder / "scenes" / "boxes.csv"
     score = score_scenes(extracted.folder, boxes)
@@ -104,7 +106,7 @@ def demo(
         )
         return
     print_summary(extracted, as_json=False)
-    click.echo(f"all {extracted.shards} shards verified\n")
+    click.echo(f"all {counted(extracted.shards, 'shard')} verified\n")
     _print_score(score)
     click.echo(f"\npicture: {folder / _PICTURE}")
     progress.message(f"anchorpatch report {folder} puts all of it on one page")

@@ -170,7 +170,8 @@ def _refuse(ctx: click.Context, names: tuple[str, ...], why: str) -> None:
     for param in ctx.command.params:
         given = ctx.get_parameter_source(param.name or "")
         if param.name in names and given is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"{param.opts[0]} {why}.", ctx)
+            off = ctx.params[param.name] is False and param.secondary_opts
+            raise click.UsageError(f"{(off or param.opts)[0]} {why}.", ctx)
 
 
 def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:

@@ -41,8 +41,8 @@ def print_anchornet(summary: EvaluateSummary, as_json: bool) -> None:
         ],
     )
     click.echo(
-        f"\n{summary.images:,} images, {summary.skipped:,} skipped; {summary.gmacs:.4f} GMACs, "
-        f"{summary.images_per_second:,.1f} images/s without decoding"
+        f"\n{counted(summary.images, 'image')}, {summary.skipped:,} skipped; "
+        f"{summary.gmacs:.4f} GMACs, {summary.images_per_second:,.1f} images/s without decoding"
     )
 
 
@@ -85,7 +85,7 @@ def print_table_3(table: Table3, form: str) -> None:
             f"speed: {speed.whole:,.1f} images/s whole, {speed.patches:,.1f} images/s by "
             f"AnchorNet, LSP and patches: {speed.ratio:.2f} times as many "
             f"({counted(speed.images, 'image')} of {speed.mean_patches:.2f} patches, "
-            f"{speed.rounds} turns each)"
+            f"{counted(speed.rounds, 'turn')} each)"
         )
     left_out = [f"left out: {text}" for text in table.left_out]
     _print(form, table.to_json(), columns, rows, notes + left_out)

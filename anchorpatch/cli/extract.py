@@ -26,6 +26,7 @@ from anchorpatch.cli.options import (
 )
 from anchorpatch.cli.output import bytes_text, print_json, print_table
 from anchorpatch.errors import WeightsError
+from anchorpatch.text import counted
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.extract import Forecast
@@ -195,15 +196,15 @@ def print_summary(summary: ExtractSummary, as_json: bool) -> None:
     )
     reasons = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.items())
     lines = [
-        f"{images:,} images in {summary.shards} shards, {bytes_text(summary.bytes)}: "
-        f"{summary.folder}",
+        f"{counted(images, 'image')} in {counted(summary.shards, 'shard')}, "
+        f"{bytes_text(summary.bytes)}: {summary.folder}",
         f"skipped: {sum(summary.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
     ]
     if summary.top1 is not None:
         lines.append(f"top-1 of AnchorNet: {summary.top1:.2%}")
     if summary.images_run:
         speed = f"{summary.images_per_second:,.1f} images/s"
-        lines.append(f"{summary.images_run:,} images in {summary.seconds:,.1f} s: {speed}")
+        lines.append(f"{counted(summary.images_run, 'image')} in {summary.seconds:,.1f} s: {speed}")
     else:
         lines.append("nothing was left to do")
     click.echo("\n".join(lines))
@@ -217,10 +218,11 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
     settings = forecast.settings
     per_scale = "/".join(str(k) for k in settings.max_patches)
     click.echo(
-        f"would write {forecast.pending} of {forecast.shards} shards to {forecast.folder}: "
-        f"{forecast.images:,} images of {forecast.classes} classes\n"
+        f"would write {forecast.pending:,} of {counted(forecast.shards, 'shard')} to "
+        f"{forecast.folder}: "
+        f"{counted(forecast.images, 'image')} of {counted(forecast.classes, 'class', 'classes')}\n"
         f"settings: preset {settings.preset or 'none'}, K {per_scale}, T {settings.iou_threshold}, "
         f"P {'/'.join(str(p) for p in settings.coverage)}, codec {settings.codec}\n"
         f"about {bytes_text(forecast.bytes)} in all, {bytes_text(forecast.bytes_per_image)} an "
-        f"image (from {forecast.sample} images)"
+        f"image (from {counted(forecast.sample, 'image')})"
     )

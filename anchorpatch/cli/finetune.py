@@ -22,6 +22,7 @@ from anchorpatch.cli.options import (
 from anchorpatch.cli.output import print_json, print_table
 from anchorpatch.cli.training_options import RECORD_COLUMNS, loop_options, record_rows, run_options
 from anchorpatch.runtime.tasks import is_main
+from anchorpatch.text import counted
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.finetune import FinetuneSummary
@@ -168,11 +169,13 @@ def print_forecast(plan: Mapping[str, Any], as_json: bool) -> None:
     train, val = plan["images"]
     click.echo(
         f"{plan['network']} from {_weights_text(plan['weights'])}, on {plan['source']}: "
-        f"{train:,} training and {val:,} validation images of {plan['classes']:,} classes"
+        f"{train:,} training and {val:,} validation images of "
+        f"{counted(plan['classes'], 'class', 'classes')}"
     )
     click.echo(
-        f"{cost['epochs']} epochs of {cost['steps_an_epoch']:,} steps of {plan['batch_size']} "
-        f"{unit}: {cost['macs'] / 1e9:,.1f} GMACs forward, about three times as many in all"
+        f"{counted(cost['epochs'], 'epoch')} of {counted(cost['steps_an_epoch'], 'step')} of "
+        f"{plan['batch_size']} {unit}: {cost['macs'] / 1e9:,.1f} GMACs forward, about three "
+        f"times as many in all"
     )
     if "budget" in cost:
         click.echo(
@@ -215,7 +218,7 @@ def print_summary(summary: FinetuneSummary, as_json: bool) -> None:
     train, val = summary.images
     cost = summary.cost
     click.echo(
-        f"{summary.network}: {summary.epochs} epochs on {summary.source} "
-        f"({cost['macs'] / 1e9:,.1f} GMACs forward), {train:,} images of {summary.classes:,} "
-        f"classes, measured on {val:,}: {summary.weights}"
+        f"{summary.network}: {counted(summary.epochs, 'epoch')} on {summary.source} "
+        f"({cost['macs'] / 1e9:,.1f} GMACs forward), {counted(train, 'image')} of "
+        f"{counted(summary.classes, 'class', 'classes')}, measured on {val:,}: {summary.weights}"
     )

@@ -87,7 +87,7 @@ def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
             click.echo(f"{Path(of_split['folder'], problem['shard'])}: {problem['problem']}")
         wrong = len({problem["shard"] for problem in of_split["problems"]})
         verdict = f"{wrong} bad" if wrong else "all good"
-        click.echo(f"{of_split['folder']}: {of_split['shards']} shards, {verdict}")
+        click.echo(f"{of_split['folder']}: {counted(of_split['shards'], 'shard')}, {verdict}")
     return int(bool(bad))
 
 
@@ -171,7 +171,7 @@ def _print_facts(facts: SplitFacts) -> None:
     quality = f" of quality {s.jpeg_quality}" if s.codec == "jpeg" else ""
     same = ", the same as" if facts.same_classes else "; other than"
     lines = [
-        f"shards: {facts.shards} of {facts.total_shards}, {s.shard_size} images each",
+        f"shards: {facts.shards} of {facts.total_shards}, {counted(s.shard_size, 'image')} each",
         f"images: {images:,} in {bytes_text(facts.bytes)}{each}",
         f"skipped: {sum(facts.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
         f"classes: {facts.classes:,}{same} the network's {facts.network_classes:,}",
@@ -209,6 +209,6 @@ def _find(reader: ShardReader, image: str) -> int:
     ending = [path for path in paths if path.endswith(image)]
     near = f" Did you mean {ending[0]!r}?" if ending else did_you_mean(image, paths)
     raise click.BadParameter(
-        f"{image!r} is none of the {len(paths):,} images of {reader.folder}.{near}",
+        f"{image!r} is none of the {counted(len(paths), 'image')} of {reader.folder}.{near}",
         param_hint=hint,
     )

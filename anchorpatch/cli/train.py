@@ -29,6 +29,7 @@ from anchorpatch.cli.training_options import (
     run_options,
 )
 from anchorpatch.runtime.tasks import is_main
+from anchorpatch.text import counted
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.train import TrainSummary
@@ -168,8 +169,9 @@ def print_summary(summary: TrainSummary, as_json: bool) -> None:
     train_images, val_images = summary.images
     stages = " of each stage" if summary.earlier else ""
     lines = [
-        f"{summary.epochs} epochs{stages} on {train_images:,} images of {summary.classes} classes, "
-        f"measured on {val_images:,}: {summary.weights}"
+        f"{counted(summary.epochs, 'epoch')}{stages} on {counted(train_images, 'image')} of "
+        f"{counted(summary.classes, 'class', 'classes')}, measured on {val_images:,}: "
+        f"{summary.weights}"
     ]
     if summary.bad:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary.bad.items())

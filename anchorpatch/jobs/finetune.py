@@ -22,7 +22,7 @@ from torch.nn import functional
 from anchorpatch.errors import WeightsError, reason_of
 from anchorpatch.jobs.finetuning.config import FREE, SCRATCH, FinetuneConfig
 from anchorpatch.jobs.finetuning.setup import Setup, prepare
-from anchorpatch.jobs.network_weights import find_pretrained
+from anchorpatch.jobs.network_weights import OR_NONE, find_pretrained
 from anchorpatch.jobs.networks import load_network
 from anchorpatch.jobs.training.augment import Augmentation
 from anchorpatch.jobs.training.runlog import RunLog, write_config
@@ -34,6 +34,7 @@ from anchorpatch.runtime.distributed import World, process_group
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.storage import sha256_of
+from anchorpatch.text import counted
 
 __all__ = ["SCRATCH", "FinetuneConfig", "FinetuneSummary", "forecast", "run"]
 
@@ -117,7 +118,7 @@ def forecast(config: FinetuneConfig) -> dict[str, Any]:
     """
     setup = prepare(config, World())
     if config.weights == "default":
-        find_pretrained(config.network)
+        find_pretrained(config.network, OR_NONE)
     elif config.weights != "none":
         load_network(config.network, setup.train.classes, config.weights, replace_head=True)
     return {
@@ -138,8 +139,8 @@ def _budget_text(setup: Setup) -> str:
     assert cost.budget is not None
     macs, of = cost.budget
     return (
-        f"the budget of {of}: {macs / 1e9:,.1f} GMACs; {cost.epochs} epochs of {cost.steps:,} "
-        f"steps over whole images take {cost.macs / 1e9:,.1f} GMACs"
+        f"the budget of {of}: {macs / 1e9:,.1f} GMACs; {counted(cost.epochs, 'epoch')} of "
+        f"{cost.steps:,} steps over whole images take {cost.macs / 1e9:,.1f} GMACs"
     )
 
 

@@ -36,6 +36,8 @@ from anchorpatch.runtime.checkpoint import (
 )
 
 __all__ = [
+    "NAME_A_FILE",
+    "OR_NONE",
     "Found",
     "find_pretrained",
     "has_pretrained",
@@ -50,6 +52,10 @@ _TIMEOUT: Final = 30.0
 
 #: The file of a pretrained set of timm in its repository.
 _TIMM_FILE: Final = "model.safetensors"
+
+#: What a user can do without a pretrained set; a run that trains may also begin without weights.
+NAME_A_FILE: Final = "name a file of weights"
+OR_NONE: Final = "give --weights FILE, or --weights none to begin with random weights"
 
 #: What some programs put around a state dict, and before its names: DistributedDataParallel,
 #: torch.compile, and modules of Lightning.
@@ -103,36 +109,43 @@ def _pretrained_set(name: str) -> Any:
     return getattr(torchvision.models.get_model_weights(known), "DEFAULT", None) if known else None
 
 
-def find_pretrained(name: str) -> Any:
+def find_pretrained(name: str, instead: str = NAME_A_FILE) -> Any:
     """Return what torchvision or timm says of a network's pretrained set, without fetching it.
+
+    Args:
+        name: of a network of torchvision or "timm:NAME".
+        instead: what the user can do without the set.
 
     Raises:
         WeightsError: there is none.
     """
     found = _pretrained_set(name)
     if found is None:
-        raise WeightsError(
-            f"{name} has no pretrained set: give --weights none to begin with random weights, or "
-            "--weights FILE"
-        )
+        raise WeightsError(f"{name} has no pretrained set: {instead}")
     return found
 
 
-def pretrained(name: str, classes: tuple[str, ...], message: Callable[[str], None]) -> Found:
+def pretrained(
+    name: str,
+    classes: tuple[str, ...],
+    message: Callable[[str], None],
+    instead: str = NAME_A_FILE,
+) -> Found:
     """Return the pretrained set of a network, downloaded into its package's own cache.
 
     Args:
         name: of a network of torchvision or "timm:NAME".
         classes: that the network is wanted for: the folders of ImageNet are known by their names.
         message: is told of a download.
+        instead: what the user can do without the set.
 
     Raises:
         WeightsError: there is no such set, or it cannot be downloaded.
     """
-    weights = find_pretrained(name)
+    weights = find_pretrained(name, instead)
     if name.startswith(TIMM):
-        return _pretrained_of_timm(name, weights, classes)
-    file = _cached(name, weights.url, message)
+        return _pretrained_of_timm(name, weights, classes, instead)
+    file = _cached(name, weights.url, message, instead)
     transform = weights.transforms()
     return Found(
         tensors=_from_torch(file, advice="remove it to have it downloaded again"),
@@ -145,7 +158,7 @@ def pretrained(name: str, classes: tuple[str, ...], message: Callable[[str], Non
     )
 
 
-def _cached(name: str, url: str, message: Callable[[str], None]) -> Path:
+def _cached(name: str, url: str, message: Callable[[str], None], instead: str) -> Path:
     """Return the file of a set of torchvision in its cache, where it is put if need be."""
     file = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
     if file.is_file():
@@ -161,8 +174,7 @@ def _cached(name: str, url: str, message: Callable[[str], None]) -> Path:
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         raise WeightsError(
             f"{name}: cannot download {url} ({reason_of(error)[:200]}); fetch {file.name} where "
-            f"there is a network and give it with --weights {file.name} or put it into "
-            f"{file.parent}, or give --weights none"
+            f"there is a network and put it into {file.parent}, or {instead}"
         ) from error
     return file
 
@@ -178,7 +190,7 @@ def _time_limit() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _pretrained_of_timm(name: str, config: Any, classes: tuple[str, ...]) -> Found:
+def _pretrained_of_timm(name: str, config: Any, classes: tuple[str, ...], instead: str) -> Found:
     try:
         overlay = {"file": _cached_of_timm(config.hf_hub_id)} if config.hf_hub_id else None
         module = timm_module().create_model(
@@ -188,7 +200,7 @@ def _pretrained_of_timm(name: str, config: Any, classes: tuple[str, ...]) -> Fou
         place = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
         raise WeightsError(
             f"{name}: cannot download {place} ({reason_of(error)[:200]}); fetch {_TIMM_FILE} from "
-            "there where there is a network and give it with --weights FILE, or give --weights none"
+            f"there where there is a network and name the file, or {instead}"
         ) from error
     imagenet = config.num_classes == 1000 and _is_imagenet(classes)
     return Found(

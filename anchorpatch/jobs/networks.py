@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from anchorpatch.errors import SettingsError, WeightsError
 from anchorpatch.jobs.class_names import few
 from anchorpatch.jobs.network_weights import (
+    NAME_A_FILE,
+    OR_NONE,
     Found,
     has_pretrained,
     of_another_program,
@@ -116,7 +118,8 @@ def load_network(
         meta = WeightsMeta(name, classes or otherwise)
         return Network(build(name, len(meta.classes)).eval(), meta, "random weights")
     if weights == "default":
-        found = pretrained(name, classes or (), message)
+        instead = OR_NONE if replace_head else NAME_A_FILE
+        found = pretrained(name, classes or (), message, instead)
     else:
         found = read_file(Path(weights), name)
     if classes is None:

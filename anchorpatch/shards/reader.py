@@ -20,6 +20,7 @@ from anchorpatch.errors import CorruptShard, ShardError
 from anchorpatch.shards.access import Maps, ShardFile, check_size, decode_patch, read_table, survey
 from anchorpatch.shards.layout import IMAGE_TABLE, PATCH_TABLE, SCALES
 from anchorpatch.shards.manifest import read_manifest
+from anchorpatch.text import counted
 
 __all__ = ["ImagePatches", "ShardReader"]
 
@@ -115,7 +116,7 @@ class ShardReader:
         return int(self._image_start[-1])
 
     def __repr__(self) -> str:
-        return f"ShardReader({str(self.folder)!r}): {len(self)} images"
+        return f"ShardReader({str(self.folder)!r}): {counted(len(self), 'image')}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in ("_maps", "_lock")}
@@ -130,6 +131,9 @@ class ShardReader:
         if name not in _IMAGE_COLUMNS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return self._column(f"images/{_IMAGE_COLUMNS[name]}")
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_IMAGE_COLUMNS})
 
     @property
     def sha256(self) -> list[str]:

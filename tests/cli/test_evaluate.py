@@ -99,7 +99,10 @@ def test_errors_and_wrong_usage(program: Program, root: Path, tmp_path: Path):
         (("evaluate", "anchornet", "--scale", 63), "--scale is for networks on patches"),
         (("evaluate", NETWORK, "--labels", "x"), "--labels is for anchornet alone"),
         (("evaluate", "anchornet", "--format", "csv"), "--format csv is for networks on patches"),
-        (("evaluate", NETWORK, "--protocol", "rescale", "--no-speed"), "--speed goes with"),
+        (
+            ("evaluate", NETWORK, "--protocol", "rescale", "--no-speed"),
+            "Error: --no-speed goes with",
+        ),
         (("evaluate", NETWORK, "--per-scale", "--weights", "default"), "--per-scale and --weights"),
     ):
         done = program(*wrong)

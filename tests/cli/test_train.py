@@ -27,7 +27,7 @@ def test_train_then_evaluate(program: Program, data: Path, tmp_path: Path):
     done = program("train", "--data", data, *OPTIONS)
     assert done.returncode == 0, done.stderr
     best = tmp_path / "runs" / "anchornet" / "best.safetensors"
-    assert f"1 epochs on {TRAIN} images of 2 classes, measured on {VAL}: " in done.stdout
+    assert f"1 epoch on {TRAIN} images of 2 classes, measured on {VAL}: " in done.stdout
     assert "epoch 1/1: loss " in done.stderr
     assert "\x1b" not in done.stderr + done.stdout
 

@@ -82,6 +82,7 @@ def test_tables_run_over_all_shards(splits: dict[str, Path], codec: str) -> None
     assert reader.network_classes == (*CLASSES, "elk")
     assert reader.settings.codec == codec
     for name in ("path", "label", "predicted", "scale", "branch_class", "branch_prob", "size"):
+        assert name in dir(reader)
         column = getattr(reader, name)
         np.testing.assert_array_equal(column, plain_table(splits[codec], f"images/{name}"))
         with pytest.raises(ValueError, match="read-only"):

@@ -20,6 +20,7 @@ from anchorpatch.lsp import PRESETS, SCALES, STRIDE, LspSettings, select
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.text import counted
 
 __all__ = ["BranchError", "BranchErrors", "ErrorsConfig", "Evidence", "Typical", "find_errors"]
 
@@ -201,8 +202,8 @@ def find_errors(
                 )
             scales = " or ".join(f"{scale} px" for scale in config.scales)
             raise NothingToShow(
-                f"{source.name}: among {len(survey)} images the branch of {scales} is nowhere "
-                "wrong where another is right: raise --limit, or choose another --scale"
+                f"{source.name}: among {counted(len(survey), 'image')} the branch of {scales} is "
+                "nowhere wrong where another is right: raise --limit, or choose another --scale"
             )
         chosen = {s: _spread(survey, wrong, s, config.per_scale) for s, wrong in of_scale.items()}
         mistaken = [

@@ -24,6 +24,7 @@ from anchorpatch.models.registry import build_on_meta
 from anchorpatch.runtime.distributed import World
 from anchorpatch.shards.batches import visited
 from anchorpatch.shards.reader import ShardReader
+from anchorpatch.text import counted
 
 __all__ = ["Cost", "Setup", "prepare"]
 
@@ -179,11 +180,12 @@ def _budget(config: FinetuneConfig, train: ShardReader, module: nn.Module) -> tu
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         cost = document["cost"]
-        return int(cost["macs"]), f"{config.like}, {cost['epochs']} epochs"
+        return int(cost["macs"]), f"{config.like}, {counted(cost['epochs'], 'epoch')}"
     except FileNotFoundError:
         counts = visited(train, SCALES)
         per_row = {scale: macs(module, scale) for scale in counts}
-        return config.epochs * _total(counts, per_row), f"{config.epochs} epochs of all patches"
+        of = f"{counted(config.epochs, 'epoch')} of all patches"
+        return config.epochs * _total(counts, per_row), of
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: expected the settings of a run on patches, whose cost a baseline takes, "
