@@ -34,12 +34,9 @@ def test_all_is_sorted_and_true(name: str) -> None:
 
 def test_the_error_tree_is_the_one_drawn() -> None:
     drawn = re.findall(r"[├└]── (\w+)", errors.__doc__ or "")
-    assert (
-        ["AnchorpatchError", *sorted(drawn)]
-        == sorted(["AnchorpatchError", *drawn])
-        == errors.__all__
-    )
-    for name in errors.__all__:
+    names = [name for name in errors.__all__ if name[0].isupper()]
+    assert ["AnchorpatchError", *sorted(drawn)] == sorted(["AnchorpatchError", *drawn]) == names
+    for name in names:
         cls = getattr(errors, name)
         assert issubclass(cls, errors.AnchorpatchError)
         assert inspect.getdoc(cls)
