@@ -49,7 +49,7 @@ def test_demo_walks_the_whole_way_and_again(tmp_path: Path, weights: Path) -> No
     assert picture.read_bytes() == drawn
     lines = again.stdout.splitlines()
     assert "nothing was left to do" in lines
-    assert "all 1 shards verified" in lines
+    assert "all 1 shard verified" in lines
     assert lines[-1] == "picture: anchorpatch-demo/patches.png"
     assert again.stderr.endswith("anchorpatch report anchorpatch-demo puts all of it on one page\n")
     for start in ("strongest ", "random, same scale ", "small ", "medium ", "large "):
