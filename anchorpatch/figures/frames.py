@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Final
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -80,7 +81,8 @@ def draw_frames(
 
     A frame is the outermost ``width`` pixels of the patch itself, with a dark seam of one pixel
     inside; that of a patch at the place of an earlier one lies within the latter's. Marks stand
-    inside their frame where they hide no other, and are left out where there is no such place.
+    inside their frame where they hide neither frame nor mark, else where they hide no mark, and are
+    left out where there is no such place either.
 
     Args:
         pixels: uint8 (H, W, 3).
@@ -93,8 +95,7 @@ def draw_frames(
     """
     picture = enlarged(pixels, zoom)
     draw = ImageDraw.Draw(picture)
-    taken = Image.new("1", picture.size)
-    mask = ImageDraw.Draw(taken)
+    taken, marked = np.zeros((2, picture.height, picture.width), bool)
     side = theta * zoom
     boxes: list[Box] = []
     places = [tuple(corner) for corner in np.asarray(corners).tolist()]
@@ -105,13 +106,17 @@ def draw_frames(
     for box, color in reversed(list(zip(boxes, colors, strict=True))):
         frame(draw, box, color, width, seam=1)
         x0, y0, x1, y1 = box
-        mask.rectangle((x0, y0, x1 - 1, y1 - 1), outline=1, width=width + 1)
+        edge = width + 1
+        taken[y0:y1, [*range(x0, x0 + edge), *range(x1 - edge, x1)]] = True
+        taken[[*range(y0, y0 + edge), *range(y1 - edge, y1)], x0:x1] = True
     for (x0, y0, x1, y1), mark in zip(boxes, marks, strict=False):
         inner = (x0 + width + 1, y0 + width + 1, x1 - width - 1, y1 - width - 1)
-        place = _free(inner, np.asarray(taken))
+        place = _free(inner, taken, marked)
         if place is not None:
             mark(draw, *place)
-            mask.rectangle((*place, place[0] + MARK - 1, place[1] + MARK - 1), fill=1)
+            x, y = place
+            for mask in (taken, marked):
+                mask[y : y + MARK, x : x + MARK] = True
     return picture
 
 
@@ -157,11 +162,18 @@ def _sign(
         draw.line([(x + dx, y + dy) for dx, dy in stroke], fill=PAPER, width=2, joint="curve")
 
 
-def _free(inner: Box, taken: NDArray[np.bool_]) -> tuple[int, int] | None:
-    """Return the left top of a free square along the upper edge of a box, else the lower one."""
+def _free(inner: Box, *taken: NDArray[np.bool_]) -> tuple[int, int] | None:
+    """Return the left top of a square within a box that is free in the first mask that has one.
+
+    Along the upper edge of the box if possible, else along the lower one, else anywhere.
+    """
     x0, y0, x1, y1 = inner
-    for y in (y0, y1 - MARK):
-        for x in range(x0, x1 - MARK + 1):
-            if not taken[y : y + MARK, x : x + MARK].any():
-                return x, y
+    if min(x1 - x0, y1 - y0) < MARK:
+        return None
+    for mask in taken:
+        windows = sliding_window_view(mask[y0:y1, x0:x1], (MARK, MARK))
+        free: NDArray[np.bool_] = np.logical_not(windows.any((2, 3)))
+        for y in (0, len(free) - 1, *range(1, len(free) - 1)):
+            if free[y].any():
+                return x0 + int(free[y].argmax()), y0 + y
     return None

@@ -115,6 +115,20 @@ def test_it_fits_a_phone(shown: Browser) -> None:
         assert shown.run(across) == [width, True]
 
 
+def test_tables_fit_a_window_of_1200_pixels_and_paper(shown: Browser) -> None:
+    beyond = (
+        "[...document.querySelectorAll('.table > .scroll')].filter(box => "
+        "box.querySelector('table').getBoundingClientRect().right > "
+        "box.getBoundingClientRect().right + 1).map(box => box.ariaLabel)"
+    )
+    shown.run("for (const d of document.querySelectorAll('details')) d.open = true")
+    assert shown.run(beyond) == []
+    # A4 without its margins, at 96 px an inch.
+    shown.media("print")
+    shown.width(680)
+    assert shown.run(beyond) == []
+
+
 def test_it_is_dark_in_the_dark_and_light_on_paper(shown: Browser) -> None:
     def lightness(what: str, name: str) -> float:
         color = shown.run(f"getComputedStyle({what}).{name}")
