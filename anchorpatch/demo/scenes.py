@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +20,8 @@ import joblib
 from PIL import Image
 
 from anchorpatch.demo.draw import CLASSES, CROP, SIDE, SIZES, Box, draw_scene, object_box
-from anchorpatch.errors import DataError, SettingsError, StorageError
+from anchorpatch.errors import DataError, SettingsError, reason_of
+from anchorpatch.storage import refusals
 from anchorpatch.waits import answers
 
 __all__ = [
@@ -124,14 +126,19 @@ def make_scenes(
     whole = not missing and _BOXES in present
     if not whole:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / _MARKER, (json.dumps(parameters) + "\n").encode())
-            for parent in {(folder / path).parent for path in wanted}:
-                parent.mkdir(parents=True, exist_ok=True)
-            _draw_all(folder, seed, missing, jobs)
-            _write(folder / _BOXES, _boxes_csv(seed, wanted))
-        except OSError as error:
-            raise StorageError(f"{folder}: cannot write scenes: {error}") from error
+            with refusals(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                _write(folder / _MARKER, (json.dumps(parameters) + "\n").encode())
+                for parent in {(folder / path).parent for path in wanted}:
+                    parent.mkdir(parents=True, exist_ok=True)
+                _draw_all(folder, seed, missing, jobs)
+                _write(folder / _BOXES, _boxes_csv(seed, wanted))
+        except BaseException:
+            # Also what processes left that were ended in the middle of a picture.
+            for path in (*wanted, _MARKER, _BOXES):
+                with suppress(OSError):
+                    _temporary(folder / path).unlink()
+            raise
     return ScenesSummary(folder, train, val, seed, len(missing))
 
 
@@ -143,7 +150,8 @@ def _survey(folder: Path, parameters: dict[str, int], wanted: set[str]) -> set[s
         raise DataError(f"{folder}: expected a folder for scenes, found a file; choose another")
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     # A temporary file is what an interrupted write of our own left: it will be replaced.
-    found = {path for path in found if path.removesuffix(".tmp") not in wanted or path in wanted}
+    ours = wanted | {_MARKER, _BOXES}
+    found = {path for path in found if path.removesuffix(".tmp") not in ours or path in ours}
     if not found:
         return found
     marker = folder / _MARKER
@@ -159,7 +167,7 @@ def _survey(folder: Path, parameters: dict[str, int], wanted: set[str]) -> set[s
             f"{marker}: the folder holds another set ({json.dumps(there)}, asked for "
             f"{json.dumps(parameters)}); choose another folder or delete that one"
         )
-    foreign = found - wanted - {_MARKER, _BOXES, _BOXES + ".tmp", _MARKER + ".tmp"}
+    foreign = found - ours
     if foreign:
         raise DataError(
             f"{folder}: expected scenes alone, found {min(foreign)}; move it away or choose "
@@ -168,10 +176,15 @@ def _survey(folder: Path, parameters: dict[str, int], wanted: set[str]) -> set[s
     return found
 
 
+def _temporary(path: Path) -> Path:
+    """Return the name of a file until it is whole; the same in every call, which replaces it."""
+    return path.with_name(path.name + ".tmp")
+
+
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    # Not synced to the disk as by `storage.write_atomically`: that takes longer than the drawing.
+    _temporary(path).write_bytes(data)
+    os.replace(_temporary(path), path)
 
 
 def _draw_all(folder: Path, seed: int, missing: list[tuple[str, int]], jobs: int | None) -> None:
@@ -218,6 +231,6 @@ def read_boxes(path: Path) -> dict[str, tuple[str, Box]]:
             return {row[0]: (row[2], Box(*map(int, row[3:]))) for row in rows}
     except (OSError, ValueError, TypeError, IndexError) as error:
         raise DataError(
-            f"{path}: expected a table {','.join(_HEADER)}, found none ({error}); "
+            f"{path}: expected a table {','.join(_HEADER)}, found none ({reason_of(error)}); "
             "make it with: anchorpatch scenes"
         ) from error

@@ -23,6 +23,7 @@ from anchorpatch.errors import DataError, ImageError, StorageError, reason_of
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.loader import read_image
 from anchorpatch.images.picture import decode_picture
+from anchorpatch.storage import write_atomically
 from anchorpatch.waits import shut_down, waiting_for
 
 __all__ = ["SHORT_SIDE", "PictureCache", "build_cache"]
@@ -117,9 +118,7 @@ def _write(folder: ImageFolder, pixels: Path, index: Path, threads: int) -> None
             temporary.unlink()
     # The index last: where it is, the pixels are whole.
     document: dict[str, Any] = {"shapes": shapes, "bad": bad}
-    temporary = index.with_name(f".{index.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(document), encoding="utf-8")
-    os.replace(temporary, index)
+    write_atomically(index, lambda file: file.write(json.dumps(document).encode()))
 
 
 def _pictures(folder: ImageFolder, threads: int) -> Iterator[Image.Image | str]:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -180,7 +182,9 @@ def test_an_interrupted_call_is_completed(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         make_scenes(tmp_path / "cut", train=4, val=9, jobs=1)
     monkeypatch.undo()
-    assert any(path.endswith(".tmp") for path in contents(tmp_path / "cut"))
+    assert not any(path.endswith(".tmp") for path in contents(tmp_path / "cut"))
+    for name in (scene_path("val", 8), "boxes.csv"):  # as a process that is killed leaves them
+        (tmp_path / "cut" / f"{name}.tmp").write_bytes(b"half a file")
     assert make_scenes(tmp_path / "cut", train=4, val=9, jobs=1).drawn == 6
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
@@ -233,6 +237,29 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(scenes, "_write", full)
     with pytest.raises(StorageError, match="No space left on device"):
         make_scenes(tmp_path / "set", train=0, val=2, jobs=1)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from anchorpatch.demo.scenes import make_scenes
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    make_scenes(Path(sys.argv[1]), train=0, val=60, jobs=int(sys.argv[3]))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+# As a full disk: a write that stops in the middle of a picture, or of the first file.
+@pytest.mark.parametrize(("size", "jobs"), [(4000, 1), (4000, 2), (10, 1)])
+def test_a_full_disk_leaves_no_temporary_file(tmp_path: Path, size: int, jobs: int) -> None:
+    folder = tmp_path / "set"
+    command = [sys.executable, "-c", LIMITED, folder, size, jobs]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.stdout.startswith(f"StorageError {folder}: cannot write: File too large: free")
+    assert not [path for path in contents(folder) if path.endswith(".tmp")]
+    assert make_scenes(folder, train=0, val=60, jobs=1).val == 60
 
 
 @pytest.mark.parametrize(
