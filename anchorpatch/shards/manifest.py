@@ -76,15 +76,25 @@ class ShardEntry:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShardEntry:
-        """Return the entry that `to_json` wrote."""
+        """Return the entry that `to_json` wrote.
+
+        Raises:
+            ValueError: a value is of another type, or no count.
+        """
         by_scale = {
-            name: {int(scale): int(count) for scale, count in data[name].items()}
+            name: {int(scale): count for scale, count in data[name].items()}
             for name in ("patches", "chosen")
         }
         if any(set(counts) != set(SCALES) for counts in by_scale.values()):
             raise ValueError(f"expected counts for the scales {SCALES}")
-        skipped = tuple((str(path), str(reason)) for path, reason in data["skipped"])
-        return cls(**{**data, **by_scale, "skipped": skipped})
+        entry = storage.from_json(cls, {**data, **by_scale})
+        counts = (entry.images, entry.correct, *entry.patches.values(), *entry.chosen.values())
+        # Rows are int32 in a shard.
+        if min(*counts, entry.bytes) < 0 or max(counts) >= 1 << 31 or entry.bytes >= 1 << 63:
+            raise ValueError(
+                f"{entry.name!r}: expected counts, found {counts}, {entry.bytes} bytes"
+            )
+        return entry
 
 
 @dataclass(frozen=True)
@@ -236,7 +246,7 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise ShardError(f"{path}: cannot read: {reason_of(error)}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: damaged, not JSON ({error}): {again}") from error
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise ShardError(f"{path}: expected a manifest of anchorpatch, found other JSON")
@@ -248,27 +258,37 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest(
             folder=Path(folder),
-            header=ShardHeader(
-                split=data["split"],
-                classes=_strings(data["classes"]),
-                network_classes=_strings(data["network_classes"]),
-                settings=ShardSettings.from_json(data["settings"]),
-                weights_sha256=data["weights_sha256"],
-                version=data["anchorpatch_version"],
+            header=storage.from_json(
+                ShardHeader,
+                {
+                    "split": data["split"],
+                    "classes": data["classes"],
+                    "network_classes": data["network_classes"],
+                    "settings": ShardSettings.from_json(data["settings"]),
+                    "weights_sha256": data["weights_sha256"],
+                    "version": data["anchorpatch_version"],
+                },
             ),
-            files_count=int(data["files_count"]),
-            files_sha256=data["files_sha256"],
-            entries=tuple(map(ShardEntry.from_json, data["shards"])),
+            files_count=_count(data["files_count"]),
+            files_sha256=str(data["files_sha256"]),
+            entries=_entries(data["shards"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, ShardError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ShardError(f"{path}: damaged ({what}): {again}") from error
 
 
-def _strings(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise TypeError("expected a list of names")
-    return tuple(value)
+def _entries(lines: Any) -> tuple[ShardEntry, ...]:
+    entries = tuple(map(ShardEntry.from_json, lines))
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ValueError("expected each shard once")
+    return entries
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 31:
+        raise ValueError(f"files_count: expected an integer from 0, found {value!r:.60}")
+    return value
 
 
 def _size(path: Path) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -355,3 +356,38 @@ def test_whatever_a_shard_holds_the_reader_and_verify_agree(
             file[name] = h5py.SoftLink(f"/{data.draw(st.sampled_from(datasets))}")
 
     complaint(changed(splits[codec], tmp_path_factory.mktemp("changed") / "val", change))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+) | st.sampled_from([2**31, 2**63, 10**400, 1e308, "../val-00000.h5", "val-00007.h5"])
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_whatever_a_manifest_says_it_fits_or_is_refused(
+    splits: dict[str, Manifest], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("manifest") / "val"
+    shutil.copytree(splits["image"].folder, folder)
+    document = json.loads((folder / "manifest.json").read_text())
+    part = document
+    while True:
+        keys = list(part) if isinstance(part, dict) else range(len(part))
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(part[key], (dict, list)) or not part[key] or data.draw(st.booleans()):
+            break
+        part = part[key]
+    if data.draw(st.booleans()):
+        del part[key]
+    else:
+        part[key] = data.draw(JSON)
+    (folder / "manifest.json").write_text(json.dumps(document))
+    with suppress(AnchorpatchError):
+        problems = verify_folder(folder, jobs=1)
+        if not problems:
+            read_all(folder)
+    with suppress(AnchorpatchError):
+        read_all(folder)
