@@ -72,7 +72,7 @@ DEFAULTS = {
 )
 @data_option
 @loop_options(DEFAULTS, "patches")
-@click.option("--flip/--no-flip", default=True, help="Mirror every second picture.")
+@click.option("--flip/--no-flip", default=True, help="Random horizontal flip (p = 0.5).")
 @click.option(
     "--jitter",
     type=float,

@@ -30,13 +30,16 @@ _PREFETCH = 2
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """The augmentation of He et al. [2016]: a random part of the picture, perhaps mirrored.
+    """Random resized crop and horizontal flip, as ImageNet is usually trained on today.
+
+    The paper follows He et al. [2016], who crop a fixed size out of an image that was resized to
+    a random short side of 256 to 480 px.
 
     Attributes:
         size: side of the result in pixels.
         min_area: smallest share of the picture's area; the largest is all of it.
         aspect: smallest and largest width over height.
-        flip: mirror every second picture.
+        flip: random horizontal flip (p = 0.5).
         seed: of the run.
     """
 

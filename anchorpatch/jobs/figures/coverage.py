@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anchorpatch.errors import DataError, SettingsError, WeightsError
+from anchorpatch.jobs.class_names import without_images
 from anchorpatch.jobs.evaluation.patch_scores import Distributions
 from anchorpatch.jobs.figures.area_localizers import (
     Localize,
@@ -139,6 +140,8 @@ def run(
     rows = np.arange(len(source))
     if config.images is not None and config.images < len(rows):
         rows = np.sort(np.random.default_rng(config.seed).permutation(len(rows))[: config.images])
+    if absent := without_images(source.labels[rows], source.classes):
+        report.message(absent)
     size = config.batch_size or (32 if device.type == "cpu" else 256)
     # Deciding on one batch in every way may take a minute: each decision counts.
     report.start("measuring coverage", len(rows) * scored.decisions, unit="decisions")

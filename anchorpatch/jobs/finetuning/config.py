@@ -35,7 +35,7 @@ class FinetuneConfig(LoopConfig):
         like: folder of the run whose multiply-accumulates a baseline may spend, by convention
             that of the same network on patches. Where it holds no run, a run on patches with
             these settings is taken. None: a baseline makes ``epochs`` passes.
-        flip: mirror every second picture.
+        flip: random horizontal flip (p = 0.5).
         jitter: of brightness, contrast and saturation.
         min_area: smallest share of a whole image that a baseline's training crop shows.
         workers: threads that read patches, or processes that decode a baseline's files.

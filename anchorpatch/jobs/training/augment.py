@@ -31,7 +31,7 @@ class Augmentation:
     Attributes:
         jitter: brightness, contrast and saturation are each multiplied by a factor from
             1 - jitter to 1 + jitter.
-        flip: mirror every second picture.
+        flip: random horizontal flip (p = 0.5).
         min_area: smallest share of the picture that a random crop shows, resized to the
             picture's size; 1 for no crop.
     """
