@@ -12,7 +12,8 @@ class Lines(Reporter):
         self.lines: list[str] = []
 
     def message(self, text: str) -> None:
-        self.lines.append(text)
+        if "image" in text:
+            self.lines.append(text)
 
 
 def test_a_limit_is_spread_over_the_classes(
