@@ -183,7 +183,8 @@ def read_meta(path: str | os.PathLike[str]) -> WeightsMeta:
     if _KEY not in metadata:
         raise WeightsError(
             f"{path}: expected anchorpatch metadata (classes, preprocessing), found none: "
-            "the weights were written by another program"
+            "the weights were written by another program; name a file that `anchorpatch train` or "
+            "`finetune` wrote"
         )
     try:
         document = json.loads(metadata[_KEY])
@@ -218,7 +219,7 @@ def reading_safetensors(path: Path) -> Iterator[None]:
         if beginning[8:] != b"{" and (beginning[:2] == b"PK" or beginning[:1] == b"\x80"):
             raise WeightsError(
                 f"{path}: expected safetensors, found a torch or pickle file, which was not opened "
-                "as it can hold code; convert it with safetensors.torch.save_file"
+                "as it can hold code; name a file that `anchorpatch train` or `finetune` wrote"
             )
         yield
     except FileNotFoundError as error:

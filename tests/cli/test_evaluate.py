@@ -47,6 +47,7 @@ def test_one_process_and_two_give_the_same_table(program: Program, root: Path, t
     one = program(*common(root, *options, tmp_path / "one.csv"))
     assert one.returncode == 0, one.stderr
     assert "\x1b" not in one.stdout + one.stderr
+    assert one.stderr.count("best.safetensors was fine-tuned on patches and understates") == 1
     two = subprocess.run(
         [
             *TORCHRUN,

@@ -86,7 +86,7 @@ def test_weights_in_channels_last_memory_come_back(tmp_path: Path):
     [
         (b"", "other file of 0 bytes (header too small)"),
         (b"these are no weights at all", "other file of 27 bytes (header too large)"),
-        (pickle.dumps({"weight": 1}), "a torch or pickle file, which was not opened"),
+        (pickle.dumps({"weight": 1}), "it can hold code; name a file that `anchorpatch train`"),
         (safetensors.torch.save(TENSORS), "found none: the weights were written by another"),
         (safetensors.torch.save(TENSORS, {"anchorpatch": "[]"}), "found format None"),
         (safetensors.torch.save(TENSORS, {"anchorpatch": '{"format": 9}'}), "found format 9"),
