@@ -9,9 +9,10 @@ from typing import Final
 from anchorpatch.demo.score import SceneScore, score_scenes
 from anchorpatch.errors import AnchorpatchError, ImageError
 from anchorpatch.images.picture import decode_picture
-from anchorpatch.report.cells import Cell, Table, count, decimal, named, share, text
+from anchorpatch.report.cells import Cell, Table, decimal, named, share, text
 from anchorpatch.report.collect import Contents, LeftOut
 from anchorpatch.report.figure_files import FigureFile
+from anchorpatch.text import counted
 
 __all__ = ["BOXES", "PICTURE", "Scenes", "fit_table", "read_scenes", "size_table"]
 
@@ -94,5 +95,5 @@ def size_table(score: SceneScore) -> Table:
         for i, (size, row) in enumerate(score.counts.items())
     )
     columns = named("object", *(f"{scale} px" for scale in scales), "mean scale, px")
-    notes = (f"{count(score.images).text} images.",)
+    notes = (f"{counted(score.images, 'image')}.",)
     return Table("Chosen scale by the object's size", columns, rows, notes=notes)

@@ -35,6 +35,7 @@ from anchorpatch.runtime.checkpoint import (
 from anchorpatch.runtime.device import exact_float32, to_device
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.text import counted
 
 __all__ = ["Figures", "ImageTask", "TrainingImages", "open_images", "start_from"]
 
@@ -72,9 +73,9 @@ def open_images(
     cache = None
     if config.image_cache is not None:
         if world.is_main:
-            report.message(f"decoding {len(train):,} images into {config.image_cache}")
+            report.message(f"decoding {counted(len(train), 'image')} into {config.image_cache}")
             build_cache(train, config.image_cache, max(1, config.workers))
-        world.wait(f"rank 0 to decode {len(train):,} images into {config.image_cache}")
+        world.wait(f"rank 0 to decode {counted(len(train), 'image')} into {config.image_cache}")
         cache = build_cache(train, config.image_cache, 1)
     return TrainingImages(train, val, cache, device, world)
 
