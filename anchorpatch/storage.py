@@ -1,6 +1,7 @@
 """Files: writing to a disk that may refuse, and reading what others may have written.
 
-A write ends in one clear error or in a whole file. What is read is looked at before it is used.
+A write ends in one clear error or in a whole file. A read is tried again where the disk falters,
+and what is read is looked at before it is used.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import sys
+import time
 import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +19,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from anchorpatch.errors import ENOTSUPP, StorageError, reason_of
+from anchorpatch.errors import ENOTSUPP, DataError, StorageError, reason_of
 from anchorpatch.waits import waiting_for
 
 __all__ = [
     "allocate",
     "from_json",
     "locked",
+    "patiently",
     "refusals",
     "replace",
     "sha256_of",
@@ -37,8 +40,66 @@ _NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: What a filesystem answers that has no locks.
 _NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, ENOTSUPP}
 
+#: Errors that say nothing about the file that is read, and that may be over in a moment: a disk
+#: or a network that falters.
+_PASSING: Final = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EBUSY,
+    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux alone has it
+    errno.ENOLINK,
+    errno.EPROTO,
+    errno.ENOBUFS,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENETRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+}
+
+#: Seconds before each further try to read what could not be read.
+_PAUSES: tuple[float, ...] = (0.5, 2.0, 8.0)
 
 _T = TypeVar("_T")
+
+
+def patiently(path: str | bytes | Path, read: Callable[[], _T]) -> _T:
+    """Return ``read()``, tried again after a growing pause while the disk or network falters.
+
+    Args:
+        path: what is read, for the message.
+        read: reads it.
+
+    Raises:
+        DataError: it cannot be read by the last try either. This is no fault of the file, so it
+            is not one to be skipped.
+        OSError: an error of another kind, at once.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            if pause is None:
+                name = os.fsencode(path).decode(errors="backslashreplace")
+                raise DataError(
+                    f"{name}: cannot be read: {reason_of(error)} (tried "
+                    f"{len(_PAUSES) + 1} times): check the disk or the network, then run the same "
+                    "command again"
+                ) from error
+            with waiting_for("a disk or a network that falters"):
+                time.sleep(pause)
+    raise AssertionError  # the last pause is None
+
 
 _WORDS: Final = {str: "text", bool: "true or false", int: "an integer", float: "a finite number"}
 

@@ -47,12 +47,21 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, interlace: int = 0) -> bytes:
+def png(
+    width: int,
+    height: int,
+    depth: int,
+    colour: int,
+    rows: bytes,
+    interlace: int = 0,
+    transparency: bytes | None = None,
+) -> bytes:
     """Return a PNG file made by hand, for what Pillow cannot write."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
     return (
         b"\x89PNG\r\n\x1a\n"
         + png_chunk(b"IHDR", header)
+        + (png_chunk(b"tRNS", transparency) if transparency else b"")
         + png_chunk(b"IDAT", zlib.compress(rows))
         + png_chunk(b"IEND", b"")
     )
@@ -123,6 +132,32 @@ def bad_crc_png() -> bytes:
     return bytes(data)
 
 
+def long_text(*, after: bool = False, profile: bool = False) -> bytes:
+    """Return a PNG file with 3 MB of compressed text, or of what is no colour profile."""
+    data, packed = encoded(picture(), "PNG"), zlib.compress(b"lorem ipsum " * 250_000)
+    name = b"iCCP" if profile else b"zTXt"
+    at = len(data) - 12 if after else 33  # before the end, or behind the header
+    return data[:at] + png_chunk(name, b"Comment\0\0" + packed) + data[at:]
+
+
+def transparent_files() -> dict[str, bytes]:
+    """Return files with transparent parts, by name."""
+    rgb = Image.fromarray(picture())
+    alpha = rgb.convert("RGBA")
+    alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
+    palette = rgb.quantize(64)
+    few = palette.convert("RGB")
+    return {
+        "grey-alpha.png": encoded(alpha.convert("LA"), "PNG"),
+        "palette-one.png": encoded(palette, "PNG", transparency=3),
+        "palette.png": encoded(palette, "PNG", transparency=bytes(range(64))),
+        "one-colour.png": encoded(few, "PNG", transparency=few.getpixel((9, 9))),
+        "palette.gif": encoded(palette, "GIF", transparency=3),
+        "alpha.tif": encoded(alpha, "TIFF"),
+        "alpha.avif": encoded(alpha, "AVIF"),
+    }
+
+
 def animation(format: str) -> bytes:
     """Return an animated file of three pictures, the first of which is `picture`."""
     frames = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
@@ -177,6 +212,14 @@ def good_files() -> dict[str, bytes]:
         "lossless.webp": encoded(rgb, "WEBP", lossless=True),
         "alpha.webp": encoded(alpha, "WEBP", lossless=True),
         "animated.webp": animation("WEBP"),
+        "plain.jfif": jpeg,
+        "plain.JPE": jpeg,
+        "plain.gif": encoded(rgb, "GIF"),
+        "plain.tif": encoded(rgb, "TIFF"),
+        "packed.TIFF": encoded(rgb, "TIFF", compression="tiff_lzw"),
+        "grey-16-bit.tif": encoded(Image.fromarray(gray16), "TIFF"),
+        "lossless.avif": encoded(rgb, "AVIF", quality=100, subsampling="4:4:4"),
+        "long-text.png": long_text(),
         "plain.bmp": encoded(rgb, "BMP"),
         "palette.bmp": encoded(palette, "BMP"),
         "top-down.bmp": bmp_top_down(picture()),
@@ -227,7 +270,11 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "random.jpg": (noise, "not an image"),
         "zeros.png": (bytes(4_096), "not an image"),
         "vector.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
-        "tiff.jpg": (encoded(picture(), "TIFF"), "not an image"),
+        "jpeg-2000.jpg": (encoded(picture(), "JPEG2000"), "not an image"),
+        "floating-point.tif": (
+            encoded(Image.fromarray(picture()).convert("F"), "TIFF"),
+            "32-bit pixels",
+        ),
     }
 
 

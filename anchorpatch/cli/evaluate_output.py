@@ -44,6 +44,8 @@ def print_anchornet(summary: EvaluateSummary, as_json: bool) -> None:
         f"\n{counted(summary.images, 'image')}, {summary.skipped:,} skipped; "
         f"{summary.gmacs:.4f} GMACs, {summary.images_per_second:,.1f} images/s without decoding"
     )
+    if summary.damaged:
+        click.echo(f"decoded with damage: {summary.damaged:,}")
 
 
 def print_table_3(table: Table3, form: str) -> None:

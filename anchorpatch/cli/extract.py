@@ -13,6 +13,8 @@ from anchorpatch.cli.options import (
     PATH,
     Share,
     SharedOption,
+    allow_empty_option,
+    background_option,
     data_option,
     device_option,
     json_option,
@@ -69,6 +71,15 @@ if TYPE_CHECKING:
 @click.option("--amp", is_flag=True, help="Compute in bfloat16; needs a GPU.")
 @click.option("--compile", "compile_", is_flag=True, help="Use torch.compile.")
 @limit_option
+@background_option
+@click.option(
+    "--damaged",
+    type=click.Choice(["keep", "skip"]),
+    default="keep",
+    help="JPEGs with missing or corrupt data that can be decoded all the same: keep and count "
+    "them, or skip them.",
+)
+@allow_empty_option
 @click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
 @click.option("--task", metavar="I/N", help="Do every N-th shard from I = 0; as SLURM arrays do.")
 @click.option("--overwrite", is_flag=True, help="Replace shards made from other inputs.")
@@ -91,9 +102,10 @@ def extract(
 ) -> None:
     r"""Write the semantic patches of a folder of images into HDF5 shards.
 
-    Images are DATA/SPLIT/CLASS/*.JPEG (also PNG, WebP, BMP), or lie flat in DATA/SPLIT with
-    --labels. A run that was interrupted goes on when it is started again; the shards come out
-    the same, whatever the number of workers, processes or interruptions.
+    Images are DATA/SPLIT/CLASS/*.JPEG (also PNG, WebP, BMP, GIF, TIFF, AVIF), or lie flat in
+    DATA/SPLIT with --labels. How they become crops of 224 px is taken from the weights. A run
+    that was interrupted goes on when it is started again; the shards come out the same, whatever
+    the number of workers, processes or interruptions.
 
     \b
     anchorpatch extract --split val --data imagenet --weights demo --out shards
@@ -200,6 +212,8 @@ def print_summary(summary: ExtractSummary, as_json: bool) -> None:
         f"{bytes_text(summary.bytes)}: {summary.folder}",
         f"skipped: {sum(summary.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
     ]
+    if summary.damaged:
+        lines.append(f"decoded with damage: {summary.damaged:,}")
     if summary.top1 is not None:
         lines.append(f"top-1 of AnchorNet: {summary.top1:.2%}")
     if summary.images_run:

@@ -121,6 +121,7 @@ def coverage(
     from anchorpatch.jobs.figures.coverage import CoverageConfig, run
     from anchorpatch.jobs.figures.coverage_curves import LABELS, LOCALIZERS, write_points
     from anchorpatch.jobs.figures.image_source import ImageSource
+    from anchorpatch.runtime.checkpoint import read_meta
     from anchorpatch.runtime.device import cpu_count
     from anchorpatch.runtime.progress import reporter
 
@@ -133,7 +134,11 @@ def coverage(
         **options,
     )
     source = ImageSource.of_folder(
-        data, split, labels=labels, workers=cpu_count() if workers is None else workers
+        data,
+        split,
+        labels=labels,
+        workers=cpu_count() if workers is None else workers,
+        crop=read_meta(config.anchornet_weights).cropping,
     )
     result = run(source, config, reporter())
     facts = result.to_json()

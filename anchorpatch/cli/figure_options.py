@@ -125,4 +125,7 @@ def inputs(
     choice = Choice(images, classes, seed, limit)
     loaded = load_weights(find_weights(weights, runs))
     workers = cpu_count() if workers is None else workers
-    return ImageSource.of_folder(data, split, labels=labels, workers=workers), loaded, choice
+    source = ImageSource.of_folder(
+        data, split, labels=labels, workers=workers, crop=loaded.meta.cropping
+    )
+    return source, loaded, choice

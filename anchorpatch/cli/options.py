@@ -15,7 +15,9 @@ __all__ = [
     "NumberList",
     "Share",
     "SharedOption",
+    "allow_empty_option",
     "anchornet_weights_option",
+    "background_option",
     "data_option",
     "device_option",
     "json_option",
@@ -120,7 +122,17 @@ data_option = click.option(
 labels_option = click.option(
     "--labels",
     type=PATH,
-    help="CSV with the labels of a flat split folder: LOC_val_solution.csv, or path,label.",
+    help="Labels of a flat split folder: LOC_val_solution.csv, or a table of image and class.",
+)
+
+background_option = click.option(
+    "--background",
+    metavar="COLOR",
+    help="Color behind transparent pixels: a name such as white, or #rrggbb.",
+)
+
+allow_empty_option = click.option(
+    "--allow-empty", is_flag=True, help="Accept class folders without images."
 )
 
 limit_option = click.option(

@@ -12,6 +12,8 @@ from anchorpatch.cli.config import Command
 from anchorpatch.cli.options import (
     PATH,
     Share,
+    allow_empty_option,
+    background_option,
     data_option,
     device_option,
     json_option,
@@ -68,6 +70,15 @@ _ARCHITECTURES = ("anchornet", "bagnet33", "bagnet77", "saccader")
     type=Share(),
     help="Smallest share of the picture in a crop.  [default: by --recipe]",
 )
+@click.option(
+    "--crop-mode",
+    type=click.Choice(["center", "squash"]),
+    default="center",
+    help="How validation images become 224 px: short side 256 and centre crop, or both sides "
+    "resized to 224, as in the paper. Recorded in the weights, for all that uses them.",
+)
+@background_option
+@allow_empty_option
 @click.option("--se/--no-se", default=True, help="anchornet: squeeze-and-excitation.")
 @click.option(
     "--weighted-mean/--no-weighted-mean",
@@ -176,4 +187,6 @@ def print_summary(summary: TrainSummary, as_json: bool) -> None:
     if summary.bad:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary.bad.items())
         lines.append(f"skipped: {sum(summary.bad.values()):,} ({reasons})")
+    if summary.damaged:
+        lines.append(f"decoded with damage: {summary.damaged:,}")
     click.echo("\n".join(lines))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from anchorpatch.errors import DataError, ImageError, StorageError, reason_of
+from anchorpatch.images.decode import Picture, decode_picture
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.loader import read_image
-from anchorpatch.images.picture import decode_picture
-from anchorpatch.storage import write_atomically
+from anchorpatch.storage import locked, write_atomically
 from anchorpatch.waits import shut_down, waiting_for
 
-__all__ = ["SHORT_SIDE", "PictureCache", "build_cache"]
+__all__ = ["SHORT_SIDE", "PictureCache", "build_cache", "open_cache"]
 
 #: Longer short sides are shrunk to this, in pixels.
 SHORT_SIDE: Final = 256
@@ -39,77 +39,118 @@ class PictureCache:
     """Pictures of a folder, by row.
 
     Attributes:
-        file: the pixels, row after row.
-        offsets: where each picture begins in the file, int64 (n + 1,); a picture that could
-            not be decoded takes no bytes.
-        shapes: height and width, int32 (n, 2).
+        file: the pixels of all pictures.
+        offsets: where each picture begins in the file, int64 (n,).
+        shapes: height and width, int32 (n, 2); a picture that could not be decoded has no pixels.
         bad: reason by row of what could not be decoded.
+        damaged: rows that were decoded with damage.
     """
 
     file: Path
     offsets: npt.NDArray[np.int64]
     shapes: npt.NDArray[np.int32]
     bad: dict[int, str]
+    damaged: frozenset[int]
 
-    def __getitem__(self, row: int) -> Image.Image:
+    def __getitem__(self, row: int) -> Picture:
         """Return a picture.
 
         Raises:
-            ImageError: it could not be decoded when the cache was made.
+            ImageError: it could not be decoded when the cache was opened.
         """
         if row in self.bad:
             raise ImageError(self.bad[row])
         shape = (*self.shapes[row].tolist(), 3)
         # Mapped for each picture anew: nothing is held that a worker would have to inherit.
         pixels = np.memmap(self.file, np.uint8, "r", int(self.offsets[row]), shape)
-        return Image.fromarray(pixels)
+        return Picture(Image.fromarray(pixels), row in self.damaged)
 
 
-def build_cache(folder: ImageFolder, where: Path, threads: int) -> PictureCache:
-    """Open the cache of a folder, and make it first where it is missing.
+def build_cache(
+    folder: ImageFolder, where: Path, threads: int, background: str = "#ffffff"
+) -> PictureCache:
+    """Open the cache of a folder; make it first where it is missing.
 
     Its name carries the digest of the folder's paths and sizes: other files, another cache.
+    Pictures that could not be decoded are tried again each time, as their files may have been
+    restored at the same size; what can be decoded now is added.
+
+    Args:
+        folder: the images.
+        where: the folder of caches.
+        threads: that decode.
+        background: colour behind transparent pixels.
 
     Raises:
         StorageError: the disk refused.
+        DataError: the cache's index is damaged, or the images cannot be read.
+    """
+    pixels, index = _files(folder, where, background)
+    if index.is_file():
+        cache = open_cache(folder, where, background)
+        if not cache.bad or not os.access(where, os.W_OK):
+            return cache
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        with locked(where / ".lock"):
+            if not index.is_file():
+                _make(folder, pixels, index, threads, background)
+            else:
+                _add(open_cache(folder, where, background), folder, index, threads, background)
+            return open_cache(folder, where, background)
+    except OSError as error:
+        raise StorageError(
+            f"{where}: the image cache could not be written: {reason_of(error)}; "
+            "free space, choose another folder, or run without --image-cache"
+        ) from error
+
+
+def open_cache(folder: ImageFolder, where: Path, background: str = "#ffffff") -> PictureCache:
+    """Open the cache of a folder as `build_cache` has left it.
+
+    Raises:
         DataError: the cache's index is damaged.
     """
-    stem = f"{folder.split}-{SHORT_SIDE}-{folder.digest()[:16]}"
-    pixels, index = where / f"{stem}.pixels", where / f"{stem}.json"
-    if not index.is_file():
-        try:
-            where.mkdir(parents=True, exist_ok=True)
-            _write(folder, pixels, index, threads)
-        except OSError as error:
-            raise StorageError(
-                f"{where}: the image cache could not be written: {reason_of(error)}; "
-                "free space, choose another folder, or run without --image-cache"
-            ) from error
+    pixels, index = _files(folder, where, background)
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         shapes = np.array(content["shapes"], np.int32).reshape(-1, 2)
         bad = {int(row): reason for row, reason in content["bad"].items()}
-    except (OSError, ValueError, KeyError) as error:
+        damaged, late = frozenset(content["damaged"]), np.array(content["late"], np.int64)
+        sizes = shapes.astype(np.int64).prod(1) * 3
+        # In the order of the rows, but for those that were added later.
+        order = np.concatenate((np.delete(np.arange(len(sizes)), late), late))
+        offsets = np.zeros(len(sizes), np.int64)
+        offsets[order] = np.cumsum(sizes[order]) - sizes[order]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"{index}: expected the index of an image cache; remove it") from error
-    offsets = np.concatenate(([0], np.cumsum(shapes.astype(np.int64).prod(1) * 3)))
-    if len(shapes) != len(folder) or not pixels.is_file() or pixels.stat().st_size != offsets[-1]:
-        raise DataError(f"{pixels}: expected {offsets[-1]} bytes; remove the cache and run again")
-    return PictureCache(pixels, offsets, shapes, bad)
+    total = int(sizes.sum())
+    if len(shapes) != len(folder) or not pixels.is_file() or pixels.stat().st_size < total:
+        raise DataError(f"{pixels}: expected {total} bytes; remove the cache and run again")
+    return PictureCache(pixels, offsets, shapes, bad, damaged)
 
 
-def _write(folder: ImageFolder, pixels: Path, index: Path, threads: int) -> None:
+def _files(folder: ImageFolder, where: Path, background: str) -> tuple[Path, Path]:
+    """Return the names of pixels and index."""
+    stem = f"{folder.split}-{SHORT_SIDE}-{background[1:]}-{folder.digest()[:16]}"
+    return where / f"{stem}.pixels", where / f"{stem}.json"
+
+
+def _make(folder: ImageFolder, pixels: Path, index: Path, threads: int, background: str) -> None:
     shapes: list[tuple[int, int]] = []
     bad: dict[int, str] = {}
+    damaged: list[int] = []
     temporary = pixels.with_name(f".{pixels.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            for row, item in enumerate(_pictures(folder, threads)):
+            for row, item in _pictures(folder, range(len(folder)), threads, background):
                 if isinstance(item, str):
                     bad[row] = item
                     shapes.append((0, 0))
-                else:
-                    file.write(item.tobytes())
-                    shapes.append((item.height, item.width))
+                    continue
+                file.write(item.image.tobytes())
+                shapes.append((item.image.height, item.image.width))
+                damaged += [row] * item.damaged
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, pixels)
@@ -117,30 +158,63 @@ def _write(folder: ImageFolder, pixels: Path, index: Path, threads: int) -> None
         with contextlib.suppress(OSError):
             temporary.unlink()
     # The index last: where it is, the pixels are whole.
-    document: dict[str, Any] = {"shapes": shapes, "bad": bad}
-    write_atomically(index, lambda file: file.write(json.dumps(document).encode()))
+    _write_index(index, {"shapes": shapes, "bad": bad, "damaged": damaged, "late": []})
 
 
-def _pictures(folder: ImageFolder, threads: int) -> Iterator[Image.Image | str]:
-    """Decode in order; a bad image gives its reason. Pillow works without Python's lock."""
+def _add(
+    cache: PictureCache, folder: ImageFolder, index: Path, threads: int, background: str
+) -> None:
+    """Add what can be decoded by now to a cache.
 
-    def one(row: int) -> Image.Image | str:
+    Appended, since other runs may have the cache open: nothing moves that they know of.
+    """
+    content = json.loads(index.read_text(encoding="utf-8"))
+    found = False
+    with open(cache.file, "r+b") as file:
+        # What a run that was killed here has left behind the end is overwritten.
+        file.seek(int(cache.shapes.astype(np.int64).prod(1).sum()) * 3)
+        for row, item in _pictures(folder, sorted(cache.bad), threads, background):
+            if isinstance(item, str):
+                content["bad"][str(row)] = item
+                continue
+            found = True
+            file.write(item.image.tobytes())
+            content["shapes"][row] = [item.image.height, item.image.width]
+            content["late"].append(row)
+            content["damaged"] += [row] * item.damaged
+            del content["bad"][str(row)]
+        file.flush()
+        os.fsync(file.fileno())
+    if found:
+        _write_index(index, content)
+
+
+def _write_index(index: Path, content: dict[str, Any]) -> None:
+    write_atomically(index, lambda file: file.write(json.dumps(content).encode()))
+
+
+def _pictures(
+    folder: ImageFolder, rows: Sequence[int], threads: int, background: str
+) -> Iterator[tuple[int, Picture | str]]:
+    """Decode rows in order; a bad image gives its reason. Decoders work without Python's lock."""
+
+    def one(row: int) -> tuple[int, Picture | str]:
         try:
-            picture = decode_picture(read_image(os.path.join(folder.root, folder.path(row))))
+            data = read_image(os.path.join(folder.root, folder.path(row)))
+            image, damaged = decode_picture(data, background)
         except ImageError as error:
-            return error.reason
-        short = min(picture.size)
+            return row, error.reason
+        short = min(image.size)
         if short > SHORT_SIDE:
-            w, h = (round(side * SHORT_SIDE / short) for side in picture.size)
-            picture = picture.resize((w, h), Image.Resampling.BILINEAR)
-        return picture.convert("RGB")
+            w, h = (round(side * SHORT_SIDE / short) for side in image.size)
+            image = image.resize((w, h), Image.Resampling.BILINEAR)
+        return row, Picture(image.convert("RGB"), damaged)
 
     what, pool = "the threads that decode images", ThreadPoolExecutor(max(1, threads))
     try:
-        for start in range(0, len(folder), _CHUNK):  # in chunks: memory must not grow with n
-            rows = range(start, min(start + _CHUNK, len(folder)))
+        for start in range(0, len(rows), _CHUNK):  # in chunks: memory must not grow with n
             with waiting_for(what):
-                pictures = list(pool.map(one, rows))
+                pictures = list(pool.map(one, rows[start : start + _CHUNK]))
             yield from pictures
     finally:
         shut_down(pool, what)

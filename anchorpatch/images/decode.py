@@ -1,61 +1,73 @@
 """From the bytes of one image file to the pixels that AnchorNet sees.
 
-The transform is the validation transform of ImageNet: short side 256, centre crop 224,
+By default the transform is the validation transform of ImageNet: short side 256, centre crop 224,
 antialiased bilinear on uint8, with sizes and offsets rounded as by ``Resize(256)`` and
-``CenterCrop(224)`` of torchvision.transforms.v2.
+``CenterCrop(224)`` of torchvision.transforms.v2. With mode ``squash`` it is ``Resize((224, 224))``.
 
 Two decoders do the work, and each file takes one of two paths:
 
-- ``torchvision``: JPEG in grey or RGB, which is nearly every file. Decoded by torchvision and
-  resized by its uint8 kernel: equal to v2 on a tensor.
-- ``pillow``: everything else, and every JPEG that torchvision refuses. The crop is cut out by
-  the ``box`` argument of Pillow's resize, so that an image of 1 x 60,000 px never becomes one
-  of 256 x 15,360,000: within one level of v2 on a PIL image.
+- ``simplejpeg`` (libjpeg-turbo): JPEG in grey or RGB, which is nearly every file. Resized by
+  torchvision's uint8 kernel: equal to v2 on a tensor. Its strict mode also tells which files
+  libjpeg decodes with a warning, hence with a flaw.
+- ``pillow``: everything else. The crop is cut out by the ``box`` argument of Pillow's resize, so
+  that an image of 1 x 60,000 px never becomes one of 256 x 15,360,000: within one level of v2 on
+  a PIL image.
 
 Which decoder is first was settled by measurement: `tests/benchmarks/bench_decode.py`, CPU time
 an image on one thread, decode and transform, 200 ImageNet photographs at their real sizes
-(0.21 Mpx in the mean), best of 5 interleaved rounds, 2026-11-22, AMD EPYC, torch 2.14.1,
-torchvision 0.29.1, Pillow 13.0.0:
+(0.21 Mpx in the mean), best of 5 interleaved rounds, 2026-11-25, AMD EPYC, torch 2.14.1,
+torchvision 0.29.1, simplejpeg 1.9.0, Pillow 13.0.0:
 
 ==========================================  =======  =====
 way                                         ms       ratio
 ==========================================  =======  =====
-torchvision, v2 resize (taken)              1.73     1.00
-torchvision, Pillow resize with box         2.42     1.40
-Pillow, v2 resize of a tensor               2.29     1.33
-Pillow, resize with box (the other path)    2.42     1.40
-Pillow, v2 resize and crop of the image     3.13     1.82
-Pillow, draft (a scaled decode)             2.29     1.33
+simplejpeg, v2 resize (taken)               1.73     1.00
+simplejpeg, Pillow resize with box          2.24     1.29
+torchvision, v2 resize                      1.69     0.98
+Pillow, v2 resize of a tensor               2.25     1.30
+Pillow, resize with box (the other path)    2.38     1.37
+Pillow, v2 resize and crop of the image     3.31     1.91
+Pillow, draft (a scaled decode)             2.37     1.36
 ==========================================  =======  =====
 
-Decoding alone takes 1.29 ms by torchvision and 1.43 ms by Pillow. Draft is here for
-comparison: it changes the pixels. The two paths differ by at most two levels.
-torchvision's decoder is deprecated in favour of TorchCodec; where it is missing, Pillow does
-the whole work.
+The first row alone looks at the header by Pillow too, as it must. Decoding alone takes 1.17 ms
+by simplejpeg, 1.30 ms by torchvision, whose decoder is deprecated and keeps libjpeg's warnings to
+itself, and 1.54 ms by Pillow. The pixels of the three are equal. Draft is here for comparison: it
+changes the pixels. The two paths differ by at most two levels.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 import warnings
+from collections.abc import Callable, Mapping
 from io import BytesIO
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
-from torch import Tensor
+from PIL import AvifImagePlugin, Image
+from simplejpeg import decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from anchorpatch.errors import ImageError
+from anchorpatch.settings import CropSettings
 
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # pragma: no cover - a torchvision that has dropped its decoders
-    decode_jpeg = None
+__all__ = [
+    "CROP",
+    "MAX_PIXELS",
+    "RESIZE",
+    "Decoded",
+    "Geometry",
+    "Picture",
+    "decode",
+    "decode_picture",
+    "geometry",
+]
 
-__all__ = ["CROP", "MAX_PIXELS", "RESIZE", "Decoded", "Geometry", "decode", "geometry"]
+_T = TypeVar("_T")
 
 #: Side of the crop in pixels: what AnchorNet sees.
 CROP: Final = 224
@@ -68,24 +80,47 @@ RESIZE: Final = 256
 MAX_PIXELS: Final = 178_956_970
 
 #: What a file may hold, whatever its name says. Pillow knows more formats, some of which start
-#: other programs; GIF is here because it is met under other names.
-_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+#: other programs.
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 
 #: Longer images go to Pillow, which resizes only what the crop keeps. From about here on that
 #: is also the faster way.
 _LONGEST_ASPECT: Final = 4
 
-#: EXIF orientation -> what undoes it: swap the axes, then flip vertically, horizontally.
+#: EXIF orientation -> what undoes it.
 _ORIENTATIONS: Final = {
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+#: The same for pixels (3, H, W): swap the axes, then flip vertically, horizontally.
+_AXES: Final[Mapping[int, tuple[bool, tuple[int, ...]]]] = {
+    2: (False, (2,)),
+    3: (False, (1, 2)),
+    4: (False, (1,)),
+    5: (True, ()),
+    6: (True, (2,)),
+    7: (True, (1, 2)),
+    8: (True, (1,)),
 }
 _ORIENTATION_TAG: Final = 0x0112
+
+#: MPO is a JPEG with several frames, of which the first is read.
+_JPEG: Final = ("JPEG", "MPO")
+
+#: Chunks of a PNG that say nothing about its pixels, and that Pillow limits in size.
+_PNG_TEXT: Final = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP"})
+
+#: Where the data of a JPEG's scan end: at a marker that is neither a stuffed FF nor a restart.
+_SCAN_END: Final = re.compile(rb"\xff+(?:[^\x00\xd0-\xd7\xff]|\Z)")
+
+# Images are decoded side by side: each on one thread.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
 class Decoded(NamedTuple):
@@ -95,10 +130,24 @@ class Decoded(NamedTuple):
         pixels: RGB, uint8 (224, 224, 3).
         size: (height, width) of the source image in pixels, as it is meant to be looked at
             (after EXIF orientation).
+        damaged: libjpeg had to make up for missing or corrupt data.
     """
 
     pixels: npt.NDArray[np.uint8]
     size: tuple[int, int]
+    damaged: bool = False
+
+
+class Picture(NamedTuple):
+    """One whole image, as training needs it: neither cropped nor resized.
+
+    Attributes:
+        image: grey or RGB, upright as its EXIF orientation says.
+        damaged: as of `Decoded`.
+    """
+
+    image: Image.Image
+    damaged: bool = False
 
 
 class Geometry(NamedTuple):
@@ -110,13 +159,22 @@ class Geometry(NamedTuple):
     left: int
 
 
-def geometry(height: int, width: int) -> Geometry:
+def geometry(height: int, width: int, mode: str = "center") -> Geometry:
     """Return how an image of ``height`` x ``width`` px is resized and cropped.
+
+    Args:
+        height: of the image in pixels.
+        width: of the image in pixels.
+        mode: one of `anchorpatch.settings.CROP_MODES`.
 
     Example:
         >>> geometry(375, 500)
         Geometry(height=256, width=341, top=16, left=58)
+        >>> geometry(375, 500, "squash")
+        Geometry(height=224, width=224, top=0, left=0)
     """
+    if mode == "squash":
+        return Geometry(CROP, CROP, 0, 0)
     if height <= width:
         h, w = RESIZE, int(RESIZE * width / height)
     else:
@@ -124,34 +182,66 @@ def geometry(height: int, width: int) -> Geometry:
     return Geometry(h, w, round((h - CROP) / 2), round((w - CROP) / 2))
 
 
-def decode(data: bytes) -> Decoded:
+def decode(data: bytes, crop: CropSettings | None = None) -> Decoded:
     """Decode one image file and apply the validation transform.
 
-    Grey, palette, CMYK and 16-bit pixels become RGB; of 16 bits the upper eight stay. Alpha and
-    palette transparency are dropped, as by Pillow's ``convert("RGB")``: the colour below a
-    transparent pixel shows. Of an animation the first frame is taken. EXIF orientation is
-    respected. Bytes behind the end of the image do not matter, nor does the file's name.
+    Grey, palette, CMYK and 16-bit pixels become RGB; of 16 bits the upper eight stay. Transparent
+    pixels are composited on the background colour. Of an animation or a file of several pages the
+    first frame is taken. EXIF orientation is respected. Bytes behind the end of the image do not
+    matter, nor does the file's name.
 
-    A PNG whose checksums are wrong is damaged. JPEG and WebP have none: a few changed bytes
-    within the pixels give a picture with a flaw, here as in every other program.
+    A PNG whose checksums are wrong is refused. JPEG has none: where libjpeg notices that data are
+    missing or corrupt, it makes up for them, and the image counts as ``damaged``. Changes that
+    leave a valid stream go unnoticed, here as in every other program.
 
     torch resizes small images fastest on one thread, which is for the caller to set.
 
     Args:
         data: the whole file.
+        crop: how the image becomes a crop; None for the defaults.
 
     Raises:
         ImageError: the image cannot be decoded. Its reason is "empty file", "not an image"
-            (no JPEG, PNG, WebP, BMP or GIF), "truncated", "damaged" or "too many pixels".
+            (none of JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF), "truncated", "damaged", "too many
+            pixels" or "32-bit pixels". With ``damaged="skip"``, images decoded with damage are
+            "damaged" too.
     """
+    settings = crop or CropSettings()
+    decoded = _decoding(lambda intact: _decode(intact, settings), data)
+    if decoded.damaged and settings.damaged == "skip":
+        raise ImageError("damaged")
+    return decoded
+
+
+def decode_picture(data: bytes, background: str = "#ffffff") -> Picture:
+    """Decode one image file as a whole; see `decode` for what becomes of odd files.
+
+    Args:
+        data: the whole file.
+        background: colour behind transparent pixels, as Pillow takes it.
+
+    Raises:
+        ImageError: as `decode`.
+    """
+    return _decoding(lambda intact: _picture(intact, background), data)
+
+
+def _decoding(work: Callable[[bytes], _T], data: bytes) -> _T:
+    """Return ``work(data)``, with whatever Pillow raises on bad files turned into `ImageError`."""
     if not data:
         raise ImageError("empty file")
-    # Pillow warns of odd metadata and of big images, torchvision of its own end: neither says
-    # anything about this image that the caller could use.
+    # Pillow warns of odd metadata and of big images: neither says anything about this image that
+    # the caller could use.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _decode(data)
+            try:
+                return work(data)
+            except ValueError as error:
+                # Pillow's limits for text guard against decompression bombs, and stay.
+                if "MAX_TEXT_" not in str(error):
+                    raise
+                return work(_without_text(data))
         except (ImageError, MemoryError):
             raise
         except Image.DecompressionBombError:
@@ -162,65 +252,136 @@ def decode(data: bytes) -> Decoded:
             raise ImageError(_reason(data, error)) from error
 
 
-def _decode(data: bytes) -> Decoded:
+def _decode(data: bytes, crop: CropSettings) -> Decoded:
     with _open(data) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageError("too many pixels")
-        orientation = _orientation(image)
-        _verify(image, data)
-        # MPO: a JPEG with several frames; both decoders read the first.
-        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
-            try:
-                return _by_torchvision(data, orientation)
-            except (RuntimeError, TypeError):
-                pass  # refused, or no decoder in this torchvision: Pillow has the last word
-        return _by_pillow(image, orientation)
+        if image.format not in _JPEG or image.mode not in ("L", "RGB"):
+            upright = _load_upright(image, crop.background)
+            return Decoded(_resized(upright, crop.mode), (upright.height, upright.width))
+        array, damaged = _load_jpeg(image, data)
+        pixels = torch.from_numpy(array).permute(2, 0, 1)
+        swap, flips = _AXES.get(_orientation(image), (False, ()))
+    if swap:
+        pixels = pixels.transpose(1, 2)
+    if flips:
+        pixels = pixels.flip(flips)
+    height, width = pixels.shape[1:]
+    if max(height, width) > _LONGEST_ASPECT * min(height, width):
+        upright = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        return Decoded(_resized(upright, crop.mode), (height, width), damaged)
+    h, w, top, left = geometry(height, width, crop.mode)
+    resized = F.resize(pixels, [h, w], antialias=True)[:, top : top + CROP, left : left + CROP]
+    return Decoded(resized.permute(1, 2, 0).contiguous().numpy(), (height, width), damaged)
+
+
+def _picture(data: bytes, background: str) -> Picture:
+    with _open(data) as image:
+        if image.format not in _JPEG or image.mode not in ("L", "RGB"):
+            return Picture(_load_upright(image, background))
+        array, damaged = _load_jpeg(image, data)
+        picture, turn = Image.fromarray(array), _ORIENTATIONS.get(_orientation(image))
+        return Picture(picture if turn is None else picture.transpose(turn), damaged)
 
 
 def _open(data: bytes) -> Image.Image:
-    return Image.open(BytesIO(data), formats=_FORMATS)
+    """Open a file, and check what can be checked before its pixels are decoded."""
+    image = Image.open(BytesIO(data), formats=_FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError("too many pixels")
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ImageError("32-bit pixels")  # which may have any range
+    if image.format == "PNG":
+        # Pillow skips the checksums of the pixels' chunks, and deflate seldom notices.
+        with Image.open(BytesIO(data), formats=_FORMATS) as again:
+            again.verify()
+    return image
 
 
-def _by_torchvision(data: bytes, orientation: int) -> Decoded:
-    """Decode a grey or RGB JPEG.
-
-    Raises:
-        RuntimeError: torchvision refuses the file, or was built without decoders.
-        TypeError: torchvision has no decoders any more.
-    """
-    # frombuffer warns that bytes are read-only; nothing writes to them.
-    pixels: Tensor = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
-    swap, *flips = _ORIENTATIONS.get(orientation, (False, False, False))
-    if swap:
-        pixels = pixels.transpose(1, 2)
-    if axes := [axis for axis, flip in zip((1, 2), flips, strict=True) if flip]:
-        pixels = pixels.flip(axes)
-    height, width = pixels.shape[1:]
-    if max(height, width) > _LONGEST_ASPECT * min(height, width):
-        array = pixels.permute(1, 2, 0).contiguous().numpy()
-        return Decoded(_resized(Image.fromarray(array)), (height, width))
-    h, w, top, left = geometry(height, width)
-    resized = F.resize(pixels, [h, w], antialias=True)[:, top : top + CROP, left : left + CROP]
-    return Decoded(resized.permute(1, 2, 0).contiguous().numpy(), (height, width))
+def _load_jpeg(image: Image.Image, data: bytes) -> tuple[npt.NDArray[np.uint8], bool]:
+    """Decode a grey or RGB JPEG: RGB (H, W, 3), as stored, and whether it is damaged."""
+    try:
+        return decode_jpeg(data, "RGB"), False
+    except ValueError:  # libjpeg refused it, or warned
+        # Pillow has the last word: it refuses what is cut off.
+        return np.array(image.convert("RGB")), _is_damaged(data)
 
 
-def _by_pillow(image: Image.Image, orientation: int) -> Decoded:
-    """Decode any image that Pillow has opened."""
+def _is_damaged(data: bytes) -> bool:
+    """Tell whether libjpeg warns of a JPEG's pixels, and not only of what surrounds them."""
+    try:
+        decode_jpeg(data, "RGB", strict=False)
+    except ValueError:  # of a kind that simplejpeg cannot decode at all
+        return False
+    try:
+        decode_jpeg(_without_surroundings(data), "RGB")
+    except ValueError:
+        return True
+    return False
+
+
+def _without_surroundings(data: bytes) -> bytes:
+    """Return a JPEG's tables and scans, without metadata, padding or junk between its segments."""
+    parts, at = [b"\xff\xd8"], 2
+    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 3:
+        kind = data[at + 1]
+        if kind == 0xD9:
+            break
+        if kind in (0x00, 0x01, 0xFF) or 0xD0 <= kind <= 0xD8:  # without a length
+            at += 1 if kind == 0xFF else 2
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if not 0xE0 <= kind <= 0xEF and kind != 0xFE:  # application data, comment
+            parts.append(data[at:end])
+        if kind == 0xDA:
+            found = _SCAN_END.search(data, end)
+            stop = found.start() if found else len(data)
+            scan = data[end:stop].rstrip(b"\0")
+            parts.append(scan + b"\0" if scan.endswith(b"\xff") else scan)
+            end = stop
+        at = end
+    return b"".join([*parts, b"\xff\xd9"])
+
+
+def _without_text(data: bytes) -> bytes:
+    """Return a PNG without its texts and colour profile, none of which is used."""
+    parts, at = [data[:8]], 8
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in _PNG_TEXT:
+            parts.append(data[at:end])
+        at = end
+    return b"".join([*parts, data[at:]])
+
+
+def _load_upright(image: Image.Image, background: str) -> Image.Image:
+    """Load any image that Pillow has opened, as grey or RGB."""
+    transparency = _transparency(image)
     image.load()
-    image = _as_rgb_or_grey(image)
-    swap, vertical, horizontal = _ORIENTATIONS.get(orientation, (False, False, False))
-    if swap:
-        image = image.transpose(Image.Transpose.TRANSPOSE)
-    if vertical:
-        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    if horizontal:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return Decoded(_resized(image), (image.height, image.width))
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    opaque = _as_rgb_or_grey(image, background)
+    # Asked for after loading, by which Pillow has turned a TIFF.
+    turn = _ORIENTATIONS.get(_orientation(image))
+    return opaque if turn is None else opaque.transpose(turn)
 
 
-def _resized(image: Image.Image) -> npt.NDArray[np.uint8]:
+def _transparency(image: Image.Image) -> object:
+    """Return the transparent colour or colours of an image on the scale of Pillow's pixels.
+
+    Pillow scales the pixels of a PNG to 8 bits and leaves the transparent colour as it is.
+    """
+    transparency = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)
+    layout = tiles[0][-1] if image.format == "PNG" and tiles else None
+    if layout in ("L;2", "L;4") and isinstance(transparency, int):
+        return transparency * {"L;2": 0x55, "L;4": 0x11}[layout]
+    if layout == "RGB;16B" and isinstance(transparency, tuple):
+        return tuple(value >> 8 for value in transparency)
+    return transparency
+
+
+def _resized(image: Image.Image, mode: str) -> npt.NDArray[np.uint8]:
     """Resize and crop in one step; grey becomes RGB last, when there is least to do."""
-    h, w, top, left = geometry(image.height, image.width)
+    h, w, top, left = geometry(image.height, image.width, mode)
     x, y = image.width / w, image.height / h
     # Clamped, since the rounding of the division may put an edge a hair outside the image.
     box = (
@@ -233,22 +394,18 @@ def _resized(image: Image.Image) -> npt.NDArray[np.uint8]:
     return np.array(crop.convert("RGB"))
 
 
-def _verify(image: Image.Image, data: bytes) -> None:
-    """Check a PNG; Pillow skips the checksums of the pixels' chunks, and deflate seldom notices."""
-    if image.format == "PNG":
-        with _open(data) as again:
-            again.verify()
-
-
-def _as_rgb_or_grey(image: Image.Image) -> Image.Image:
+def _as_rgb_or_grey(image: Image.Image, background: str) -> Image.Image:
+    if image.has_transparency_data:
+        # Premultiplied grey has no way to RGBA of its own.
+        layers = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        ground = Image.new("RGBA", image.size, background)
+        return Image.alpha_composite(ground, layers).convert("RGB")
     if image.mode in ("L", "RGB"):
         return image
     if image.mode.startswith("I"):
         # 16-bit grey; convert() would clip it at 255 instead of scaling it.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("1", "LA"):
-        return image.convert("L")
-    return image.convert("RGB")
+    return image.convert("L" if image.mode == "1" else "RGB")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -272,6 +429,8 @@ def _reason(data: bytes, error: Exception) -> str:
         cut = struct.unpack_from("<I", data, 4)[0] + 8 > len(data)
     elif data.startswith(b"BM"):
         cut = len(data) < 6 or struct.unpack_from("<I", data, 2)[0] > len(data)
+    elif data.startswith((b"II", b"MM")) or data[4:12] in (b"ftypavif", b"ftypavis"):
+        cut = False
     else:
         return "not an image"
     return "truncated" if cut or "truncated" in str(error).lower() else "damaged"

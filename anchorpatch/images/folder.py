@@ -10,8 +10,9 @@ import difflib
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -20,11 +21,16 @@ import numpy.typing as npt
 
 from anchorpatch.errors import DataError, reason_of
 from anchorpatch.images.labels import read_labels
+from anchorpatch.storage import patiently
+from anchorpatch.text import counted
 
 __all__ = ["EXTENSIONS", "ImageFolder", "scan_folder", "spread_rows"]
 
 #: What an image's name ends with, in any case.
-EXTENSIONS: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+EXTENSIONS: Final = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif"),
+    *(".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
+)
 
 _EXTENSIONS: Final = frozenset(extension.encode() for extension in EXTENSIONS)
 _LAYOUT: Final = "expected DATA/SPLIT/CLASS/*.jpg"
@@ -44,6 +50,8 @@ class ImageFolder:
         labels: index into ``classes``, int32 (n,).
         sizes: bytes of each file, int64 (n,); 0 for what is not a regular file.
         classes: names of the classes, sorted by their bytes.
+        ignored: files that were passed over, by extension: not images by their names, or images
+            outside the class folders. Hidden files are not counted.
     """
 
     root: Path
@@ -52,6 +60,7 @@ class ImageFolder:
     labels: npt.NDArray[np.int32]
     sizes: npt.NDArray[np.int64]
     classes: tuple[str, ...]
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -65,6 +74,17 @@ class ImageFolder:
         rows = spread_rows(len(self), limit)
         return replace(
             self, paths=self.paths[rows], labels=self.labels[rows], sizes=self.sizes[rows]
+        )
+
+    def passed_over(self) -> str | None:
+        """Name what was passed over; None where there is nothing."""
+        if not self.ignored:
+            return None
+        found = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
+        counts = _some([f"{count:,} {name}" for name, count in found])
+        return (
+            f"{self.root}: {counted(sum(self.ignored.values()), 'file')} passed over ({counts}); "
+            f"images are {', '.join(EXTENSIONS)}"
         )
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
@@ -102,7 +122,15 @@ def spread_rows(count: int, limit: int | None) -> npt.NDArray[np.int64]:
     return np.arange(taken, dtype=np.int64) * count // max(taken, 1)
 
 
-def scan_folder(data: Path, split: str, labels: Path | None = None) -> ImageFolder:
+def scan_folder(
+    data: Path,
+    split: str,
+    labels: Path | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    classes_of: str = "train",
+    allow_empty: bool = False,
+) -> ImageFolder:
     """Find the images of a split.
 
     Without ``labels`` every folder below the split is a class, and images may lie in folders
@@ -110,68 +138,74 @@ def scan_folder(data: Path, split: str, labels: Path | None = None) -> ImageFold
     passed over. Anything with an image's extension counts, even a folder, a pipe or a dangling
     link: that becomes a skipped image with its reason when it is read.
 
+    The classes of another split than train are those of DATA/train where they include all of the
+    split's, so that the indices agree; the split may then lack images of some of them.
+
     Args:
         data: the folder that holds the splits.
         split: name of the split's folder.
         labels: Kaggle's ``LOC_val_solution.csv`` or a CSV of ``path,label`` for images that do
-            not lie in class folders. The classes are those of DATA/train where they include
-            all of the file's, so that the indices agree with it; else the file's own.
+            not lie in class folders.
+        classes: the classes, in their order; None to find them.
+        classes_of: what has these ``classes``, for messages.
+        allow_empty: accept class folders without images.
 
     Raises:
         DataError: the folder or the labels file is not as expected.
     """
-    root = Path(data) / split
-    _check_layout(Path(data), split)
-    if labels is not None:
-        return _labelled(Path(data), root, split, Path(labels))
-    names = _class_names(root)
-    listings = [_listing(root, name) for name in names]
-    if not any(listing.paths for listing in listings):
-        raise DataError(_why_no_images(root, names, listings))
-    if empty := [listing for listing in listings if not listing.paths]:
-        found = _some([listing.describe() for listing in empty])
+    data = Path(data)
+    root = data / split
+    _check_layout(data, split)
+    if labels is None:
+        names = _class_names(root)
+        listings = [_listing(root, name) for name in names]
+        if not any(listing.paths for listing in listings):
+            raise DataError(_why_no_images(root, names, listings))
+        label_of = [listing.name for listing in listings for _ in listing.paths]
+    else:
+        listings = [_listing(root, "")]
+        if not listings[0].paths:
+            what = listings[0].describe()
+            raise DataError(f"{root}: no image, {what}; {', '.join(EXTENSIONS)} expected")
+        paths = [path.decode() for path in listings[0].paths]
+        label_of = read_labels(Path(labels), paths, root)
+    present = set(label_of)
+    if classes is None and split != "train" and (data / "train").is_dir():
+        of_train = _class_names(data / "train")
+        classes = of_train if present.issubset(of_train) else None
+    if classes is None:
+        empty = [listing for listing in listings if not listing.paths]
+        if empty and not allow_empty:
+            found = _some([listing.describe() for listing in empty])
+            raise DataError(
+                f"{root}: {len(empty)} of {len(listings)} class folders hold no image ({found}); "
+                f"add images ({', '.join(EXTENSIONS)}), remove the folders, or accept them with "
+                "--allow-empty"
+            )
+        classes = sorted(present.union(listing.name for listing in empty), key=str.encode)
+    elif unknown := sorted(present.difference(classes), key=str.encode):
         raise DataError(
-            f"{root}: {len(empty)} of {len(names)} class folders hold no image ({found}); "
-            f"add images ({', '.join(EXTENSIONS)}) or remove the folders"
+            f"{labels or root}: expected only the {len(classes):,} classes of {classes_of}, found "
+            f"{len(unknown):,} more ({_some(unknown)}); rename or remove them"
         )
-    counts = [len(listing.paths) for listing in listings]
-    return _folder(
-        root,
-        split,
-        [path for listing in listings for path in listing.paths],
-        np.repeat(np.arange(len(names), dtype=np.int32), counts),
-        [size for listing in listings for size in listing.sizes],
-        tuple(names),
-    )
-
-
-def _labelled(data: Path, root: Path, split: str, file: Path) -> ImageFolder:
-    listing = _listing(root, "")
-    if not listing.paths:
-        raise DataError(f"{root}: no image, {listing.describe()}; {', '.join(EXTENSIONS)} expected")
-    label_of = read_labels(file, [path.decode() for path in listing.paths], root)
-    train = data / "train"
-    classes = _class_names(train) if train.is_dir() else []
-    if not set(label_of).issubset(classes):
-        classes = sorted(set(label_of), key=str.encode)
     index = {name: i for i, name in enumerate(classes)}
-    values = np.array([index[label] for label in label_of], np.int32)
-    return _folder(root, split, listing.paths, values, listing.sizes, tuple(classes))
-
-
-def _folder(
-    root: Path,
-    split: str,
-    paths: list[bytes],
-    labels: npt.NDArray[np.int32],
-    sizes: list[int],
-    classes: tuple[str, ...],
-) -> ImageFolder:
-    array = np.array(paths, dtype=np.bytes_)
+    array = np.array([path for listing in listings for path in listing.paths], dtype=np.bytes_)
     order = np.argsort(array, kind="stable")
+    values = np.array([index[name] for name in label_of], np.int32)
+    sizes = np.array([size for listing in listings for size in listing.sizes], np.int64)
+    ignored = Counter(_outside(root) if labels is None else ())
+    for listing in listings:
+        ignored.update(listing.others)
     return ImageFolder(
-        root, split, array[order], labels[order], np.array(sizes, np.int64)[order], classes
+        root, split, array[order], values[order], sizes[order], tuple(classes), dict(ignored)
     )
+
+
+def _outside(root: Path) -> list[str]:
+    """Return the extensions of images that lie beside the class folders, not in them."""
+    names = [e.name for e in _entries(os.fsencode(root)) if not e.name.startswith(b".")]
+    found = [os.path.splitext(name)[1].lower() for name in names]
+    return [f"{ext.decode()} outside the class folders" for ext in found if ext in _EXTENSIONS]
 
 
 @dataclass
@@ -181,18 +215,18 @@ class _Listing:
     name: str
     paths: list[bytes]
     sizes: list[int]
-    others: set[bytes]
+    others: Counter[str]
 
     def describe(self) -> str:
         """Say why there is no image here."""
         if self.others:
-            return f"{self.name or 'only'}: other files: {_some(_names(self.others))}"
+            return f"{self.name or 'only'}: other files: {_some(sorted(self.others))}"
         return f"{self.name}: empty" if self.name else "it is empty"
 
 
 def _listing(root: Path, name: str) -> _Listing:
     """List the images below ``root/name``: one scan a folder, one stat an image."""
-    listing = _Listing(name, [], [], set())
+    listing = _Listing(name, [], [], Counter())
     info = os.stat(root / name)
     _walk(os.fsencode(root), os.fsencode(name), listing, ((info.st_dev, info.st_ino),))
     _check_names(root, listing.paths)
@@ -210,30 +244,40 @@ def _walk(top: bytes, below: bytes, listing: _Listing, above: tuple[tuple[int, i
         if extension in _EXTENSIONS:
             listing.paths.append(prefix + name)
             listing.sizes.append(_size(entry))
-        elif entry.is_dir():
+        elif _is_folder(entry):
             # A link may lead back to a folder that we are in.
             info = entry.stat()
             here = (info.st_dev, info.st_ino)
             if here not in above:
                 _walk(top, prefix + name, listing, (*above, here))
         else:
-            listing.others.add(extension or name)
+            listing.others[_printable(extension or name)] += 1
 
 
-def _entries(folder: bytes) -> Iterator[os.DirEntry[bytes]]:
-    try:
+def _entries(folder: bytes) -> list[os.DirEntry[bytes]]:
+    def read() -> list[os.DirEntry[bytes]]:
         with os.scandir(folder) as entries:
-            yield from entries
+            return list(entries)
+
+    try:
+        return patiently(folder, read)
     except OSError as error:
         raise DataError(f"{_printable(folder)}: cannot be listed: {reason_of(error)}") from error
 
 
 def _size(entry: os.DirEntry[bytes]) -> int:
     try:
-        info = entry.stat()
+        info = patiently(entry.path, entry.stat)
     except OSError:  # a dangling link, or gone since
         return 0
     return info.st_size if stat.S_ISREG(info.st_mode) else 0
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return patiently(entry.path, entry.is_dir)
+    except OSError:  # a link to itself
+        return False
 
 
 def _class_names(root: Path) -> list[str]:
@@ -241,7 +285,7 @@ def _class_names(root: Path) -> list[str]:
     names = [
         entry.name
         for entry in _entries(os.fsencode(root))
-        if not entry.name.startswith(b".") and entry.is_dir()
+        if not entry.name.startswith(b".") and _is_folder(entry)
     ]
     _check_names(root, names)
     return [name.decode() for name in sorted(names)]
@@ -286,10 +330,6 @@ def _why_no_images(root: Path, names: Sequence[str], listings: Sequence[_Listing
         return f"{root}: no class folder and no image; {_LAYOUT}"
     found = _some([listing.describe() for listing in listings])
     return f"{root}: no image in its {len(names)} class folders ({found}); {_LAYOUT}"
-
-
-def _names(names: set[bytes]) -> list[str]:
-    return [_printable(name) for name in sorted(names)]
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

@@ -19,6 +19,8 @@ from anchorpatch.errors import ImageError, SettingsError, reason_of
 from anchorpatch.images.decode import CROP, Decoded, decode
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.workers import Batch, serve_batches
+from anchorpatch.settings import CropSettings
+from anchorpatch.storage import patiently
 
 __all__ = ["MAX_BYTES", "fill_batch", "load_batches", "read_image"]
 
@@ -43,6 +45,7 @@ def load_batches(
     batches: Sequence[Sequence[int]],
     *,
     workers: int,
+    crop: CropSettings | None = None,
     pin_memory: bool = False,
     prefetch: int = 4,
 ) -> Generator[Batch, None, None]:
@@ -56,6 +59,7 @@ def load_batches(
         folder: the images.
         batches: rows of the folder, a sequence for each batch.
         workers: processes that decode. 0 decodes in this thread, when a batch is asked for.
+        crop: how an image becomes a crop; None for the defaults.
         pin_memory: put the pixels into page-locked memory, for copies to a GPU. Without a GPU
             it does nothing.
         prefetch: batches that each worker is ahead, fewer where those of all the processes of
@@ -63,6 +67,7 @@ def load_batches(
 
     Raises:
         SettingsError: ``workers`` is negative or ``prefetch`` below 1.
+        DataError: while iterating: the disk or network does not answer.
         AnchorpatchError: while iterating: a worker has died or failed.
     """
     if workers < 0:
@@ -70,7 +75,7 @@ def load_batches(
     if prefetch < 1:
         raise SettingsError(f"prefetch: expected a whole number of at least 1, got {prefetch}")
     return serve_batches(
-        _Images(str(folder.root)),
+        _Images(str(folder.root), crop or CropSettings()),
         _Requests(folder, batches),
         batch_bytes=max(map(len, batches), default=0) * CROP * CROP * 3,
         workers=workers if len(batches) else 0,
@@ -83,7 +88,7 @@ def fill_batch(
     index: npt.NDArray[np.int64],
     paths: npt.NDArray[np.bytes_],
     side: int,
-    decode: Callable[[int, str], tuple[npt.NDArray[np.uint8], tuple[int, int]]],
+    decode: Callable[[int, str], Decoded],
 ) -> tuple[Any, ...]:
     """Return a `Batch` as a plain tuple whose pixels are an array.
 
@@ -100,16 +105,19 @@ def fill_batch(
     size = np.empty((n, 2), np.int32)
     good: list[int] = []
     bad: list[tuple[int, str]] = []
+    damaged: list[int] = []
     for row, path in zip(index.tolist(), paths.tolist(), strict=True):
         try:
             decoded = decode(row, path.decode())
         except ImageError as error:
             bad.append((row, error.reason))
             continue
-        pixels[len(good)], size[len(good)] = decoded
+        pixels[len(good)], size[len(good)], flawed = decoded
         good.append(row)
+        if flawed:
+            damaged.append(row)
     m = len(good)
-    return np.array(good, np.int64), pixels[:m], size[:m].copy(), bad
+    return np.array(good, np.int64), pixels[:m], size[:m].copy(), bad, damaged
 
 
 def read_image(path: str) -> bytes:
@@ -118,9 +126,11 @@ def read_image(path: str) -> bytes:
     Raises:
         ImageError: it cannot be read: "missing", "permission denied", "not a regular file",
             "file too large" or the system's own words.
+        DataError: the disk or network does not answer, which is no fault of the image.
         OSError: this process has run out of files or memory.
     """
-    try:
+
+    def read() -> bytes:
         # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
@@ -130,6 +140,9 @@ def read_image(path: str) -> bytes:
             if info.st_size > MAX_BYTES:
                 raise ImageError("file too large")
             return file.read()
+
+    try:
+        return patiently(path, read)
     except OSError as error:
         if error.errno in _NOT_THE_IMAGE:
             raise
@@ -161,13 +174,14 @@ class _Requests:
 
 @dataclass(frozen=True)
 class _Images:
-    """What a worker holds: where the images are."""
+    """What a worker holds: where the images are, and how they become crops."""
 
     root: str
+    crop: CropSettings
 
     def __getitem__(self, request: _Request) -> tuple[Any, ...]:
         """Return the batch of a request."""
         return fill_batch(request.index, request.paths, CROP, self._decode)
 
     def _decode(self, _: int, path: str) -> Decoded:
-        return decode(read_image(os.path.join(self.root, path)))
+        return decode(read_image(os.path.join(self.root, path)), self.crop)

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from anchorpatch.images.cache import PictureCache
+from anchorpatch.images.decode import Decoded, Picture, decode_picture
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.loader import fill_batch, read_image
-from anchorpatch.images.picture import decode_picture
 from anchorpatch.images.workers import Batch, serve_batches
 
 __all__ = ["RandomCrop", "epoch_order", "load_training_batches", "random_box", "random_crop"]
@@ -41,6 +41,7 @@ class RandomCrop:
         aspect: smallest and largest width over height.
         flip: random horizontal flip (p = 0.5).
         seed: of the run.
+        background: colour behind transparent pixels.
     """
 
     size: int = 224
@@ -48,6 +49,7 @@ class RandomCrop:
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
     seed: int = 0
+    background: str = "#ffffff"
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -158,11 +160,12 @@ class _Crops:
         decode = partial(self._crop, request.epoch)
         return fill_batch(request.rows, request.paths, self.crop.size, decode)
 
-    def _crop(
-        self, epoch: int, row: int, path: str
-    ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    def _crop(self, epoch: int, row: int, path: str) -> Decoded:
+        image, damaged = self._picture(row, path)
+        size = image.height, image.width
+        return Decoded(random_crop(image, self.crop, epoch, row), size, damaged)
+
+    def _picture(self, row: int, path: str) -> Picture:
         if self.cache is not None:
-            picture = self.cache[row]
-        else:
-            picture = decode_picture(read_image(os.path.join(self.root, path)))
-        return random_crop(picture, self.crop, epoch, row), (picture.height, picture.width)
+            return self.cache[row]
+        return decode_picture(read_image(os.path.join(self.root, path)), self.crop.background)

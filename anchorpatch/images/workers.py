@@ -1,11 +1,11 @@
 """Worker processes that turn requests into batches of pixels, ahead of their use.
 
-The workers are started by ``fork`` on Linux. They run Pillow, numpy and torchvision's JPEG
-decoder on one thread each, and touch neither CUDA nor HDF5 nor the parent's OpenMP threads, so
-that what makes forking a process with threads unsafe does not reach them. Measured on two busy
-cores (2026-11-22), two workers have their first batch of 32 after 0.14 s by fork, 5.9 s by a
-fork server and 5.6 s by spawn, which import torch anew. Nothing depends on fork: where the
-platform has another default, that is used.
+The workers are started by ``fork`` on Linux. They run Pillow, numpy, simplejpeg and torch on one
+thread each, and touch neither CUDA nor HDF5 nor the parent's OpenMP threads, so that what makes
+forking a process with threads unsafe does not reach them. Measured on two busy cores
+(2026-11-22), two workers have their first batch of 32 after 0.14 s by fork, 5.9 s by a fork server
+and 5.6 s by spawn, which import torch anew. Nothing depends on fork: where the platform has
+another default, that is used.
 
 Each worker answers on a connection of its own, from the thread that did the work: pixels in
 anonymous memory whose descriptor is handed over, or, where the system refuses that, through the
@@ -63,17 +63,23 @@ class Batch(NamedTuple):
         pixels: RGB, uint8 (n, 224, 224, 3).
         size: height and width of each source image in pixels, int32 (n, 2).
         bad: row and reason of each image that could not be decoded.
+        damaged: rows of the images in ``index`` that were decoded with damage.
     """
 
     index: npt.NDArray[np.int64]  # type: ignore[assignment]  # hides tuple.index
     pixels: Tensor
     size: npt.NDArray[np.int32]
     bad: list[tuple[int, str]]
+    damaged: list[int]
 
 
 #: A `Batch` whose pixels are an array.
 _Item = tuple[
-    npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.int32], list[tuple[int, str]]
+    npt.NDArray[np.int64],
+    npt.NDArray[np.uint8],
+    npt.NDArray[np.int32],
+    list[tuple[int, str]],
+    list[int],
 ]
 
 
@@ -126,9 +132,10 @@ def _local_ranks() -> int:
 
 
 def _as_batch(item: _Item, pin_memory: bool) -> Batch:
-    index, array, size, bad = item
+    index, array, size, bad, damaged = item
     pixels = torch.from_numpy(array)
-    return Batch(index, pixels.pin_memory() if pin_memory else pixels, size, bad)
+    pixels = pixels.pin_memory() if pin_memory else pixels
+    return Batch(index, pixels, size, bad, damaged)
 
 
 # --- in this process --------------------------------------------------------------------------
@@ -233,7 +240,7 @@ class _Worker:
                 found = self._connection.recv()
                 if isinstance(found, _Failure):
                     raise AnchorpatchError(found.text) from _RemoteError(found.trace)
-                index, shape, size, bad, in_memory = found
+                index, shape, size, bad, damaged, in_memory = found
                 pixels = self._mapped(shape) if in_memory else self._received(shape)
         except (EOFError, ConnectionError) as error:
             raise AnchorpatchError(self._what_killed()) from error
@@ -243,7 +250,7 @@ class _Worker:
             raise AnchorpatchError(
                 f"a batch cannot be taken from a loading worker: {_reason(error)}"
             ) from error
-        return index, pixels, size, bad
+        return index, pixels, size, bad, damaged
 
     def _mapped(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
         descriptor = recv_handle(self._connection)
@@ -349,9 +356,9 @@ def _die_with_parent() -> None:
 
 
 def _hand_over(connection: Connection, item: _Item) -> None:
-    index, pixels, size, bad = item
+    index, pixels, size, bad, damaged = item
     descriptor = _in_memory(pixels)
-    connection.send((index, pixels.shape, size, bad, descriptor is not None))
+    connection.send((index, pixels.shape, size, bad, damaged, descriptor is not None))
     if descriptor is not None:
         send_handle(connection, descriptor, 0)
         os.close(descriptor)

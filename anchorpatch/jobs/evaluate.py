@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchorpatch.errors import DataError, TooManyBadImages
-from anchorpatch.images.folder import scan_folder
+from anchorpatch.errors import TooManyBadImages
+from anchorpatch.images.folder import ImageFolder, scan_folder
 from anchorpatch.images.loader import load_batches
-from anchorpatch.jobs.class_names import few, without_images
+from anchorpatch.jobs.class_names import without_images
 from anchorpatch.jobs.localizer import load_anchornet, normalize
 from anchorpatch.jobs.scores import Scores, per_branch
 from anchorpatch.lsp import PRESETS, SCALES, decide, localize
@@ -74,6 +75,8 @@ class EvaluateSummary:
             scale; "all" over all images. None where no image chose it.
         gmacs: multiply-accumulates of localising one image, 1e9.
         images_per_second: of network, decision and heatmaps, without decoding and LSP.
+        damaged: images that were decoded with damage.
+        ignored: files of the folder that were passed over, by extension.
     """
 
     images: int
@@ -87,6 +90,8 @@ class EvaluateSummary:
     mean_patches: dict[str, dict[str, float | None]]
     gmacs: float
     images_per_second: float
+    damaged: int = 0
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as JSON knows it."""
@@ -107,16 +112,16 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> EvaluateSum
         if device.type == "cpu":
             keep_freed_memory()
         weights = load_weights(config.weights)
-        folder = scan_folder(config.data, config.split, config.labels)
-        if folder.classes != weights.meta.classes:
-            raise DataError(
-                f"{folder.root}: expected the {len(weights.meta.classes)} classes of "
-                f"{config.weights} ({few(weights.meta.classes)}), found {len(folder.classes)} "
-                f"({few(folder.classes)}); evaluate weights on the classes they know"
-            )
-        folder = folder.limited(config.limit)
-        if absent := without_images(folder.labels, folder.classes):
-            report.message(absent)
+        folder = scan_folder(
+            config.data,
+            config.split,
+            config.labels,
+            classes=weights.meta.classes,
+            classes_of=str(config.weights),
+        ).limited(config.limit)
+        for remark in (folder.passed_over(), without_images(folder.labels, folder.classes)):
+            if remark:
+                report.message(remark)
         meter = _Meter(weights, device, amp=config.amp)
         rows = list(world.share(len(folder)))
         size = config.batch_size or (16 if device.type == "cpu" else 256)
@@ -124,27 +129,30 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> EvaluateSum
             folder,
             [rows[i : i + size] for i in range(0, len(rows), size)],
             workers=config.workers,
+            crop=weights.meta.cropping,
             pin_memory=device.type == "cuda",
         )
-        bad = 0
+        bad = damaged = 0
         report.message(computing_on(device))
         report.start("evaluating", len(folder))
         try:
-            for found, pixels, _, missing in loaded:
-                bad += len(missing)
-                if len(found):
-                    meter.update(pixels, torch.from_numpy(folder.labels[found].astype(np.int64)))
-                report.advance((len(found) + len(missing)) * world.size)
+            for batch in loaded:
+                bad += len(batch.bad)
+                damaged += len(batch.damaged)
+                if len(batch.index):
+                    labels = torch.from_numpy(folder.labels[batch.index].astype(np.int64))
+                    meter.update(batch.pixels, labels)
+                report.advance((len(batch.index) + len(batch.bad)) * world.size)
         finally:
             loaded.close()
             report.stop()
-        skipped = int(sum_ranks(torch.tensor(bad, device=device)))
+        skipped, damaged = sum_ranks(torch.tensor([bad, damaged], device=device)).tolist()
         if skipped > config.max_bad * len(folder):
             raise TooManyBadImages(
                 f"{folder.root}: {skipped} of {len(folder)} images cannot be decoded, more than "
                 f"--max-bad {config.max_bad:.1%}; remove them or raise --max-bad"
             )
-        return meter.summary(skipped, world)
+        return meter.summary(folder, skipped, damaged, world)
 
 
 class _Meter:
@@ -179,12 +187,15 @@ class _Meter:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def summary(self, skipped: int, world: World) -> EvaluateSummary:
+    def summary(
+        self, folder: ImageFolder, skipped: int, damaged: int, world: World
+    ) -> EvaluateSummary:
         figures = self.scores.result()
         seconds = float(sum_ranks(torch.tensor(self.seconds, device=self.device))) / world.size
         return EvaluateSummary(
             images=figures["images"],
             skipped=skipped,
+            damaged=damaged,
             loss=figures["loss"],
             top1=figures["top1"],
             top5=figures["top5"],
@@ -194,6 +205,7 @@ class _Meter:
             mean_patches=self.patches.result(),
             gmacs=macs(self.net, 224, self.net.localize) / 1e9,
             images_per_second=figures["images"] / max(seconds, 1e-9),
+            ignored=dict(folder.ignored),
         )
 
 

@@ -12,9 +12,9 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, cpu_count, resolve_device
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.runtime.tasks import Task
+from anchorpatch.settings import CropSettings
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest
 from anchorpatch.shards.patch_batch import PatchBatch
@@ -87,6 +88,9 @@ class ExtractConfig:
         amp: bfloat16 features, on a GPU.
         compile: use ``torch.compile``.
         limit: take only so many images, evenly spread over the sorted list.
+        background: colour behind transparent pixels; None: that of the weights.
+        damaged: what becomes of images that are decoded with damage, keep or skip.
+        allow_empty: accept class folders without images.
         max_bad: share of unreadable images that fails the run when exceeded.
         overwrite: replace shards of other settings, weights or files instead of refusing.
         task: the part of the shards that this process does.
@@ -109,6 +113,9 @@ class ExtractConfig:
     amp: bool = False
     compile: bool = False
     limit: int | None = None
+    background: str | None = None
+    damaged: str = "keep"
+    allow_empty: bool = False
     max_bad: float = 0.01
     overwrite: bool = False
     task: Task = field(default_factory=Task)
@@ -128,6 +135,7 @@ class Forecast:
         bytes_per_image: of the sample.
         bytes: of the whole split, foretold.
         settings: of the shards.
+        ignored: files of the split's folder that are passed over, by extension.
     """
 
     folder: Path
@@ -139,6 +147,7 @@ class Forecast:
     bytes_per_image: float
     bytes: int
     settings: ShardSettings
+    ignored: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -166,6 +175,10 @@ class _Plan:
     def workers(self) -> int:
         return cpu_count() if self.config.workers is None else self.config.workers
 
+    @property
+    def crop(self) -> CropSettings:
+        return self.header.settings.crop
+
     def localizer(self) -> Localizer:
         return Localizer(
             self.weights,
@@ -188,14 +201,17 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
     plan = _plan(config)
     manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=config.overwrite)
     pending = [i for i in manifest.pending() if config.task.owns(i)]
-    if absent := without_images(plan.folder.labels, plan.folder.classes):
-        reporter.message(absent)
+    absent = without_images(plan.folder.labels, plan.folder.classes)
+    for remark in (plan.folder.passed_over(), absent):
+        if remark:
+            reporter.message(remark)
     began = time.monotonic()
     if pending:
         with plan.localizer() as localizer:
             _extract(plan, manifest, pending, localizer, reporter)
     images = sum(len(plan.ranges[i]) for i in pending)
-    return summarize(plan.out, config.task, time.monotonic() - began, images)
+    summary = summarize(plan.out, config.task, time.monotonic() - began, images)
+    return replace(summary, ignored=plan.folder.ignored)
 
 
 def forecast(config: ExtractConfig) -> Forecast:
@@ -213,7 +229,7 @@ def forecast(config: ExtractConfig) -> Forecast:
     sample = spread_rows(n, _SAMPLE).tolist()
     with tempfile.TemporaryDirectory(prefix="anchorpatch-") as name:
         with plan.localizer() as localizer, ShardWriter(Path(name, "0.h5"), plan.header) as writer:
-            for batch in load_batches(plan.folder, [sample], workers=0):
+            for batch in load_batches(plan.folder, [sample], workers=0, crop=plan.crop):
                 _append(writer, plan=plan, batch=batch, pending=_submit(localizer, batch))
         entry = writer.entry
     if not entry.images:
@@ -233,6 +249,7 @@ def forecast(config: ExtractConfig) -> Forecast:
         bytes_per_image=per_image,
         bytes=round(per_image * n),
         settings=plan.header.settings,
+        ignored=plan.folder.ignored,
     )
 
 
@@ -245,7 +262,7 @@ def _plan(config: ExtractConfig) -> _Plan:
     if config.amp and device.type == "cpu":
         raise SettingsError("--amp: expected a GPU, as results on CPU are always float32")
     weights = load_weights(config.weights)
-    folder = scan_folder(config.data, config.split, config.labels)
+    folder = scan_folder(config.data, config.split, config.labels, allow_empty=config.allow_empty)
     folder = folder.limited(config.limit)
     lsp = _lsp_settings(config)
     preset = config.preset or default_preset(config.split)
@@ -259,6 +276,9 @@ def _plan(config: ExtractConfig) -> _Plan:
         precision="bfloat16" if config.amp else "float32",
         preset=preset if PRESETS[preset] == lsp else None,
         jpeg_quality=config.jpeg_quality,
+        crop_mode=weights.meta.crop_mode,
+        background=config.background or weights.meta.background,
+        damaged=config.damaged,
     )
     header = ShardHeader(
         split=config.split,
@@ -293,6 +313,7 @@ def _extract(
         plan.folder,
         [images for _, images, _ in jobs],
         workers=plan.workers,
+        crop=plan.crop,
         pin_memory=plan.device.type == "cuda",
     )
     owned = [i for i in range(len(plan.ranges)) if plan.config.task.owns(i)]
@@ -353,6 +374,8 @@ def _append(writer: ShardWriter, *, plan: _Plan, batch: Batch, pending: Pending 
             **found._asdict(),
         )
     )
+    for row in batch.damaged:
+        writer.note_damage(folder.path(row))
     return int(found.counts.sum())
 
 
@@ -372,7 +395,7 @@ class _BadImages:
                 raise TooManyBadImages(
                     f"{self._folder.root}: more than {self._limit} of {self._total} images cannot "
                     f"be read (--max-bad {self._share:.2%}): {_counted(self._reasons)}; the last "
-                    f"is {self._folder.path(row)}; mend the files or raise --max-bad"
+                    f"is {self._folder.path(row)}; fix or remove the files, or raise --max-bad"
                 )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ class ExtractSummary:
         images_by_scale: stored, by chosen scale.
         patches_by_scale: stored, by scale.
         skipped: unreadable images, by reason.
+        damaged: images decoded with damage, which are stored all the same.
         bytes: of all shards.
         top1: share of images whose predicted class is their label; None where the network's
             classes are not the folders.
         seconds: of this run.
         images_run: images of this run, the skipped ones included.
+        ignored: files of the images' folder that were passed over, by extension.
     """
 
     folder: Path
@@ -47,10 +50,12 @@ class ExtractSummary:
     images_by_scale: dict[int, int]
     patches_by_scale: dict[int, int]
     skipped: dict[str, int]
+    damaged: int
     bytes: int
     top1: float | None
     seconds: float
     images_run: int
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def images_per_second(self) -> float:
@@ -76,6 +81,8 @@ class ExtractSummary:
             "images": self.images,
             "scales": scales,
             "skipped": self.skipped,
+            "damaged": self.damaged,
+            "ignored": dict(self.ignored),
             "top1": self.top1,
             "bytes": self.bytes,
             "images_per_second": round(self.images_per_second, 2),
@@ -116,6 +123,7 @@ def summarize(
         images_by_scale={s: sum(entry.chosen[s] for entry in entries) for s in SCALES},
         patches_by_scale={s: sum(entry.patches[s] for entry in entries) for s in SCALES},
         skipped=dict(Counter(reason for entry in entries for _, reason in entry.skipped)),
+        damaged=sum(len(entry.damaged) for entry in entries),
         bytes=sum(entry.bytes for entry in entries),
         top1=sum(entry.correct for entry in entries) / images if comparable and images else None,
         seconds=seconds,
@@ -148,7 +156,12 @@ def wait_for_ranks(
             now = time.monotonic()
             if whole.shards == whole.total_shards:
                 seconds = summary.seconds + now - began
-                return replace(whole, seconds=seconds, images_run=summary.images_run * ranks)
+                return replace(
+                    whole,
+                    seconds=seconds,
+                    images_run=summary.images_run * ranks,
+                    ignored=summary.ignored,
+                )
             there = _what_is_there(summary.folder)
             if there != seen:
                 seen, since = there, now

@@ -37,6 +37,7 @@ from anchorpatch.lsp import PRESETS, SCALES, LspSettings, crop
 from anchorpatch.models.registry import check_name
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
+from anchorpatch.settings import CropSettings
 from anchorpatch.waits import shut_down, waiting_for
 
 __all__ = ["PredictConfig", "Prediction", "Predictor", "Unreadable", "names_file"]
@@ -153,6 +154,7 @@ class Predictor:
         anchornet = load_weights(config.anchornet_weights)
         self.network = _load(config, anchornet.meta.classes, message)
         check_sides(self.network.meta.architecture, self.network.module)
+        self._crop = anchornet.meta.cropping
         self._localizer = Localizer(anchornet, config.lsp, device, batch_size=_GPU_IMAGES)
         module = self.network.module.to(device)
         self._run = Distributions(module, device, self.network.meta, amp=False)
@@ -180,7 +182,8 @@ class Predictor:
         chunks = iter(lambda: list(itertools.islice(names, self._localizer.chunk)), [])
         ahead: deque[tuple[list[str], list[Future[Decoded | str]]]] = deque()
         for chunk in chunks:
-            ahead.append((chunk, [self._decoders.submit(_decoded, name) for name in chunk]))
+            images = [self._decoders.submit(_decoded, name, self._crop) for name in chunk]
+            ahead.append((chunk, images))
             if len(ahead) > 1:
                 yield from self._chunk(*ahead.popleft())
         for last in ahead:
@@ -296,9 +299,9 @@ def names_file(network: str) -> bool:
     return path.suffix in _SUFFIXES or os.sep in network or path.is_file()
 
 
-def _decoded(path: str) -> Decoded | str:
+def _decoded(path: str, crop: CropSettings) -> Decoded | str:
     """Return the picture, or why there is none."""
     try:
-        return decode(read_image(path))
+        return decode(read_image(path), crop)
     except ImageError as error:
         return error.reason

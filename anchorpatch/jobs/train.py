@@ -7,6 +7,7 @@ other, in folders below its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -41,6 +42,8 @@ class TrainSummary:
         best: record of the epoch with the best top-1, as in log.jsonl; of the last stage.
         last: record of the last epoch.
         earlier: of the stages before the last, by name: the best record.
+        damaged: training images that were decoded with damage, in this start.
+        ignored: files of train and val that were passed over, by extension.
     """
 
     weights: Path
@@ -51,6 +54,8 @@ class TrainSummary:
     best: dict[str, Any]
     last: dict[str, Any]
     earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
+    damaged: int = 0
+    ignored: dict[str, int] = field(default_factory=dict)
 
 
 def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
@@ -69,11 +74,12 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
         images = open_images(config, device, world, report)
         planned = _plan(config, images)
         bad: dict[int, str] = {}
+        damaged: set[int] = set()
         earlier: dict[str, dict[str, Any]] = {}
         for number, stage in enumerate(planned, start=1):
             if len(planned) > 1:
                 report.message(f"stage {number} of {len(planned)}, {stage.name}")
-            records = _train(stage, images, report, bad)
+            records = _train(stage, images, report, bad, damaged)
             best = max(records, key=lambda record: float(record["val"]["top1"]))
             if number < len(planned):
                 earlier[stage.name] = best
@@ -87,7 +93,9 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
             epochs=len(records),
             classes=len(images.train.classes),
             images=(len(images.train), len(images.val)),
-            bad=_by_reason(bad),
+            bad=dict(Counter(bad.values())),
+            damaged=len(damaged),
+            ignored=dict(Counter(images.train.ignored) + Counter(images.val.ignored)),
             best=best,
             last=records[-1],
             earlier=earlier,
@@ -103,7 +111,11 @@ def _plan(config: TrainConfig, images: TrainingImages) -> list[Stage]:
 
 
 def _train(
-    stage: Stage, images: TrainingImages, report: Reporter, bad: dict[int, str]
+    stage: Stage,
+    images: TrainingImages,
+    report: Reporter,
+    bad: dict[int, str],
+    damaged: set[int],
 ) -> list[dict[str, Any]]:
     """Train one stage, or go on with it.
 
@@ -112,6 +124,7 @@ def _train(
         images: on what.
         report: where progress is shown.
         bad: takes the training images that could not be decoded.
+        damaged: takes those that were decoded with damage.
 
     Returns:
         The records of all epochs.
@@ -125,11 +138,5 @@ def _train(
         write_config(config.folder, config)
     records = trainer.run()
     bad.update(task.bad)
+    damaged.update(task.damaged)
     return records
-
-
-def _by_reason(bad: dict[int, str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for reason in bad.values():
-        counts[reason] = counts.get(reason, 0) + 1
-    return counts

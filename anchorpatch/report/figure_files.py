@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from anchorpatch.errors import DataError, ImageError, reason_of
-from anchorpatch.images.picture import decode_picture
+from anchorpatch.images.decode import decode_picture
 
 __all__ = ["FigureFile", "read_figure"]
 
@@ -69,7 +69,7 @@ def read_figure(path: Path) -> FigureFile | None:
     picture = path.with_name(Path(texts["picture"]).name)
     try:
         encoded = picture.read_bytes()
-        decoded = decode_picture(encoded)
+        decoded = decode_picture(encoded).image
     except OSError as error:
         raise DataError(f"its picture {picture.name}: {reason_of(error)}") from error
     except ImageError as error:

@@ -8,7 +8,7 @@ from typing import Final
 
 from anchorpatch.demo.score import SceneScore, score_scenes
 from anchorpatch.errors import AnchorpatchError, ImageError
-from anchorpatch.images.picture import decode_picture
+from anchorpatch.images.decode import decode_picture
 from anchorpatch.report.cells import Cell, Table, decimal, named, share, text
 from anchorpatch.report.collect import Contents, LeftOut
 from anchorpatch.report.figure_files import FigureFile
@@ -63,7 +63,7 @@ def _picture(path: Path) -> FigureFile:
         number=0,
         title="Scenes with their patches and the true boxes",
         caption="Bold: the strongest patch. Thin: the others. Dashed: the true box.",
-        picture=decode_picture(encoded).convert("RGB"),
+        picture=decode_picture(encoded).image.convert("RGB"),
         encoded=encoded,
     )
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import anchorpatch
 from anchorpatch.errors import SettingsError, WeightsError, reason_of
+from anchorpatch.settings import CropSettings
 from anchorpatch.storage import from_json, write_atomically
 
 __all__ = [
@@ -71,7 +72,10 @@ class WeightsMeta:
         se: AnchorNet was built with squeeze-and-excitation.
         weighted_mean: AnchorNet was built with S times H * W.
         resize: length of the short side before cropping, in pixels.
-        crop: side of the centre crop, in pixels.
+        crop: side of the crop, in pixels.
+        crop_mode: how images become crops, see `anchorpatch.settings.CropSettings`; with
+            ``squash``, ``resize`` has no meaning.
+        background: colour behind transparent pixels that the network was trained with.
         mean: of the three channels, pixels in [0, 1].
         std: of the three channels, above 0, pixels in [0, 1].
         training: how the weights came about and how good they are, for people: JSON values.
@@ -87,6 +91,8 @@ class WeightsMeta:
     weighted_mean: bool = True
     resize: int = 256
     crop: int = 224
+    crop_mode: str = "center"
+    background: str = "#ffffff"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -108,6 +114,12 @@ class WeightsMeta:
         for what, side in (("resize", self.resize), ("crop", self.crop)):
             if not 1 <= side <= 65_535:
                 raise SettingsError(f"{what}: expected 1 to 65,535 px, found {side:,}")
+        object.__setattr__(self, "background", self.cropping.background)
+
+    @property
+    def cropping(self) -> CropSettings:
+        """How images become crops."""
+        return CropSettings(self.crop_mode, self.background)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from anchorpatch.shards.layout import ShardHeader, decode_text
 
 __all__ = ["first_changed_path", "header_differences"]
 
+#: Settings that no option of the same name decides.
+_NOT_OPTIONS = {"precision": "precision (--amp)", "crop_mode": "crop mode (of the weights)"}
+
 
 def header_differences(old: ShardHeader, new: ShardHeader) -> list[str]:
     """Say what differs in two headers, one phrase each; the version of anchorpatch may.
@@ -28,7 +31,7 @@ def header_differences(old: ShardHeader, new: ShardHeader) -> list[str]:
     now = new.settings.to_json()
     for name, before in old.settings.to_json().items():
         if before != now[name]:
-            option = "precision (--amp)" if name == "precision" else "--" + name.replace("_", "-")
+            option = _NOT_OPTIONS.get(name) or "--" + name.replace("_", "-")
             found.append(f"{option} was {_shown(before)}, now {_shown(now[name])}")
     if old.split != new.split:
         found.append(f"--split was {old.split}, now {new.split}")

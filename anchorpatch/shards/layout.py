@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 
 import anchorpatch
 from anchorpatch.errors import SettingsError, ShardError
+from anchorpatch.settings import CropSettings
 from anchorpatch.storage import from_json
 
 __all__ = [
@@ -77,6 +78,9 @@ CROP_SIDE: Final = 224
 CODECS: Final = ("raw", "jpeg", "image")
 PRECISIONS: Final = ("float32", "bfloat16")
 
+#: Settings that the first shards of version 1 do not have; their defaults are what held then.
+_NEWER: Final = frozenset({"crop_mode", "background", "damaged"})
+
 #: Columns of ``images/`` but for ``path`` and ``pixels``: type, and shape of one row.
 IMAGE_TABLE: Final[Mapping[str, tuple[str, tuple[int, ...]]]] = {
     "label": ("<i4", ()),
@@ -113,6 +117,9 @@ class ShardSettings:
         precision: one of `PRECISIONS`, the type that AnchorNet computed in.
         preset: name of the preset that K, T and P came from, if any.
         jpeg_quality: 1 to 100; without meaning, and 95, for the other codecs.
+        crop_mode: as the fields below, of `anchorpatch.settings.CropSettings`.
+        background: colour behind transparent pixels.
+        damaged: what became of images that were decoded with damage.
 
     Raises:
         SettingsError: a value outside its range.
@@ -131,6 +138,14 @@ class ShardSettings:
     precision: str = "float32"
     preset: str | None = None
     jpeg_quality: int = 95
+    crop_mode: str = "center"
+    background: str = "#ffffff"
+    damaged: str = "keep"
+
+    @property
+    def crop(self) -> CropSettings:
+        """How the images became crops."""
+        return CropSettings(self.crop_mode, self.background, self.damaged)
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -143,6 +158,7 @@ class ShardSettings:
             raise SettingsError(f"shard_size: expected at least 1 image, got {self.shard_size}")
         if not 1 <= self.jpeg_quality <= 100:
             raise SettingsError(f"jpeg_quality: expected 1 to 100, got {self.jpeg_quality}")
+        object.__setattr__(self, "background", self.crop.background)
         # One spelling for one meaning, so that equal shards have equal settings.
         if self.codec == "image":
             object.__setattr__(self, "store_images", True)
@@ -162,8 +178,8 @@ class ShardSettings:
             ValueError: a value is of another type, or outside its range.
         """
         names = {field.name for field in fields(cls)}
-        if set(data) != names:
-            odd = ", ".join(sorted(names ^ set(data)))
+        if odd_names := (names ^ set(data)) - (_NEWER - set(data)):
+            odd = ", ".join(sorted(odd_names))
             raise ShardError(f"settings: expected exactly the fields of format 1, differs: {odd}")
         return from_json(cls, data)
 

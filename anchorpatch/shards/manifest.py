@@ -54,6 +54,7 @@ class ShardEntry:
         sha256: of the file.
         skipped: path and reason of each image that could not be read.
         files_sha256: digest of the shard's part of the file list.
+        damaged: path of each stored image that was decoded with damage.
     """
 
     name: str
@@ -65,6 +66,7 @@ class ShardEntry:
     sha256: str
     skipped: tuple[tuple[str, str], ...] = ()
     files_sha256: str = ""
+    damaged: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as JSON knows it."""
@@ -72,7 +74,8 @@ class ShardEntry:
             name: {str(scale): count for scale, count in sorted(counts.items())}
             for name, counts in (("patches", self.patches), ("chosen", self.chosen))
         }
-        return {**vars(self), **by_scale, "skipped": [list(s) for s in self.skipped]}
+        lists = {"skipped": [list(s) for s in self.skipped], "damaged": list(self.damaged)}
+        return {**vars(self), **by_scale, **lists}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShardEntry:

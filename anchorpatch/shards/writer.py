@@ -96,6 +96,7 @@ class ShardWriter:
         self._temporary = self.path.with_name(self.path.name + ".tmp")
         self._paths: list[bytes] = []
         self._skipped: list[tuple[str, str]] = []
+        self._damaged: list[str] = []
         self._images: dict[str, list[NDArray[Any]]] = {name: [] for name in IMAGE_TABLE}
         self._patches: dict[int, dict[str, list[NDArray[Any]]]] = {
             scale: {name: [] for name in PATCH_TABLE} for scale in SCALES
@@ -147,6 +148,10 @@ class ShardWriter:
         """Note an image that could not be read."""
         self._skipped.append((path, reason))
 
+    def note_damage(self, path: str) -> None:
+        """Note an appended image that was decoded with damage."""
+        self._damaged.append(path)
+
     def close(self) -> ShardEntry:
         """Write the shard under its final name.
 
@@ -181,6 +186,7 @@ class ShardWriter:
             sha256=sha256,
             skipped=tuple(self._skipped),
             files_sha256=self.files_sha256,
+            damaged=tuple(sorted(self._damaged, key=os.fsencode)),
         )
         return self.entry
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode
+from torchvision.io import decode_jpeg as decode_by_torchvision
 from torchvision.transforms.v2 import functional as F
 
 from anchorpatch.images import decode as ours
@@ -27,7 +28,7 @@ Way = Callable[[bytes], object]
 
 def _pillow_box(data: bytes) -> object:
     with Image.open(BytesIO(data)) as image:
-        return ours._by_pillow(image, ours._orientation(image))
+        return ours._resized(ours._load_upright(image, "#ffffff"), "center")
 
 
 def _pillow_v2(data: bytes) -> object:
@@ -43,13 +44,21 @@ def _pillow_then_torch(data: bytes) -> object:
 
 
 def _torchvision_only(data: bytes) -> torch.Tensor:
-    pixels: torch.Tensor = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
+    encoded = torch.frombuffer(data, dtype=torch.uint8)
+    pixels: torch.Tensor = decode_by_torchvision(encoded, ImageReadMode.RGB)
     return pixels
 
 
-def _torchvision_then_box(data: bytes) -> object:
-    array = _torchvision_only(data).permute(1, 2, 0).contiguous().numpy()
-    return ours._resized(Image.fromarray(array))
+def _torchvision_v2(data: bytes) -> object:
+    return F.center_crop(F.resize(_torchvision_only(data), [ours.RESIZE]), [ours.CROP])
+
+
+def _simplejpeg_only(data: bytes) -> object:
+    return ours.decode_jpeg(data, "RGB")
+
+
+def _simplejpeg_then_box(data: bytes) -> object:
+    return ours._resized(Image.fromarray(ours.decode_jpeg(data, "RGB")), "center")
 
 
 def _pillow_only(data: bytes) -> object:
@@ -60,16 +69,18 @@ def _pillow_only(data: bytes) -> object:
 def _pillow_draft(data: bytes) -> object:
     with Image.open(BytesIO(data)) as image:
         image.draft("RGB", (ours.RESIZE, ours.RESIZE))
-        return ours._resized(image.convert("RGB"))
+        return ours._resized(image.convert("RGB"), "center")
 
 
 WAYS: dict[str, Way] = {
-    "torchvision, v2 resize (decode.py, JPEG)": ours.decode,
-    "torchvision, Pillow resize with box": _torchvision_then_box,
+    "simplejpeg, v2 resize (decode.py, JPEG)": ours.decode,
+    "simplejpeg, Pillow resize with box": _simplejpeg_then_box,
+    "torchvision, v2 resize": _torchvision_v2,
     "Pillow, resize with box (decode.py, other)": _pillow_box,
     "Pillow, v2 resize of a tensor": _pillow_then_torch,
     "Pillow, v2 resize and crop of the image": _pillow_v2,
     "Pillow, draft: other pixels": _pillow_draft,
+    "simplejpeg, decoding alone": _simplejpeg_only,
     "torchvision, decoding alone": _torchvision_only,
     "Pillow, decoding alone": _pillow_only,
 }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -11,11 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from anchorpatch.images.decode import decode
+from anchorpatch.settings import CropSettings
 from anchorpatch.shards import ShardReader
 from tests.conftest import Program
-from tests.oddities import make_oddities
+from tests.oddities import encoded, make_oddities, picture
 from tests.program import run_program
 from tests.shards_oracle import check_folder
 
@@ -260,6 +265,58 @@ def test_bad_and_odd_files(program: Program, tmp_path: Path, weights: Path) -> N
     assert (strict.returncode, strict.stdout) == (1, "")
     assert "images cannot be read (--max-bad 1.00%)" in strict.stderr
     assert not list((tmp_path / "strict/val").glob("*.h5*"))
+
+
+def test_damage_transparency_and_what_is_passed_over(
+    program: Program, tmp_path: Path, weights: Path
+) -> None:
+    from anchorpatch.runtime.checkpoint import load_weights, save_weights
+    from anchorpatch.shards.reader import ShardReader
+
+    folder = tmp_path / "data/val/cat"
+    folder.mkdir(parents=True)
+    jpeg = encoded(picture(), "JPEG")
+    start = jpeg.index(b"\xff\xda") + 200
+    (folder / "0.jpg").write_bytes(jpeg[:start] + jpeg[start + 40 :])
+    (folder / "1.jfif").write_bytes(jpeg)
+    Image.new("RGBA", (300, 200)).save(folder / "2.png")  # transparent all over
+    for name in ("a.txt", "b.txt", "c.svg"):
+        (folder / name).write_text("no image")
+    (tmp_path / "data/val/dog").mkdir()
+    trained = load_weights(weights)
+    squash = dataclasses.replace(trained.meta, crop_mode="squash", background="#0000ff")
+    save_weights(tmp_path / "squash.safetensors", trained.tensors, squash)
+
+    arguments = ["extract", "--store-images", "--json", "--max-bad", "50%", "--weights"]
+    refused = program(*arguments, weights)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "accept them with --allow-empty" in refused.stderr
+    arguments = [*arguments[:1], "--allow-empty", *arguments[1:]]
+    found = program(*arguments, weights)
+    report = json.loads(found.stdout)
+    assert (report["images"], report["damaged"]) == (3, 1)
+    assert report["ignored"] == {".txt": 2, ".svg": 1}
+    assert "data/val: 3 files passed over (2 .txt, 1 .svg); images are .jpg" in found.stderr
+    manifest = json.loads((tmp_path / "shards/val/manifest.json").read_text())
+    assert manifest["shards"][0]["damaged"] == ["cat/0.jpg"]
+    reader = ShardReader(tmp_path / "shards/val")
+    assert reader.classes == ("cat", "dog")
+    assert (reader.image(2) == 255).all()
+    np.testing.assert_array_equal(reader.image(1), decode(jpeg).pixels)
+
+    other = program(*arguments, tmp_path / "squash.safetensors")
+    assert "crop mode (of the weights) was center, now squash" in other.stderr
+    assert "--background was #ffffff, now #0000ff" in other.stderr
+    again = [*arguments, tmp_path / "squash.safetensors", "--damaged", "skip", "--overwrite"]
+    report = json.loads(program(*again).stdout)
+    assert (report["images"], report["skipped"], report["damaged"]) == (2, {"damaged": 1}, 0)
+    reader = ShardReader(tmp_path / "shards/val")
+    assert reader.settings.crop == CropSettings("squash", "#0000ff", "skip")
+    assert (reader.image(1) == (0, 0, 255)).all()
+    np.testing.assert_array_equal(reader.image(0), decode(jpeg, CropSettings("squash")).pixels)
+    wrong = program(*again, "--background", "transparent")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "--background: expected an opaque colour" in wrong.stderr
 
 
 def test_a_full_disk_ends_in_one_line_and_a_run_that_goes_on(

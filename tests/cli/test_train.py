@@ -111,8 +111,8 @@ def test_other_classes_are_one_clear_line(
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "expected the 2 classes of" in done.stderr
-    assert "found 3 (cat, dog, emu)" in done.stderr
+    assert "expected only the 2 classes of" in done.stderr
+    assert "found 1 more (emu)" in done.stderr
 
 
 def test_missing_data_is_one_clear_line(program: Program):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -14,23 +15,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torchvision.transforms.v2 import functional as F
 
 from anchorpatch.errors import ImageError
 from anchorpatch.images import decode as module
-from anchorpatch.images.decode import CROP, RESIZE, decode, geometry
+from anchorpatch.images.decode import CROP, RESIZE, decode, decode_picture, geometry
+from anchorpatch.settings import CropSettings
 from tests.oddities import (
     bad_files,
     encoded,
     good_files,
+    long_text,
     picture,
+    png,
     png_rgb16,
+    transparent_files,
     with_orientation,
 )
 
 Array = npt.NDArray[np.uint8]
-GOOD, BAD = good_files(), bad_files()
+GOOD, BAD, TRANSPARENT = good_files(), bad_files(), transparent_files()
 SIDE = st.integers(1, 300)
 
 
@@ -101,7 +106,7 @@ def test_good_oddities_decode(name: str) -> None:
     assert decoded.pixels.shape == (CROP, CROP, 3)
     assert decoded.pixels.dtype == np.uint8
     assert decoded.pixels.flags.c_contiguous
-    if name != "bad-exif.jpg":  # Pillow warns of it
+    if name not in ("bad-exif.jpg", "long-text.png"):  # Pillow warns of it, or refuses it
         with Image.open(BytesIO(data)) as image:
             upright = ImageOps.exif_transpose(image) if name.startswith("orientation") else image
             assert decoded.size == (upright.height, upright.width)
@@ -115,7 +120,7 @@ def test_bad_oddities_have_reasons(name: str) -> None:
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_undone(orientation: int, format: str) -> None:
     options = {"lossless": True} if format == "WEBP" else {}
@@ -124,7 +129,7 @@ def test_orientation_is_undone(orientation: int, format: str) -> None:
     decoded = decode(data)
     assert decoded.size == ((180, 240) if orientation < 5 else (240, 180))
     assert levels_apart(decoded.pixels, validation_transform(upright)) <= 2
-    if format != "JPEG":  # lossless: the picture itself, turned
+    if format not in ("JPEG", "AVIF"):  # lossless: the picture itself, turned
         turned = Image.fromarray(picture())
         if orientation >= 5:
             turned = turned.transpose(Image.Transpose.TRANSPOSE)
@@ -159,7 +164,8 @@ def test_damaged_exif_does_not_spoil_the_pixels() -> None:
         ("rgb-16-bit.png", 1),
         ("interlaced.png", 1),
         ("animated.png", 1),
-        ("alpha.png", 1),
+        ("plain.tif", 1),
+        ("lossless.avif", 8),
         ("lossless.webp", 1),
         ("animated.webp", 1),
         ("plain.bmp", 1),
@@ -172,7 +178,7 @@ def test_the_picture_survives(name: str, levels: int) -> None:
     assert levels_apart(decode(GOOD[name]).pixels, want) <= levels
 
 
-@pytest.mark.parametrize("name", ["grey-16-bit.png", "grey.png", "grey-alpha.png"])
+@pytest.mark.parametrize("name", ["grey-16-bit.png", "grey.png", "grey-16-bit.tif"])
 def test_grey_is_equal_in_all_channels(name: str) -> None:
     want = validation_transform(Image.fromarray(picture()).convert("L"))
     pixels = decode(GOOD[name]).pixels
@@ -203,13 +209,148 @@ def test_cmyk_of_photoshop_is_inverted() -> None:
     assert levels_apart(decode(GOOD["ycck.jpg"]).pixels, want) <= 1
 
 
-def test_palette_transparency_is_dropped() -> None:
-    opaque = decode(GOOD["palette.png"]).pixels
-    np.testing.assert_array_equal(decode(GOOD["palette-transparency.png"]).pixels, opaque)
-    np.testing.assert_array_equal(decode(GOOD["palette-one-transparent.png"]).pixels, opaque)
+@pytest.mark.parametrize("background", ["white", "#204060"])
+@pytest.mark.parametrize("name", [*sorted(TRANSPARENT), "alpha.png", "alpha.webp"])
+def test_transparency_shows_the_background(name: str, background: str) -> None:
+    data = TRANSPARENT.get(name) or GOOD[name]
+    with Image.open(BytesIO(data)) as image:
+        layers = np.asarray(image.convert("RGBA")).astype(float)
+    ground = np.array(ImageColor.getrgb(background))
+    alpha = layers[..., 3:] / 255
+    want = (layers[..., :3] * alpha + ground * (1 - alpha)).round().astype(np.uint8)
+    crop = CropSettings(background=background)
+    got = decode(data, crop).pixels
+    assert levels_apart(got, validation_transform(Image.fromarray(want))) <= 2
+    picture_of = decode_picture(data, crop.background).image.convert("RGB")
+    assert levels_apart(np.asarray(picture_of), want) <= 1
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PROGRESSIVE", "PNG", "WEBP", "BMP", "GIF"])
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_is_that_of_the_files_own_scale(depth: int) -> None:
+    # Half of the columns have the largest value, which is transparent; the others are black.
+    top = (1 << depth) - 1
+    values = [0, top] * 8
+    bits = "".join(format(value, f"0{depth}b") for value in values)
+    row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    data = png(16, 16, depth, 0, row * 16, transparency=struct.pack(">H", top))
+    pixels = np.asarray(decode_picture(data, "#ff0000").image)
+    assert (pixels[:, 0::2] == 0).all()
+    assert (pixels[:, 1::2] == (255, 0, 0)).all()
+
+
+def test_a_transparent_colour_of_16_bits() -> None:
+    row = b"\0" + struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x4321, 0x5678, 0x9ABC)
+    data = png(2, 1, 16, 2, row, transparency=struct.pack(">3H", 0x1234, 0x5678, 0x9ABC))
+    pixels = np.asarray(decode_picture(data, "#ff0000").image)
+    assert pixels.tolist() == [[[255, 0, 0], [0x43, 0x56, 0x9A]]]
+
+
+def test_opaque_files_do_not_see_the_background() -> None:
+    red = CropSettings(background="red")
+    for name in ("palette.png", "plain.jpg", "grey.png", "lossless.webp", "an animated gif.png"):
+        np.testing.assert_array_equal(decode(GOOD[name], red).pixels, decode(GOOD[name]).pixels)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SIDE, SIDE, st.sampled_from(["JPEG", "PNG"]), st.integers(0, 9))
+def test_squash_is_a_resize_of_both_sides(height: int, width: int, format: str, seed: int) -> None:
+    data = encoded(picture(height, width, seed), format)
+    with Image.open(BytesIO(data)) as image:
+        want = F.resize(image.convert("RGB"), [CROP, CROP], antialias=True)
+    decoded = decode(data, CropSettings("squash"))
+    assert decoded.size == (height, width)
+    assert levels_apart(decoded.pixels, np.asarray(want)) <= 2
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF", "AVIF", "GIF"])
+def test_whole_pictures_are_the_decoders(format: str) -> None:
+    data = encoded(picture(), format)
+    with Image.open(BytesIO(data)) as image:
+        want = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(decode_picture(data).image.convert("RGB")), want)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+def test_whole_pictures_stand_upright(orientation: int, format: str) -> None:
+    data = with_orientation(orientation, format)
+    upright = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+    np.testing.assert_array_equal(np.asarray(decode_picture(data).image), np.asarray(upright))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "1", "LA", "I;16"])
+def test_every_mode_becomes_grey_or_rgb(mode: str) -> None:
+    image = Image.fromarray(picture(10, 20)).convert("L" if mode == "I;16" else mode).convert(mode)
+    data = encoded(image, "JPEG" if mode == "CMYK" else "PNG")
+    assert decode_picture(data).image.mode in ("L", "RGB")
+
+
+@pytest.mark.parametrize("name", ["empty.jpg", "text.jpg", "truncated.jpg", "bad-crc.png"])
+def test_whole_pictures_carry_the_same_reasons(name: str) -> None:
+    data, reason = BAD[name]
+    with pytest.raises(ImageError) as caught:
+        decode_picture(data)
+    assert caught.value.reason == reason
+
+
+def test_long_texts_of_a_png_do_not_matter() -> None:
+    want = decode(encoded(picture(), "PNG")).pixels
+    for info in (long_text(), long_text(after=True), long_text(profile=True)):
+        np.testing.assert_array_equal(decode(info).pixels, want)
+        assert decode_picture(info).image.size == (240, 180)
+
+
+def damaged_jpegs() -> dict[str, bytes]:
+    """JPEGs whose data libjpeg has to make up for."""
+    plain = encoded(picture(), "JPEG", quality=90)
+    files = {}
+    for name, data in (
+        ("baseline", plain),
+        ("progressive", encoded(picture(), "JPEG", progressive=True)),
+        ("restarts", encoded(picture(), "JPEG", restart_marker_blocks=5)),
+        ("grey", encoded(Image.fromarray(picture()).convert("L"), "JPEG")),
+    ):
+        start = data.index(b"\xff\xda")
+        files[name] = data[: start + 200] + data[start + 240 :]  # within the first scan
+    return files
+
+
+@pytest.mark.parametrize("name", damaged_jpegs())
+def test_damage_is_seen_and_the_pixels_are_those_of_libjpeg(name: str) -> None:
+    data = damaged_jpegs()[name]
+    with Image.open(BytesIO(data)) as image:
+        want = image.convert("RGB")
+    decoded = decode(data)
+    assert decoded.damaged
+    np.testing.assert_array_equal(decoded.pixels, validation_transform_of_tensor(want))
+    whole = decode_picture(data)
+    assert whole.damaged
+    np.testing.assert_array_equal(np.asarray(whole.image), np.asarray(want))
+    with pytest.raises(ImageError, match=r"^damaged$"):
+        decode(data, CropSettings(damaged="skip"))
+
+
+def test_what_surrounds_the_pixels_is_no_damage() -> None:
+    plain = GOOD["plain.jpg"]
+    tables = plain.index(b"\xff\xdb")
+    harmless = {
+        "padding": plain[:-2] + b"\0" * 9 + plain[-2:],
+        "filling": plain[:-2] + b"\xff" * 9 + plain[-2:],
+        "junk before a table": plain[:tables] + b"junk" + plain[tables:],
+        "unknown JFIF revision": plain.replace(b"JFIF\0\1", b"JFIF\0\7"),
+        **{name: data for name, data in GOOD.items() if name.endswith(".jpg")},
+    }
+    want = decode(plain).pixels
+    for name, data in harmless.items():
+        decoded = decode(data)
+        assert not decoded.damaged, name
+        if name not in GOOD:
+            np.testing.assert_array_equal(decoded.pixels, want)
+
+
+@pytest.mark.parametrize(
+    "format", ["JPEG", "PROGRESSIVE", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]
+)
 def test_no_part_of_a_file_is_taken_for_the_whole(format: str) -> None:
     options = {"progressive": True} if format == "PROGRESSIVE" else {}
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -226,7 +367,9 @@ def test_no_part_of_a_file_is_taken_for_the_whole(format: str) -> None:
             accepted += 1
             np.testing.assert_array_equal(part.pixels, whole)
     assert accepted < 10  # only what lacks no more than the end marker
-    assert reasons <= {"empty file", "truncated", "not an image"}
+    assert reasons <= {"empty file", "truncated", "not an image"} | (
+        {"damaged"} if format in ("TIFF", "AVIF") else set()
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -278,16 +421,15 @@ def test_an_elongated_image_is_never_resized_as_a_whole(monkeypatch: pytest.Monk
     assert decode(encoded(picture(60_000, 1), "PNG")).size == (60_000, 1)
 
 
-@pytest.mark.parametrize("decoder", ["refuses", "is missing"])
-def test_pillow_is_the_last_resort(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError("no")
+def test_pillow_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no")
 
     want = decode(GOOD["orientation-6.jpg"])
-    monkeypatch.setattr(module, "decode_jpeg", refuse if decoder == "refuses" else None)
+    monkeypatch.setattr(module, "decode_jpeg", refuse)
     got = decode(GOOD["orientation-6.jpg"])
-    assert got.size == want.size
-    assert levels_apart(got.pixels, want.pixels) <= 2
+    assert (got.size, got.damaged) == (want.size, False)
+    np.testing.assert_array_equal(got.pixels, want.pixels)
     with pytest.raises(ImageError, match="truncated"):
         decode(BAD["truncated.jpg"][0])
 
@@ -296,7 +438,7 @@ def test_memory_errors_are_not_the_images_fault(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(module, "_by_pillow", fail)
+    monkeypatch.setattr(module, "_load_upright", fail)
     with pytest.raises(MemoryError):
         decode(GOOD["grey.png"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anchorpatch import storage
 from anchorpatch.errors import DataError
 from anchorpatch.images.folder import EXTENSIONS, ImageFolder, scan_folder, spread_rows
 
@@ -88,13 +90,21 @@ def test_scan_equals_a_plain_walk(
 def test_extensions_hidden_files_and_nested_folders(tmp_path: Path) -> None:
     a = tmp_path / "val" / "a"
     good = ["1.JPEG", "2.jpg", "3.PnG", "4.webp", "5.BMP", "deep/er/6.jpeg", "b.jpg.png"]
+    good += ["c.jfif", "d.JPE", "e.tif", "f.TIFF", "g.avif", "h.GIF"]
     touch(*(a / name for name in good))
-    touch(a / ".hidden.jpg", a / ".cache" / "7.jpg", a / "notes.txt", a / "8.tiff", a / "jpg")
+    touch(a / ".hidden.jpg", a / ".cache" / "7.jpg", a / "notes.txt", a / "8.svg", a / "jpg")
+    touch(a / "deep" / "er" / "more.TXT", a / "b" / ".hidden.txt", tmp_path / "val" / "loose.jpg")
     touch(tmp_path / "val" / ".DS_Store", tmp_path / "val" / "list.csv")
     (tmp_path / "val" / ".git").mkdir()
     folder = scan_folder(tmp_path, "val")
     assert relative(folder) == sorted(f"a/{name}" for name in good)
     assert folder.classes == ("a",)
+    passed_over = {".txt": 2, ".svg": 1, "jpg": 1, ".jpg outside the class folders": 1}
+    assert folder.ignored == passed_over
+    assert (folder.passed_over() or "").startswith(
+        f"{tmp_path / 'val'}: 5 files passed over (2 .txt, 1 .jpg outside the class folders, "
+    )
+    assert folder.limited(1).ignored == passed_over
 
 
 def test_order_is_that_of_the_bytes(tmp_path: Path) -> None:
@@ -221,8 +231,8 @@ def test_no_images(tmp_path: Path) -> None:
     assert "no class folder and no image" in error_of(tmp_path)
     (tmp_path / "val" / "a").mkdir()
     assert "no image in its 1 class folders (a: empty)" in error_of(tmp_path)
-    touch(tmp_path / "val" / "a" / "1.tif", tmp_path / "val" / "a" / "2.TXT")
-    assert "(a: other files: .tif, .txt)" in error_of(tmp_path)
+    touch(tmp_path / "val" / "a" / "1.heic", tmp_path / "val" / "a" / "2.TXT")
+    assert "(a: other files: .heic, .txt)" in error_of(tmp_path)
 
 
 def test_empty_classes_are_named(tmp_path: Path) -> None:
@@ -232,6 +242,38 @@ def test_empty_classes_are_named(tmp_path: Path) -> None:
     message = error_of(tmp_path)
     assert "7 of 8 class folders hold no image" in message
     assert "(a: empty, b: empty, c: empty, d: empty, e: empty and 2 more)" in message
+    assert message.endswith("remove the folders, or accept them with --allow-empty")
+    folder = scan_folder(tmp_path, "val", allow_empty=True)
+    assert folder.classes == (*"abcdefg", "z")
+    assert folder.labels.tolist() == [7]
+    assert folder.passed_over() is None
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_the_classes_of_train_hold_for_other_splits(tmp_path: Path, empty: bool) -> None:
+    for name in ("ant", "bee", "cat"):
+        touch(tmp_path / "train" / name / "1.jpg")
+    touch(tmp_path / "val" / "cat" / "1.jpg", tmp_path / "val" / "ant" / "1.jpg")
+    if empty:
+        (tmp_path / "val" / "bee").mkdir()
+    folder = scan_folder(tmp_path, "val")
+    assert folder.classes == ("ant", "bee", "cat")
+    assert folder.labels.tolist() == [0, 2]
+    # A class of its own: the split stands for itself, unless the classes of train are asked for.
+    touch(tmp_path / "val" / "dog" / "1.jpg")
+    if empty:
+        assert "1 of 4 class folders hold no image (bee: empty)" in error_of(tmp_path)
+    else:
+        assert scan_folder(tmp_path, "val").classes == ("ant", "cat", "dog")
+    with pytest.raises(DataError, match=r"only the 3 classes of train, found 1 more \(dog\)"):
+        scan_folder(tmp_path, "val", classes=("ant", "bee", "cat"))
+
+
+def test_given_classes_keep_their_order(tmp_path: Path) -> None:
+    touch(tmp_path / "val" / "a" / "1.jpg", tmp_path / "val" / "b" / "1.jpg")
+    folder = scan_folder(tmp_path, "val", classes=("b", "x", "a"))
+    assert folder.classes == ("b", "x", "a")
+    assert folder.labels.tolist() == [2, 0]
 
 
 def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +287,26 @@ def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert error_of(tmp_path) == f"{tmp_path}/val/a: cannot be listed: Permission denied"
+
+
+def test_a_disk_that_falters_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path / "val" / "a" / "1.jpg")
+    scandir, failures = os.scandir, []
+    monkeypatch.setattr(storage, "_PAUSES", (0.0, 0.0))
+
+    def falter(path: bytes) -> object:
+        if path.endswith(b"/a") and len(failures) != times:
+            failures.append(path)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", falter)
+    times = 2
+    assert len(scan_folder(tmp_path, "val")) == 1
+    times = -1
+    assert "/val/a: cannot be read: Stale file handle (tried 3 times)" in error_of(tmp_path)
 
 
 def test_kaggle_labels(flat: Path) -> None:
@@ -271,7 +333,7 @@ def test_classes_are_those_of_train_where_they_include_all(flat: Path) -> None:
     assert folder.labels.tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("header", ["path,label", "Path, Label", None])
+@pytest.mark.parametrize("header", ["path,label", "Path, Label", "file_name,class", ",0", None])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_plain_labels(tmp_path: Path, header: str | None, mark: str) -> None:
     touch(*(tmp_path / "val" / name for name in ("a, b.jpg", "deep/ünï.png", "c.jpg")))
@@ -288,6 +350,35 @@ def test_plain_labels(tmp_path: Path, header: str | None, mark: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+@pytest.mark.parametrize("header", ["ImageId,Class", '"file","label"', None])
+@pytest.mark.parametrize("extension", ["", ".JPEG"])
+def test_any_two_columns(flat: Path, separator: str, header: str | None, extension: str) -> None:
+    rows = [f"ILSVRC2012_val_0000000{i}{extension},n0{i}" for i in (2, 0, 1)]
+    lines = ["", *([header] if header else []), *rows]
+    file = plain(flat, *(line.replace(",", separator) for line in lines))
+    folder = scan_folder(flat, "val", file)
+    assert folder.classes == ("n00", "n01", "n02")
+    assert folder.labels.tolist() == [0, 1, 2]
+
+
+def test_a_kaggle_file_with_semicolons(flat: Path) -> None:
+    rows = [f"ILSVRC2012_val_0000000{i};n0{i} 1 2 3 4" for i in range(3)]
+    folder = scan_folder(flat, "val", plain(flat, "ImageId;PredictionString", *rows))
+    assert folder.classes == ("n00", "n01", "n02")
+
+
+def test_a_first_row_that_names_no_image(flat: Path) -> None:
+    rows = [f"ILSVRC2012_val_0000000{i},n0{i}" for i in range(3)]
+    assert "line 1 was taken for the header" in error_of(
+        flat, labels=plain(flat, "ILSVRC2012_val_0000000O,n00", *rows[1:])
+    )
+    assert ":1: there is no image 'x.JPEG'" in error_of(flat, labels=plain(flat, "x.JPEG,n00"))
+    message = error_of(flat, labels=plain(flat, *rows[:1], "n01,ILSVRC2012_val_00000001"))
+    assert ":2: there is no image 'n01'; expected paths relative to" in message
+    assert "with or without extension, such as 'ILSVRC2012_val_00000000.JPEG'" in message
+
+
 @pytest.mark.parametrize(
     ("rows", "wanted"),
     [
@@ -299,8 +390,11 @@ def test_plain_labels(tmp_path: Path, header: str | None, mark: str) -> None:
         ),
         (["ILSVRC2012_val_00000000,n01 1 2 3"], ":2: expected a class and four whole numbers"),
         (["ILSVRC2012_val_00000000,"], ":2: expected a class and four whole numbers"),
-        (["ILSVRC2012_val_00000000"], ":2: expected 2 fields, found 1"),
-        (["a,b,c"], ":2: expected 2 fields, found 3"),
+        (
+            ["ILSVRC2012_val_00000000"],
+            ":2: expected 2 fields, an image and its class",
+        ),
+        (["a,b,c"], "tab or semicolon, found 3"),
         ([",n01 1 2 3 4"], ":2: the path is empty"),
         (['"ILSVRC2012_val_00000000,n01'], "not CSV"),
         ([], "no label for 3 of 3 images"),

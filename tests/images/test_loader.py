@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from anchorpatch.errors import ImageError, SettingsError
+from anchorpatch import storage
+from anchorpatch.errors import AnchorpatchError, ImageError, SettingsError
 from anchorpatch.images import loader
 from anchorpatch.images.decode import decode
 from anchorpatch.images.folder import ImageFolder, scan_folder
 from anchorpatch.images.loader import load_batches, read_image
 from anchorpatch.images.workers import Batch
+from anchorpatch.settings import CropSettings
 from tests.images.processes import wait_until, workers_alive
-from tests.oddities import make_oddities
+from tests.oddities import encoded, make_oddities, picture
 
 pytestmark = pytest.mark.filterwarnings(
     # Python 3.12 warns of forking with threads; `workers` says why it may.
@@ -38,7 +40,7 @@ def slowly(folder: ImageFolder, batches: Sequence[Sequence[int]]) -> list[Batch]
     """The oracle: one image after the other."""
     wanted = []
     for rows in batches:
-        good, pixels, size, bad = [], [], [], []
+        good, pixels, size, bad, damaged = [], [], [], [], []
         for row in rows:
             try:
                 decoded = decode((folder.root / folder.path(row)).read_bytes())
@@ -48,12 +50,14 @@ def slowly(folder: ImageFolder, batches: Sequence[Sequence[int]]) -> list[Batch]
             good.append(row)
             pixels.append(torch.from_numpy(decoded.pixels))
             size.append(decoded.size)
+            damaged += [row] * decoded.damaged
         wanted.append(
             Batch(
                 np.array(good, np.int64),
                 torch.stack(pixels) if pixels else torch.empty(0, 224, 224, 3, dtype=torch.uint8),
                 np.array(size, np.int32).reshape(-1, 2),
                 bad,
+                damaged,
             )
         )
     return wanted
@@ -65,7 +69,7 @@ def assert_same(got: list[Batch], wanted: list[Batch]) -> None:
         for x, y in ((a.index, b.index), (a.pixels.numpy(), b.pixels.numpy()), (a.size, b.size)):
             assert x.dtype == y.dtype
             np.testing.assert_array_equal(x, y)
-        assert a.bad == b.bad
+        assert (a.bad, a.damaged) == (b.bad, b.damaged)
 
 
 @pytest.mark.parametrize(
@@ -151,14 +155,66 @@ def test_reading_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
         monkeypatch.setattr(os, "open", fail)
 
-    for number, reason in [
-        (errno.EACCES, "permission denied"),
-        (errno.EIO, "unreadable: Input/output error"),
-    ]:
-        fail_with(number)
-        with pytest.raises(ImageError) as caught:
-            read_image(str(file))
-        assert caught.value.reason == reason
+    fail_with(errno.EACCES)
+    with pytest.raises(ImageError, match="permission denied"):
+        read_image(str(file))
+    fail_with(errno.EUCLEAN)
+    with pytest.raises(ImageError, match="unreadable: Structure needs cleaning"):
+        read_image(str(file))
     fail_with(errno.EMFILE)
     with pytest.raises(OSError, match="Too many open files"):
         read_image(str(file))
+
+
+def failing(
+    monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int | None = None
+) -> list[str]:
+    """Let the opening of files called ``name`` fail; return a list of the failures."""
+    real, failures = os.open, []
+    monkeypatch.setattr(storage, "_PAUSES", (0.0, 0.0))
+
+    def fail(path: str, *arguments: int, **options: int) -> int:
+        if os.path.basename(os.fsdecode(path)) == name and len(failures) != times:
+            failures.append(name)
+            raise OSError(number, os.strerror(number), path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", fail)
+    return failures
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO])
+def test_passing_errors_pass(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"abc")
+    failures = failing(monkeypatch, "a.jpg", number, times=2)
+    assert read_image(str(tmp_path / "a.jpg")) == b"abc"
+    assert len(failures) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_disk_that_falters_fails_the_run_and_not_the_image(
+    small: ImageFolder, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, "7.jpg", errno.EIO)
+    with pytest.raises(AnchorpatchError) as caught:
+        list(load_batches(small, [range(4), range(4, 12), range(12, 20)], workers=workers))
+    assert str(caught.value) == (
+        f"{small.root}/a/7.jpg: cannot be read: Input/output error (tried 3 times): check the disk "
+        "or the network, then run the same command again"
+    )
+    assert not isinstance(caught.value, ImageError)
+
+
+def test_damage_is_counted_or_skipped(tmp_path: Path) -> None:
+    plain = encoded(picture(), "JPEG")
+    start = plain.index(b"\xff\xda") + 200
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    (tmp_path / "val" / "a" / "0.jpg").write_bytes(plain[:start] + plain[start + 40 :])
+    (tmp_path / "val" / "a" / "1.jpg").write_bytes(plain)
+    folder = scan_folder(tmp_path, "val")
+    (kept,) = load_batches(folder, [range(2)], workers=0)
+    assert (kept.index.tolist(), kept.bad, kept.damaged) == ([0, 1], [], [0])
+    crop = CropSettings(damaged="skip")
+    (skipped,) = load_batches(folder, [range(2)], workers=1, crop=crop)
+    assert (skipped.index.tolist(), skipped.bad) == ([1], [(0, "damaged")])
+    assert skipped.damaged == []

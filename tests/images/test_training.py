@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from anchorpatch.images.cache import SHORT_SIDE, build_cache
+from anchorpatch import storage
+from anchorpatch.errors import DataError
+from anchorpatch.images.cache import SHORT_SIDE, build_cache, open_cache
+from anchorpatch.images.decode import Picture, decode_picture
 from anchorpatch.images.folder import ImageFolder, scan_folder
-from anchorpatch.images.picture import decode_picture
 from anchorpatch.images.training import (
     RandomCrop,
     epoch_order,
@@ -20,6 +25,7 @@ from anchorpatch.images.training import (
     random_crop,
 )
 from tests.conftest import draw_photo
+from tests.oddities import encoded, picture
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +125,11 @@ def test_batches_hold_the_crops_of_their_rows_and_name_the_bad(folder: ImageFold
     for (epoch, rows), batch in zip(
         _plan(), load_training_batches(folder, _plan(), crop, workers=0), strict=True
     ):
-        found, pixels, _, missing = batch
-        bad += missing
+        found, pixels = batch.index, batch.pixels
+        bad += batch.bad
         assert found.tolist() == [row for row in rows if row != 4]
         for row, image in zip(found, pixels, strict=True):
-            picture = decode_picture((folder.root / folder.path(int(row))).read_bytes())
+            picture = decode_picture((folder.root / folder.path(int(row))).read_bytes()).image
             assert np.array_equal(image.numpy(), random_crop(picture, crop, epoch, int(row)))
     assert bad == [(4, "not an image")] * 2
 
@@ -141,12 +147,12 @@ def test_the_cache_holds_the_pictures(folder: ImageFolder, tmp_path: Path):
     for row in range(9):
         if row == 4:
             continue
-        picture = decode_picture((folder.root / folder.path(row)).read_bytes())
+        picture = decode_picture((folder.root / folder.path(row)).read_bytes()).image
         short = min(picture.size)
         if short > SHORT_SIDE:
             size = tuple(round(side * SHORT_SIDE / short) for side in picture.size)
             picture = picture.resize(size, Image.Resampling.BILINEAR)
-        assert np.array_equal(np.asarray(cache[row]), np.asarray(picture.convert("RGB")))
+        assert np.array_equal(np.asarray(cache[row].image), np.asarray(picture.convert("RGB")))
 
 
 def test_batches_from_the_cache_name_the_bad_too(folder: ImageFolder, tmp_path: Path):
@@ -163,18 +169,105 @@ def test_the_cache_is_made_once_for_each_set_of_files(
 ):
     build_cache(folder, tmp_path, 1)
     made = sorted(path.name for path in tmp_path.iterdir())
-    assert len(made) == 2
-    monkeypatch.setattr("anchorpatch.images.cache.decode_picture", None)  # it would fail
+    assert [name.rpartition(".")[2] for name in made] == ["lock", "json", "pixels"]
+    decoded = []
+
+    def count(data: bytes, background: str) -> Picture:
+        decoded.append(data)
+        return decode_picture(data, background)
+
+    monkeypatch.setattr("anchorpatch.images.cache.decode_picture", count)
     build_cache(folder, tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == made
-    with pytest.raises(TypeError):
-        build_cache(folder.limited(3), tmp_path, 1)
+    assert decoded == [b"no image"]
+    build_cache(folder.limited(3), tmp_path, 1)
+    assert len(decoded) == 4
 
 
 def test_a_cut_off_cache_is_refused(folder: ImageFolder, tmp_path: Path):
-    from anchorpatch.errors import DataError
-
     cache = build_cache(folder, tmp_path, 1)
     cache.file.write_bytes(cache.file.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"\.pixels: expected \d+ bytes"):
         build_cache(folder, tmp_path, 1)
+
+
+def _with_bad_files(data: Path) -> dict[str, bytes]:
+    """Damage two files of a copy of a folder, and return what they held."""
+    good = {}
+    for name in ("a/1.png", "b/3.png"):
+        path = data / "train" / name
+        good[name] = path.read_bytes()
+        path.write_bytes(bytes(len(good[name])))
+    return good
+
+
+def test_restored_files_of_the_same_size_get_into_the_cache(folder: ImageFolder, tmp_path: Path):
+    data = tmp_path / "data"
+    shutil.copytree(folder.root.parent, data)
+    copied = scan_folder(data, "train")
+    undisturbed = build_cache(copied, tmp_path / "undisturbed", 1)
+    good = _with_bad_files(data)
+    cache = build_cache(copied, tmp_path / "cache", 1)
+    assert cache.bad == {1: "not an image", 4: "not an image", 8: "not an image"}
+    for name in reversed(good):  # one at a time, each by a run of its own
+        (data / "train" / name).write_bytes(good[name])
+        build_cache(copied, tmp_path / "cache", 2)
+    restored = open_cache(copied, tmp_path / "cache")
+    assert restored.bad == undisturbed.bad == {4: "not an image"}
+    for row in range(9):
+        if row != 4:
+            assert np.array_equal(restored[row].image, undisturbed[row].image)
+        if row not in (1, 4, 8):  # a run that had it open goes on with what it knows
+            assert np.array_equal(cache[row].image, undisturbed[row].image)
+    crop = RandomCrop(size=64)
+    ours, theirs = (
+        load_training_batches(copied, _plan(), crop, workers=0, cache=c)
+        for c in (restored, undisturbed)
+    )
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_disk_that_falters_is_not_written_into_the_cache(
+    folder: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read, faltering = os.open, True
+
+    def fail(path: str, *arguments: int, **options: int) -> int:
+        if faltering and os.fsdecode(path).endswith("b/2.png"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(storage, "_PAUSES", (0.0,))
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(DataError, match=r"b/2\.png: cannot be read: Stale file handle"):
+        build_cache(folder, tmp_path, 2)
+    assert not [path for path in tmp_path.iterdir() if path.name != ".lock"]
+    faltering = False
+    assert build_cache(folder, tmp_path, 2).bad == {4: "not an image"}
+
+
+def test_damage_is_known_from_files_and_from_the_cache(tmp_path: Path):
+    data = encoded(picture(300, 300), "JPEG")
+    start = data.index(b"\xff\xda") + 200
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "0.jpg").write_bytes(data)
+    (tmp_path / "train" / "a" / "1.jpg").write_bytes(data[:start] + data[start + 40 :])
+    folder = scan_folder(tmp_path, "train")
+    plan = [(0, np.array([1, 0]))]
+    for cache in (None, build_cache(folder, tmp_path / "cache", 1)):
+        crop = RandomCrop(size=64)
+        (batch,) = load_training_batches(folder, plan, crop, workers=0, cache=cache)
+        assert (batch.index.tolist(), batch.damaged) == ([1, 0], [1])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_crops_show_the_background(tmp_path: Path, cached: bool):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.new("RGBA", (50, 40)).save(tmp_path / "train" / "a" / "0.png")
+    folder = scan_folder(tmp_path, "train")
+    for colour, value in (("#ffffff", 255), ("#0000ff", (0, 0, 255))):
+        cache = build_cache(folder, tmp_path / "cache", 1, colour) if cached else None
+        crop = RandomCrop(size=64, background=colour)
+        plan = [(0, np.array([0]))]
+        (batch,) = load_training_batches(folder, plan, crop, workers=0, cache=cache)
+        assert (batch.pixels == torch.tensor(value)).all()

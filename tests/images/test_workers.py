@@ -73,8 +73,8 @@ def test_a_worker_killed_in_the_middle_of_an_answer_is_one_clear_error(
     small: ImageFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begin_and_die(connection: Connection, item: tuple[Any, ...]) -> None:
-        index, pixels, size, bad = item
-        connection.send((index, pixels.shape, size, bad, False))
+        index, pixels, size, bad, damaged = item
+        connection.send((index, pixels.shape, size, bad, damaged, False))
         os.write(connection.fileno(), struct.pack("!i", pixels.nbytes) + bytes(1000))
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -133,7 +133,8 @@ def test_what_is_under_way_is_bounded_for_all_processes_of_a_machine(
 
 class Numbers:
     def __getitem__(self, request: int) -> tuple[Any, ...]:
-        return np.array([request]), np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 2), np.int32), []
+        pixels, size = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 2), np.int32)
+        return np.array([request]), pixels, size, [], []
 
 
 def test_workers_leave_signals_to_the_parent(small: ImageFolder) -> None:
@@ -149,7 +150,7 @@ def test_workers_leave_signals_to_the_parent(small: ImageFolder) -> None:
 def test_a_failing_worker_is_one_clear_error(
     small: ImageFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: bytes) -> None:
+    def fail(*_: object) -> None:
         raise MemoryError("no more")
 
     monkeypatch.setattr(loader, "decode", fail)

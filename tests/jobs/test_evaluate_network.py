@@ -22,6 +22,7 @@ from anchorpatch.errors import (
     StorageError,
     WeightsError,
 )
+from anchorpatch.images.decode import decode
 from anchorpatch.jobs.evaluate_network import EvaluateNetworkConfig, run, run_rescale
 from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_images
 from anchorpatch.lsp import SCALES
@@ -318,6 +319,14 @@ def test_a_file_that_cannot_be_read(root: Path, tmp_path: Path):
     (data / "val" / reader.path[2].decode()).write_bytes(b"no image")
     found = find_whole_images(reader, data, "val")
     assert isinstance(found, WholeImages)
+    # Otherwise whole images become crops as they did for the shards.
+    reader.settings = replace(reader.settings, crop_mode="squash")
+    (batch,) = found.batches(np.arange(2), 4)
+    squashed = [
+        decode((data / "val" / p.decode()).read_bytes(), reader.settings.crop).pixels
+        for p in reader.path[:2]
+    ]
+    assert np.array_equal(batch.pixels, squashed)
     with pytest.raises(DataError, match=r"0002\.png: expected the image .* cannot be read"):
         list(found.batches(np.arange(9), 4))
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from anchorpatch.errors import (
     DataError,
@@ -22,8 +24,10 @@ from anchorpatch.errors import (
     TooManyBadImages,
     WeightsError,
 )
+from anchorpatch.jobs import evaluate
 from anchorpatch.jobs.train import RECIPES, TrainConfig, run
-from anchorpatch.runtime.checkpoint import load_weights
+from anchorpatch.runtime.checkpoint import load_weights, save_weights
+from anchorpatch.settings import CropSettings
 from tests.jobs.training_runs import (
     TRAIN,
     VAL,
@@ -35,6 +39,7 @@ from tests.jobs.training_runs import (
     state_of,
     tiny,
 )
+from tests.oddities import encoded, picture
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -251,8 +256,42 @@ def test_other_images_are_refused(data: Path, tmp_path: Path):
 def test_classes_must_be_the_same(tmp_path: Path):
     data = make_pictures(tmp_path)
     (data / "val" / "dog").rename(data / "val" / "wolf")
-    with pytest.raises(DataError, match="dog only in train, wolf only in val"):
+    with pytest.raises(DataError, match=r"only the 2 classes of .*found 1 more \(wolf\)"):
         run(tiny(data, tmp_path / "run"))
+
+
+def test_val_may_lack_classes_and_the_crop_mode_goes_with_the_weights(tmp_path: Path):
+    data = make_pictures(tmp_path / "data")
+    shutil.rmtree(data / "val" / "dog")
+    (data / "val" / "notes.txt").write_text("not in a class folder")
+    jpeg = encoded(picture(130, 130), "JPEG")
+    start = jpeg.index(b"\xff\xda") + 200
+    (data / "train" / "cat" / "00.png").write_bytes(jpeg[:start] + jpeg[start + 40 :])
+    said = StopAt(-1)
+    config = tiny(data, tmp_path / "run", epochs=1, crop_mode="squash", background="navy")
+    summary = run(config, said)
+    assert f"{data}/val: 1 of 2 classes has no image among the 3 images taken: dog" in said.lines
+    assert (summary.damaged, summary.bad, summary.ignored) == (1, {}, {})
+    weights = load_weights(tmp_path / "run" / "last.safetensors")
+    assert weights.meta.classes == ("cat", "dog")
+    assert weights.meta.cropping == CropSettings("squash", "#000080")
+
+
+def test_evaluation_crops_as_the_weights_say(data: Path, weights: Path, tmp_path: Path):
+    lively = load_weights(weights)
+    squash = tmp_path / "squash.safetensors"
+    save_weights(squash, lively.tensors, replace(lively.meta, crop_mode="squash"))
+    squashed = tmp_path / "val" / "cat"
+    squashed.mkdir(parents=True)
+    for path in (data / "val").glob("*/*.png"):
+        Image.open(path).resize((224, 224), Image.Resampling.BILINEAR).save(squashed / path.name)
+    center, ours, theirs = (
+        evaluate.run(evaluate.EvaluateConfig(folder, file, device="cpu"))
+        for folder, file in ((data, weights), (data, squash), (tmp_path, squash))
+    )
+    # What does not depend on the labels. Pictures that are squashed already stay as they are.
+    assert (ours.branch_share, ours.mean_patches) == (theirs.branch_share, theirs.mean_patches)
+    assert ours.loss != pytest.approx(center.loss, rel=1e-4)
 
 
 def test_empty_classes_are_refused(tmp_path: Path):

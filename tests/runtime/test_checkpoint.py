@@ -167,6 +167,9 @@ DOCUMENT = {"format": 1, **asdict(META)}
 @pytest.mark.parametrize(
     ("name", "value", "found"),
     [
+        ("crop_mode", "stretch", "--crop-mode: expected one of center, squash, got 'stretch'"),
+        ("crop_mode", ["center"], "crop_mode: expected text"),
+        ("background", "no colour", "--background: expected an opaque colour"),
         ("mean", [0.5], "mean: expected 3 values, each a finite number, found [0.5]"),
         ("mean", [0.5] * 4, "mean: expected 3 values"),
         ("mean", ["a", "b", "c"], "mean: expected 3 values"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from anchorpatch.errors import ManifestMismatch, ShardError
+from anchorpatch.settings import CropSettings
 from anchorpatch.shards.layout import ShardHeader, ShardSettings, decode_text
 from anchorpatch.shards.manifest import (
     FilesDigest,
@@ -58,6 +59,25 @@ def test_entries_and_header_survive_the_file(tmp_path: Path) -> None:
     assert [again.shard_range(i) for i in range(3)] == [(0, 8), (8, 16), (16, 20)]
 
 
+def test_the_first_files_of_version_1_stay_readable() -> None:
+    settings = make_header().settings
+    old = settings.to_json()
+    for name in ("crop_mode", "background", "damaged"):
+        del old[name]
+    assert ShardSettings.from_json(old) == settings
+    assert settings.crop == CropSettings()
+    for odd in ({**old, "crop_mode": "stretch"}, {**old, "background": 7}):
+        with pytest.raises(ValueError, match="expected"):
+            ShardSettings.from_json(odd)
+    for odd in ({**old, "cropping": "center"}, {k: v for k, v in old.items() if k != "codec"}):
+        with pytest.raises(ShardError, match=r"cropping|codec"):
+            ShardSettings.from_json(odd)
+    document = entry(0, damaged=("cat/1.jpg",)).to_json()
+    assert ShardEntry.from_json(document) == entry(0, damaged=("cat/1.jpg",))
+    del document["damaged"]
+    assert ShardEntry.from_json(document) == entry(0)
+
+
 def test_the_file_has_one_line_a_shard(tmp_path: Path) -> None:
     manifest, _ = make_split(tmp_path / "val")
     lines = (tmp_path / "val" / "manifest.json").read_text().splitlines()
@@ -94,6 +114,9 @@ def test_the_same_inputs_continue(tmp_path: Path) -> None:
 
 
 SETTINGS = [
+    ({"crop_mode": "squash"}, "crop mode (of the weights) was center, now squash"),
+    ({"background": "black"}, "--background was #ffffff, now #000000"),
+    ({"damaged": "skip"}, "--damaged was keep, now skip"),
     ({"iou_threshold": 0.8}, "--iou-threshold was 0.3, now 0.8"),
     ({"max_patches": (24, 10, 8)}, "--max-patches was 5,3,2, now 24,10,8"),
     ({"coverage": (0.3, 0.3, 0.3)}, "--coverage was 0.05,0.04,0.03, now 0.3,0.3,0.3"),

@@ -71,18 +71,22 @@ class WholeImages:
                     yield ImageBatch(request.rows, pixels, labels[request.rows])
             return
         decoded = load_batches(
-            self.folder, [part.tolist() for part in parts], workers=workers, pin_memory=pin_memory
+            self.folder,
+            [part.tolist() for part in parts],
+            workers=workers,
+            crop=self.reader.settings.crop,
+            pin_memory=pin_memory,
         )
         with closing(decoded):
-            for found, pixels, _, bad in decoded:
-                if bad:
-                    row, reason = bad[0]
+            for batch in decoded:
+                if batch.bad:
+                    row, reason = batch.bad[0]
                     raise DataError(
                         f"{self.folder.root / self.folder.path(row)}: expected the image that "
                         f"the shards were made from, cannot be read ({reason}); restore it, or "
                         "leave the whole images out with --no-whole"
                     )
-                yield ImageBatch(found, pixels, labels[found])
+                yield ImageBatch(batch.index, batch.pixels, labels[batch.index])
 
 
 def find_whole_images(reader: ShardReader, data: Path, split: str) -> WholeImages | str:

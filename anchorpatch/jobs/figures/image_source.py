@@ -16,6 +16,7 @@ from torch import Tensor
 from anchorpatch.errors import DataError, ShardError
 from anchorpatch.images.folder import ImageFolder, scan_folder
 from anchorpatch.images.loader import load_batches
+from anchorpatch.settings import CropSettings
 from anchorpatch.shards.layout import decode_text
 from anchorpatch.shards.reader import ShardReader
 
@@ -51,10 +52,17 @@ class ImageSource:
     labels: NDArray[np.int64]
     _from: ImageFolder | ShardReader
     _workers: int = 0
+    _crop: CropSettings | None = None
 
     @classmethod
     def of_folder(
-        cls, data: Path, split: str, *, labels: Path | None = None, workers: int = 0
+        cls,
+        data: Path,
+        split: str,
+        *,
+        labels: Path | None = None,
+        workers: int = 0,
+        crop: CropSettings | None = None,
     ) -> ImageSource:
         """Take the images of DATA/SPLIT.
 
@@ -63,14 +71,14 @@ class ImageSource:
             split: name of its folder.
             labels: CSV with the labels of a flat split folder.
             workers: processes that decode.
+            crop: how an image becomes a crop; None for the defaults.
 
         Raises:
             DataError: the folder or the labels are not as expected.
         """
-        folder = scan_folder(data, split, labels)
-        return cls(
-            str(folder.root), folder.classes, folder.labels.astype(np.int64), folder, workers
-        )
+        folder = scan_folder(data, split, labels, allow_empty=True)
+        labels_of = folder.labels.astype(np.int64)
+        return cls(str(folder.root), folder.classes, labels_of, folder, workers, crop)
 
     @classmethod
     def of_shards(cls, reader: ShardReader) -> ImageSource:
@@ -128,7 +136,7 @@ class ImageSource:
                 yield Crops(found, pixels, self.labels[found])
             return
         workers = min(self._workers, len(parts))
-        with closing(load_batches(self._from, parts, workers=workers)) as loaded:
-            for index, pixels, _, _ in loaded:
-                if len(index):
-                    yield Crops(index, pixels, self.labels[index])
+        with closing(load_batches(self._from, parts, workers=workers, crop=self._crop)) as loaded:
+            for batch in loaded:
+                if len(batch.index):
+                    yield Crops(batch.index, batch.pixels, self.labels[batch.index])

@@ -176,20 +176,26 @@ class WholeData:
         loaded = load_training_batches(
             folder,
             ((request.visit, request.rows) for request in asked),
-            RandomCrop(CROP_SIDE, config.min_area, flip=False, seed=config.seed),
+            RandomCrop(
+                CROP_SIDE,
+                config.min_area,
+                flip=False,
+                seed=config.seed,
+                background=self.train.reader.settings.background,
+            ),
             workers=config.workers,
             pin_memory=pin_memory,
         )
         with closing(loaded):
-            for request, (_, pixels, _, bad) in zip(kept, loaded, strict=True):
-                if bad:
-                    row, reason = bad[0]
+            for request, batch in zip(kept, loaded, strict=True):
+                if batch.bad:
+                    row, reason = batch.bad[0]
                     raise DataError(
                         f"{folder.root / folder.path(row)}: cannot be read any more ({reason}), "
                         "while the shards hold its patches; restore it, or extract again"
                     )
                 labels = self.train.reader.label[request.rows].astype(np.int64)
-                yield request, Loaded(pixels, torch.from_numpy(labels))
+                yield request, Loaded(batch.pixels, torch.from_numpy(labels))
 
     def evaluate(
         self,

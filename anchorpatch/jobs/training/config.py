@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from anchorpatch.errors import SettingsError
 from anchorpatch.jobs.training.loop_config import LoopConfig
+from anchorpatch.settings import CropSettings
 
 __all__ = ["ANCHORNET_ONLY", "ARCHITECTURES", "FREE", "RECIPES", "TrainConfig"]
 
@@ -36,6 +37,10 @@ class TrainConfig(LoopConfig):
         recipe: name under which the settings are recorded.
         crop_size: side of the training crops in pixels; validation always takes 224.
         min_area: smallest share of the picture that a training crop shows.
+        crop_mode: how validation images become crops, see `anchorpatch.settings.CropSettings`;
+            recorded in the weights, for what is done with them later.
+        background: colour behind transparent pixels; recorded likewise.
+        allow_empty: accept training classes without images.
         se: AnchorNet: build the squeeze-and-excitation blocks.
         weighted_mean: AnchorNet: multiply S by H * W.
         attention_loss: AnchorNet: add the three losses of the attention branches.
@@ -56,6 +61,9 @@ class TrainConfig(LoopConfig):
     recipe: str = "paper"
     crop_size: int = 224
     min_area: float = 0.08
+    crop_mode: str = "center"
+    background: str = "#ffffff"
+    allow_empty: bool = False
     se: bool = True
     weighted_mean: bool = True
     attention_loss: bool = True
@@ -66,6 +74,11 @@ class TrainConfig(LoopConfig):
     device: str = "auto"
     tensorboard: bool = False
     overwrite: bool = False
+
+    @property
+    def crop(self) -> CropSettings:
+        """How validation images become crops."""
+        return CropSettings(self.crop_mode, self.background)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +99,7 @@ class TrainConfig(LoopConfig):
                 raise SettingsError(
                     f"{name}: only anchornet has it, {self.arch} has nothing like it"
                 )
+        object.__setattr__(self, "background", self.crop.background)
         if not 0 < self.min_area <= 1:
             raise SettingsError(f"min_area: expected a share above 0, got {self.min_area}")
 
@@ -112,6 +126,6 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
 #: Settings that change nothing about the result, so that a resumed run may differ in them, or
 #: that its checkpoint notes in another way: ``arch`` is its kind.
 FREE: Final = frozenset(
-    {"data", "folder", "labels", "init", "max_bad", "workers", "device", "tensorboard"}
-    | {"overwrite", "checkpoint_minutes", "image_cache", "recipe", "arch"}
+    {"data", "folder", "labels", "init", "max_bad", "allow_empty", "workers", "device"}
+    | {"tensorboard", "overwrite", "checkpoint_minutes", "image_cache", "recipe", "arch"}
 )

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from anchorpatch.errors import DataError, TooManyBadImages
-from anchorpatch.images.cache import PictureCache, build_cache
+from anchorpatch.images.cache import PictureCache, build_cache, open_cache
 from anchorpatch.images.folder import ImageFolder, scan_folder
 from anchorpatch.images.loader import load_batches
 from anchorpatch.images.training import RandomCrop, epoch_order, load_training_batches
-from anchorpatch.jobs.class_names import differing
+from anchorpatch.jobs.class_names import without_images
 from anchorpatch.jobs.localizer import normalize
 from anchorpatch.jobs.training.config import FREE, TrainConfig
 from anchorpatch.jobs.training.task import Batch, Piece, Waiting
@@ -69,25 +69,28 @@ def open_images(
         SettingsError: the batch does not divide evenly.
     """
     train, val = _folders(config)
+    for folder in (train, val):
+        absent = without_images(folder.labels, folder.classes)
+        for remark in (folder.passed_over(), absent and f"{folder.root}: {absent}"):
+            if remark:
+                report.message(remark)
     config.piece(world)
     cache = None
     if config.image_cache is not None:
         if world.is_main:
             report.message(f"decoding {counted(len(train), 'image')} into {config.image_cache}")
-            build_cache(train, config.image_cache, max(1, config.workers))
+            threads = max(1, config.workers)
+            build_cache(train, config.image_cache, threads, config.background)
         world.wait(f"rank 0 to decode {counted(len(train), 'image')} into {config.image_cache}")
-        cache = build_cache(train, config.image_cache, 1)
+        cache = open_cache(train, config.image_cache, config.background)
     return TrainingImages(train, val, cache, device, world)
 
 
 def _folders(config: TrainConfig) -> tuple[ImageFolder, ImageFolder]:
-    train = scan_folder(config.data, "train")
-    val = scan_folder(config.data, "val", config.labels)
-    if train.classes != val.classes:
-        raise DataError(
-            f"{config.data}: train and val must hold the same classes, found "
-            f"{differing(train.classes, val.classes)}; add or remove the folders"
-        )
+    train = scan_folder(config.data, "train", allow_empty=config.allow_empty)
+    val = scan_folder(
+        config.data, "val", config.labels, classes=train.classes, classes_of=str(train.root)
+    )
     if len(train) < config.batch_size:
         raise DataError(
             f"{train.root}: {len(train)} images are too few for a batch of {config.batch_size}; "
@@ -131,14 +134,21 @@ class ImageTask(ABC):
         self.size = self.steps * config.batch_size
         self.waiting = Waiting()
         self.bad: dict[int, str] = {}
-        self.meta = self.describe()
+        self.damaged: set[int] = set()
+        self.meta = replace(
+            self.describe(), crop_mode=config.crop_mode, background=config.background
+        )
         self.kind = self.meta.architecture
         self._mean = torch.tensor(self.meta.mean, device=self.device)
         self._std = torch.tensor(self.meta.std, device=self.device)
         self.start = self.open_start()
         skipped = FREE | self.meaningless
         settings = {
-            f.name: getattr(config, f.name) for f in fields(config) if f.name not in skipped
+            f.name: getattr(config, f.name)
+            for f in fields(config)
+            if f.name not in skipped
+            # By default these say nothing, so that checkpoints from before them are continued.
+            and not (f.name in ("crop_mode", "background") and getattr(config, f.name) == f.default)
         }
         self.identity: dict[str, Any] = {
             **settings,
@@ -186,17 +196,19 @@ class ImageTask(ABC):
         loaded = load_training_batches(
             self.train,
             _Plan(len(self.train), config, self.world, self.piece, self.steps, epoch, step),
-            RandomCrop(config.crop_size, config.min_area, seed=config.seed),
+            RandomCrop(
+                config.crop_size, config.min_area, seed=config.seed, background=config.background
+            ),
             workers=config.workers,
             cache=self.images.cache,
             pin_memory=self.device.type == "cuda",
         )
         try:
             for batch in self.waiting.watch(loaded):
-                rows, pixels, _, bad = batch
-                if bad:
-                    self._note_bad(dict(bad), len(rows))
-                yield self._on_device(rows, pixels, self.train)
+                self.damaged.update(batch.damaged)
+                if batch.bad:
+                    self._note_bad(dict(batch.bad), len(batch.index))
+                yield self._on_device(batch.index, batch.pixels, self.train)
         finally:
             loaded.close()
 
@@ -210,6 +222,7 @@ class ImageTask(ABC):
             self.val,
             batches,
             workers=min(self.config.workers, len(batches)),
+            crop=self.config.crop,
             pin_memory=self.device.type == "cuda",
         )
         bad = 0
@@ -219,11 +232,11 @@ class ImageTask(ABC):
                 exact_float32(),
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp),
             ):
-                for found, pixels, _, missing in loaded:
+                for batch in loaded:
                     check()
-                    bad += len(missing)
-                    if len(found):
-                        piece = self._on_device(found, pixels, self.val)
+                    bad += len(batch.bad)
+                    if len(batch.index):
+                        piece = self._on_device(batch.index, batch.pixels, self.val)
                         figures.update(self.outputs(module, piece.inputs), piece.labels)
         finally:
             loaded.close()
