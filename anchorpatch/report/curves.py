@@ -136,13 +136,16 @@ def run_charts(run: Run) -> list[Chart]:
 
 
 def comparison(runs: Sequence[Run]) -> Chart | None:
-    """Return top-1 of several runs in one chart; None where they are too few or too many."""
+    """Return top-1 of the first runs in one chart; None of fewer than two."""
     lines = [
         _series(run, run.name, ("val", "top1"), hue=i % len(_HUES), dash=i % len(_DASHES), mark=i)
         for i, run in enumerate(runs[:_MOST_RUNS])
     ]
     drawn = tuple(line for line in lines if line.points)
-    return Chart("Top-1 on validation images, all runs", drawn, share=True) if drawn[1:] else None
+    if len(drawn) < 2:
+        return None
+    which = "all runs" if len(runs) <= _MOST_RUNS else f"the first {_MOST_RUNS} of {len(runs)} runs"
+    return Chart(f"Top-1 on validation images, {which}", drawn, share=True)
 
 
 def draw(chart: Chart, key: str, width: float = 3.6, height: float = 2.9) -> str:

@@ -29,6 +29,7 @@ class FigureFile:
         picture: RGB.
         encoded: the picture's file, where there is one.
         summary: rows of a table, all with the same columns; may be empty.
+        left_out: what the figure lacks, and why.
         settings: that the figure was made with.
         weights_sha256: of the weights, where they are known.
         images: where the pictures came from.
@@ -42,6 +43,7 @@ class FigureFile:
     picture: Image.Image
     encoded: bytes | None = None
     summary: tuple[Mapping[str, Any], ...] = ()
+    left_out: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
     images: str = ""
@@ -64,7 +66,7 @@ def read_figure(path: Path) -> FigureFile | None:
     summary = document.get("summary", [])
     if not isinstance(summary, list) or not all(isinstance(row, dict) for row in summary):
         raise DataError("expected a list of rows as summary, found other JSON")
-    settings = document.get("settings", {})
+    settings, left_out = document.get("settings", {}), document.get("left_out", [])
     # By its name alone: what lies elsewhere is none of this figure's.
     picture = path.with_name(Path(texts["picture"]).name)
     try:
@@ -83,6 +85,7 @@ def read_figure(path: Path) -> FigureFile | None:
         picture=decoded.convert("RGB"),
         encoded=encoded,
         summary=tuple(summary),
+        left_out=tuple(map(str, left_out)) if isinstance(left_out, list) else (),
         settings=settings if isinstance(settings, dict) else {},
         weights_sha256=str(document.get("weights_sha256") or ""),
         images=str(document.get("source") or ""),

@@ -120,12 +120,15 @@ def preset_table(found: EvaluateSummary) -> Table:
     return Table("Patches per image by preset", named("preset", *names), tuple(rows))
 
 
-def coverage_table(caption: str, summary: Sequence[Mapping[str, Any]]) -> Table:
+def coverage_table(
+    caption: str, summary: Sequence[Mapping[str, Any]], left_out: Sequence[str] = ()
+) -> Table:
     """Return the areas under the curves of Figure 6, as `anchorpatch figure coverage` prints them.
 
     Args:
         caption: of the table.
         summary: rows of the figure's JSON.
+        left_out: localizers that took no part, and why.
     """
     columns = (
         Column("localizer", numeric=False),
@@ -148,7 +151,8 @@ def coverage_table(caption: str, summary: Sequence[Mapping[str, Any]]) -> Table:
             for key, shown in zip((auc, error, gain), texts, strict=True):
                 cells.append(Cell(NO_VALUE if key is None else shown, key))
         rows.append(tuple(cells))
-    return Table(caption, columns, tuple(rows))
+    notes = tuple(f"Left out: {reason}." for reason in left_out)
+    return Table(caption, columns, tuple(rows), notes=notes)
 
 
 def _with_total(

@@ -170,7 +170,8 @@ def _figures(figures: Sequence[FigureFile], made: Made) -> Section:
         for figure in of_number:
             blocks.append(_plate(figure))
             if figure.summary:
-                blocks.append(coverage_table(f"Figure {number} in numbers", figure.summary))
+                caption = f"Figure {number} in numbers"
+                blocks.append(coverage_table(caption, figure.summary, figure.left_out))
         if of_number:
             continue
         name = f"Figure {number} ({what})"

@@ -82,12 +82,16 @@ def test_names_of_runs_are_text_and_nothing_else() -> None:
     assert {SHOWN, "_hidden"} <= set(found)
     long = Chart("x", tuple(Series("n" * 99, ((1, 1.0),), hue=i) for i in range(2)))
     assert max(map(len, texts(draw(long, "c")))) == 30
+    names = [f"{'a' * 40}{i}" for i in range(2)]
+    apart = Chart("x", tuple(Series(name, ((1, 1.0),), hue=0) for name in names))
+    assert {f"{'a' * 15}…{'a' * 13}{i}" for i in range(2)} <= set(texts(draw(apart, "c")))
 
 
 def test_runs_are_compared_where_there_are_several() -> None:
     assert comparison([RUN]) is None
     chart = comparison([RUN] * 9)
     assert chart is not None
+    assert chart.title.endswith(", the first 7 of 9 runs")
     looks = {(line.hue, line.dash, line.mark) for line in chart.series}
     assert len(looks) == len(chart.series) == 7
 

@@ -16,6 +16,7 @@ from anchorpatch.report.collect import collect
 from anchorpatch.report.key_figures import key_figures
 from anchorpatch.report.page import page_date
 from anchorpatch.report.result_files import Result
+from anchorpatch.report.sections import sections
 from tests.report.samples import SHOWN, TABLE_3, Parsed, sheet, write_all, write_figure, write_run
 
 DATE = datetime(2026, 1, 2, 3, 4, tzinfo=timezone.utc)
@@ -71,6 +72,7 @@ def test_tables_have_what_the_files_say(parsed: Parsed) -> None:
         ["AnchorNet", "0.7100", "± 0.0100"],
         ["<random>", "0.5200", "–"],  # noqa: RUF001
     ]
+    assert "Left out: bagnet33: no <weights>." in parsed.text
     assert parsed.tables["Skipped images"][1][0] == "cat/<img src=x onerror=alert(1)>.jpg"
     assert "ab" * 32 in parsed.text
     assert "Caption of <patches> & more" in parsed.text
@@ -190,6 +192,14 @@ def test_a_folder_with_little_in_it_says_what_would_fill_the_page(tmp_path: Path
     ):
         assert command in parsed.text
     assert parsed.all("aside") == []
+
+
+def test_one_thing_is_not_counted_in_the_plural(root: Path) -> None:
+    (split,) = collect(root).splits
+    facts = replace(split.facts, images=1, classes=1, shards=1, total_shards=1)
+    contents = replace(collect(root), splits=(replace(split, facts=facts),))
+    shards = next(s for s in sections(contents, ()) if s.key == "shards")
+    assert shards.blocks[0].blocks[0].text.startswith("1 image of 1 class in 1 shard.")
 
 
 def test_damage_is_named_on_the_page(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class PatchExamples(ShownImages):
         right = " Only images whose class is decided right are shown." * self.config.only_right
         return (
             f"Of {self.looked}, AnchorNet chose for {shares}. Each is "
-            f"shown with its patches framed and, the strongest first, cut out "
+            f"shown with its patches framed, numbered from the strongest on, and cut out "
             f"({settings_text(self.config.lsp)}).{right}"
         )
 
