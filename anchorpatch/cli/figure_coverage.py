@@ -71,7 +71,10 @@ __all__ = ["coverage"]
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=5, help="Random localizers.")
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=500, help="Images, drawn at random by --seed."
+    "--limit",
+    type=click.IntRange(min=1),
+    default=500,
+    help="Take N images, drawn at random from the split by --seed.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the choice of images.")
 @click.option(
