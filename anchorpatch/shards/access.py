@@ -78,7 +78,7 @@ def open_shard(path: Path) -> Iterator[h5py.File]:
     except ShardError as error:
         raise type(error)(f"{path}: {error}") from error
     except FileNotFoundError:
-        raise CorruptShard(f"{path}: missing: run the same extract again") from None
+        raise CorruptShard(f"{path}: missing") from None
     except Exception as error:  # h5py raises nearly anything, by the damage
         raise CorruptShard(
             f"{path}: expected a shard, cannot be read: {reason_of(error)}"
@@ -194,7 +194,8 @@ def _member(group: h5py.Group, name: str) -> Any:
     """Return a member of a group that is stored in it, and not linked from somewhere else."""
     if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
         raise CorruptShard(
-            f"{group.name}/{name}: expected data of this file, found a soft or external link"
+            f"{group.name.lstrip('/')}/{name}: expected data of this file, found a soft or "
+            "external link"
         )
     return group[name]
 

@@ -38,6 +38,9 @@ _IMAGE_COLUMNS: Final = {
 }
 
 
+_AGAIN: Final = "remove the shard and run the same extract again"
+
+
 class ImagePatches(NamedTuple):
     """The patches of one image, the strongest first.
 
@@ -245,16 +248,17 @@ class ShardReader:
 
     def _open(self, index: int) -> dict[str, dict[str, NDArray[Any]]]:
         """Open and check a shard, remember where its pixels lie, and return its tables."""
-        found = survey(self._manifest, self._entries[index])
+        try:
+            found = survey(self._manifest, self._entries[index])
+        except CorruptShard as error:
+            raise CorruptShard(f"{error}; {_AGAIN}") from error
         if found.problems:
             raise self._corrupt(index, found.problems[0])
         self._shards[index] = found.file
         return found.tables
 
     def _corrupt(self, shard: int, problem: str) -> CorruptShard:
-        return CorruptShard(
-            f"{self._files[shard]}: {problem}; remove the shard and run the same extract again"
-        )
+        return CorruptShard(f"{self._files[shard]}: {problem}; {_AGAIN}")
 
     def _patch_column(self, scale: int, name: str, rows: ArrayLike) -> NDArray[Any]:
         index = _rows(rows, self.patch_count(scale))
