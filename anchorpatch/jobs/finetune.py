@@ -179,7 +179,10 @@ class _FinetuneTask:
             message=self.message,
             replace_head=True,
         )
-        self.meta: WeightsMeta = found.meta
+        of_shards = self.setup.train.settings
+        self.meta: WeightsMeta = replace(
+            found.meta, crop_mode=of_shards.crop_mode, background=of_shards.background
+        )
         self._mean = torch.tensor(self.meta.mean, device=self.device)[:, None, None]
         self._std = torch.tensor(self.meta.std, device=self.device)[:, None, None]
         return found.module.to(self.device)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from anchorpatch import storage
+from anchorpatch.errors import DataError
 from anchorpatch.images.decode import decode
 from anchorpatch.settings import CropSettings
 from anchorpatch.shards import ShardReader
@@ -317,6 +320,34 @@ def test_damage_transparency_and_what_is_passed_over(
     wrong = program(*again, "--background", "transparent")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "--background: expected an opaque colour" in wrong.stderr
+
+
+def test_a_disk_that_falters_loses_no_image(
+    tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from anchorpatch.jobs.extract import ExtractConfig, run
+
+    config = ExtractConfig(
+        image_folder, "val", weights, tmp_path, shard_size=6, batch_size=4, workers=0,
+        device="cpu", store_images=True,
+    )  # fmt: skip
+    opened, failures, lasting = os.open, [], True
+
+    def fail(path: str, *arguments: int, **options: int) -> int:
+        if os.fsdecode(path).endswith("cat/09.JPEG") and (lasting or not failures):
+            failures.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(storage, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(DataError, match=r"cat/09\.JPEG: cannot be read: Input/output error"):
+        run(config)
+    lasting, failures = False, []
+    assert run(config).skipped == {}
+    assert len(failures) == 1
+    assert contents(tmp_path / "val") == reference
 
 
 def test_a_full_disk_ends_in_one_line_and_a_run_that_goes_on(

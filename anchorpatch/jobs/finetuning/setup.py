@@ -129,7 +129,8 @@ def _same_classes(shards: Path, train: ShardReader, val: ShardReader) -> None:
         return
     raise DataError(
         f"{shards}: expected train and val shards of the same classes, found "
-        f"{differing(train.classes, val.classes)}; extract both splits of one data set"
+        f"{differing(train.classes, val.classes)}; extract the split val again, from a folder in "
+        "which train lies beside it and has all of its classes"
     )
 
 
