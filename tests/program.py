@@ -17,8 +17,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torchvision"])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "torchvision"])
 
 
 def run_program(
@@ -47,7 +47,7 @@ def run_program(
         )
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder, "stdout"), Path(folder, "stderr")
-        process = _CONTEXT.Process(target=_run, args=(words, cwd, settings, streams))
+        process = PROCESSES.Process(target=_run, args=(words, cwd, settings, streams))
         process.start()
         process.join(timeout)
         if process.exitcode is None:

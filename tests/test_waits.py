@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 
 import pytest
 
 from anchorpatch import waits
-from anchorpatch.waits import shut_down, waiting_for
+from anchorpatch.errors import AnchorpatchError
+from anchorpatch.waits import answers, shut_down, waiting_for
 
 HEAD = """
 import ctypes, os, signal, sys, threading, time
@@ -116,3 +118,15 @@ def test_shutting_down_drops_what_has_not_begun() -> None:
     shut_down(pool, "a pool")
     assert first.done()
     assert second.cancelled()
+
+
+def test_answers_stop_with_words_where_a_process_dies() -> None:
+    def lost() -> Iterator[int]:
+        yield 1
+        raise BrokenExecutor
+
+    items = answers(lost(), "the processes that count")
+    assert next(items) == 1
+    with pytest.raises(AnchorpatchError, match="one of the processes that count was killed, prob"):
+        next(items)
+    assert list(answers(iter("ab"), "letters")) == ["a", "b"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -180,3 +181,32 @@ def test_other_errors_stay_what_they_are(
     monkeypatch.setattr("anchorpatch.jobs.train.run", fail)
     assert program_of._run(["train"]) == 1
     assert "unexpected RuntimeError: CUDA error: an illegal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chosen", [{}, {"GOMP_SPINCOUNT": "5"}])
+def test_idle_threads_sleep_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]
+) -> None:
+    code = (
+        "import os, sys; sys.argv = ['anchorpatch', '--version']\n"
+        "from anchorpatch.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **chosen}
+    )
+    assert shown.stdout.splitlines()[-1] == ("None" if chosen else "PASSIVE")
+
+
+def test_a_signal_that_nobody_waits_for_is_named(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; sys.argv = ['anchorpatch', 'models']\n"
+        "from anchorpatch.cli import main\n"
+        "main.load_config = lambda *_: os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "main.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGUSR2
+    assert done.stderr == "anchorpatch: terminated by SIGUSR2; run the same command again\n"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,8 +129,12 @@ def test_a_wrong_option_is_wrong_usage(program: Program):
     assert program("evaluate", "resnet9000").returncode == 2
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_write_a_checkpoint(data: Path, tmp_path: Path, number: int, status: int):
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    # A worker that is stopped stands for one that waits for a disk, and its parent for it.
+    [(signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGUSR1, 0)],
+)
+def test_signals_write_a_checkpoint(data: Path, tmp_path: Path, number: int, workers: int):
     command = [
         sys.executable,
         "-m",
@@ -139,6 +145,8 @@ def test_signals_write_a_checkpoint(data: Path, tmp_path: Path, number: int, sta
         *OPTIONS,
         "--epochs",
         999,
+        "--workers",
+        workers,
     ]
     process = subprocess.Popen(
         [*map(str, command)],
@@ -153,10 +161,49 @@ def test_signals_write_a_checkpoint(data: Path, tmp_path: Path, number: int, sta
         while not (log.is_file() and log.read_text()):
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        for worker in children(process.pid) if workers else ():
+            os.kill(worker, signal.SIGSTOP)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == status
-    assert stderr.splitlines()[-1].endswith("the same command goes on from here")
+    assert process.returncode == 128 + number
+    assert re.match(
+        rf"anchorpatch: stopped by {signal.Signals(number).name} in epoch \d+; "
+        "the same command goes on from here",
+        stderr.splitlines()[-1],
+    )
     assert (tmp_path / "runs" / "anchornet" / "last.pt").is_file()
+
+
+def children(pid: int) -> list[int]:
+    found = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for text in found for child in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (("extract", "--max-patches", 1, "--batch-size", 12), 0),
+        (("train", *OPTIONS[:-2]), 1),  # its checkpoint is too large
+    ],
+    ids=["extract", "train"],
+)
+def test_what_limits_files_holds_nothing_up(
+    data: Path, tmp_path: Path, weights: Path, arguments: tuple[object, ...], status: int
+):
+    # Shared memory counts as a file. A batch has 1.8 MB, all that is written less than 0.5.
+    options = ["--data", data, "--workers", 1]
+    if arguments[0] != "train":
+        options += ["--weights", weights]
+    command = [sys.executable, "-m", "anchorpatch", *arguments, *options]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 500; exec "$@"', "bash", *map(str, command)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == status, done.stderr
+    assert ("cannot write: File too large" in done.stderr) == bool(status)
+    assert "Traceback" not in done.stderr

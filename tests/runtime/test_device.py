@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import joblib
 import numpy as np
 import pytest
 import torch
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.runtime.device import cpu_count, exact_float32, resolve_device, to_device
+from anchorpatch.runtime.device import (
+    computing_on,
+    cpu_count,
+    exact_float32,
+    resolve_device,
+    to_device,
+    use_threads,
+)
 
 
 def test_cpu_is_always_there() -> None:
@@ -59,3 +67,26 @@ def test_to_device_takes_arrays_and_tensors() -> None:
     array = np.arange(3, dtype=np.float32)
     for given in (array, torch.from_numpy(array)):
         assert to_device(given, torch.device("cpu")).tolist() == [0, 1, 2]
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 16)
+    for ranks, cores in (("1", 16), ("8", 2), ("32", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert cpu_count() == cores
+
+
+def test_threads_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 3)
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        use_threads(None)
+        assert torch.get_num_threads() == before
+        use_threads(2)
+        assert computing_on(torch.device("cpu")) == "computing on 2 CPU threads (--threads)"
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        use_threads(None)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

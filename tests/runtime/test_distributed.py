@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import time
+from multiprocessing.connection import Connection
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchorpatch.errors import SettingsError
+from anchorpatch.errors import AnchorpatchError, SettingsError
 from anchorpatch.runtime.distributed import World, any_rank, process_group, sum_ranks
+from tests.program import PROCESSES
 
 CPU = torch.device("cpu")
 
@@ -39,3 +46,42 @@ def test_ranks_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch, rank
         process_group(CPU),
     ):
         pass
+
+
+def take_part(rank: int, port: int, dies: bool, connection: Connection) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ["RANK"] = str(rank)
+    try:
+        with process_group(CPU) as world:
+            world.wait()
+            if rank == 1 and dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if rank == 1:
+                time.sleep(0.3)
+                connection.send("1 is there")
+            if not dies:
+                world.wait()
+            connection.send(any_rank(5 + rank, CPU))
+    except AnchorpatchError as error:
+        connection.send(str(error))
+
+
+@pytest.mark.parametrize(
+    ("dies", "told"),
+    [(False, ["1 is there", 6, 6]), (True, ["the connection to another process is lost: "])],
+)
+def test_processes_wait_for_each_other_and_notice_a_death(dies: bool, told: list[object]):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    here, there = PROCESSES.Pipe()
+    ranks = [PROCESSES.Process(target=take_part, args=(r, port, dies, there)) for r in (0, 1)]
+    for process in ranks:
+        process.start()
+    there.close()
+    for expected in told:
+        assert here.poll(60)
+        found = here.recv()
+        assert found == expected or str(found).startswith(str(expected))
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode is not None
