@@ -148,7 +148,7 @@ class Interrupted(AnchorpatchError):
     """A signal stopped the run.
 
     Attributes:
-        exit_status: 130 after Ctrl-C (SIGINT), 143 after SIGTERM.
+        exit_status: 128 + signal: 130 after Ctrl-C (SIGINT), 143 after SIGTERM.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

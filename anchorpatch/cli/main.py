@@ -57,7 +57,7 @@ def cli(ctx: click.Context, config: str | None) -> None:
 
     Every option may also stand in ./anchorpatch.toml or in an environment variable
     ANCHORPATCH_<COMMAND>_<OPTION>. Results go to stdout, progress and messages to stderr.
-    Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    Exit status: 0 done, 1 failed, 2 wrong usage, 128 + N ended by signal N (130: Ctrl-C).
 
     Shell completion: eval "$(_ANCHORPATCH_COMPLETE=bash_source anchorpatch)", also zsh, fish.
     """
