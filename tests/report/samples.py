@@ -143,7 +143,7 @@ def write_all(root: Path) -> Path:
         {"localizer": "anchornet", "covered_auc": 0.71, "covered_auc_error": 0.01},
         {"localizer": "<random>", "covered_auc": 0.52, "covered_auc_error": None},
     ]
-    left_out = ["bagnet33: no <weights>"]
+    left_out = ["BagNet-33: no <weights>"]
     write_figure(root / "figures", "coverage", 6, summary=summary, left_out=left_out)
     return root
 

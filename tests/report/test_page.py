@@ -72,7 +72,7 @@ def test_tables_have_what_the_files_say(parsed: Parsed) -> None:
         ["AnchorNet", "0.7100", "± 0.0100"],
         ["<random>", "0.5200", "–"],  # noqa: RUF001
     ]
-    assert "Left out: bagnet33: no <weights>." in parsed.text
+    assert "Left out: BagNet-33: no <weights>." in parsed.text
     assert parsed.tables["Skipped images"][1][0] == "cat/<img src=x onerror=alert(1)>.jpg"
     assert "ab" * 32 in parsed.text
     assert "Caption of <patches> & more" in parsed.text

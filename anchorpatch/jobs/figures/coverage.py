@@ -29,6 +29,7 @@ from anchorpatch.jobs.figures.area_localizers import (
     peer,
 )
 from anchorpatch.jobs.figures.coverage_curves import (
+    LABELS,
     LOCALIZERS,
     PEERS,
     CoverageResult,
@@ -193,7 +194,7 @@ def _localizers(
             continue
         if path is None:
             left_out.append(
-                f"{name}: no {config.runs / name / 'best.safetensors'}; "
+                f"{LABELS[name]}: no {config.runs / name / 'best.safetensors'}; "
                 f"`anchorpatch train --arch {name}` makes it"
             )
             continue
@@ -201,9 +202,10 @@ def _localizers(
         weights[name] = str(path)
     module = network.module.eval().to(device).to(memory_format=torch.channels_last)
     try:
-        known["gradcam"] = [gradcam(module, network.meta, device)]
+        if "gradcam" in config.localizers:
+            known["gradcam"] = [gradcam(module, network.meta, device)]
     except SettingsError as error:
-        left_out.append(f"gradcam: {error}")
+        left_out.append(f"{LABELS['gradcam']}: {error}")
     chosen = [name for name in LOCALIZERS if name in config.localizers and name in known]
     return [(name, localize) for name in chosen for localize in known[name]], weights, left_out
 

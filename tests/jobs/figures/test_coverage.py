@@ -198,7 +198,7 @@ def test_weights_and_peers_that_are_missing_or_wrong(
     assert result.settings["asked"] == str(config.runs / f"{NETWORK}-baseline/best.safetensors")
     assert [curve.localizer for curve in result.curves] == ["centre"]
     assert "anchorpatch train --arch bagnet33" in result.left_out[0]
-    with pytest.raises(SettingsError, match=r"no localizer is left: bagnet33: no .*bagnet33"):
+    with pytest.raises(SettingsError, match=r"no localizer is left: BagNet-33: no .*bagnet33"):
         run(source, replace(config, localizers=("bagnet33",)))
 
 
