@@ -11,6 +11,7 @@
     ├── WeightsError                 a weights file is missing, damaged or of another kind
     ├── ShardError                   a shard or manifest cannot be read or written
     │   ├── CorruptShard             a shard's bytes are not those that were written
+    │   ├── ShardBusy                another process is writing the shard
     │   └── ManifestMismatch         the folder holds shards made from other inputs
     ├── StorageError                 the disk refused a write (full, quota, read-only)
     ├── NonFiniteError               NaN or infinity where a number was needed
@@ -39,6 +40,7 @@ __all__ = [
     "NothingToShow",
     "OutOfMemory",
     "SettingsError",
+    "ShardBusy",
     "ShardError",
     "StorageError",
     "TooManyBadImages",
@@ -114,6 +116,10 @@ class ShardError(AnchorpatchError):
 
 class CorruptShard(ShardError):
     """The bytes of a shard are not those that were written."""
+
+
+class ShardBusy(ShardError):
+    """Another process is writing the shard."""
 
 
 class ManifestMismatch(ShardError):

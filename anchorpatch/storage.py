@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Final, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from anchorpatch.errors import ENOTSUPP, DataError, StorageError, reason_of
 from anchorpatch.waits import waiting_for
@@ -278,18 +278,25 @@ def sha256_of(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], needed: int | None = None
+) -> None:
     """Let ``write`` fill a file that others see whole or not at all; its folder is made.
+
+    Args:
+        path: its name.
+        write: is given the file, open for reading and writing.
+        needed: its size in bytes, if known, for the error.
 
     Raises:
         StorageError: the disk refuses; what stood under ``path`` before is as it was.
     """
-    with refusals(path):
+    with refusals(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own: without locks two processes may be here at once.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
-            with temporary.open("xb") as file:
+            with temporary.open("x+b") as file:
                 write(file)
                 replace(file, temporary, path)
         except BaseException:

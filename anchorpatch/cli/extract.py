@@ -81,8 +81,27 @@ if TYPE_CHECKING:
 )
 @allow_empty_option
 @click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
-@click.option("--task", metavar="I/N", help="Do every N-th shard from I = 0; as SLURM arrays do.")
-@click.option("--overwrite", is_flag=True, help="Replace shards made from other inputs.")
+@click.option(
+    "--task",
+    metavar="I/N",
+    help="Write every N-th shard, starting with number I, and no others.  [default: all, shared "
+    "with the other jobs of a SLURM array]",
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace shards made from other inputs. If only the list of images has changed, shards "
+    "whose part of it is the same are kept.",
+)
+@click.option(
+    "--repair", is_flag=True, help="Verify existing shards first and rewrite the damaged ones."
+)
+@click.option(
+    "--retry-skipped",
+    is_flag=True,
+    help="Read images again that were skipped or damaged, and rewrite the shards of those that are "
+    "whole now.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done and foretell the bytes.")
 @json_option
 def extract(
@@ -110,6 +129,7 @@ def extract(
     \b
     anchorpatch extract --split val --data imagenet --weights demo --out shards
     torchrun --nproc-per-node 8 -m anchorpatch extract --split train --amp
+    sbatch --array=0-7 --wrap 'anchorpatch extract --split train'
     anchorpatch extract --split train --task 0/8
     """
     from anchorpatch.jobs.extract import ExtractConfig, default_preset, forecast, run
@@ -136,11 +156,14 @@ def extract(
         _print_forecast(forecast(config), as_json)
         return
     rank, ranks = rank_and_size()
-    if not part.whole:
+    if part.total > 1:
         click.echo(f"extract: part {part.index} of {part.total} ({part.source})", err=True)
+    elif part.job is not None:
+        click.echo(f"extract: sharing the work with other jobs ({part.source})", err=True)
     summary = run(config, reporter() if rank == 0 else Reporter())
     if rank == 0:
-        if ranks > 1:
+        # Shards may be those of other jobs, which this one need not wait for.
+        if ranks > 1 and part.job is None:
             summary = wait_for_ranks(summary, part, ranks)
         print_summary(summary, as_json)
 
@@ -221,6 +244,11 @@ def print_summary(summary: ExtractSummary, as_json: bool) -> None:
         lines.append(f"{counted(summary.images_run, 'image')} in {summary.seconds:,.1f} s: {speed}")
     else:
         lines.append("nothing was left to do")
+    if summary.pending:
+        lines.append(
+            f"{summary.pending} of {summary.split_shards} shards of the split are pending: other "
+            "jobs or tasks write them, or the same command without --task"
+        )
     click.echo("\n".join(lines))
 
 

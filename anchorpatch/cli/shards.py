@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +13,12 @@ import click
 from anchorpatch.cli.config import Command, did_you_mean
 from anchorpatch.cli.options import PATH, json_option
 from anchorpatch.cli.output import bytes_text, print_json, print_table
-from anchorpatch.errors import ShardError
+from anchorpatch.errors import ShardError, WeightsError
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
     from anchorpatch.shards.facts import SplitFacts
+    from anchorpatch.shards.manifest import Manifest
     from anchorpatch.shards.reader import ShardReader
 
 _folder = click.argument("folder", metavar="DIR", type=PATH)
@@ -56,7 +60,8 @@ def inspect(folder: Path, as_json: bool) -> None:
 def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
     """Verify shards: checksums, sizes, counts, and the bounds of every corner.
 
-    Names each bad shard with what is wrong, and then ends with status 1.
+    Names each bad shard with what is wrong and the command that writes it again, and then ends
+    with status 1.
     """
     from anchorpatch.runtime.progress import Reporter, reporter
     from anchorpatch.shards.manifest import read_manifest
@@ -65,17 +70,27 @@ def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
     report: Reporter = reporter()
     splits: list[dict[str, Any]] = []
     for split in _splits(folder):
-        manifest = read_manifest(split)
-        report.start(f"verify {manifest.header.split}", sum(e.images for e in manifest.entries))
+        manifest: Manifest | None = None
+        with suppress(ShardError):  # a damaged manifest is the problem that is found
+            manifest = read_manifest(split)
+        images = sum(entry.images for entry in manifest.entries) if manifest else 0
+        report.start(f"verify {split.name}", images)
         try:
             problems = verify_folder(split, jobs=jobs or -1, done=report.advance)
         finally:
             report.stop()
+        names = {problem.shard for problem in problems}
+        repairable = manifest is not None and any(
+            manifest.shard_path(i).name in names for i in range(manifest.shard_count)
+        )
         splits.append(
             {
                 "folder": str(split),
-                "shards": manifest.shard_count,
+                "shards": manifest.shard_count if manifest else None,
                 "problems": [problem._asdict() for problem in problems],
+                "repair": _extract_command(manifest, "--repair")
+                if manifest and repairable
+                else None,
             }
         )
     bad = sum(len(split["problems"]) for split in splits)
@@ -87,8 +102,100 @@ def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
             click.echo(f"{Path(of_split['folder'], problem['shard'])}: {problem['problem']}")
         wrong = len({problem["shard"] for problem in of_split["problems"]})
         verdict = f"{wrong} bad" if wrong else "all good"
-        click.echo(f"{of_split['folder']}: {counted(of_split['shards'], 'shard')}, {verdict}")
+        if of_split["shards"] is not None:
+            verdict = f"{counted(of_split['shards'], 'shard')}, {verdict}"
+        click.echo(f"{of_split['folder']}: {verdict}")
+        if of_split["repair"]:
+            click.echo(f"to write them again: {of_split['repair']}")
     return int(bool(bad))
+
+
+@shards.command(cls=Command)
+@click.argument("folders", metavar="DIR...", type=PATH, nargs=-1, required=True)
+@click.option(
+    "--out",
+    type=PATH,
+    required=True,
+    help="Folder for the joined shards, OUT/SPLIT/...; may be a DIR.",
+)
+@json_option
+def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
+    """Join shards of the same splits that were written to several folders.
+
+    For example with `extract --task I/N` on the disks of several machines. Sizes and SHA-256 are
+    verified while the shards are copied. Shards that OUT has already are kept. Ends with status 1
+    if a shard could not be copied.
+    """
+    from anchorpatch.runtime.progress import Reporter, reporter
+    from anchorpatch.shards.manifest import read_manifest
+    from anchorpatch.shards.merge import merge_split
+
+    parts = [
+        {read_manifest(split).header.split: split for split in _splits(folder)}
+        for folder in folders
+    ]
+    for folder, of_folder in zip(folders, parts, strict=True):
+        if of_folder.keys() != parts[0].keys():
+            raise ShardError(
+                f"{folders[0]} holds {', '.join(sorted(parts[0]))} but {folder} holds "
+                f"{', '.join(sorted(of_folder))}: expected parts of the same splits"
+            )
+    report: Reporter = reporter()
+    splits = []
+    for name in sorted(parts[0]):
+        sources = [of_folder[name] for of_folder in parts]
+        report.start(f"merge {name}", read_manifest(sources[0]).files_count)
+        try:
+            splits.append(merge_split(sources, out / name, report.advance))
+        finally:
+            report.stop()
+    failed = any(merged.problems for merged in splits)
+    if as_json:
+        print_json({"ok": not failed, "splits": [merged.to_json() for merged in splits]})
+        return int(failed)
+    for merged in splits:
+        for problem in merged.problems:
+            click.echo(problem)
+        there = merged.shards - len(merged.missing)
+        click.echo(
+            f"{merged.folder}: {there} of {merged.shards} shards, {len(merged.copied)} of them "
+            "copied now"
+        )
+        if merged.missing:
+            command = _extract_command(read_manifest(merged.folder))
+            names = ", ".join(merged.missing[:4]) + (", ..." if len(merged.missing) > 4 else "")
+            click.echo(f"missing: {names}\nto write them: {command}")
+    return int(failed)
+
+
+def _extract_command(manifest: Manifest, *options: str) -> str:
+    """Return the command that writes the missing shards of a split, as far as it is known.
+
+    Data and weights are those that `extract` takes by default where they fit; else they stand as
+    DATA and WEIGHTS.
+    """
+    from anchorpatch.demo.weights import demo_weights
+    from anchorpatch.shards.compare import extract_options
+    from anchorpatch.storage import sha256_of
+
+    split, wanted = manifest.header.split, manifest.header.weights_sha256
+    data = Path(os.environ.get("ANCHORPATCH_DATA") or "data")
+    runs = Path(os.environ.get("ANCHORPATCH_RUNS") or "runs")
+    trained = runs / "anchornet" / "best.safetensors"
+    candidates = {str(trained): trained}
+    with suppress(WeightsError):
+        candidates["demo"] = demo_weights()
+    weights, note = "WEIGHTS", f"  (WEIGHTS: the file with SHA-256 {wanted[:12]}...)"
+    for name, path in candidates.items():
+        with suppress(OSError), path.open("rb") as file:
+            if sha256_of(file) == wanted:
+                weights, note = name, ""
+    folder = manifest.folder
+    if folder.name != split:
+        folder = folder.resolve()
+    words = [*options, "--data", str(data) if (data / split).is_dir() else "DATA"]
+    words += ["--weights", weights, "--out", str(folder.parent) if folder.name == split else "OUT"]
+    return f"anchorpatch extract {shlex.join([*words, *extract_options(manifest.header)])}{note}"
 
 
 @shards.command(cls=Command)

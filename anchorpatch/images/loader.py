@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -42,9 +42,10 @@ _REASONS: Final = {
 
 def load_batches(
     folder: ImageFolder,
-    batches: Sequence[Sequence[int]],
+    batches: Iterable[Sequence[int]],
     *,
     workers: int,
+    batch_size: int | None = None,
     crop: CropSettings | None = None,
     pin_memory: bool = False,
     prefetch: int = 4,
@@ -57,8 +58,10 @@ def load_batches(
 
     Args:
         folder: the images.
-        batches: rows of the folder, a sequence for each batch.
+        batches: rows of the folder, a sequence for each batch. Without ``batch_size`` it must be a
+            sequence too, else it may be an iterator, which is drawn from as the workers need work.
         workers: processes that decode. 0 decodes in this thread, when a batch is asked for.
+        batch_size: images of the largest batch.
         crop: how an image becomes a crop; None for the defaults.
         pin_memory: put the pixels into page-locked memory, for copies to a GPU. Without a GPU
             it does nothing.
@@ -74,11 +77,13 @@ def load_batches(
         raise SettingsError(f"workers: expected a whole number of at least 0, got {workers}")
     if prefetch < 1:
         raise SettingsError(f"prefetch: expected a whole number of at least 1, got {prefetch}")
+    if batch_size is None:
+        batch_size = max(map(len, batches), default=0)
     return serve_batches(
         _Images(str(folder.root), crop or CropSettings()),
         _Requests(folder, batches),
-        batch_bytes=max(map(len, batches), default=0) * CROP * CROP * 3,
-        workers=workers if len(batches) else 0,
+        batch_bytes=batch_size * CROP * CROP * 3,
+        workers=workers if batch_size else 0,
         prefetch=prefetch,
         pin_memory=pin_memory,
     )
@@ -161,10 +166,7 @@ class _Request(NamedTuple):
 @dataclass(frozen=True)
 class _Requests:
     folder: ImageFolder
-    batches: Sequence[Sequence[int]]
-
-    def __len__(self) -> int:
-        return len(self.batches)
+    batches: Iterable[Sequence[int]]
 
     def __iter__(self) -> Iterator[_Request]:
         for batch in self.batches:

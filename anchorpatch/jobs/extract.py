@@ -9,21 +9,26 @@ depend on the number of images.
 from __future__ import annotations
 
 import math
+import os
+import random
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from anchorpatch.errors import (
     DataError,
     NonFiniteError,
     SettingsError,
+    ShardBusy,
     TooManyBadImages,
 )
 from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows
@@ -40,16 +45,20 @@ from anchorpatch.runtime.progress import Reporter
 from anchorpatch.runtime.tasks import Task
 from anchorpatch.settings import CropSettings
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
-from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest
+from anchorpatch.shards.manifest import FilesDigest, Manifest, ShardEntry, open_manifest
 from anchorpatch.shards.patch_batch import PatchBatch
+from anchorpatch.shards.verify import verify_shards
 from anchorpatch.shards.writer import ShardWriter
+from anchorpatch.text import counted
 
 __all__ = [
     "ExtractConfig",
     "Forecast",
     "default_preset",
+    "files_digest",
     "forecast",
     "run",
+    "shard_ranges",
 ]
 
 #: Images that a forecast looks at.
@@ -93,6 +102,9 @@ class ExtractConfig:
         allow_empty: accept class folders without images.
         max_bad: share of unreadable images that fails the run when exceeded.
         overwrite: replace shards of other settings, weights or files instead of refusing.
+        retry_skipped: read skipped and damaged images again, and make the shards again of those
+            that come out otherwise now.
+        repair: verify the shards that are there, and make damaged ones again.
         task: the part of the shards that this process does.
     """
 
@@ -118,6 +130,8 @@ class ExtractConfig:
     allow_empty: bool = False
     max_bad: float = 0.01
     overwrite: bool = False
+    retry_skipped: bool = False
+    repair: bool = False
     task: Task = field(default_factory=Task)
 
 
@@ -179,6 +193,22 @@ class _Plan:
     def crop(self) -> CropSettings:
         return self.header.settings.crop
 
+    @property
+    def owned(self) -> list[int]:
+        return [i for i in range(len(self.ranges)) if self.config.task.owns(i)]
+
+    def load(
+        self, batches: Iterable[Sequence[int]], workers: int | None = None
+    ) -> Generator[Batch, None, None]:
+        return load_batches(
+            self.folder,
+            batches,
+            workers=self.workers if workers is None else workers,
+            crop=self.crop,
+            batch_size=self.batch_size,
+            pin_memory=self.device.type == "cuda",
+        )
+
     def localizer(self) -> Localizer:
         return Localizer(
             self.weights,
@@ -200,16 +230,26 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
     reporter = reporter or Reporter()
     plan = _plan(config)
     manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=config.overwrite)
-    pending = [i for i in manifest.pending() if config.task.owns(i)]
+    if rejected := _rejected(plan, manifest, reporter):
+        manifest = manifest.forget(rejected)
     absent = without_images(plan.folder.labels, plan.folder.classes)
     for remark in (plan.folder.passed_over(), absent):
         if remark:
             reporter.message(remark)
-    began = time.monotonic()
-    if pending:
+    began, images = time.monotonic(), 0
+    if pending := _pending(plan, manifest):
+        reporter.message(f"extract {plan.config.split}: {computing_on(plan.device)}")
         with plan.localizer() as localizer:
-            _extract(plan, manifest, pending, localizer, reporter)
-    images = sum(len(plan.ranges[i]) for i in pending)
+            # Again, as long as shards have come free whose process has failed.
+            while pending and (made := _extract(plan, manifest, pending, localizer, reporter)):
+                images += made
+                manifest = manifest.refreshed()
+                pending = _pending(plan, manifest)
+    if pending and config.task.job is None:
+        raise ShardBusy(
+            f"{manifest.shard_path(pending[0])}: another process is writing this shard: "
+            "wait for it, or end it and run again"
+        )
     summary = summarize(plan.out, config.task, time.monotonic() - began, images)
     return replace(summary, ignored=plan.folder.ignored)
 
@@ -221,15 +261,16 @@ def forecast(config: ExtractConfig) -> Forecast:
     extracted into a temporary folder.
     """
     plan = _plan(config)
-    pending = [i for i in range(len(plan.ranges)) if config.task.owns(i)]
-    if (plan.out / "manifest.json").exists() and not config.overwrite:
-        manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=False)
-        pending = [i for i in manifest.pending() if config.task.owns(i)]
+    manifest = open_manifest(
+        plan.out, plan.header, plan.files, overwrite=config.overwrite, dry_run=True
+    )
+    rejected = _rejected(plan, manifest, Reporter())
+    manifest = replace(manifest, entries=tuple(e for e in manifest.entries if e not in rejected))
     n = len(plan.folder)
     sample = spread_rows(n, _SAMPLE).tolist()
     with tempfile.TemporaryDirectory(prefix="anchorpatch-") as name:
         with plan.localizer() as localizer, ShardWriter(Path(name, "0.h5"), plan.header) as writer:
-            for batch in load_batches(plan.folder, [sample], workers=0, crop=plan.crop):
+            for batch in plan.load([sample], workers=0):
                 _append(writer, plan=plan, batch=batch, pending=_submit(localizer, batch))
         entry = writer.entry
     if not entry.images:
@@ -244,7 +285,7 @@ def forecast(config: ExtractConfig) -> Forecast:
         images=n,
         classes=len(plan.folder.classes),
         shards=len(plan.ranges),
-        pending=len(pending),
+        pending=len(_pending(plan, manifest)),
         sample=len(sample),
         bytes_per_image=per_image,
         bytes=round(per_image * n),
@@ -287,17 +328,29 @@ def _plan(config: ExtractConfig) -> _Plan:
         settings=settings,
         weights_sha256=weights.sha256,
     )
-    ranges = [
-        range(start, min(start + config.shard_size, len(folder)))
-        for start in range(0, len(folder), config.shard_size)
-    ]
-    files = FilesDigest(
+    ranges = shard_ranges(len(folder), config.shard_size)
+    return _Plan(config, folder, weights, device, header, files_digest(folder, ranges), ranges)
+
+
+def files_digest(folder: ImageFolder, ranges: Sequence[range]) -> FilesDigest:
+    """Return the digests of a folder's images, in all and by shard."""
+    return FilesDigest(
         count=len(folder),
         sha256=folder.digest(),
         shards=tuple(folder.digest(r.start, r.stop) for r in ranges),
         paths=lambda start, stop: [folder.path(i) for i in range(start, stop)],
     )
-    return _Plan(config, folder, weights, device, header, files, ranges)
+
+
+def shard_ranges(images: int, shard_size: int) -> list[range]:
+    """Return which images of the sorted list each shard holds.
+
+    Example:
+        >>> shard_ranges(5, 2)
+        [range(0, 2), range(2, 4), range(4, 5)]
+    """
+    starts = range(0, images, shard_size)
+    return [range(start, min(start + shard_size, images)) for start in starts]
 
 
 def _extract(
@@ -306,43 +359,110 @@ def _extract(
     shards: Sequence[int],
     localizer: Localizer,
     reporter: Reporter,
-) -> None:
-    """Make the pending shards, one after the other, in one overlapping pipeline."""
-    jobs = list(_batches(plan, shards))
-    loader = load_batches(
-        plan.folder,
-        [images for _, images, _ in jobs],
-        workers=plan.workers,
-        crop=plan.crop,
-        pin_memory=plan.device.type == "cuda",
-    )
-    owned = [i for i in range(len(plan.ranges)) if plan.config.task.owns(i)]
-    total = sum(len(plan.ranges[i]) for i in owned)
+) -> int:
+    """Make those of the pending shards that no other process makes, in one overlapping pipeline.
+
+    Returns:
+        The number of images of these shards.
+    """
+    total = sum(len(plan.ranges[i]) for i in plan.owned)
     left = sum(len(plan.ranges[i]) for i in shards)
     bad = _BadImages(plan, total)
     sink = ShardSink(manifest, plan.files.shards, reporter)
-    reporter.message(f"extract {plan.config.split}: {computing_on(plan.device)}")
-    reporter.start(f"extract {plan.config.split}", total, total - left)
+    jobs: deque[_Job] = deque()
+    made = 0
     try:
-        with closing(loader):
-            for (shard, images, last), batch in zip(jobs, loader, strict=True):
+        with closing(plan.load(_claimed(plan, sink, shards, jobs))) as loader:
+            reporter.start(f"extract {plan.config.split}", total, total - left)
+            for batch in loader:
+                job = jobs.popleft()
                 bad.note(batch)
                 pending = _submit(localizer, batch)
                 write = partial(_append, plan=plan, batch=batch, pending=pending)
-                sink.put(shard, write, len(images), len(batch.bad), last=last)
+                sink.put(job.shard, write, len(job.images), len(batch.bad), last=job.last)
+                made += len(job.images)
             sink.drain()
     finally:
         sink.close()
         reporter.stop()
+    return made
 
 
-def _batches(plan: _Plan, pending: Sequence[int]) -> Iterator[tuple[int, range, bool]]:
-    """Yield (shard, images, whether they are the shard's last); no batch crosses a shard."""
-    for shard in pending:
+class _Job(NamedTuple):
+    """A batch on its way: its shard, its images, and whether they are the shard's last."""
+
+    shard: int
+    images: range
+    last: bool
+
+
+def _claimed(
+    plan: _Plan, sink: ShardSink, shards: Sequence[int], jobs: deque[_Job]
+) -> Iterator[range]:
+    """Yield the images of each batch and note it in ``jobs``; no batch crosses a shard.
+
+    A shard is claimed when the loader asks for its first batch.
+    """
+    for shard in filter(sink.claim, shards):
         images = plan.ranges[shard]
         for start in range(images.start, images.stop, plan.batch_size):
-            stop = min(start + plan.batch_size, images.stop)
-            yield shard, range(start, stop), stop == images.stop
+            batch = range(start, min(start + plan.batch_size, images.stop))
+            jobs.append(_Job(shard, batch, batch.stop == images.stop))
+            yield batch
+
+
+def _pending(plan: _Plan, manifest: Manifest) -> list[int]:
+    """Return the shards of this task that are not done, in the order in which it tries them."""
+    pending = [i for i in manifest.missing() if plan.config.task.owns(i)]
+    if (job := plan.config.task.job) is not None:
+        # Jobs that begin at the same place would race for each shard, and where a filesystem
+        # has no locks they would all make the same ones.
+        random.Random(job).shuffle(pending)
+    return pending
+
+
+def _rejected(plan: _Plan, manifest: Manifest, reporter: Reporter) -> list[ShardEntry]:
+    """Return the entries of this task's shards that ``repair`` and ``retry_skipped`` reject."""
+    done = [manifest.shard_path(i).name for i in plan.owned if manifest.has(i)]
+    entries = [entry for entry in manifest.entries if entry.name in set(done)]
+    rejected: set[str] = set()
+    if plan.config.repair:
+        reporter.start(f"verify {plan.config.split}", sum(entry.images for entry in entries))
+        try:
+            problems = verify_shards(manifest, entries, plan.workers or 1, reporter.advance)
+        finally:
+            reporter.stop()
+        rejected |= {problem.shard for problem in problems}
+        reporter.message(f"repair: {len(rejected)} of {len(entries)} shards are damaged")
+    if plan.config.retry_skipped:
+        found, tried = _readable_now(plan, entries)
+        reporter.message(
+            f"retry-skipped: {sum(found.values())} of {counted(tried, 'image')} have changed, "
+            f"in {counted(len(found), 'shard')}"
+        )
+        rejected |= found.keys()
+    return [entry for entry in entries if entry.name in rejected]
+
+
+def _readable_now(plan: _Plan, entries: Sequence[ShardEntry]) -> tuple[Counter[str], int]:
+    """Read again what was skipped, or decoded with damage.
+
+    Returns:
+        By shard, how many of these images come out otherwise now, and how many were read.
+    """
+    damage = "decoded with damage"
+    was = {
+        int(np.searchsorted(plan.folder.paths, os.fsencode(path))): (entry.name, why)
+        for entry in entries
+        for path, why in (*entry.skipped, *((path, damage) for path in entry.damaged))
+    }
+    rows = sorted(was)
+    chunks = [rows[i : i + plan.batch_size] for i in range(0, len(rows), plan.batch_size)]
+    now: dict[int, str] = {}
+    with closing(plan.load(chunks, min(plan.workers, len(chunks)))) as loader:
+        for batch in loader:
+            now |= dict(batch.bad) | dict.fromkeys(batch.damaged, damage)
+    return Counter(shard for row, (shard, why) in was.items() if now.get(row) != why), len(was)
 
 
 def _submit(localizer: Localizer, batch: Batch) -> Pending | None:

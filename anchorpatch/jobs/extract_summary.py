@@ -26,9 +26,10 @@ class ExtractSummary:
 
     Attributes:
         folder: the split's folder.
-        complete: whether every shard of the split is there.
-        shards: shards that are done.
-        total_shards: shards of the split.
+        pending: shards of the whole split that are not done.
+        split_shards: shards of the whole split.
+        shards: shards of the task that are done.
+        total_shards: shards of the task.
         images: stored.
         images_by_scale: stored, by chosen scale.
         patches_by_scale: stored, by scale.
@@ -43,7 +44,8 @@ class ExtractSummary:
     """
 
     folder: Path
-    complete: bool
+    pending: int
+    split_shards: int
     shards: int
     total_shards: int
     images: int
@@ -56,6 +58,11 @@ class ExtractSummary:
     seconds: float
     images_run: int
     ignored: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard of the split is done."""
+        return not self.pending
 
     @property
     def images_per_second(self) -> float:
@@ -76,6 +83,8 @@ class ExtractSummary:
         return {
             "folder": str(self.folder),
             "complete": self.complete,
+            "pending": self.pending,
+            "split_shards": self.split_shards,
             "shards": self.shards,
             "total_shards": self.total_shards,
             "images": self.images,
@@ -116,7 +125,8 @@ def summarize(
     comparable = manifest.header.classes == manifest.header.network_classes
     return ExtractSummary(
         folder=folder,
-        complete=not missing,
+        pending=len(missing),
+        split_shards=manifest.shard_count,
         shards=len(entries),
         total_shards=len(owned),
         images=images,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+from anchorpatch.errors import ShardBusy
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.shards.manifest import Manifest
 from anchorpatch.shards.writer import ShardWriter
@@ -37,8 +38,29 @@ class ShardSink:
         self._manifest, self._digests, self._reporter = manifest, digests, reporter
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._queue: deque[_Work] = deque()
-        self._writer: ShardWriter | None = None
+        self._writers: dict[int, ShardWriter] = {}
         self._failed = False
+
+    def claim(self, shard: int) -> bool:
+        """Begin a shard, so that no other process does.
+
+        Returns:
+            False for a shard that another process is writing, or has made meanwhile.
+
+        Raises:
+            ManifestMismatch: the folder was begun anew with other inputs meanwhile.
+            StorageError: the disk refuses.
+        """
+        path, header = self._manifest.shard_path(shard), self._manifest.header
+        try:
+            writer = ShardWriter(path, header, files_sha256=self._digests[shard])
+        except ShardBusy:
+            return False
+        self._writers[shard] = writer
+        if self._manifest.refreshed().has(shard):
+            self._writers.pop(shard).abort()
+            return False
+        return True
 
     def put(
         self,
@@ -52,7 +74,7 @@ class ShardSink:
         """Hand a batch over; wait while too many are on their way.
 
         Args:
-            shard: index of the shard that the batch belongs to.
+            shard: index of the shard that the batch belongs to, which must have been claimed.
             write: adds the batch to the shard's writer and returns its number of patches.
             images: of the batch, the skipped ones included.
             skipped: of the batch.
@@ -69,10 +91,10 @@ class ShardSink:
             self._pop()
 
     def close(self) -> None:
-        """End the thread. A shard that is not finished leaves nothing behind."""
+        """End the thread. Shards that are not finished leave nothing behind."""
         shut_down(self._thread, "the thread that writes shards")
-        if self._writer is not None:
-            self._writer.abort()
+        for writer in self._writers.values():
+            writer.abort()
 
     def _pop(self) -> None:
         work = self._queue.popleft()
@@ -84,17 +106,10 @@ class ShardSink:
         if self._failed:  # or a shard would be closed that lacks a batch
             return 0
         self._failed = True
-        patches = self._written(shard, write, last)
-        self._failed = False
-        return patches
-
-    def _written(self, shard: int, write: Callable[[ShardWriter], int], last: bool) -> int:
-        if self._writer is None:
-            path = self._manifest.shard_path(shard)
-            header = self._manifest.header
-            self._writer = ShardWriter(path, header, files_sha256=self._digests[shard])
-        patches = write(self._writer)
+        writer = self._writers[shard]
+        patches = write(writer)
         if last:
-            writer, self._writer = self._writer, None
-            self._manifest.commit(writer.close())
+            writer.close(self._manifest.commit)
+            del self._writers[shard]
+        self._failed = False
         return patches

@@ -53,54 +53,59 @@ def is_main() -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """Part ``index`` of ``total``: every item whose number modulo ``total`` is ``index``."""
+    """Part ``index`` of ``total``: every item whose number modulo ``total`` is ``index``.
+
+    Attributes:
+        index: from 0 to ``total - 1``.
+        total: parts.
+        source: what the part follows from.
+        job: the number of this job among jobs that share the part: each does those of its items
+            that no other one is doing or has done. None where there are no others.
+    """
 
     index: int = 0
     total: int = 1
     source: str = "this process"
+    job: int | None = None
 
     def owns(self, item: int) -> bool:
         """Tell whether an item is this task's to do."""
         return item % self.total == self.index
 
-    @property
-    def whole(self) -> bool:
-        """Whether there is no other task."""
-        return self.total == 1
-
 
 def resolve_task(option: str | None, environment: Mapping[str, str] = os.environ) -> Task:
     """Combine ``--task I/N`` (or a SLURM array) with the ranks of ``torchrun``.
 
+    An array's indices say nothing about how many jobs there are (``--array=3,7,12``), nor do
+    SLURM's other variables for a list with gaps. So the jobs of an array share all items.
+
     Args:
         option: "I/N" with I from 0 to N - 1, or None: SLURM_ARRAY_TASK_ID decides, if set.
-        environment: where RANK, WORLD_SIZE and SLURM's variables are looked up.
+        environment: where RANK, WORLD_SIZE and SLURM_ARRAY_TASK_ID are looked up.
 
     Raises:
         SettingsError: not of the form I/N, or I outside 0 .. N - 1.
 
     Example:
         >>> resolve_task("1/4", {})
-        Task(index=1, total=4, source='--task 1/4')
+        Task(index=1, total=4, source='--task 1/4', job=None)
         >>> resolve_task(None, {"RANK": "1", "WORLD_SIZE": "2"})
-        Task(index=1, total=2, source='torchrun rank 1 of 2')
-        >>> resolve_task(None, {"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_MIN": "1",
-        ...                     "SLURM_ARRAY_TASK_COUNT": "8"}).index
-        7
+        Task(index=1, total=2, source='torchrun rank 1 of 2', job=None)
+        >>> resolve_task(None, {"SLURM_ARRAY_TASK_ID": "8"})
+        Task(index=0, total=1, source='SLURM array task 8', job=8)
     """
     source = []
+    index, total, job = 0, 1, None
     if option is not None:
         index, total = _parse(option)
         source.append(f"--task {option}")
     elif "SLURM_ARRAY_TASK_ID" in environment:
-        index, total = _slurm(environment)
-        source.append(f"SLURM array task {index} of {total}")
-    else:
-        index, total = 0, 1
+        job = environment_number("SLURM_ARRAY_TASK_ID", 0, environment)
+        source.append(f"SLURM array task {job}")
     rank, ranks = rank_and_size(environment)
     if ranks > 1:
         source.append(f"torchrun rank {rank} of {ranks}")
-    return Task(index * ranks + rank, total * ranks, ", ".join(source) or "this process")
+    return Task(index * ranks + rank, total * ranks, ", ".join(source) or "this process", job)
 
 
 def _parse(option: str) -> tuple[int, int]:
@@ -108,22 +113,3 @@ def _parse(option: str) -> tuple[int, int]:
     if slash and first.isdecimal() and second.isdecimal() and int(first) < int(second):
         return int(first), int(second)
     raise SettingsError(f"--task: expected I/N with I from 0 to N - 1, such as 0/4, got {option!r}")
-
-
-def _slurm(environment: Mapping[str, str]) -> tuple[int, int]:
-    task = environment_number("SLURM_ARRAY_TASK_ID", 0, environment)
-    first = environment_number("SLURM_ARRAY_TASK_MIN", 0, environment)
-    step = environment_number("SLURM_ARRAY_TASK_STEP", 1, environment)
-    total = environment_number("SLURM_ARRAY_TASK_COUNT", 0, environment)
-    if total < 1 or step < 1:
-        raise SettingsError(
-            "SLURM_ARRAY_TASK_ID is set, but SLURM_ARRAY_TASK_COUNT is not; "
-            "give --task I/N (--task 0/1 does everything here)"
-        )
-    index = (task - first) // step
-    if not 0 <= index < total:
-        raise SettingsError(
-            f"SLURM array task {task} is outside an array of {total} from {first} by {step}; "
-            "give --task I/N"
-        )
-    return index, total

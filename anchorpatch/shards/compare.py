@@ -3,14 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from anchorpatch.errors import ShardError
 from anchorpatch.shards.access import stored_paths
 from anchorpatch.shards.layout import ShardHeader, decode_text
 
-__all__ = ["first_changed_path", "header_differences"]
+__all__ = ["extract_options", "first_changed_path", "header_differences"]
+
+#: Settings that a preset decides.
+_OF_A_PRESET: Final = ("max_patches", "iou_threshold", "coverage")
+
+
+def extract_options(header: ShardHeader) -> list[str]:
+    """Return the options of ``anchorpatch extract`` that a split was made with.
+
+    What is as by default is left out, and so are the data and the weights, whose place a header
+    does not know.
+
+    Example:
+        >>> from anchorpatch.shards.layout import ShardSettings
+        >>> settings = ShardSettings((6, 3, 2), 0.3, (0.3, 0.3, 0.3), codec="jpeg", preset=None)
+        >>> " ".join(extract_options(ShardHeader("val", (), (), settings, "")))
+        '--split val --max-patches 6,3,2 --iou-threshold 0.3 --coverage 0.3,0.3,0.3 --codec jpeg'
+    """
+    settings = header.settings
+    values = settings.to_json()
+    if settings.preset is not None:
+        values = {k: v for k, v in values.items() if k not in _OF_A_PRESET}
+    if settings.codec == "image":
+        del values["store_images"]  # implied
+    defaults = {field.name: field.default for field in fields(settings)}
+    words = ["--split", header.split]
+    for name, value in values.items():
+        if value == defaults[name] or name == "crop_mode":
+            continue
+        if name == "precision":
+            words.append("--amp")
+        elif value is True:
+            words.append(_option(name))
+        else:
+            words += [_option(name), _shown(value)]
+    return words
+
 
 #: Settings that no option of the same name decides.
 _NOT_OPTIONS = {"precision": "precision (--amp)", "crop_mode": "crop mode (of the weights)"}
@@ -31,7 +68,7 @@ def header_differences(old: ShardHeader, new: ShardHeader) -> list[str]:
     now = new.settings.to_json()
     for name, before in old.settings.to_json().items():
         if before != now[name]:
-            option = _NOT_OPTIONS.get(name) or "--" + name.replace("_", "-")
+            option = _NOT_OPTIONS.get(name) or _option(name)
             found.append(f"{option} was {_shown(before)}, now {_shown(now[name])}")
     if old.split != new.split:
         found.append(f"--split was {old.split}, now {new.split}")
@@ -67,6 +104,10 @@ def first_changed_path(shard: Path, paths: Sequence[str]) -> str:
     if sorted(was) == sorted(paths):
         return f"{shard.name} has the same names, but a file's size or label changed"
     return f"first in {shard.name}: {_first_difference(was, paths)}"
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _shown(value: Any) -> str:

@@ -3,7 +3,8 @@
 ``OUT/SPLIT/manifest.json`` is JSON with one line a shard. A shard counts as done when its
 entry is here and its file has the size of the entry. Everything else is made again: the same
 inputs give the same bytes, so doing a shard twice is safe, and adopting a file that nobody
-vouches for would not be.
+vouches for would not be. The manifest vouches for itself: its last field is the SHA-256 of all
+that stands before it. Manifests of earlier versions lack that field and are read too.
 
 Several processes, also on several hosts, commit entries to one manifest. Each commit takes
 the lock ``.manifest.lock``, reads the manifest again, adds its entry and replaces the file.
@@ -14,16 +15,18 @@ run of the same command makes it anew.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from anchorpatch import storage
-from anchorpatch.errors import ManifestMismatch, ShardError, reason_of
+from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError, reason_of
 from anchorpatch.shards.compare import first_changed_path, header_differences
 from anchorpatch.shards.layout import (
     FORMAT_VERSION,
@@ -34,10 +37,32 @@ from anchorpatch.shards.layout import (
     shard_name,
 )
 
-__all__ = ["FilesDigest", "Manifest", "ShardEntry", "open_manifest", "read_manifest"]
+__all__ = ["LEFTOVERS", "FilesDigest", "Manifest", "ShardEntry", "open_manifest", "read_manifest"]
 
 _LOCK_NAME: Final = ".manifest.lock"
 _FORMAT: Final = "anchorpatch shards"
+_FIELDS: Final = (
+    "format",
+    "format_version",
+    "anchorpatch_version",
+    "split",
+    "settings",
+    "weights_sha256",
+    "files_count",
+    "files_sha256",
+    "shard_count",
+    "classes",
+    "network_classes",
+    "shards",
+)
+
+_SEAL: Final = ',\n  "sha256": "'
+
+#: Half-written files, of killed runs too: those that are an hour old are removed.
+LEFTOVERS: Final = re.compile(
+    r"\.manifest\.json\.[0-9a-f]{12}\.tmp|\..+\.h5\.[0-9a-f]{12}\.tmp|.+\.h5\.tmp"
+)
+_LEFTOVER_SECONDS: Final = 3600
 
 
 @dataclass(frozen=True)
@@ -153,15 +178,31 @@ class Manifest:
     def missing(self) -> list[int]:
         """Return the shards that are not done, as of this snapshot."""
         done = {e.name: e.bytes for e in self.entries}
-        return [
-            index
-            for index in range(self.shard_count)
-            if done.get(self.shard_path(index).name, -1) != _size(self.shard_path(index))
-        ]
+        paths = map(self.shard_path, range(self.shard_count))
+        return [i for i, path in enumerate(paths) if done.get(path.name, -1) != _size(path)]
 
     def pending(self) -> list[int]:
         """Return the shards that are to be made: not done according to the disk right now."""
         return read_manifest(self.folder).missing()
+
+    def has(self, index: int) -> bool:
+        """Tell whether a shard is done, as of this snapshot."""
+        path = self.shard_path(index)
+        return any(e.name == path.name and e.bytes == _size(path) for e in self.entries)
+
+    def refreshed(self) -> Manifest:
+        """Return the manifest as it is on the disk right now.
+
+        Raises:
+            ManifestMismatch: the folder was begun anew with other inputs meanwhile.
+        """
+        now = read_manifest(self.folder)
+        if (now.header, now.files_sha256) != (self.header, self.files_sha256):
+            raise ManifestMismatch(
+                f"{self.folder / MANIFEST_NAME}: another run began this folder anew with "
+                "other inputs: choose another --out for one of them"
+            )
+        return now
 
     def commit(self, entry: ShardEntry) -> Manifest:
         """Add the entry of a shard that has its final name, in place of an older one.
@@ -174,63 +215,121 @@ class Manifest:
             StorageError: the disk refuses; the manifest is as it was.
         """
         with storage.locked(self.folder / _LOCK_NAME):
-            now = read_manifest(self.folder)
-            if (now.header, now.files_sha256) != (self.header, self.files_sha256):
-                raise ManifestMismatch(
-                    f"{self.folder / MANIFEST_NAME}: another run began this folder anew with "
-                    "other inputs: choose another --out for one of them"
-                )
+            now = self.refreshed()
             others = [e for e in now.entries if e.name != entry.name]
-            now = replace(now, entries=tuple(sorted([*others, entry], key=lambda e: e.name)))
+            now = replace(now, entries=tuple(sorted([*others, entry], key=_number)))
+            _write(now)
+        return now
+
+    def forget(self, entries: Collection[ShardEntry]) -> Manifest:
+        """Remove entries, unless they have changed meanwhile, so that their shards are made again.
+
+        Returns and raises as `commit`.
+        """
+        with storage.locked(self.folder / _LOCK_NAME):
+            now = self.refreshed()
+            now = replace(now, entries=tuple(e for e in now.entries if e not in entries))
             _write(now)
         return now
 
 
 def open_manifest(
-    folder: Path, header: ShardHeader, files: FilesDigest, *, overwrite: bool = False
+    folder: Path,
+    header: ShardHeader,
+    files: FilesDigest,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
 ) -> Manifest:
     """Begin a split's folder, or continue one that was begun with the same inputs.
 
-    The version of anchorpatch may differ; the version of the format may not.
+    The version of anchorpatch may differ; the version of the format may not. Where there is no
+    shard yet, other inputs than those of the manifest simply take their place.
 
     Args:
         folder: the split's folder. It is made if need be.
         header: what the shards are made with.
         files: what they are made from.
-        overwrite: where the inputs differ, or the manifest is damaged, remove the shards and the
-            manifest of this split first, and nothing else. With equal inputs it does nothing, so
-            a run that may begin anew can also be resumed, and several processes that work
-            together can all say so.
+        overwrite: where the inputs differ, or the manifest is damaged, remove the shards that
+            are made from other inputs, and nothing else: all of them if the header differs, those
+            whose part of the file list differs if only that has changed. With equal inputs it
+            does nothing, so a run that may begin anew can also be resumed, and several processes
+            that work together can all say so.
+        dry_run: change nothing on disk; return the manifest as it would be.
 
     Raises:
         ManifestMismatch: the inputs differ from those of the shards that are there; says how.
+        ShardBusy: shards are to be removed, and another process is writing one.
         ShardError: the manifest is damaged, or there are shards without one.
         StorageError: the disk refuses.
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
+    if dry_run:
+        return _next(folder, header, files, overwrite)[1]
     with storage.refusals(path):
         folder.mkdir(parents=True, exist_ok=True)
     with storage.locked(folder / _LOCK_NAME):
-        if path.exists():
-            try:
-                manifest = read_manifest(folder)
-                _compare(manifest, header, files)
-                return manifest
-            except ShardError:
-                if not overwrite:
-                    raise
-        if overwrite:
-            _remove(folder, header.split)
-        stray = _shards(folder, header.split)
-        if stray:
-            raise ShardError(
-                f"{folder} holds {len(stray)} shards ({stray[0].name}, ...) but no "
-                f"{MANIFEST_NAME} that says what they are: choose another --out, or --overwrite"
-            )
-        manifest = Manifest(folder, header, files.count, files.sha256)
+        with storage.refusals(folder):
+            _clear_leftovers(folder)
+        found, manifest = _next(folder, header, files, overwrite)
+        if manifest is found:
+            return manifest
+        _check_idle(folder, header.split)
+        # A crash in between leaves the old inputs without the shards that are gone, and the same
+        # command goes on from there; never an entry of other inputs, or one without its shard.
+        if found is None:
+            with storage.refusals(path):
+                path.unlink(missing_ok=True)
+        else:
+            _write(replace(found, entries=manifest.entries))
+        kept = {entry.name for entry in manifest.entries}
+        with storage.refusals(folder):
+            for shard in _shards(folder, header.split):
+                if shard.name not in kept:
+                    shard.unlink()
         _write(manifest)
         return manifest
+
+
+def _next(
+    folder: Path, header: ShardHeader, files: FilesDigest, overwrite: bool
+) -> tuple[Manifest | None, Manifest]:
+    """Return the manifest that is there, if it is of use, and the one to go on with."""
+    path = folder / MANIFEST_NAME
+    found = None
+    if path.exists():
+        try:
+            found = read_manifest(folder)
+        except ShardError:
+            if not overwrite:
+                raise
+            _spare_foreign(path)
+    shards = _shards(folder, header.split)
+    begun = Manifest(folder, header, files.count, files.sha256)
+    if found is None:
+        if shards and not overwrite:
+            raise ShardError(
+                f"{folder} holds {len(shards)} shards ({shards[0].name}, ...) but no "
+                f"{MANIFEST_NAME} that says what they are: choose another --out, or --overwrite"
+            )
+        return None, begun
+    differences = header_differences(found.header, header)
+    same_files = (found.files_count, found.files_sha256) == (files.count, files.sha256)
+    if same_files and not differences:
+        return found, found
+    if shards and not overwrite:
+        if not same_files:
+            differences.append(_changed_files(found, files, header.settings.shard_size))
+        raise ManifestMismatch(
+            f"{folder} holds shards made from other inputs: {'; '.join(differences)}. "
+            "Choose another --out, or --overwrite to replace what differs"
+        )
+    if differences:
+        return found, begun
+    parts = {shard_name(header.split, i): part for i, part in enumerate(files.shards)}
+    kept = tuple(e for e in found.entries if parts.get(e.name) == e.files_sha256)
+    return found, replace(begun, header=found.header if kept else header, entries=kept)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -240,9 +339,10 @@ def read_manifest(folder: Path) -> Manifest:
         ShardError: it is missing, damaged, of another program or of another format version.
     """
     path = Path(folder) / MANIFEST_NAME
-    again = "remove it and its shards with --overwrite, or restore it"
+    again = "restore it, or make it and its shards anew with --overwrite"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes().decode()
+        data = json.loads(text)
     except FileNotFoundError:
         raise ShardError(
             f"{path}: not found: expected a folder that `anchorpatch extract` wrote"
@@ -259,6 +359,10 @@ def read_manifest(folder: Path) -> Manifest:
             f"found {data.get('format_version')}: choose another --out, or --overwrite"
         )
     try:
+        if unknown := data.keys() - {*_FIELDS, "sha256"}:
+            raise ValueError(f"unknown field {min(unknown)!r}")
+        if "sha256" in data and text != _sealed(text.rpartition(_SEAL)[0]):
+            raise ValueError("its bytes are not those of its own checksum")
         return Manifest(
             folder=Path(folder),
             header=storage.from_json(
@@ -303,12 +407,11 @@ def _size(path: Path) -> int | None:
 
 def _shards(folder: Path, split: str, suffix: str = "") -> list[Path]:
     pattern = re.compile(rf"{re.escape(split)}-\d{{5,}}\.h5{suffix}")
-    return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+    return sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
 
 
-def _remove(folder: Path, split: str) -> None:
-    """Remove what an earlier run wrote: the manifest first, so that no entry lacks its shard."""
-    path = folder / MANIFEST_NAME
+def _spare_foreign(path: Path) -> None:
+    """Raise ShardError for whole JSON of another program."""
     with suppress(ValueError, OSError):
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
@@ -316,61 +419,81 @@ def _remove(folder: Path, split: str) -> None:
                 f"{path}: expected a manifest of anchorpatch, found other JSON, "
                 "which --overwrite does not touch: choose another --out"
             )
-    with storage.refusals(folder):
-        path.unlink(missing_ok=True)
-        for shard in _shards(folder, split, r"(\.tmp)?"):
-            shard.unlink()
+
+
+def _check_idle(folder: Path, split: str) -> None:
+    """Raise ShardBusy if another process is writing a shard of the folder."""
+    for path in _shards(folder, split, r"\.lock"):
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            if not storage.try_lock(file, wait=False):
+                raise ShardBusy(
+                    f"{path.with_suffix('')}: another process is writing this shard from other "
+                    "inputs: wait for it or end it, or choose another --out"
+                )
+
+
+def _clear_leftovers(folder: Path) -> None:
+    for path in folder.iterdir():
+        if LEFTOVERS.fullmatch(path.name):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                    path.unlink()
 
 
 def _write(manifest: Manifest) -> None:
     """Replace the manifest file; the caller holds the lock."""
     header = manifest.header
-    fields = {
-        "format": _FORMAT,
-        "format_version": FORMAT_VERSION,
-        "anchorpatch_version": header.version,
-        "split": header.split,
-        "settings": header.settings.to_json(),
-        "weights_sha256": header.weights_sha256,
-        "files_count": manifest.files_count,
-        "files_sha256": manifest.files_sha256,
-        "shard_count": manifest.shard_count,
-        "classes": header.classes,
-        "network_classes": header.network_classes,
-    }
-    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in fields.items()]
+    values = (
+        _FORMAT,
+        FORMAT_VERSION,
+        header.version,
+        header.split,
+        header.settings.to_json(),
+        header.weights_sha256,
+        manifest.files_count,
+        manifest.files_sha256,
+        manifest.shard_count,
+        header.classes,
+        header.network_classes,
+    )
+    lines = [
+        f"  {json.dumps(name)}: {json.dumps(value)},"
+        for name, value in zip(_FIELDS[:-1], values, strict=True)
+    ]
     shards = ",\n".join(f"    {json.dumps(entry.to_json())}" for entry in manifest.entries)
-    text = "{\n" + "\n".join(lines) + f'\n  "shards": [\n{shards}\n  ]\n}}\n'
+    text = _sealed("{\n" + "\n".join(lines) + f'\n  "shards": [\n{shards}\n  ]')
     storage.write_atomically(
         manifest.folder / MANIFEST_NAME, lambda file: file.write(text.encode())
     )
 
 
-def _compare(manifest: Manifest, header: ShardHeader, files: FilesDigest) -> None:
-    """Raise when the inputs differ from the manifest's, naming all that differs."""
-    found = header_differences(manifest.header, header)
-    if (manifest.files_count, manifest.files_sha256) != (files.count, files.sha256):
-        found.append(f"images were {manifest.files_count}, now {files.count}")
-        # The parts of the list are comparable while their bounds are the same.
-        if manifest.header.settings.shard_size == header.settings.shard_size:
-            first = _first_changed_file(manifest, files)
-            found[-1] += f" ({first})" if first else ""
-    if found:
-        raise ManifestMismatch(
-            f"{manifest.folder} holds shards made from other inputs: {'; '.join(found)}. "
-            "Choose another --out, or --overwrite to make them anew"
-        )
+def _sealed(text: str) -> str:
+    """Return all of the manifest, from what stands before its checksum."""
+    return f'{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
 
-def _first_changed_file(manifest: Manifest, files: FilesDigest) -> str:
-    """Name the first file that differs, if a shard knows its name."""
-    digests = {entry.name: entry.files_sha256 for entry in manifest.entries}
+def _number(entry: ShardEntry) -> tuple[int, str]:
+    """Sort val-100000.h5 behind val-99999.h5."""
+    return len(entry.name), entry.name
+
+
+def _changed_files(manifest: Manifest, files: FilesDigest, shard_size: int) -> str:
+    """Say how the file list has changed, with the first change if a shard knows its names."""
+    said = f"images were {manifest.files_count}, now {files.count}"
+    unnamed = f"{said}, with other names, sizes or labels"
+    if manifest.files_count != files.count:
+        unnamed = said
+    entries = {entry.name: entry for entry in manifest.entries}
+    # Parts of lists that are cut into shards of different sizes cannot be compared.
+    if manifest.header.settings.shard_size != shard_size:
+        return unnamed
     for index in range(manifest.shard_count):
         path = manifest.shard_path(index)
-        old, new = digests.get(path.name), files.shards[index : index + 1]
-        if old is None or files.paths is None:
-            return ""
-        if (old,) != new:
-            size = manifest.header.settings.shard_size
-            return first_changed_path(path, files.paths(index * size, (index + 1) * size))
-    return f"those after number {manifest.files_count} are new"
+        entry = entries.get(path.name)
+        if entry is None or files.paths is None:
+            return unnamed
+        if (entry.files_sha256,) != files.shards[index : index + 1]:
+            start, stop = index * shard_size, min((index + 1) * shard_size, files.count)
+            first = first_changed_path(path, files.paths(start, stop))
+            return f"{said} ({first})" if first else unnamed
+    return f"{said} (those after number {manifest.files_count} are new)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -15,13 +15,13 @@ from anchorpatch import storage
 from anchorpatch.errors import CorruptShard, ShardError, reason_of
 from anchorpatch.shards.access import check_size, decode_patch, survey
 from anchorpatch.shards.layout import MANIFEST_NAME
-from anchorpatch.shards.manifest import Manifest, ShardEntry, read_manifest
+from anchorpatch.shards.manifest import LEFTOVERS, Manifest, ShardEntry, read_manifest
 from anchorpatch.waits import answers
 
-__all__ = ["ShardProblem", "verify_folder", "verify_shard"]
+__all__ = ["ShardProblem", "verify_folder", "verify_shard", "verify_shards"]
 
-#: Leftovers of a run that was killed: no fault, as the next run clears them away.
-_LEFTOVERS: Final = re.compile(r"\.manifest\.lock|\.manifest\.json\.[0-9a-f]{12}\.tmp|.*\.h5\.tmp")
+#: No fault: later runs clear these away.
+_OURS: Final = re.compile(rf"\.manifest\.lock|.+\.h5\.lock|{LEFTOVERS.pattern}")
 
 
 class ShardProblem(NamedTuple):
@@ -50,38 +50,56 @@ def verify_folder(
         done: called with the images of each shard that is verified.
 
     Returns:
-        Every problem found, by the name of the file.
+        Every problem found, by the name of the file; only that of the manifest where it is
+        damaged.
 
     Raises:
-        ShardError: there is no manifest that can be read. Never for a bad shard.
+        ShardError: there is no manifest. Never for a bad shard.
     """
-    manifest = read_manifest(Path(folder))
-    jobs = 1 if len(manifest.entries) < 2 else jobs
-    verify = Parallel(n_jobs=jobs, return_as="generator")
-    found = verify(delayed(verify_shard)(manifest, entry) for entry in manifest.entries)
-    problems = []
-    of_all = answers(found, "the processes that verify shards")
-    for entry, of_shard in zip(manifest.entries, of_all, strict=True):
-        problems += of_shard
-        if done is not None:
-            done(entry.images)
+    path = Path(folder, MANIFEST_NAME)
+    try:
+        manifest = read_manifest(path.parent)
+    except ShardError as error:
+        if not path.exists():
+            raise
+        return [ShardProblem(MANIFEST_NAME, str(error).removeprefix(f"{path}: "))]
+    problems = verify_shards(manifest, manifest.entries, jobs, done)
     known = {entry.name for entry in manifest.entries}
     expected = [manifest.shard_path(i).name for i in range(manifest.shard_count)]
     for name in expected:
         if name not in known:
-            there = (manifest.folder / name).exists()
-            what = "has no entry in" if there else "is missing, and has no entry in"
-            problems.append(
-                ShardProblem(name, f"{what} {MANIFEST_NAME}: run the same extract again")
-            )
+            problem = f"missing, and has no entry in {MANIFEST_NAME}: run the same extract again"
+            if (manifest.folder / name).exists():
+                problem = (
+                    f"has no entry in {MANIFEST_NAME}: if it comes from another folder, join the "
+                    "folders with `anchorpatch shards merge`, else run the same extract again"
+                )
+            problems.append(ShardProblem(name, problem))
     for name in sorted(known - set(expected)):
-        problems.append(ShardProblem(name, f"is in {MANIFEST_NAME}, but no shard of this split"))
+        problem = f"has an entry in {MANIFEST_NAME}, but is no shard of this split"
+        problems.append(ShardProblem(name, problem))
     for path in sorted(manifest.folder.iterdir()):
-        if path.name not in {*known, *expected, MANIFEST_NAME} and not _LEFTOVERS.fullmatch(
-            path.name
-        ):
-            problems.append(ShardProblem(path.name, f"is not in {MANIFEST_NAME}"))
+        if path.name not in {*known, *expected, MANIFEST_NAME} and not _OURS.fullmatch(path.name):
+            problems.append(ShardProblem(path.name, f"has no entry in {MANIFEST_NAME}"))
     return sorted(problems)
+
+
+def verify_shards(
+    manifest: Manifest,
+    entries: Sequence[ShardEntry],
+    jobs: int = -1,
+    done: Callable[[int], object] | None = None,
+) -> list[ShardProblem]:
+    """Verify some of the shards of a split; see `verify_folder`."""
+    verify = Parallel(n_jobs=1 if len(entries) < 2 else jobs, return_as="generator")
+    found = verify(delayed(verify_shard)(manifest, entry) for entry in entries)
+    problems = []
+    of_all = answers(found, "the processes that verify shards")
+    for entry, of_shard in zip(entries, of_all, strict=True):
+        problems += of_shard
+        if done is not None:
+            done(entry.images)
+    return problems
 
 
 def verify_shard(manifest: Manifest, entry: ShardEntry) -> list[ShardProblem]:

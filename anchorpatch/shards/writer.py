@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from anchorpatch import storage
-from anchorpatch.errors import ShardError
+from anchorpatch.errors import ShardBusy
 from anchorpatch.shards.layout import (
     CROP_SIDE,
     IMAGE_TABLE,
@@ -60,8 +60,10 @@ def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
 class ShardWriter:
     """Writes one shard; as a context manager it closes at the end, or aborts on an exception.
 
-    Only one process writes a shard at a time: the temporary file ``NAME.h5.tmp`` is locked.
-    What a killed run left of it is overwritten.
+    Only one process writes a shard at a time: it holds a lock on ``NAME.h5.lock`` from here until
+    the shard is closed or aborted; the lock of a process that dies is free again. Where a
+    filesystem has no locks, two processes that write the same shard each write a file of their
+    own, and the second one takes the place of the first, which has the same bytes.
 
     Args:
         path: final name of the shard. Its folder is made.
@@ -69,7 +71,7 @@ class ShardWriter:
         files_sha256: digest of the shard's part of the file list.
 
     Raises:
-        ShardError: another process is writing this shard.
+        ShardBusy: another process is writing this shard.
         StorageError: the disk refuses; so do `append` and `close`, after which nothing of the
             shard is left.
 
@@ -93,7 +95,7 @@ class ShardWriter:
         self.path = Path(path)
         self.header = header
         self.files_sha256 = files_sha256
-        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._lock_path = self.path.with_name(self.path.name + ".lock")
         self._paths: list[bytes] = []
         self._skipped: list[tuple[str, str]] = []
         self._damaged: list[str] = []
@@ -106,24 +108,22 @@ class ShardWriter:
         self._spools = Spools(self.path.parent)
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
-        with storage.refusals(self._temporary):
+        with storage.refusals(self._lock_path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._open_temporary()
+            self._lock = self._locked()
 
-    def _open_temporary(self) -> BinaryIO:
-        """Open and lock the temporary file; a lock on a file that lost its name is no lock."""
+    def _locked(self) -> BinaryIO:
+        """Open and lock the lock file; a lock on a file that lost its name is no lock."""
         while True:
-            file = open(self._temporary, "r+b", opener=_open_or_create)  # noqa: SIM115
+            file = open(self._lock_path, "r+b", opener=_open_or_create)  # noqa: SIM115
             with ExitStack() as closing:
                 closing.callback(file.close)
                 if not storage.try_lock(file, wait=False):
-                    raise ShardError(
+                    raise ShardBusy(
                         f"{self.path}: another process is writing this shard: "
                         "wait for it, or end it and run again"
                     )
-                if _is_still(file, self._temporary):
-                    closing.callback(self._temporary.unlink)
-                    file.truncate(0)
+                if _is_still(file, self._lock_path):
                     closing.pop_all()
                     return file
 
@@ -152,8 +152,11 @@ class ShardWriter:
         """Note an appended image that was decoded with damage."""
         self._damaged.append(path)
 
-    def close(self) -> ShardEntry:
+    def close(self, commit: Callable[[ShardEntry], object] | None = None) -> ShardEntry:
         """Write the shard under its final name.
+
+        Args:
+            commit: enters the shard into the manifest, while no other process can write it.
 
         Returns:
             The entry to commit to the manifest.
@@ -165,36 +168,40 @@ class ShardWriter:
             self._skipped.sort(key=lambda skipped: os.fsencode(skipped[0]))
             skeleton = Skeleton()
             placed = self._lay_out(skeleton)
-            with storage.refusals(self.path, needed=skeleton.size):
+            sha256 = ""
+
+            def write(file: BinaryIO) -> None:
+                nonlocal sha256
                 self._spools.flush()
-                self._file.truncate(skeleton.size)
-                storage.allocate(self._file, skeleton.size)
-                skeleton.dump(self._file)
+                file.truncate(skeleton.size)
+                storage.allocate(file, skeleton.size)
+                skeleton.dump(file)
                 for name, (offset, size) in placed.items():
-                    self._spools.copy(name, self._file, offset, size)
-                self._file.flush()
-                sha256 = storage.sha256_of(self._file)
-                storage.replace(self._file, self._temporary, self.path)
+                    self._spools.copy(name, file, offset, size)
+                file.flush()
+                sha256 = storage.sha256_of(file)
+
+            storage.write_atomically(self.path, write, needed=skeleton.size)
+            self.entry = ShardEntry(
+                name=self.path.name,
+                images=len(self._paths),
+                patches=dict(self._patch_count),
+                chosen={scale: int((self._column("scale") == scale).sum()) for scale in SCALES},
+                correct=int((self._column("label") == self._column("predicted")).sum()),
+                bytes=skeleton.size,
+                sha256=sha256,
+                skipped=tuple(self._skipped),
+                files_sha256=self.files_sha256,
+                damaged=tuple(sorted(self._damaged, key=os.fsencode)),
+            )
+            if commit is not None:
+                commit(self.entry)
         self._release()
-        self.entry = ShardEntry(
-            name=self.path.name,
-            images=len(self._paths),
-            patches=dict(self._patch_count),
-            chosen={scale: int((self._column("scale") == scale).sum()) for scale in SCALES},
-            correct=int((self._column("label") == self._column("predicted")).sum()),
-            bytes=skeleton.size,
-            sha256=sha256,
-            skipped=tuple(self._skipped),
-            files_sha256=self.files_sha256,
-            damaged=tuple(sorted(self._damaged, key=os.fsencode)),
-        )
         return self.entry
 
     def abort(self) -> None:
         """Leave nothing behind. Without effect on a shard that is closed."""
         if not self._closed:
-            with suppress(OSError):
-                self._temporary.unlink()
             self._release()
 
     def __enter__(self) -> ShardWriter:
@@ -225,7 +232,8 @@ class ShardWriter:
         self._closed = True
         self._spools.close()
         with suppress(OSError):
-            self._file.close()
+            self._lock_path.unlink()
+        self._lock.close()
         if self._pool is not None:
             self._pool.shutdown()
 

@@ -6,11 +6,14 @@ import errno
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -107,13 +110,130 @@ def test_tasks_do_their_parts(
     program: Program, tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes]
 ) -> None:
     arguments = common(image_folder, weights)
-    first = program(*arguments, "--task", "0/2", "--json")
-    assert json.loads(first.stdout)["shards"] == 4
-    assert not json.loads(first.stdout)["complete"]
-    slurm = {f"SLURM_ARRAY_TASK_{k}": v for k, v in {"ID": "2", "MIN": "1", "COUNT": "2"}.items()}
-    second = program(*arguments, env=slurm)
-    assert "part 1 of 2 (SLURM array task 1 of 2)" in second.stderr
+    first = json.loads(program(*arguments, "--task", "0/3", "--json").stdout)
+    assert (first["shards"], first["total_shards"], first["split_shards"]) == (3, 3, 7)
+    assert (first["complete"], first["pending"]) == (False, 4)
+    second = program(*arguments, "--task", "1/3")
+    assert "extract: part 1 of 3 (--task 1/3)" in second.stderr
+    assert second.stdout.splitlines()[-1] == (
+        "2 of 7 shards of the split are pending: other jobs or tasks write them, or the same "
+        "command without --task"
+    )
+    # A job of an array does what nobody has done, whatever its index.
+    third = program(*arguments, env={"SLURM_ARRAY_TASK_ID": "12"})
+    assert "extract: sharing the work with other jobs (SLURM array task 12)\n" in third.stderr
+    assert "12 images in " in third.stdout
+    assert "pending" not in third.stdout
     assert contents(tmp_path / "shards/val") == reference
+
+
+def test_jobs_of_any_array_share_the_shards(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes]
+) -> None:
+    def job(index: int) -> subprocess.CompletedProcess[str]:
+        # As SLURM sets them for --array=3,12.
+        array = {"ID": index, "MIN": 3, "MAX": 12, "STEP": 1, "COUNT": 2}
+        return program(
+            *common(image_folder, weights),
+            env={f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()},
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(job, (3, 12)))
+    assert [result.returncode for result in results] == [0, 0], results
+    assert contents(tmp_path / "shards/val") == reference
+    # Each shard was made once.
+    made = [re.findall(r"^(\d+) images in .* s: ", r.stdout, re.MULTILINE) for r in results]
+    assert sum(int(images) for found in made for images in found) == 40
+    assert not list(tmp_path.glob("shards/val/val-*.lock"))
+
+
+def test_a_changed_list_remakes_what_has_changed(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes]
+) -> None:
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    for i in range(5, 20):
+        (data / f"val/dog/{i:02d}.JPEG").unlink()
+    arguments = common(data, weights)
+    assert program(*arguments).returncode == 0
+    before = contents(tmp_path / "shards/val")
+    shutil.copytree(image_folder, data, dirs_exist_ok=True)
+    added = "images were 25, now 40 (first in val-00004.h5: dog/05.JPEG added)"
+    limited = "images were 25, now 30 (first in val-00000.h5: cat/"
+    for more in ([], ["--dry-run"], ["--limit", 30]):
+        refused = program(*arguments, *more)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert (limited if "--limit" in more else added) in refused.stderr
+        assert "Choose another --out, or --overwrite" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    dry = program(*arguments, "--overwrite", "--dry-run", "--json")
+    assert json.loads(dry.stdout)["pending"] == 3
+    assert contents(tmp_path / "shards/val") == before
+    result = program(*arguments, "--overwrite")
+    assert "16 images in " in result.stdout
+    assert contents(tmp_path / "shards/val") == reference
+
+
+def test_the_command_that_verify_names_repairs(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes]
+) -> None:
+    folder = tmp_path / "my shards" / "val"
+    folder.mkdir(parents=True)
+    for name, data in reference.items():
+        (folder / name).write_bytes(data)
+    flipped = bytearray(reference["val-00002.h5"])
+    flipped[len(flipped) // 2] ^= 1
+    (folder / "val-00002.h5").write_bytes(flipped)
+    (folder / "val-00005.h5").unlink()
+    trained = tmp_path / "runs" / "anchornet" / "best.safetensors"
+    trained.parent.mkdir(parents=True)
+    shutil.copy(weights, trained)
+    env = {"ANCHORPATCH_DATA": str(image_folder)}
+    verified = program("shards", "verify", "my shards", env=env)
+    assert verified.returncode == 1
+    summary, advice = verified.stdout.splitlines()[-2:]
+    assert summary == "my shards/val: 7 shards, 2 bad"
+    assert advice.startswith("to write them again: anchorpatch extract --repair --data ")
+    command = shlex.split(advice.partition(": anchorpatch ")[2])
+    assert {"--store-images", "--shard-size", "6", "--preset", "evaluate"} <= set(command)
+    # Its size is right, so nothing else finds it out.
+    assert "6 images in " in program(*command[:1], *command[2:], env=env).stdout
+    assert contents(folder) != reference
+    result = program(*command, env=env)
+    assert result.returncode == 0, result.stderr
+    assert "repair: 1 of 7 shards are damaged" in result.stderr
+    assert "6 images in " in result.stdout
+    assert contents(folder) == reference
+    assert "repair: 0 of 7 shards are damaged" in program(*command, env=env).stderr
+
+
+def test_skipped_images_are_read_again_on_demand(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path
+) -> None:
+    folder = tmp_path / "data" / "val" / "cat"
+    folder.mkdir(parents=True)
+    for i in range(5):
+        with Image.open(image_folder / f"val/cat/{i:02d}.JPEG") as photo:
+            photo.save(folder / f"{i}.png")
+    arguments = ["extract", "--weights", weights, "--shard-size", 2, "--max-bad", "90%"]
+    assert program(*arguments, "--out", "undisturbed").returncode == 0
+    whole = {name: (folder / name).read_bytes() for name in ("0.png", "1.png", "4.png")}
+    for name, data in whole.items():
+        (folder / name).write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    result = program(*arguments)
+    assert "skipped: 3" in result.stdout, result.stderr
+    for name in ("0.png", "1.png"):
+        (folder / name).write_bytes(whole[name])
+    assert "nothing was left to do" in program(*arguments).stdout
+    dry = program(*arguments, "--retry-skipped", "--dry-run", "--json")
+    assert json.loads(dry.stdout)["pending"] == 1
+    result = program(*arguments, "--retry-skipped")
+    assert "retry-skipped: 2 of 3 images have changed, in 1 shard\n" in result.stderr
+    assert "2 images in " in result.stdout
+    assert "skipped: 1" in result.stdout
+    (folder / "4.png").write_bytes(whole["4.png"])
+    assert program(*arguments, "--retry-skipped").returncode == 0
+    assert contents(tmp_path / "shards/val") == contents(tmp_path / "undisturbed/val")
 
 
 def test_interrupts_end_with_their_status_and_leave_whole_shards(
@@ -401,8 +521,8 @@ def test_bad_weights_and_networks_are_one_line(
     ):
         result = program("extract", "--data", image_folder, "--weights", file)
         assert (result.returncode, result.stdout) == (1, "")
-        assert message in result.stderr
-        assert result.stderr.count("\n") == 1
+        assert message in result.stderr.splitlines()[-1]
+        assert len([x for x in result.stderr.splitlines() if x.startswith("anchorpatch: ")]) == 1
     assert not list(tmp_path.glob("shards/val/*.h5*"))
     missing = program("extract", "--data", image_folder)
     assert missing.returncode == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from anchorpatch import __version__
+from anchorpatch.shards.manifest import read_manifest
 from tests.conftest import Program
 from tests.shards.samples import make_split
 
@@ -84,16 +86,74 @@ def test_verify_names_each_bad_shard_and_fails(program: Program, tmp_path: Path)
     manifest.shard_path(0).unlink()
     result = program("shards", "verify", tmp_path / "val", "--jobs", 2)
     assert (result.returncode, result.stderr) == (1, "")
-    first, second, last = result.stdout.splitlines()
+    first, second, last, advice = result.stdout.splitlines()
     assert first == f"{manifest.shard_path(0)}: missing: run the same extract again"
     assert second.startswith(f"{manifest.shard_path(2)}: expected SHA-256 ")
     assert second.endswith("its bytes have changed")
     assert last == f"{tmp_path / 'val'}: 3 shards, 2 bad"
+    command = (
+        f"anchorpatch extract --repair --data DATA --weights WEIGHTS --out {tmp_path} --split val "
+        "--shard-size 8 --preset figure  (WEIGHTS: the file with SHA-256 abababababab...)"
+    )
+    assert advice == f"to write them again: {command}"
     result = program("shards", "verify", tmp_path, "--json", "--jobs", 1)
     assert result.returncode == 1
     found = json.loads(result.stdout)
     assert found["ok"] is False
+    assert found["splits"][0]["repair"] == command
     assert [p["shard"] for p in found["splits"][0]["problems"]] == ["val-00000.h5", "val-00002.h5"]
+
+
+def test_a_damaged_manifest_is_named_beside_other_splits(program: Program, tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        make_split(tmp_path / name, shards=1, per_shard=1, last=1)
+    path = tmp_path / "train" / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"files_count": 1', b'"files_count": 3'))
+    result = program("shards", "verify", tmp_path, "--jobs", 1)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert result.stdout.splitlines() == [
+        f"{path}: damaged (its bytes are not those of its own checksum): restore it, or make it "
+        "and its shards anew with --overwrite",
+        f"{tmp_path / 'train'}: 1 bad",
+        f"{tmp_path / 'val'}: 1 shard, all good",
+    ]
+
+
+def test_parts_made_on_two_disks_are_merged(program: Program, tmp_path: Path) -> None:
+    whole, _ = make_split(tmp_path / "whole" / "val", shards=3, per_shard=1, last=1)
+    for name, gone in (("a", [1, 2]), ("b", [0, 2])):
+        part = shutil.copytree(whole.folder, tmp_path / name / "val")
+        forgotten = [whole.entries[i] for i in gone]
+        read_manifest(part).forget(forgotten)
+        for entry in forgotten:
+            (part / entry.name).unlink()
+    # By hand, one manifest takes the place of the other.
+    by_hand = shutil.copytree(tmp_path / "a", tmp_path / "by hand")
+    shutil.copytree(tmp_path / "b", by_hand, dirs_exist_ok=True)
+    verified = program("shards", "verify", "by hand").stdout.splitlines()
+    assert verified[0] == (
+        "by hand/val/val-00000.h5: has no entry in manifest.json: if it comes from another folder, "
+        "join the folders with `anchorpatch shards merge`, else run the same extract again"
+    )
+    assert verified[2] == "by hand/val: 3 shards, 2 bad"
+    result = program("shards", "merge", "a", "b", "--out", "out")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[:2] == ["out/val: 2 of 3 shards, 2 of them copied now", "missing: val-00002.h5"]
+    assert lines[2].startswith("to write them: anchorpatch extract --data DATA --weights WEIGHTS ")
+    again = json.loads(
+        program("shards", "merge", "a", "whole/val", "--out", "out", "--json").stdout
+    )
+    assert again["ok"] is True
+    assert again["splits"][0]["copied"] == ["val-00002.h5"]
+    assert (tmp_path / "out/val/manifest.json").read_bytes() == (
+        (whole.folder / "manifest.json").read_bytes()
+    )
+    make_split(tmp_path / "c" / "train", shards=1, per_shard=1, last=1)
+    refused = program("shards", "merge", "a", "c", "--out", "other")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "a holds val but c holds train: expected parts of the same splits" in refused.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_show_by_path_and_by_number(program: Program, out: Path, tmp_path: Path) -> None:

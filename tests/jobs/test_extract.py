@@ -1,12 +1,164 @@
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from anchorpatch import storage
+from anchorpatch.errors import ManifestMismatch
+from anchorpatch.images.folder import ImageFolder
 from anchorpatch.jobs import extract
-from anchorpatch.jobs.extract import ExtractConfig
+from anchorpatch.jobs.extract import ExtractConfig, files_digest, shard_ranges
+from anchorpatch.shards.layout import ShardHeader
+from anchorpatch.shards.manifest import Manifest, open_manifest, read_manifest
+from anchorpatch.shards.writer import ShardWriter
+from tests.shards.samples import make_header
+
+
+def folder_of(names: list[int]) -> ImageFolder:
+    """A folder of images that nobody reads."""
+    paths = np.array([b"cat/%03d.jpg" % name for name in sorted(names)])
+    n = len(paths)
+    return ImageFolder(
+        Path("data/val"), "val", paths, np.zeros(n, np.int32), np.ones(n, np.int64), ("cat",)
+    )
+
+
+def begin(
+    out: Path, images: ImageFolder, header: ShardHeader, *, overwrite: bool = False
+) -> Manifest:
+    ranges = shard_ranges(len(images), header.settings.shard_size)
+    return open_manifest(out, header, files_digest(images, ranges), overwrite=overwrite)
+
+
+def make(out: Path, images: ImageFolder, shard_size: int, *, overwrite: bool = False) -> list[str]:
+    """Do what the job does with images of which none can be read; return the shards it made."""
+    header = make_header(shard_size=shard_size)
+    ranges = shard_ranges(len(images), shard_size)
+    digests = files_digest(images, ranges).shards
+    manifest = begin(out, images, header, overwrite=overwrite)
+    pending = manifest.pending()
+    for shard in pending:
+        with ShardWriter(
+            manifest.shard_path(shard), manifest.header, files_sha256=digests[shard]
+        ) as writer:
+            for row in ranges[shard]:
+                writer.skip(images.path(row), "truncated")
+            writer.close(manifest.commit)
+    return [manifest.shard_path(shard).name for shard in pending]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != "."}
+
+
+lists = st.lists(st.integers(0, 99), min_size=1, max_size=60, unique=True)
+sizes = st.integers(1, 20)
+
+
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.os, "fsync", lambda file: None)
+
+
+@pytest.mark.usefixtures("no_sync")
+@given(lists, lists, sizes, st.one_of(st.none(), sizes), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_any_other_list_is_refused_and_remade(
+    was: list[int], now: list[int], size: int, other_size: int | None, longer: bool
+) -> None:
+    if longer:
+        now = sorted(was) + [100 + name for name in now]  # as more of one folder, or a --limit
+    new_size = other_size or size
+    with tempfile.TemporaryDirectory() as name:
+        out, fresh = Path(name, "out"), Path(name, "fresh")
+        make(out, folder_of(was), size)
+        before = contents(out)
+        entries = read_manifest(out).entries
+        made = make(fresh, folder_of(now), new_size)
+        if contents(fresh) != before:
+            with pytest.raises(ManifestMismatch) as caught:
+                make(out, folder_of(now), new_size)
+            message = str(caught.value)
+            assert f"--shard-size was {size}, now {new_size}" in message or new_size == size
+            if sorted(was) != sorted(now):
+                assert f"images were {len(was)}, now {len(now)}" in message
+            if new_size == size:
+                assert any(word in message for word in ("added", "removed", "are new"))
+            assert contents(out) == before
+        remade = make(out, folder_of(now), new_size, overwrite=True)
+        assert contents(out) == contents(fresh)
+        # Exactly those are made again whose part of the list has changed.
+        kept = {e.name for e in entries if before[e.name] == contents(fresh).get(e.name)}
+        assert set(remade) == set(made) - (kept if new_size == size else set())
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it on purpose."""
+
+
+@pytest.mark.usefixtures("no_sync")
+@pytest.mark.parametrize("now", [[*range(9), 20], [*range(12), 20, 21], [1, 2, 3], range(30, 42)])
+def test_a_kill_amid_an_update_is_made_good_by_the_next_run(tmp_path: Path, now: list[int]) -> None:
+    make(tmp_path / "fresh", folder_of(list(now)), 3)
+    for kill in range(100):
+        out = tmp_path / str(kill)
+        make(out, folder_of(list(range(12))), 3)
+        steps = 0
+
+        def step(function: object) -> object:
+            def call(*args: object, **options: object) -> object:
+                nonlocal steps
+                steps += 1
+                if steps > kill:  # noqa: B023
+                    raise Killed
+                return function(*args, **options)  # type: ignore[operator]
+
+            return call
+
+        with (
+            mock.patch.object(Path, "unlink", step(Path.unlink)),
+            mock.patch.object(storage.os, "replace", step(storage.os.replace)),
+        ):
+            try:
+                begin(out, folder_of(list(now)), make_header(shard_size=3), overwrite=True)
+                survived = True
+            except Killed:
+                survived = False
+        for entry in read_manifest(out).entries if (out / "manifest.json").exists() else ():
+            assert (out / entry.name).exists()
+        make(out, folder_of(list(now)), 3, overwrite=True)
+        assert contents(out) == contents(tmp_path / "fresh")
+        if survived:
+            break
+    assert survived
+    assert kill > 1
+
+
+def test_no_shard_no_lock_in(tmp_path: Path) -> None:
+    images = folder_of([1, 2, 3])
+    begin(tmp_path, images, make_header(shard_size=2))
+    # Failed before its first shard.
+    other = make_header(shard_size=2, iou_threshold=0.8)
+    assert begin(tmp_path, images, other).header == other
+    assert begin(tmp_path, folder_of([1, 2]), other).files_count == 2
+    make(tmp_path, folder_of([1, 2]), 2, overwrite=True)
+    with pytest.raises(ManifestMismatch, match=r"--iou-threshold was 0\.3, now 0\.8"):
+        begin(tmp_path, images, other)
+
+
+def test_kept_shards_keep_the_version_that_wrote_them(tmp_path: Path) -> None:
+    make(tmp_path, folder_of([1, 2, 3]), 2)
+    newer = replace(make_header(shard_size=2), version="99.0")
+    assert begin(tmp_path, folder_of([1, 2, 3, 4]), newer, overwrite=True).header.version != "99.0"
+    assert begin(tmp_path, folder_of([5, 6]), newer, overwrite=True).header.version == "99.0"
 
 
 def test_a_shard_that_lacks_a_batch_is_not_kept(

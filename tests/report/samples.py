@@ -15,9 +15,8 @@ from anchorpatch.jobs.evaluate import EvaluateSummary
 from anchorpatch.jobs.evaluation.network_speed import Speed
 from anchorpatch.jobs.evaluation.tables import Table3, Table3Row, Table4, Table4Row
 from anchorpatch.jobs.scores import OUTPUTS
-from anchorpatch.shards.manifest import read_manifest
 from tests.conftest import draw_photo
-from tests.shards.samples import make_split
+from tests.shards.samples import edit_manifest, make_split
 
 #: A folder's name that is no UTF-8 on disk, with all that HTML and mathtext make something of.
 EVIL = "<b>&amp;\"'$x^{_`🦊\udcff"
@@ -150,13 +149,11 @@ def write_all(root: Path) -> Path:
 
 def skip_images(split: Path) -> None:
     """Let the manifest tell of two images that could not be read."""
-    path = read_manifest(split).folder / "manifest.json"
-    document = json.loads(path.read_text())
-    document["shards"][0]["skipped"] = [
+    skipped = [
         ["cat/<img src=x onerror=alert(1)>.jpg", "truncated"],
         ["cat/caf\udce9.jpg", "empty file"],
     ]
-    path.write_text(json.dumps(document))
+    edit_manifest(split, lambda document: document["shards"][0].update(skipped=skipped))
 
 
 def sheet(width: int = 1400, height: int = 1200) -> Image.Image:

@@ -19,26 +19,20 @@ def test_every_item_belongs_to_one_task(total: int, ranks: int, items: int) -> N
         assert sum(task.owns(item) for task in tasks) == 1
 
 
-def test_slurm_arrays_may_start_and_step_anywhere() -> None:
-    found = []
-    for task in (3, 5, 7, 9):
-        array = {"ID": task, "MIN": 3, "STEP": 2, "COUNT": 4}
-        environment = {f"SLURM_ARRAY_TASK_{name}": str(v) for name, v in array.items()}
-        found.append(resolve_task(None, environment))
-    assert [(t.index, t.total) for t in found] == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    # What is said on the command line goes before it.
+@pytest.mark.parametrize("job", [0, 3, 12])
+def test_the_jobs_of_a_slurm_array_share_all_items(job: int) -> None:
+    # As SLURM sets them for --array=3,7,12: nothing that a partition follows from.
+    array = {"ID": job, "MIN": 3, "MAX": 12, "STEP": 1, "COUNT": 3}
+    environment = {f"SLURM_ARRAY_TASK_{name}": str(v) for name, v in array.items()}
+    assert resolve_task(None, environment) == Task(0, 1, f"SLURM array task {job}", job)
+    # The command line has precedence.
     assert resolve_task("0/1", environment) == Task(source="--task 0/1")
+    environment |= {"RANK": "1", "WORLD_SIZE": "2"}
+    both = f"SLURM array task {job}, torchrun rank 1 of 2"
+    assert resolve_task(None, environment) == Task(1, 2, both, job)
 
 
 @pytest.mark.parametrize("text", ["", "1", "4/4", "-1/4", "a/b", "1/0", "1/2/3", " 0/2"])
 def test_other_forms_are_refused(text: str) -> None:
     with pytest.raises(SettingsError, match="--task: expected I/N"):
         resolve_task(text, {})
-
-
-def test_slurm_without_a_count_is_refused() -> None:
-    with pytest.raises(SettingsError, match="SLURM_ARRAY_TASK_COUNT"):
-        resolve_task(None, {"SLURM_ARRAY_TASK_ID": "3"})
-    outside = {"ID": "9", "MIN": "0", "COUNT": "4"}
-    with pytest.raises(SettingsError, match="outside an array of 4"):
-        resolve_task(None, {f"SLURM_ARRAY_TASK_{k}": v for k, v in outside.items()})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +56,15 @@ def make_batch(n: int, seed: int = 0, *, width: int = 5, start: int = 0) -> Patc
         corners=corners * valid[..., None],
         scores=scores * valid,
     )
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest, into one without a checksum as earlier versions wrote it."""
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    data.pop("sha256", None)
+    change(data)
+    path.write_text(json.dumps(data))
 
 
 def split_batch(batch: PatchBatch, sizes: list[int]) -> Iterator[PatchBatch]:

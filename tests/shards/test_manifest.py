@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from anchorpatch.errors import ManifestMismatch, ShardError
+from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError
 from anchorpatch.settings import CropSettings
 from anchorpatch.shards.layout import ShardHeader, ShardSettings, decode_text
 from anchorpatch.shards.manifest import (
@@ -20,7 +20,7 @@ from anchorpatch.shards.manifest import (
     read_manifest,
 )
 from anchorpatch.shards.writer import ShardWriter
-from tests.shards.samples import CLASSES, make_header, make_split
+from tests.shards.samples import CLASSES, edit_manifest, make_header, make_split
 
 
 def digest_of(paths: list[str], size: int = 8) -> FilesDigest:
@@ -46,6 +46,14 @@ def entry(index: int, **changes: object) -> ShardEntry:
         files_sha256="cd" * 32,
     )
     return ShardEntry(**{**values, **changes})
+
+
+def begin(folder: Path, header: ShardHeader, files: FilesDigest) -> Manifest:
+    """Begin a split that has a shard, which other inputs may not take the place of."""
+    manifest = open_manifest(folder, header, files)
+    for split in ("val", "train"):
+        (folder / f"{split}-00000.h5").write_bytes(b"h5")
+    return manifest.commit(entry(0, bytes=2, files_sha256=files.shards[0]))
 
 
 def test_entries_and_header_survive_the_file(tmp_path: Path) -> None:
@@ -82,7 +90,7 @@ def test_the_file_has_one_line_a_shard(tmp_path: Path) -> None:
     manifest, _ = make_split(tmp_path / "val")
     lines = (tmp_path / "val" / "manifest.json").read_text().splitlines()
     assert sum('"name": "val-0' in line for line in lines) == 3
-    assert len(lines) == 18
+    assert len(lines) == 19
     assert manifest.pending() == []
 
 
@@ -93,9 +101,8 @@ def test_pending_are_shards_without_entry_or_of_another_size(tmp_path: Path) -> 
     with manifest.shard_path(2).open("ab") as file:
         file.write(b"x")
     assert manifest.pending() == [0, 2]
-    data = json.loads((manifest.folder / "manifest.json").read_text())
-    del data["shards"][3]  # a run that was killed between the shard and its entry
-    (manifest.folder / "manifest.json").write_text(json.dumps(data))
+    # A run that was killed between the shard and its entry.
+    edit_manifest(manifest.folder, lambda data: data["shards"].pop(3))
     assert manifest.shard_path(3).exists()
     assert manifest.pending() == [0, 2, 3]
 
@@ -137,7 +144,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, change: dict, messag
         open_manifest(manifest.folder, other, FilesDigest(21, "f0" * 32, ()))
     assert str(caught.value) == (
         f"{manifest.folder} holds shards made from other inputs: {message}. "
-        "Choose another --out, or --overwrite to make them anew"
+        "Choose another --out, or --overwrite to replace what differs"
     )
     assert {p.name: p.read_bytes() for p in manifest.folder.iterdir()} == before
 
@@ -150,7 +157,7 @@ def test_every_setting_is_compared() -> None:
 def test_jpeg_quality_counts_for_jpeg_alone(tmp_path: Path) -> None:
     assert make_header(jpeg_quality=50) == make_header()
     files = digest_of(["a"])
-    open_manifest(tmp_path, make_header(codec="jpeg"), files)
+    begin(tmp_path, make_header(codec="jpeg"), files)
     with pytest.raises(ManifestMismatch, match="--jpeg-quality was 95, now 50"):
         open_manifest(tmp_path, make_header(codec="jpeg", jpeg_quality=50), files)
 
@@ -173,13 +180,13 @@ def test_jpeg_quality_counts_for_jpeg_alone(tmp_path: Path) -> None:
 )
 def test_other_inputs_are_refused_by_name(tmp_path: Path, change: dict, message: str) -> None:
     files = digest_of(["a"])
-    open_manifest(tmp_path, make_header(), files)
+    begin(tmp_path, make_header(), files)
     with pytest.raises(ManifestMismatch, match=message):
         open_manifest(tmp_path, replace(make_header(), **change), files)
 
 
 def test_all_differences_are_named(tmp_path: Path) -> None:
-    open_manifest(tmp_path, make_header(), digest_of(["a"]))
+    begin(tmp_path, make_header(), digest_of(["a"]))
     other = make_header("train", codec="jpeg", preset=None)
     with pytest.raises(ManifestMismatch) as caught:
         open_manifest(tmp_path, other, digest_of(["a", "b"]))
@@ -230,6 +237,7 @@ def test_the_first_removed_and_added_file_are_named(
     assert "val-00000.h5 has the same names, but a file's size or label" in message(paths, resized)
     manifest.shard_path(1).unlink()
     assert "images were 21, now 20. Choose" in message(gone)
+    assert "21, now 21, with other names, sizes or labels. Choose" in message(renamed)
 
 
 def test_files_added_after_the_last_full_shard(files_of: tuple[Manifest, list[str]]) -> None:
@@ -238,7 +246,8 @@ def test_files_added_after_the_last_full_shard(files_of: tuple[Manifest, list[st
         manifest.folder.with_name("whole"), manifest.header, digest_of(paths[:16])
     )
     for index in range(2):
-        whole = whole.commit(replace(manifest.entries[index]))
+        shutil.copy(manifest.shard_path(index), whole.shard_path(index))
+        whole = whole.commit(manifest.entries[index])
     with pytest.raises(ManifestMismatch, match=r"16, now 21 \(those after number 16 are new\)"):
         open_manifest(whole.folder, manifest.header, digest_of(paths))
 
@@ -252,8 +261,7 @@ def test_overwrite_with_equal_inputs_continues(tmp_path: Path) -> None:
 
 def test_overwrite_removes_what_is_ours_and_nothing_else(tmp_path: Path) -> None:
     manifest, _ = make_split(tmp_path / "val")
-    ours = {"val-00000.h5", "val-00001.h5", "val-00002.h5", "val-00007.h5.tmp"}
-    (manifest.folder / "val-00007.h5.tmp").write_bytes(b"left over")
+    ours = {"val-00000.h5", "val-00001.h5", "val-00002.h5"}
     others = {"notes.txt", "val-1.h5", "val-00000.h5.bak", "train-00000.h5", "my-val-00000.h5"}
     for name in others:
         (manifest.folder / name).write_text("not ours")
@@ -305,9 +313,7 @@ def test_fields_of_another_kind_are_a_damaged_manifest(
     tmp_path: Path, field: str, value: object
 ) -> None:
     open_manifest(tmp_path, make_header(), digest_of(["a"])).commit(entry(0))
-    path = tmp_path / "manifest.json"
-    data = json.loads(path.read_text())
-    path.write_text(json.dumps({**data, field: value}))
+    edit_manifest(tmp_path, lambda data: data.update({field: value}))
     with pytest.raises(ShardError, match="damaged"):
         read_manifest(tmp_path)
 
@@ -337,6 +343,63 @@ def test_a_folder_begun_anew_refuses_old_entries(tmp_path: Path) -> None:
     with pytest.raises(ManifestMismatch, match="another run began this folder anew"):
         old.commit(entry(0))
     assert new.commit(entry(0)).entries == (entry(0),)
+
+
+def test_manifests_of_earlier_versions_lack_the_checksum_and_are_read(tmp_path: Path) -> None:
+    manifest, _ = make_split(tmp_path / "val")
+    edit_manifest(manifest.folder, lambda data: None)
+    assert read_manifest(manifest.folder) == manifest
+    manifest.commit(manifest.entries[0])
+    assert b'"sha256": "' in (manifest.folder / "manifest.json").read_bytes()[-80:]
+
+
+def test_forgotten_shards_are_pending(tmp_path: Path) -> None:
+    manifest, _ = make_split(tmp_path / "val")
+    other = replace(manifest.entries[2], sha256="12" * 32)  # was made again meanwhile
+    assert manifest.forget([manifest.entries[1], other]).entries == (
+        manifest.entries[0],
+        manifest.entries[2],
+    )
+    assert manifest.pending() == [1]
+    assert manifest.shard_path(1).exists()
+
+
+def test_shards_that_a_process_is_writing_are_not_overwritten(tmp_path: Path) -> None:
+    manifest, _ = make_split(tmp_path / "val")
+    other = make_header(iou_threshold=0.8)
+    before = {p.name: p.read_bytes() for p in manifest.folder.iterdir()}
+    with ShardWriter(manifest.folder / "val-00007.h5", manifest.header) as writer:
+        with pytest.raises(ShardBusy, match=r"val-00007\.h5: another process is writing"):
+            open_manifest(manifest.folder, other, digest_of(["a"]), overwrite=True)
+        writer.abort()
+    assert {p.name: p.read_bytes() for p in manifest.folder.iterdir()} == before
+
+
+def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
+    other, files = make_header(iou_threshold=0.8), digest_of(["a"])
+    assert open_manifest(tmp_path / "new", other, files, dry_run=True).missing() == [0]
+    assert not (tmp_path / "new").exists()
+    manifest, _ = make_split(tmp_path / "val")
+    before = {p.name: p.read_bytes() for p in manifest.folder.iterdir()}
+    with pytest.raises(ManifestMismatch):
+        open_manifest(manifest.folder, other, files, dry_run=True)
+    again = open_manifest(manifest.folder, other, files, overwrite=True, dry_run=True)
+    assert (again.header, again.missing()) == (other, [0])
+    assert {p.name: p.read_bytes() for p in manifest.folder.iterdir()} == before
+
+
+def test_old_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    manifest, _ = make_split(tmp_path / "val")
+    old = [".val-00000.h5.0123456789ab.tmp", ".manifest.json.0123456789ab.tmp", "val-00001.h5.tmp"]
+    kept = [".val-00002.h5.0123456789ab.tmp", ".notes.tmp"]
+    for name in (*old, *kept):
+        (manifest.folder / name).touch()
+    for name in (*old, ".notes.tmp"):
+        os.utime(manifest.folder / name, (0, 0))
+    open_manifest(manifest.folder, manifest.header, FilesDigest(21, "f0" * 32, ()))
+    names = {p.name for p in manifest.folder.iterdir()}
+    assert names.isdisjoint(old)
+    assert names.issuperset(kept)
 
 
 def _commit_some(folder: Path, header: ShardHeader, start: int) -> None:

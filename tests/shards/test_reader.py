@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import subprocess
@@ -23,7 +22,7 @@ from anchorpatch.shards import PatchDataset, ShardReader
 from anchorpatch.shards.access import Maps
 from anchorpatch.shards.layout import CODECS, SCALES
 from anchorpatch.shards.manifest import FilesDigest, open_manifest
-from tests.shards.samples import CLASSES, make_header, make_split
+from tests.shards.samples import CLASSES, edit_manifest, make_header, make_split
 
 
 @pytest.fixture(scope="module")
@@ -241,9 +240,7 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
 def test_shards_that_are_not_made_yet(tmp_path: Path) -> None:
     header = make_header(shard_size=8)
     manifest, _ = make_split(tmp_path / "val", shards=1, last=8)
-    path = manifest.folder / "manifest.json"
-    data = json.loads(path.read_text())
-    path.write_text(json.dumps({**data, "files_count": 30}))
+    edit_manifest(manifest.folder, lambda data: data.update(files_count=30))
     with pytest.raises(ShardError, match=r"3 of 4 shards are not made yet \(first val-00001.h5\)"):
         ShardReader(manifest.folder)
     reader = ShardReader(manifest.folder, partial=True)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from anchorpatch.errors import ShardError
 from anchorpatch.shards.layout import CODECS
 from anchorpatch.shards.verify import ShardProblem, verify_folder
-from tests.shards.samples import adopt, make_split
+from tests.shards.samples import adopt, edit_manifest, make_split
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -45,6 +44,24 @@ def test_any_flipped_byte_is_named(tmp_path: Path) -> None:
     assert verify_folder(tmp_path / "val", jobs=1) == []
 
 
+def test_any_flipped_bit_of_the_manifest_is_named(tmp_path: Path) -> None:
+    manifest, _ = make_split(tmp_path / "val", shards=1, per_shard=1, last=1)
+    path = manifest.folder / "manifest.json"
+    whole = path.read_bytes()
+    for at in (*range(0, len(whole), 3), *range(len(whole) - 90, len(whole))):
+        data = bytearray(whole)
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+        (problem,) = verify_folder(manifest.folder, jobs=1)
+        assert problem.shard == "manifest.json"
+        assert "\n" not in problem.problem
+    for at in range(1, len(whole), 29):
+        path.write_bytes(whole[:at])
+        assert [p.shard for p in verify_folder(manifest.folder, jobs=1)] == ["manifest.json"], at
+    path.write_bytes(whole)
+    assert verify_folder(manifest.folder, jobs=1) == []
+
+
 def test_missing_cut_and_foreign_files_are_named(tmp_path: Path) -> None:
     manifest, _ = make_split(tmp_path / "val", shards=4)
     manifest.shard_path(0).unlink()
@@ -52,18 +69,19 @@ def test_missing_cut_and_foreign_files_are_named(tmp_path: Path) -> None:
     manifest.shard_path(1).write_bytes(data[:-10])
     (manifest.folder / "val-00009.h5").write_bytes(b"x")
     (manifest.folder / "val-00003.h5.tmp").write_bytes(b"left by a killed run")
-    path = manifest.folder / "manifest.json"
-    contents = json.loads(path.read_text())
-    del contents["shards"][2]
-    path.write_text(json.dumps(contents))
+    edit_manifest(manifest.folder, lambda data: data["shards"].pop(2))
     assert verify_folder(manifest.folder, jobs=1) == [
         ShardProblem("val-00000.h5", "missing: run the same extract again"),
         ShardProblem(
             "val-00001.h5",
             f"expected {len(data):,} bytes, found {len(data) - 10:,}: run the same extract again",
         ),
-        ShardProblem("val-00002.h5", "has no entry in manifest.json: run the same extract again"),
-        ShardProblem("val-00009.h5", "is not in manifest.json"),
+        ShardProblem(
+            "val-00002.h5",
+            "has no entry in manifest.json: if it comes from another folder, join the folders with "
+            "`anchorpatch shards merge`, else run the same extract again",
+        ),
+        ShardProblem("val-00009.h5", "has no entry in manifest.json"),
     ]
 
 
