@@ -60,7 +60,7 @@ def our_batches(args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
     plan = [(0, order[i : i + args.batch]) for i in range(0, len(order) - args.batch, args.batch)]
     mean, std = (torch.tensor(v, device=args.device) for v in (META.mean, META.std))
     cuda = args.device != "cpu"
-    for rows, pixels, _, _ in load_training_batches(
+    for rows, pixels, *_ in load_training_batches(
         folder, plan, RandomCrop(), workers=args.workers, cache=cache, pin_memory=cuda
     ):
         labels = torch.from_numpy(folder.labels[rows].astype(np.int64))

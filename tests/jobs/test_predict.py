@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from anchorpatch.errors import NonFiniteError, SettingsError, WeightsError
+from anchorpatch.images.decode import decode
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.jobs.networks import load_checkpoint
 from anchorpatch.jobs.predict import PredictConfig, Prediction, Predictor, Unreadable
 from anchorpatch.lsp import PRESETS
 from anchorpatch.models.registry import build
-from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
+from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights, save_weights
 from anchorpatch.shards.reader import ShardReader
 from tests.jobs.small_networks import save_small_network
 
@@ -64,6 +65,18 @@ def test_the_same_as_extracting_and_adding_softmaxes(
         for (_, p), c in zip(prediction.classes, best, strict=True):
             assert p == pytest.approx(float(total[c]), abs=1e-5)
     assert len(scales) > 1
+
+
+def test_pictures_are_cropped_as_the_weights_say(
+    tmp_path: Path, image_folder: Path, weights: Path, network: Path
+) -> None:
+    anchornet = load_weights(weights)
+    squash = replace(anchornet.meta, crop_mode="squash")
+    save_weights(tmp_path / "squash.safetensors", anchornet.tensors, squash)
+    path = image_folder / "val" / "cat" / "03.JPEG"
+    (found,) = predict(PredictConfig(network, tmp_path / "squash.safetensors"), [path])
+    assert isinstance(found, Prediction)
+    np.testing.assert_array_equal(found.crop, decode(path.read_bytes(), squash.cropping).pixels)
 
 
 def test_bad_files_keep_their_places(

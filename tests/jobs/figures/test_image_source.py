@@ -8,6 +8,7 @@ import pytest
 from anchorpatch.errors import ShardError
 from anchorpatch.images.decode import decode
 from anchorpatch.jobs.figures.image_source import ImageSource
+from anchorpatch.settings import CropSettings
 from anchorpatch.shards.reader import ShardReader
 from tests.jobs.patch_shards import Drawn, classes_of, write_shards
 
@@ -25,6 +26,13 @@ def test_a_folder_gives_its_crops_in_the_order_asked_for(image_folder: Path):
             assert source.classes[label] == path.split("/")[0]
             expected = decode((image_folder / "val" / path).read_bytes()).pixels
             assert np.array_equal(pixels.numpy(), expected)
+
+
+def test_images_are_cropped_as_asked_for(image_folder: Path):
+    crop = CropSettings("squash")
+    source = ImageSource.of_folder(image_folder, "val", crop=crop)
+    expected = decode((image_folder / "val" / source.path(5)).read_bytes(), crop).pixels
+    assert np.array_equal(source.pixels([5])[0], expected)
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out(tmp_path: Path, image_folder: Path):
