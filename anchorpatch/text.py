@@ -1,11 +1,12 @@
-"""Text for people: names from files, numbers and counts, the same on a terminal and on a page."""
+"""Text for people: names, numbers and counts, the same on a terminal and on a page."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Final
 
-__all__ = ["clean", "counted", "decimal", "percent"]
+__all__ = ["clean", "counted", "decimal", "differing", "few", "percent"]
 
 #: What no HTML may hold: control characters, and halves of surrogate pairs, which stand for
 #: bytes of file names that are no UTF-8.
@@ -63,3 +64,27 @@ def counted(count: int, noun: str, nouns: str = "") -> str:
         ('1 image', '1,200 patches')
     """
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def few(names: Sequence[str]) -> str:
+    """Name the first of some things.
+
+    Example:
+        >>> few(("cat", "dog")), few(("ant", "bee", "cat", "dog"))
+        ('cat, dog', 'ant, bee, cat, ...')
+    """
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def differing(train: Sequence[str], val: Sequence[str]) -> str:
+    """Say how the classes of two splits differ, which they do.
+
+    Example:
+        >>> differing(("cat", "dog"), ("ant", "cat")), differing(("a", "b"), ("b", "a"))
+        ('dog only in train, ant only in val', 'another order')
+    """
+    ours, theirs = set(train), set(val)
+    lacking = [f"{name} only in train" for name in sorted(ours - theirs)]
+    lacking += [f"{name} only in val" for name in sorted(theirs - ours)]
+    more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+    return ", ".join(lacking[:5]) + more if lacking else "another order"

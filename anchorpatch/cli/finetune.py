@@ -128,7 +128,7 @@ def finetune(
     torchrun --nproc-per-node 8 -m anchorpatch finetune densenet169 --amp --sync-batchnorm
     """
     from anchorpatch.jobs.finetune import SCRATCH, FinetuneConfig, forecast, run
-    from anchorpatch.jobs.networks import run_folder
+    from anchorpatch.networks import run_folder
     from anchorpatch.runtime.device import cpu_count, use_threads
     from anchorpatch.runtime.progress import reporter
 

@@ -22,9 +22,9 @@ import numpy.typing as npt
 from anchorpatch.errors import DataError, reason_of
 from anchorpatch.images.labels import read_labels
 from anchorpatch.storage import patiently
-from anchorpatch.text import counted
+from anchorpatch.text import counted, few
 
-__all__ = ["EXTENSIONS", "ImageFolder", "scan_folder", "spread_rows"]
+__all__ = ["EXTENSIONS", "ImageFolder", "scan_folder", "spread_rows", "without_images"]
 
 #: What an image's name ends with, in any case.
 EXTENSIONS: Final = (
@@ -120,6 +120,27 @@ def spread_rows(count: int, limit: int | None) -> npt.NDArray[np.int64]:
     """
     taken = count if limit is None else min(limit, count)
     return np.arange(taken, dtype=np.int64) * count // max(taken, 1)
+
+
+def without_images(labels: npt.NDArray[np.integer], classes: Sequence[str]) -> str | None:
+    """Name the classes that none of some images has; None where each class has one.
+
+    Args:
+        labels: index of each image's class (n,).
+        classes: names of the classes.
+
+    Example:
+        >>> without_images(np.array([0, 2]), ("ant", "bee", "cat", "dog"))
+        '2 of 4 classes have no image among the 2 images taken: bee, dog'
+    """
+    absent = np.setdiff1d(np.arange(len(classes)), labels)
+    if not len(absent):
+        return None
+    have = "has" if len(absent) == 1 else "have"
+    return (
+        f"{len(absent):,} of {counted(len(classes), 'class', 'classes')} {have} no image among the "
+        f"{counted(len(labels), 'image')} taken: {few([classes[i] for i in absent])}"
+    )
 
 
 def scan_folder(

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from anchorpatch.errors import TooManyBadImages
-from anchorpatch.images.folder import ImageFolder, scan_folder
+from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
 from anchorpatch.images.loader import load_batches
-from anchorpatch.jobs.class_names import without_images
 from anchorpatch.jobs.localizer import load_anchornet, normalize
 from anchorpatch.jobs.scores import Scores, per_branch
 from anchorpatch.lsp import PRESETS, SCALES, decide, localize

@@ -31,10 +31,9 @@ from anchorpatch.errors import (
     ShardBusy,
     TooManyBadImages,
 )
-from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows
+from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows, without_images
 from anchorpatch.images.loader import load_batches
 from anchorpatch.images.workers import Batch
-from anchorpatch.jobs.class_names import without_images
 from anchorpatch.jobs.extract_summary import ExtractSummary, summarize
 from anchorpatch.jobs.localizer import Localizer, Pending
 from anchorpatch.jobs.sink import ShardSink

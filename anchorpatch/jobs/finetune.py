@@ -22,12 +22,12 @@ from torch.nn import functional
 from anchorpatch.errors import WeightsError, reason_of
 from anchorpatch.jobs.finetuning.config import FREE, SCRATCH, FinetuneConfig
 from anchorpatch.jobs.finetuning.setup import Setup, prepare
-from anchorpatch.jobs.network_weights import OR_NONE, find_pretrained
-from anchorpatch.jobs.networks import load_network
 from anchorpatch.jobs.training.augment import Augmentation
 from anchorpatch.jobs.training.runlog import RunLog, write_config
 from anchorpatch.jobs.training.task import Batch, Piece, Waiting
 from anchorpatch.jobs.training.trainer import Trainer
+from anchorpatch.network_weights import OR_NONE, find_pretrained
+from anchorpatch.networks import load_network
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from anchorpatch.runtime.device import resolve_device, to_device
 from anchorpatch.runtime.distributed import World, process_group

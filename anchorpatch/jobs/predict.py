@@ -25,7 +25,9 @@ from anchorpatch.images.decode import Decoded, decode
 from anchorpatch.images.loader import read_image
 from anchorpatch.jobs.evaluation.patch_scores import Distributions
 from anchorpatch.jobs.localizer import Localized, Localizer
-from anchorpatch.jobs.networks import (
+from anchorpatch.lsp import PRESETS, SCALES, LspSettings, crop
+from anchorpatch.models.registry import check_name
+from anchorpatch.networks import (
     Network,
     best_weights,
     check_sides,
@@ -33,8 +35,6 @@ from anchorpatch.jobs.networks import (
     load_network,
     run_folder,
 )
-from anchorpatch.lsp import PRESETS, SCALES, LspSettings, crop
-from anchorpatch.models.registry import check_name
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
 from anchorpatch.settings import CropSettings

@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from anchorpatch.errors import WeightsError
-from anchorpatch.images.folder import spread_rows
-from anchorpatch.jobs.class_names import without_images
+from anchorpatch.images.folder import spread_rows, without_images
 from anchorpatch.jobs.evaluation.config import EvaluateNetworkConfig
 from anchorpatch.jobs.evaluation.network_speed import Speed, measure_speed
 from anchorpatch.jobs.evaluation.patch_scores import (
@@ -29,7 +28,11 @@ from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
 from anchorpatch.jobs.evaluation.tables import WHOLE, Costs
 from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_images
 from anchorpatch.jobs.localizer import Localizer
-from anchorpatch.jobs.networks import (
+from anchorpatch.lsp import SCALES, LspSettings
+from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.models.complexity import macs
+from anchorpatch.models.registry import build_on_meta, check_name
+from anchorpatch.networks import (
     Network,
     best_weights,
     check_sides,
@@ -38,10 +41,6 @@ from anchorpatch.jobs.networks import (
     load_tuned,
     run_folder,
 )
-from anchorpatch.lsp import SCALES, LspSettings
-from anchorpatch.models.anchornet import AnchorNet
-from anchorpatch.models.complexity import macs
-from anchorpatch.models.registry import build_on_meta, check_name
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import World, process_group

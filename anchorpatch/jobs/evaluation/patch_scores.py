@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from anchorpatch.errors import CorruptShard, DataError, ShardError, WeightsError
 from anchorpatch.images.folder import spread_rows
-from anchorpatch.jobs.class_names import few
 from anchorpatch.jobs.evaluation.image_parts import ScalePlan, added_by_image
 from anchorpatch.jobs.evaluation.score_figures import (
     PatchFigures,
@@ -37,6 +36,7 @@ from anchorpatch.runtime.distributed import World, sum_ranks
 from anchorpatch.shards.batches import load_rows
 from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.reader import ShardReader
+from anchorpatch.text import few
 
 __all__ = [
     "Distributions",

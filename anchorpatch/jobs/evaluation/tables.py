@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from anchorpatch.jobs.evaluation.network_speed import Speed
 from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
-from anchorpatch.jobs.networks import asked_text
+from anchorpatch.networks import asked_text
 
 __all__ = [
     "WHOLE",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anchorpatch.errors import DataError, SettingsError, WeightsError
-from anchorpatch.jobs.class_names import without_images
+from anchorpatch.images.folder import without_images
 from anchorpatch.jobs.evaluation.patch_scores import Distributions
 from anchorpatch.jobs.figures.area_localizers import (
     Localize,
@@ -38,7 +38,7 @@ from anchorpatch.jobs.figures.coverage_curves import (
 )
 from anchorpatch.jobs.figures.image_source import Crops, ImageSource
 from anchorpatch.jobs.figures.pixel_order import mask_of_area, pixel_positions
-from anchorpatch.jobs.networks import (
+from anchorpatch.networks import (
     Network,
     load_checkpoint,
     load_for_whole_images,

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from anchorpatch.errors import DataError, NothingToShow, SettingsError
-from anchorpatch.jobs.class_names import few
 from anchorpatch.jobs.figures.examples import Choice, Survey, look_at, spread
 from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.figures.record import LookedAt, ShownImages
@@ -20,7 +19,7 @@ from anchorpatch.lsp import PRESETS, SCALES, STRIDE, LspSettings, select
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.text import counted
+from anchorpatch.text import counted, few
 
 __all__ = ["BranchError", "BranchErrors", "ErrorsConfig", "Evidence", "Typical", "find_errors"]
 

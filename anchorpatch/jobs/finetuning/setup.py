@@ -11,20 +11,19 @@ from typing import Any
 from torch import nn
 
 from anchorpatch.errors import DataError, SettingsError
-from anchorpatch.jobs.class_names import differing
 from anchorpatch.jobs.evaluation.patch_scores import open_shards
 from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_images
 from anchorpatch.jobs.finetuning.config import FinetuneConfig
 from anchorpatch.jobs.finetuning.data import Data, PatchData, WholeData
 from anchorpatch.jobs.finetuning.plan import Plan
-from anchorpatch.jobs.networks import check_sides
 from anchorpatch.lsp import SCALES
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build_on_meta
+from anchorpatch.networks import check_sides
 from anchorpatch.runtime.distributed import World
 from anchorpatch.shards.batches import visited
 from anchorpatch.shards.reader import ShardReader
-from anchorpatch.text import counted
+from anchorpatch.text import counted, differing
 
 __all__ = ["Cost", "Setup", "prepare"]
 

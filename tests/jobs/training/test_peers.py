@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional
 
 from anchorpatch.errors import Interrupted, SettingsError, WeightsError
-from anchorpatch.jobs.networks import load_checkpoint
 from anchorpatch.jobs.train import ARCHITECTURES, TrainConfig, run
 from anchorpatch.jobs.training.bagnet import LogitFigures
 from anchorpatch.jobs.training.image_task import open_images
@@ -22,6 +21,7 @@ from anchorpatch.jobs.training.saccader import LocationTask, ReinforceTask, best
 from anchorpatch.models.bagnet import BagNet
 from anchorpatch.models.registry import NETWORKS
 from anchorpatch.models.saccader import GLIMPSES, Saccader
+from anchorpatch.networks import load_checkpoint
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter

@@ -11,8 +11,10 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from anchorpatch.errors import SettingsError, WeightsError
-from anchorpatch.jobs.class_names import few
-from anchorpatch.jobs.network_weights import (
+from anchorpatch.lsp import SCALES
+from anchorpatch.models.complexity import refusal
+from anchorpatch.models.registry import build, build_on_meta, check_name, run_name
+from anchorpatch.network_weights import (
     NAME_A_FILE,
     OR_NONE,
     Found,
@@ -22,10 +24,8 @@ from anchorpatch.jobs.network_weights import (
     pretrained,
     read_file,
 )
-from anchorpatch.lsp import SCALES
-from anchorpatch.models.complexity import refusal
-from anchorpatch.models.registry import build, build_on_meta, check_name, run_name
 from anchorpatch.runtime.checkpoint import WeightsMeta, check_tensors, load_weights
+from anchorpatch.text import few
 
 __all__ = [
     "Network",

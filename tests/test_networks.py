@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from anchorpatch.errors import MissingDependency, SettingsError, WeightsError
-from anchorpatch.jobs.network_weights import read_file
-from anchorpatch.jobs.networks import (
+from anchorpatch.models.registry import build, build_on_meta
+from anchorpatch.network_weights import read_file
+from anchorpatch.networks import (
     Network,
     check_sides,
     load_checkpoint,
@@ -24,7 +25,6 @@ from anchorpatch.jobs.networks import (
     load_network,
     run_folder,
 )
-from anchorpatch.models.registry import build, build_on_meta
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 
 #: A small network whose head is a linear layer, and one whose head is a convolution.
