@@ -11,9 +11,8 @@ of `SCALES` everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anchorpatch.errors import NonFiniteError, SettingsError
+from anchorpatch.settings import PRESETS, SCALES, STRIDE, LspSettings
 
 __all__ = [
     "PRESETS",
@@ -40,55 +40,6 @@ __all__ = [
     "select",
     "to_pixels",
 ]
-
-#: Side theta of the patches of each branch, in pixels: the receptive fields of Table 2.
-SCALES: Final = (63, 95, 111)
-
-#: Distance of neighbouring patches in pixels: the accumulated stride of every branch.
-STRIDE: Final = 8
-
-
-@dataclass(frozen=True)
-class LspSettings:
-    """The parameters of Algorithm 1, one value for each scale where the paper has one.
-
-    Attributes:
-        max_patches: K, the most patches an image may have.
-        iou_threshold: T; a patch is taken while its IoU with every taken patch is below it.
-        coverage: P, the share of all locations that are candidates, in (0, 1].
-
-    Raises:
-        SettingsError: a value outside its range.
-    """
-
-    max_patches: tuple[int, int, int]
-    iou_threshold: float
-    coverage: tuple[float, float, float]
-
-    def __post_init__(self) -> None:
-        if len(self.max_patches) != len(SCALES) or min(self.max_patches) < 1:
-            raise SettingsError(
-                f"max_patches: expected {len(SCALES)} whole numbers of at least 1, "
-                f"one for each scale, got {self.max_patches}"
-            )
-        if not 0 <= self.iou_threshold <= 1:
-            raise SettingsError(
-                f"iou_threshold: expected a number from 0 to 1, got {self.iou_threshold}"
-            )
-        if len(self.coverage) != len(SCALES) or not all(0 < p <= 1 for p in self.coverage):
-            raise SettingsError(
-                f"coverage: expected {len(SCALES)} shares above 0 and up to 1, "
-                f"one for each scale, got {self.coverage}"
-            )
-
-
-#: ``figure`` and ``finetune`` are the two settings of section 4.1. ``evaluate`` is ours: the
-#: paper does not print what gave its 5.6, 2.9 and 2.1 patches an image.
-PRESETS: Final = {
-    "figure": LspSettings((5, 3, 2), 0.3, (0.05, 0.04, 0.03)),
-    "finetune": LspSettings((24, 10, 8), 0.8, (0.3, 0.3, 0.3)),
-    "evaluate": LspSettings((24, 10, 8), 0.3, (0.3, 0.3, 0.3)),
-}
 
 
 def grid_size(height: int, width: int, theta: int, stride: int = STRIDE) -> tuple[int, int]:

@@ -11,7 +11,6 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from anchorpatch.errors import SettingsError, WeightsError
-from anchorpatch.lsp import SCALES
 from anchorpatch.models.complexity import refusal
 from anchorpatch.models.registry import build, build_on_meta, check_name, run_name
 from anchorpatch.network_weights import (
@@ -25,6 +24,7 @@ from anchorpatch.network_weights import (
     read_file,
 )
 from anchorpatch.runtime.checkpoint import WeightsMeta, check_tensors, load_weights
+from anchorpatch.settings import SCALES
 from anchorpatch.text import few
 
 __all__ = [

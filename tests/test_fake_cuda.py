@@ -29,12 +29,13 @@ from anchorpatch.jobs.training.image_task import open_images
 from anchorpatch.jobs.training.runlog import RunLog
 from anchorpatch.jobs.training.saccader import LocationTask, ReinforceTask
 from anchorpatch.jobs.training.trainer import Trainer
-from anchorpatch.lsp import PRESETS, _parameters
+from anchorpatch.lsp import _parameters
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights, save_weights
 from anchorpatch.runtime.device import exact_float32, resolve_device
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import PRESETS
 from anchorpatch.shards.batches import Loaded
 from tests.fake_cuda import FakeGpu, why_not
 

@@ -170,28 +170,6 @@ def test_decision_bears_a_softmax_that_is_computed_twice(classes: int, seed: int
         assert found.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        ({"max_patches": (0, 1, 1)}, "max_patches"),
-        ({"max_patches": (1, 1)}, "max_patches"),
-        ({"iou_threshold": 1.1}, "iou_threshold"),
-        ({"iou_threshold": math.nan}, "iou_threshold"),
-        ({"coverage": (0.0, 0.1, 0.1)}, "coverage"),
-        ({"coverage": (0.1, 0.1, math.nan)}, "coverage"),
-    ],
-)
-def test_settings_outside_their_range_are_refused(change: dict[str, object], name: str) -> None:
-    values = {"max_patches": (1, 1, 1), "iou_threshold": 0.3, "coverage": (0.1, 0.1, 0.1)}
-    with pytest.raises(SettingsError, match=f"^{name}: expected"):
-        lsp.LspSettings(**{**values, **change})  # type: ignore[arg-type]
-
-
-def test_presets_are_the_papers() -> None:
-    assert lsp.PRESETS["figure"] == lsp.LspSettings((5, 3, 2), 0.3, (0.05, 0.04, 0.03))
-    assert lsp.PRESETS["finetune"] == lsp.LspSettings((24, 10, 8), 0.8, (0.3, 0.3, 0.3))
-
-
 @settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([5, 63]))
 def test_crop_equals_slices(seed: int, theta: int) -> None:

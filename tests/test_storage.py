@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from anchorpatch.errors import StorageError, reason_of
+from anchorpatch.settings import CODECS
 from anchorpatch.shards import writer
-from anchorpatch.shards.layout import CODECS, shard_name
+from anchorpatch.shards.layout import shard_name
 from anchorpatch.shards.manifest import FilesDigest, open_manifest
 from anchorpatch.shards.verify import verify_folder
 from anchorpatch.shards.writer import ShardWriter

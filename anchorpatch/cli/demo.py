@@ -113,7 +113,7 @@ def demo(
 
 
 def _print_score(score: SceneScore) -> None:
-    from anchorpatch.lsp import SCALES
+    from anchorpatch.settings import SCALES
 
     print_table(
         ["patch", "centre in the object's box", "box covered"],

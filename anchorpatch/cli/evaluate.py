@@ -190,8 +190,8 @@ def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:
 def _evaluate_network(network: str, form: str, options: dict[str, Any]) -> None:
     from anchorpatch.cli.evaluate_output import print_table_3, print_table_4
     from anchorpatch.jobs.evaluate_network import EvaluateNetworkConfig, run, run_rescale
-    from anchorpatch.lsp import SCALES
     from anchorpatch.runtime.progress import reporter
+    from anchorpatch.settings import SCALES
 
     scale, result = options.pop("scale"), options.pop("result")
     protocol, anchornet = options.pop("protocol"), options.pop("anchornet_weights")

@@ -33,7 +33,7 @@ from anchorpatch.text import counted
 if TYPE_CHECKING:
     from anchorpatch.jobs.extract import Forecast
     from anchorpatch.jobs.extract_summary import ExtractSummary
-    from anchorpatch.lsp import LspSettings
+    from anchorpatch.settings import LspSettings
 
 
 @click.command(cls=Command)
@@ -201,7 +201,7 @@ def overridden(
     coverage: tuple[float, float, float] | None,
 ) -> LspSettings:
     """Return the settings of a preset with those in place of its own that are given."""
-    from anchorpatch.lsp import PRESETS
+    from anchorpatch.settings import PRESETS
 
     given = {"max_patches": max_patches, "iou_threshold": iou_threshold, "coverage": coverage}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

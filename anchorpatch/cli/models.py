@@ -86,7 +86,7 @@ def models(
 
 
 def _sides(size: int) -> tuple[int, ...]:
-    from anchorpatch.lsp import SCALES
+    from anchorpatch.settings import SCALES
 
     return tuple(dict.fromkeys((size, *sorted(SCALES, reverse=True))))
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from anchorpatch.demo.scenes import CROP, SIZES, read_boxes
 from anchorpatch.errors import DataError
-from anchorpatch.lsp import SCALES, STRIDE, grid_size
+from anchorpatch.lsp import grid_size
+from anchorpatch.settings import SCALES, STRIDE
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = ["PatchFit", "SceneScore", "score_scenes"]

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from anchorpatch.figures.canvas import fitted, font, rounded
-from anchorpatch.images.decode import CROP
 from anchorpatch.jobs.figures.attention import AttentionExample, AttentionExamples
-from anchorpatch.lsp import SCALES, STRIDE
+from anchorpatch.settings import CROP, SCALES, STRIDE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

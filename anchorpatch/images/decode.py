@@ -53,12 +53,10 @@ from simplejpeg import decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from anchorpatch.errors import ImageError
-from anchorpatch.settings import CropSettings
+from anchorpatch.settings import CROP, RESIZE, CropSettings
 
 __all__ = [
-    "CROP",
     "MAX_PIXELS",
-    "RESIZE",
     "Decoded",
     "Geometry",
     "Picture",
@@ -68,12 +66,6 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-
-#: Side of the crop in pixels: what AnchorNet sees.
-CROP: Final = 224
-
-#: The short side of the image after resizing, in pixels.
-RESIZE: Final = 256
 
 #: Images of more pixels are refused unread: Pillow's own limit for decompression bombs. One of
 #: this size takes 0.7 GB while it is decoded.

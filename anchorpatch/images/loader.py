@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from anchorpatch.errors import ImageError, SettingsError, reason_of
-from anchorpatch.images.decode import CROP, Decoded, decode
+from anchorpatch.images.decode import Decoded, decode
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.workers import Batch, serve_batches
-from anchorpatch.settings import CropSettings
+from anchorpatch.settings import CROP, CropSettings
 from anchorpatch.storage import patiently
 
 __all__ = ["MAX_BYTES", "fill_batch", "load_batches", "read_image"]

@@ -17,13 +17,14 @@ from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
 from anchorpatch.images.loader import load_batches
 from anchorpatch.jobs.localizer import load_anchornet, normalize
 from anchorpatch.jobs.scores import Scores, per_branch
-from anchorpatch.lsp import PRESETS, SCALES, decide, localize
+from anchorpatch.lsp import decide, localize
 from anchorpatch.models.complexity import macs
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, exact_float32, resolve_device, to_device
 from anchorpatch.runtime.distributed import World, process_group, sum_ranks
 from anchorpatch.runtime.memory import keep_freed_memory
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import PRESETS, SCALES
 
 __all__ = ["EvaluateConfig", "EvaluateSummary", "run"]
 

@@ -37,12 +37,11 @@ from anchorpatch.images.workers import Batch
 from anchorpatch.jobs.extract_summary import ExtractSummary, summarize
 from anchorpatch.jobs.localizer import Localizer, Pending
 from anchorpatch.jobs.sink import ShardSink
-from anchorpatch.lsp import PRESETS, LspSettings
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, cpu_count, resolve_device
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.runtime.tasks import Task
-from anchorpatch.settings import CropSettings
+from anchorpatch.settings import PRESETS, CropSettings, LspSettings
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import FilesDigest, Manifest, ShardEntry, open_manifest
 from anchorpatch.shards.patch_batch import PatchBatch
@@ -84,7 +83,7 @@ class ExtractConfig:
         weights: a weights file of AnchorNet.
         out: folder that gets SPLIT/SPLIT-00000.h5, ...
         labels: CSV with the labels of a flat split folder.
-        preset: a name in `anchorpatch.lsp.PRESETS`; None: by the split.
+        preset: a name in `anchorpatch.settings.PRESETS`; None: by the split.
         lsp: K, T and P in place of the preset's.
         codec: raw, jpeg or image.
         jpeg_quality: 1 to 100, for codec jpeg.

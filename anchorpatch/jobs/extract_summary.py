@@ -13,7 +13,7 @@ from typing import Any
 
 from anchorpatch.errors import ShardError
 from anchorpatch.runtime.tasks import Task
-from anchorpatch.shards.layout import SCALES
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.manifest import read_manifest
 from anchorpatch.waits import waiting_for
 

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anchorpatch.errors import NonFiniteError, WeightsError
-from anchorpatch.lsp import SCALES, LspSettings, decide, localize
+from anchorpatch.lsp import decide, localize
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, load_into
 from anchorpatch.runtime.device import exact_float32
+from anchorpatch.settings import SCALES, LspSettings
 from anchorpatch.waits import shut_down, waiting_for
 
 __all__ = [

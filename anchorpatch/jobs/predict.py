@@ -25,7 +25,7 @@ from anchorpatch.images.decode import Decoded, decode
 from anchorpatch.images.loader import read_image
 from anchorpatch.jobs.evaluation.patch_scores import Distributions
 from anchorpatch.jobs.localizer import Localized, Localizer
-from anchorpatch.lsp import PRESETS, SCALES, LspSettings, crop
+from anchorpatch.lsp import crop
 from anchorpatch.models.registry import check_name
 from anchorpatch.networks import (
     Network,
@@ -37,7 +37,7 @@ from anchorpatch.networks import (
 )
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
-from anchorpatch.settings import CropSettings
+from anchorpatch.settings import PRESETS, SCALES, CropSettings, LspSettings
 from anchorpatch.waits import shut_down, waiting_for
 
 __all__ = ["PredictConfig", "Prediction", "Predictor", "Unreadable", "names_file"]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from anchorpatch.lsp import SCALES, Decision, decide
+from anchorpatch.lsp import Decision, decide
 from anchorpatch.models.anchornet import Logits
 from anchorpatch.runtime.distributed import sum_ranks
+from anchorpatch.settings import SCALES
 
 __all__ = ["OUTPUTS", "Scores", "hits", "per_branch", "six_losses"]
 

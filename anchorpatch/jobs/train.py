@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from anchorpatch.jobs.training.anchornet import AnchorNetTask
 from anchorpatch.jobs.training.bagnet import BagNetTask
-from anchorpatch.jobs.training.config import ARCHITECTURES, RECIPES, TrainConfig
+from anchorpatch.jobs.training.config import RECIPES, TrainConfig
 from anchorpatch.jobs.training.image_task import ImageTask, TrainingImages, open_images
 from anchorpatch.jobs.training.runlog import RunLog, write_config
 from anchorpatch.jobs.training.saccader import Stage, stages
@@ -24,7 +24,7 @@ from anchorpatch.runtime.distributed import process_group
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.storage import write_atomically
 
-__all__ = ["ARCHITECTURES", "RECIPES", "TrainConfig", "TrainSummary", "run"]
+__all__ = ["RECIPES", "TrainConfig", "TrainSummary", "run"]
 
 _BEST: Final = "best.safetensors"
 

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.lsp import SCALES
+from anchorpatch.settings import SCALES
 
 __all__ = ["BRANCHES", "HEAD", "STEM", "AnchorNet", "Logits", "Row"]
 

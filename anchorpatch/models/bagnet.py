@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.lsp import STRIDE, grid_size
+from anchorpatch.lsp import grid_size
+from anchorpatch.settings import STRIDE
 
 __all__ = ["WIDTH", "BagNet", "bagnet33", "bagnet77"]
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from anchorpatch.lsp import SCALES
 from anchorpatch.models.complexity import macs_at
 from anchorpatch.models.registry import build_on_meta
+from anchorpatch.settings import SCALES
 
 __all__ = ["IMAGES", "MEAN_PATCHES", "PRINTED", "WHOLE", "Cell", "cells", "table_3_costs"]
 

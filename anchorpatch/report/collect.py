@@ -17,8 +17,9 @@ from anchorpatch.errors import AnchorpatchError, DataError, reason_of
 from anchorpatch.report.figure_files import FigureFile, read_figure
 from anchorpatch.report.result_files import Result, read_result
 from anchorpatch.report.weights import WeightsFacts, read_weights_facts
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.facts import SplitFacts, split_facts
-from anchorpatch.shards.layout import MANIFEST_NAME, SCALES
+from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.manifest import read_manifest
 from anchorpatch.shards.reader import ShardReader
 

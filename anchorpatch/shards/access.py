@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from PIL.JpegImagePlugin import JpegImageFile
 
 from anchorpatch.errors import CorruptShard, ShardError, reason_of
+from anchorpatch.settings import CROP, SCALES
 from anchorpatch.shards.layout import (
-    CROP_SIDE,
     MANIFEST_NAME,
-    SCALES,
     ShardHeader,
     expected_datasets,
     read_attributes,
@@ -303,8 +302,8 @@ def _patch_problems(images: _Table, patches: _Table, scale: int) -> Iterator[str
     elif (patches["image"] != np.repeat(rows, count)).any():
         yield f"patches/{scale}/image: expected the image whose slice it is, found others"
     corner, score = patches["corner"], patches["score"]
-    if ((corner < 0) | (corner > CROP_SIDE - scale)).any():
-        yield f"patches/{scale}/corner: expected 0 to {CROP_SIDE - scale}, found others"
+    if ((corner < 0) | (corner > CROP - scale)).any():
+        yield f"patches/{scale}/corner: expected 0 to {CROP - scale}, found others"
     if not np.isfinite(score).all():
         yield f"patches/{scale}/score: expected numbers, found NaN or infinity"
     same_image = patches["image"][1:] == patches["image"][:-1]

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anchorpatch.shards.layout import CROP_SIDE, SCALES
+from anchorpatch.settings import CROP, SCALES
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.waits import shut_down, waiting_for
 
@@ -199,7 +199,7 @@ def load_rows(
 
 def _load(reader: ShardReader, request: Rows, pin_memory: bool) -> Loaded:
     scale, rows = request.scale, request.rows
-    if scale == CROP_SIDE:
+    if scale == CROP:
         pixels, images = np.stack([reader.image(i) for i in rows.tolist()]), rows
     else:
         pixels, images = reader.patches(scale, rows), reader.patch_image(scale, rows)

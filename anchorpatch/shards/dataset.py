@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.shards.layout import SCALES
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = ["PatchDataset"]

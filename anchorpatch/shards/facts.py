@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from anchorpatch.shards.layout import SCALES, ShardSettings
+from anchorpatch.settings import SCALES
+from anchorpatch.shards.layout import ShardSettings
 from anchorpatch.shards.manifest import Manifest
 
 __all__ = ["ScaleFacts", "SplitFacts", "split_facts"]

@@ -39,18 +39,14 @@ from numpy.typing import NDArray
 
 import anchorpatch
 from anchorpatch.errors import SettingsError, ShardError
-from anchorpatch.settings import CropSettings
+from anchorpatch.settings import CODECS, CROP, PRECISIONS, SCALES, CropSettings
 from anchorpatch.storage import from_json
 
 __all__ = [
-    "CODECS",
-    "CROP_SIDE",
     "FORMAT_VERSION",
     "IMAGE_TABLE",
     "MANIFEST_NAME",
     "PATCH_TABLE",
-    "PRECISIONS",
-    "SCALES",
     "ShardHeader",
     "ShardSettings",
     "cut_patches",
@@ -65,18 +61,6 @@ __all__ = [
 
 FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
-
-#: The scales of format version 1. Equal to `anchorpatch.lsp.SCALES`, which a test holds; said
-#: again here because that module needs torch, and looking into a shard does not.
-SCALES: Final = (63, 95, 111)
-
-#: Side of the crop that AnchorNet sees, in pixels.
-CROP_SIDE: Final = 224
-
-#: ``raw``: the pixels of each patch. ``jpeg``: each patch as a JPEG file. ``image``: each crop
-#: once and no pixels of patches; the reader cuts them.
-CODECS: Final = ("raw", "jpeg", "image")
-PRECISIONS: Final = ("float32", "bfloat16")
 
 #: Settings that the first shards of version 1 do not have; their defaults are what held then.
 _NEWER: Final = frozenset({"crop_mode", "background", "damaged"})
@@ -111,10 +95,10 @@ class ShardSettings:
         max_patches: K of Algorithm 1 for each scale.
         iou_threshold: T of Algorithm 1.
         coverage: P of Algorithm 1 for each scale.
-        codec: one of `CODECS`.
+        codec: one of `anchorpatch.settings.CODECS`.
         store_images: store the crop of each image; always true for codec ``image``.
         shard_size: images in a shard.
-        precision: one of `PRECISIONS`, the type that AnchorNet computed in.
+        precision: one of `anchorpatch.settings.PRECISIONS`, the type that AnchorNet computed in.
         preset: name of the preset that K, T and P came from, if any.
         jpeg_quality: 1 to 100; without meaning, and 95, for the other codecs.
         crop_mode: as the fields below, of `anchorpatch.settings.CropSettings`.
@@ -323,7 +307,7 @@ def expected_datasets(
     for name, (dtype, shape) in IMAGE_TABLE.items():
         found[f"images/{name}"] = dtype, (images, *shape)
     if settings.store_images:
-        found["images/pixels"] = "u1", (images, CROP_SIDE, CROP_SIDE, 3)
+        found["images/pixels"] = "u1", (images, CROP, CROP, 3)
     for scale in SCALES:
         m = patches[scale]
         for name, (dtype, shape) in PATCH_TABLE.items():

@@ -27,11 +27,11 @@ from typing import Any, Final
 
 from anchorpatch import storage
 from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError, reason_of
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.compare import first_changed_path, header_differences
 from anchorpatch.shards.layout import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    SCALES,
     ShardHeader,
     ShardSettings,
     shard_name,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorpatch.shards.layout import CROP_SIDE, SCALES
+from anchorpatch.settings import CROP, SCALES
 
 __all__ = ["PatchBatch", "check_batch"]
 
@@ -48,9 +48,9 @@ def check_batch(batch: PatchBatch) -> None:
     wrong = [name for name, array in zip(batch._fields, batch, strict=True) if len(array) != n]
     if wrong:
         raise ValueError(f"expected {n} rows in every array of the batch, not so in {wrong}")
-    if batch.pixels.shape[1:] != (CROP_SIDE, CROP_SIDE, 3) or batch.pixels.dtype != np.uint8:
+    if batch.pixels.shape[1:] != (CROP, CROP, 3) or batch.pixels.dtype != np.uint8:
         raise ValueError(
-            f"expected crops uint8 (n, {CROP_SIDE}, {CROP_SIDE}, 3), "
+            f"expected crops uint8 (n, {CROP}, {CROP}, 3), "
             f"got {batch.pixels.dtype} {batch.pixels.shape}"
         )
     if not np.isin(batch.scale, SCALES).all():

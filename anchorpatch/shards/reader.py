@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from anchorpatch.errors import CorruptShard, ShardError
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.access import Maps, ShardFile, check_size, decode_patch, read_table, survey
-from anchorpatch.shards.layout import IMAGE_TABLE, PATCH_TABLE, SCALES
+from anchorpatch.shards.layout import IMAGE_TABLE, PATCH_TABLE
 from anchorpatch.shards.manifest import read_manifest
 from anchorpatch.text import counted
 

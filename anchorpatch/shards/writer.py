@@ -25,11 +25,10 @@ from PIL import Image
 
 from anchorpatch import storage
 from anchorpatch.errors import ShardBusy
+from anchorpatch.settings import CROP, SCALES
 from anchorpatch.shards.layout import (
-    CROP_SIDE,
     IMAGE_TABLE,
     PATCH_TABLE,
-    SCALES,
     ShardHeader,
     cut_patches,
     encode_text,
@@ -321,7 +320,7 @@ class ShardWriter:
                     offsets = np.cumsum([0, *self._blob_sizes[scale]], dtype="<i8")
                     file.create_dataset(f"patches/{scale}/offset", data=offsets)
             if settings.store_images:
-                reserve_pixels("images/pixels", (len(self._paths), CROP_SIDE, CROP_SIDE, 3))
+                reserve_pixels("images/pixels", (len(self._paths), CROP, CROP, 3))
             for scale in SCALES:
                 if settings.codec == "raw":
                     m = self._patch_count[scale]

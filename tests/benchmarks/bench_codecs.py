@@ -14,8 +14,7 @@ import numpy as np
 
 from anchorpatch.demo.weights import demo_weights
 from anchorpatch.jobs.extract import ExtractConfig, run
-from anchorpatch.lsp import PRESETS
-from anchorpatch.shards.layout import CODECS, SCALES
+from anchorpatch.settings import CODECS, PRESETS, SCALES
 from anchorpatch.shards.reader import ShardReader
 
 BATCH = 64

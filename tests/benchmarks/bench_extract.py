@@ -27,9 +27,10 @@ from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows
 from anchorpatch.images.loader import load_batches
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.jobs.localizer import Localizer, load_anchornet
-from anchorpatch.lsp import PRESETS, SCALES, decide
+from anchorpatch.lsp import decide
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights, save_weights
+from anchorpatch.settings import PRESETS, SCALES
 from tests.lsp_oracle import algorithm_1
 
 BATCH = 64

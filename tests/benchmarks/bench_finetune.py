@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from anchorpatch.settings import CODECS, SCALES
 from anchorpatch.shards import ShardReader
 from anchorpatch.shards.batches import load_rows
-from anchorpatch.shards.layout import CODECS, SCALES
 
 
 class Request(NamedTuple):

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from anchorpatch.lsp import PRESETS, SCALES, LspSettings, localize
+from anchorpatch.lsp import localize
+from anchorpatch.settings import PRESETS, SCALES, LspSettings
 from tests.lsp_oracle import algorithm_1
 
 BATCH = 256

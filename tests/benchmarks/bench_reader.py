@@ -17,8 +17,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from anchorpatch.settings import CODECS, CROP
 from anchorpatch.shards import PatchDataset, ShardReader
-from anchorpatch.shards.layout import CODECS, CROP_SIDE, ShardHeader, ShardSettings
+from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest
 from anchorpatch.shards.patch_batch import PatchBatch
 from anchorpatch.shards.writer import ShardWriter
@@ -34,7 +35,7 @@ def make_split(folder: Path, codec: str, images: int, shard_size: int) -> tuple[
     manifest = open_manifest(folder, header, FilesDigest(images, "0" * 64, ("",) * count))
     rng = np.random.default_rng(0)
     n = 32
-    pixels = rng.integers(0, 256, (n, CROP_SIDE, CROP_SIDE, 3), dtype=np.uint8)
+    pixels = rng.integers(0, 256, (n, CROP, CROP, 3), dtype=np.uint8)
     seconds = 0.0
     for shard in range(count):
         begin, end = manifest.shard_range(shard)

@@ -23,10 +23,10 @@ from anchorpatch.images.folder import scan_folder
 from anchorpatch.images.loader import load_batches
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.jobs.localizer import Localizer
-from anchorpatch.lsp import PRESETS
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights, save_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
+from anchorpatch.settings import PRESETS
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.patch_batch import PatchBatch
 from anchorpatch.shards.writer import ShardWriter

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from anchorpatch.cli.train import print_summary, train
-from anchorpatch.jobs.train import ARCHITECTURES, TrainSummary
+from anchorpatch.jobs.train import TrainSummary
 from anchorpatch.runtime.checkpoint import load_weights
+from anchorpatch.settings import ARCHITECTURES
 from tests.conftest import Program
 from tests.jobs.training_runs import TRAIN, VAL, make_pictures
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from anchorpatch.demo.scenes import CLASSES, SIZES, make_scenes, read_boxes, scene_path
 from anchorpatch.demo.score import score_scenes
 from anchorpatch.errors import DataError, ShardError
-from anchorpatch.lsp import SCALES, grid_size
+from anchorpatch.lsp import grid_size
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
 from anchorpatch.shards.manifest import FilesDigest, open_manifest
 from anchorpatch.shards.patch_batch import PatchBatch

@@ -12,7 +12,7 @@ from anchorpatch.figures.attention import attention_figure, map_extent
 from anchorpatch.jobs.figures.attention import AttentionConfig, AttentionExample, AttentionExamples
 from anchorpatch.jobs.figures.examples import Choice, Example
 from anchorpatch.jobs.figures.record import LookedAt
-from anchorpatch.lsp import SCALES
+from anchorpatch.settings import SCALES
 
 SIDES = {63: 21, 95: 17, 111: 15}
 

@@ -16,8 +16,8 @@ from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.jobs.figures.examples import Choice, Example
 from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.figures.patches import PatchesConfig, PatchExamples, find_patches
-from anchorpatch.lsp import SCALES
 from anchorpatch.runtime.checkpoint import load_weights
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.reader import ShardReader
 
 #: Of the frames, in pixels; one more inside is dark.

@@ -20,8 +20,8 @@ from torchvision.transforms.v2 import functional as F
 
 from anchorpatch.errors import ImageError
 from anchorpatch.images import decode as module
-from anchorpatch.images.decode import CROP, RESIZE, decode, decode_picture, geometry
-from anchorpatch.settings import CropSettings
+from anchorpatch.images.decode import decode, decode_picture, geometry
+from anchorpatch.settings import CROP, RESIZE, CropSettings
 from tests.oddities import (
     bad_files,
     encoded,

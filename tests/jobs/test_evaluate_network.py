@@ -25,12 +25,12 @@ from anchorpatch.errors import (
 from anchorpatch.images.decode import decode
 from anchorpatch.jobs.evaluate_network import EvaluateNetworkConfig, run, run_rescale
 from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_images
-from anchorpatch.lsp import SCALES
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import SCALES
 from anchorpatch.shards import ShardReader
 from tests.jobs.patch_shards import Drawn, classes_of, write_shards
 

@@ -27,11 +27,11 @@ from anchorpatch.jobs.evaluation.patch_scores import Distributions, score_patche
 from anchorpatch.jobs.finetune import FinetuneConfig, FinetuneSummary, forecast, run
 from anchorpatch.jobs.finetuning import setup as finetune_setup
 from anchorpatch.jobs.finetuning.setup import prepare
-from anchorpatch.lsp import SCALES
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import load_into, load_weights
 from anchorpatch.runtime.distributed import World
+from anchorpatch.settings import SCALES
 from anchorpatch.shards import ShardReader
 from tests.jobs.finetune_runs import CLASSES, FEW, TRAIN, VAL, register, tiny, write_shards
 from tests.jobs.training_runs import StopAt, state_of

@@ -8,9 +8,9 @@ import torch
 
 from anchorpatch.errors import NonFiniteError, WeightsError
 from anchorpatch.jobs.localizer import Localized, Localizer, load_anchornet, normalize
-from anchorpatch.lsp import PRESETS, SCALES
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights, save_weights
+from anchorpatch.settings import PRESETS, SCALES
 from tests.conftest import draw_photo
 from tests.lsp_oracle import algorithm_1
 from tests.test_lsp import decide_slowly

@@ -11,10 +11,10 @@ from anchorpatch.errors import NonFiniteError, SettingsError, WeightsError
 from anchorpatch.images.decode import decode
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.jobs.predict import PredictConfig, Prediction, Predictor, Unreadable
-from anchorpatch.lsp import PRESETS
 from anchorpatch.models.registry import build
 from anchorpatch.networks import load_checkpoint
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights, save_weights
+from anchorpatch.settings import PRESETS
 from anchorpatch.shards.reader import ShardReader
 from tests.jobs.small_networks import save_small_network
 

@@ -7,10 +7,10 @@ from torch import nn
 from torchvision.ops import SqueezeExcitation
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.lsp import SCALES
 from anchorpatch.models.anchornet import AnchorNet, spatial_attention
 from anchorpatch.models.complexity import anchornet_receptive_fields, macs, parameters
 from anchorpatch.models.registry import build
+from anchorpatch.settings import SCALES
 from tests.conftest import draw_photo
 from tests.models.random_norms import randomize_norms
 

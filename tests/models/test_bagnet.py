@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.lsp import STRIDE, grid_size
+from anchorpatch.lsp import grid_size
 from anchorpatch.models.bagnet import BagNet, bagnet33, bagnet77
 from anchorpatch.models.complexity import macs, parameters, refusal
+from anchorpatch.settings import STRIDE
 from tests.models.random_norms import randomize_norms
 
 BUILDERS = {33: bagnet33, 77: bagnet77}

@@ -26,7 +26,7 @@ from anchorpatch.report.result_tables import (
 )
 from anchorpatch.report.run_tables import epoch_table, run_table
 from anchorpatch.report.shard_tables import histogram_table, scale_table, skipped_table
-from anchorpatch.shards.layout import SCALES
+from anchorpatch.settings import SCALES
 from tests.report.samples import ANCHORNET, TABLE_3, TABLE_4, records, write_all
 
 DASH = "–"  # noqa: RUF001 (an en dash)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from anchorpatch.shards.layout import SCALES, ShardHeader, ShardSettings, shard_name
+from anchorpatch.settings import SCALES
+from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
 from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest, read_manifest
 from anchorpatch.shards.patch_batch import PatchBatch
 from anchorpatch.shards.writer import ShardWriter

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from anchorpatch.errors import AnchorpatchError, CorruptShard
+from anchorpatch.settings import CODECS, SCALES
 from anchorpatch.shards import PatchDataset, ShardReader
 from anchorpatch.shards.access import decode_patch
-from anchorpatch.shards.layout import CODECS, SCALES
 from anchorpatch.shards.manifest import Manifest
 from anchorpatch.shards.verify import verify_folder
 from tests.shards.samples import adopt, make_split

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from anchorpatch.errors import CorruptShard, SettingsError, ShardError
+from anchorpatch.settings import CODECS, SCALES
 from anchorpatch.shards import PatchDataset, ShardReader
 from anchorpatch.shards.access import Maps
-from anchorpatch.shards.layout import CODECS, SCALES
 from anchorpatch.shards.manifest import FilesDigest, open_manifest
 from tests.shards.samples import CLASSES, edit_manifest, make_header, make_split
 

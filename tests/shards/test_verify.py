@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from anchorpatch.errors import ShardError
-from anchorpatch.shards.layout import CODECS
+from anchorpatch.settings import CODECS
 from anchorpatch.shards.verify import ShardProblem, verify_folder
 from tests.shards.samples import adopt, edit_manifest, make_split
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from anchorpatch import lsp
 from anchorpatch.errors import ShardError
+from anchorpatch.settings import CODECS, SCALES
 from anchorpatch.shards import layout
-from anchorpatch.shards.layout import SCALES, ShardHeader, cut_patches
+from anchorpatch.shards.layout import ShardHeader, cut_patches
 from anchorpatch.shards.patch_batch import PatchBatch
 from anchorpatch.shards.writer import ShardWriter
 from tests.shards.samples import make_batch, make_header, make_settings, split_batch
@@ -32,11 +32,7 @@ def write(path: Path, batches: list[PatchBatch], header: ShardHeader | None = No
     return path
 
 
-def test_scales_are_those_of_the_localisation() -> None:
-    assert layout.SCALES == lsp.SCALES
-
-
-@pytest.mark.parametrize("codec", layout.CODECS)
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("store_images", [False, True])
 def test_plain_h5py_reads_back_what_was_appended(
     tmp_path: Path, codec: str, store_images: bool
@@ -107,7 +103,7 @@ def test_jpeg_blobs_are_those_of_the_patches(tmp_path: Path) -> None:
             assert blob == oracle.read_bytes()
 
 
-@pytest.mark.parametrize("codec", layout.CODECS)
+@pytest.mark.parametrize("codec", CODECS)
 def test_same_input_gives_the_same_bytes(tmp_path: Path, codec: str) -> None:
     header = make_header(codec=codec)
     batch = make_batch(12)
@@ -190,7 +186,7 @@ def test_a_batch_that_does_not_fit_together_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("codec", layout.CODECS)
+@pytest.mark.parametrize("codec", CODECS)
 def test_a_patch_outside_its_crop_is_refused(tmp_path: Path, codec: str) -> None:
     batch = make_batch(1)
     batch.corners[0, 0] = (0, 224 - int(batch.scale[0]) + 1)

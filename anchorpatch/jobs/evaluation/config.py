@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from anchorpatch.lsp import SCALES
+from anchorpatch.settings import SCALES
 
 __all__ = ["EvaluateNetworkConfig"]
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from anchorpatch.jobs.evaluation.patch_scores import Distributions
 from anchorpatch.jobs.localizer import Localizer
-from anchorpatch.lsp import SCALES, crop
+from anchorpatch.lsp import crop
 from anchorpatch.runtime.device import to_device
+from anchorpatch.settings import SCALES
 
 __all__ = ["Speed", "measure_speed"]
 

@@ -28,7 +28,6 @@ from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
 from anchorpatch.jobs.evaluation.tables import WHOLE, Costs
 from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_images
 from anchorpatch.jobs.localizer import Localizer
-from anchorpatch.lsp import SCALES, LspSettings
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build_on_meta, check_name
@@ -46,6 +45,7 @@ from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import World, process_group
 from anchorpatch.runtime.memory import keep_freed_memory
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import SCALES, LspSettings
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = ["Evaluation"]

@@ -29,10 +29,10 @@ from anchorpatch.jobs.evaluation.score_figures import (
     figures_of,
 )
 from anchorpatch.jobs.localizer import normalize
-from anchorpatch.lsp import SCALES
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.device import exact_float32
 from anchorpatch.runtime.distributed import World, sum_ranks
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.batches import load_rows
 from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.reader import ShardReader

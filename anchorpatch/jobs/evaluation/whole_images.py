@@ -15,8 +15,8 @@ from anchorpatch.errors import DataError
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.loader import load_batches
 from anchorpatch.jobs.evaluation.patch_scores import ImageBatch
+from anchorpatch.settings import CROP
 from anchorpatch.shards.batches import load_rows
-from anchorpatch.shards.layout import CROP_SIDE
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = ["WholeImages", "find_whole_images"]
@@ -26,7 +26,7 @@ class _Crops(NamedTuple):
     """Whole crops for `load_rows`: rows of images (n,), int64."""
 
     rows: NDArray[np.int64]
-    scale: int = CROP_SIDE
+    scale: int = CROP
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from anchorpatch.errors import NonFiniteError
 from anchorpatch.jobs.figures.gradcam import GradCam
 from anchorpatch.jobs.figures.pixel_order import arrival, patch_ranks, squares_from_centre
 from anchorpatch.jobs.localizer import load_anchornet, normalize
-from anchorpatch.lsp import SCALES, STRIDE, Decision, decide
+from anchorpatch.lsp import Decision, decide
 from anchorpatch.models.bagnet import BagNet
 from anchorpatch.models.saccader import Saccader
 from anchorpatch.networks import Network
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta
 from anchorpatch.runtime.device import exact_float32
+from anchorpatch.settings import SCALES, STRIDE
 
 __all__ = [
     "SIDE",

@@ -14,10 +14,10 @@ from anchorpatch.jobs.figures.examples import Choice, Example, look_at, spread
 from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.figures.record import LookedAt, ShownImages
 from anchorpatch.jobs.localizer import Localizer
-from anchorpatch.lsp import PRESETS, SCALES
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import PRESETS, SCALES
 
 __all__ = ["AttentionConfig", "AttentionExample", "AttentionExamples", "find_attention"]
 

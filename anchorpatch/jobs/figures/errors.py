@@ -15,10 +15,11 @@ from anchorpatch.jobs.figures.examples import Choice, Survey, look_at, spread
 from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.figures.record import LookedAt, ShownImages
 from anchorpatch.jobs.localizer import Localizer
-from anchorpatch.lsp import PRESETS, SCALES, STRIDE, LspSettings, select
+from anchorpatch.lsp import select
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import PRESETS, SCALES, STRIDE, LspSettings
 from anchorpatch.text import counted, few
 
 __all__ = ["BranchError", "BranchErrors", "ErrorsConfig", "Evidence", "Typical", "find_errors"]

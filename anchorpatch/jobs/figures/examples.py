@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from anchorpatch.errors import DataError, NonFiniteError, SettingsError
 from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.localizer import Localized, Localizer, Pending
-from anchorpatch.lsp import SCALES
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import SCALES
 
 __all__ = ["Choice", "Example", "Survey", "look_at", "spread"]
 

@@ -12,10 +12,10 @@ from anchorpatch.jobs.figures.examples import Choice, Example, look_at, spread
 from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.figures.record import LookedAt, ShownImages, settings_text
 from anchorpatch.jobs.localizer import Localizer
-from anchorpatch.lsp import PRESETS, SCALES, LspSettings
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import PRESETS, SCALES, LspSettings
 
 __all__ = ["PatchExamples", "PatchesConfig", "find_patches"]
 

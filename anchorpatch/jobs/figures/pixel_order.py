@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anchorpatch.lsp import STRIDE, select
+from anchorpatch.lsp import select
+from anchorpatch.settings import STRIDE
 
 __all__ = ["arrival", "mask_of_area", "patch_ranks", "pixel_positions", "squares_from_centre"]
 

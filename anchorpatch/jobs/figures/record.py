@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from anchorpatch.jobs.figures.examples import Choice, Survey
-from anchorpatch.lsp import LspSettings
 from anchorpatch.runtime.checkpoint import Weights
+from anchorpatch.settings import LspSettings
 from anchorpatch.text import counted
 
 __all__ = ["LookedAt", "ShownImages", "settings_text"]

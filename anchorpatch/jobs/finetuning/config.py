@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from anchorpatch.errors import SettingsError
 from anchorpatch.jobs.training.loop_config import LoopConfig
-from anchorpatch.lsp import SCALES
 from anchorpatch.models.registry import check_name
+from anchorpatch.settings import SCALES
 
 __all__ = ["FREE", "SCRATCH", "FinetuneConfig"]
 

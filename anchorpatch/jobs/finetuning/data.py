@@ -22,8 +22,8 @@ from anchorpatch.jobs.finetuning.config import FinetuneConfig
 from anchorpatch.jobs.finetuning.plan import Request
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.distributed import World
+from anchorpatch.settings import CROP
 from anchorpatch.shards.batches import Loaded, epoch_rows, load_rows, visited
-from anchorpatch.shards.layout import CROP_SIDE
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = ["Data", "PatchData", "WholeData"]
@@ -152,11 +152,11 @@ class WholeData:
 
     def counts(self) -> dict[int, int]:
         """Return the images of a pass."""
-        return {CROP_SIDE: len(self.train.reader)}
+        return {CROP: len(self.train.reader)}
 
     def draw(self, rng: np.random.Generator) -> Mapping[int, NDArray[np.int64]]:
         """Return the images of a pass in random order."""
-        return {CROP_SIDE: rng.permutation(len(self.train.reader))}
+        return {CROP: rng.permutation(len(self.train.reader))}
 
     def load(
         self, requests: Iterator[Request], pin_memory: bool
@@ -177,7 +177,7 @@ class WholeData:
             folder,
             ((request.visit, request.rows) for request in asked),
             RandomCrop(
-                CROP_SIDE,
+                CROP,
                 config.min_area,
                 flip=False,
                 seed=config.seed,

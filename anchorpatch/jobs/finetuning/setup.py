@@ -16,11 +16,11 @@ from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_ima
 from anchorpatch.jobs.finetuning.config import FinetuneConfig
 from anchorpatch.jobs.finetuning.data import Data, PatchData, WholeData
 from anchorpatch.jobs.finetuning.plan import Plan
-from anchorpatch.lsp import SCALES
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build_on_meta
 from anchorpatch.networks import check_sides
 from anchorpatch.runtime.distributed import World
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.batches import visited
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.text import counted, differing

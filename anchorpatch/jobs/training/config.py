@@ -9,17 +9,9 @@ from typing import Any, Final
 
 from anchorpatch.errors import SettingsError
 from anchorpatch.jobs.training.loop_config import LoopConfig
-from anchorpatch.settings import CropSettings
+from anchorpatch.settings import ARCHITECTURES, CropSettings
 
-__all__ = ["ANCHORNET_ONLY", "ARCHITECTURES", "FREE", "RECIPES", "TrainConfig"]
-
-#: The networks, and the side of the largest patch that a location of theirs sees, in pixels.
-ARCHITECTURES: Final[Mapping[str, int]] = {
-    "anchornet": 111,
-    "bagnet33": 33,
-    "bagnet77": 77,
-    "saccader": 77,
-}
+__all__ = ["ANCHORNET_ONLY", "FREE", "RECIPES", "TrainConfig"]
 
 #: Settings that the other networks have not.
 ANCHORNET_ONLY: Final = frozenset({"se", "weighted_mean", "attention_loss"})
@@ -32,7 +24,7 @@ class TrainConfig(LoopConfig):
     Attributes:
         data: folder with ``train/`` and ``val/``.
         folder: of the run, by convention RUNS/ARCH.
-        arch: the network, of `ARCHITECTURES`.
+        arch: the network, of `anchorpatch.settings.ARCHITECTURES`.
         labels: CSV with the labels of a flat ``val/``.
         recipe: name under which the settings are recorded.
         crop_size: side of the training crops in pixels; validation always takes 224.

@@ -21,8 +21,8 @@ from anchorpatch.jobs.evaluation.patch_scores import (
     score_images,
     score_patches,
 )
-from anchorpatch.lsp import SCALES
 from anchorpatch.runtime.distributed import World
+from anchorpatch.settings import SCALES
 from anchorpatch.shards import ShardReader
 from tests.jobs.patch_shards import (
     Drawn,

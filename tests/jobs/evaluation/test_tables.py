@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
 from anchorpatch.jobs.evaluation.tables import Costs, Table3, table_3_rows, table_4_rows
-from anchorpatch.lsp import SCALES
+from anchorpatch.settings import SCALES
 
 COSTS = Costs({63: 0.4, 95: 0.9, 111: 1.1, 224: 4.0}, anchornet=0.5)
 EMPTY = ScaleFigures(0, 0, None, None, None)

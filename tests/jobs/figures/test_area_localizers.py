@@ -18,11 +18,11 @@ from anchorpatch.jobs.figures.area_localizers import (
 from anchorpatch.jobs.figures.image_source import Crops, ImageSource
 from anchorpatch.jobs.figures.pixel_order import mask_of_area, pixel_positions
 from anchorpatch.jobs.localizer import load_anchornet, normalize
-from anchorpatch.lsp import SCALES
 from anchorpatch.models.bagnet import BagNet
 from anchorpatch.models.saccader import Saccader
 from anchorpatch.networks import Network
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights
+from anchorpatch.settings import SCALES
 from tests.jobs.figures.test_pixel_order import slow_arrival, slow_order
 
 CPU = torch.device("cpu")

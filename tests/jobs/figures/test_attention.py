@@ -12,8 +12,8 @@ from anchorpatch.jobs.figures.attention import AttentionConfig, AttentionExample
 from anchorpatch.jobs.figures.examples import Choice
 from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.localizer import Localizer, load_anchornet, normalize
-from anchorpatch.lsp import PRESETS, SCALES
 from anchorpatch.runtime.checkpoint import Weights, load_weights
+from anchorpatch.settings import PRESETS, SCALES
 
 CPU = torch.device("cpu")
 

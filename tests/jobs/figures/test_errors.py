@@ -13,8 +13,8 @@ from anchorpatch.jobs.figures.errors import BranchErrors, ErrorsConfig, find_err
 from anchorpatch.jobs.figures.examples import Choice
 from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.localizer import load_anchornet, normalize
-from anchorpatch.lsp import SCALES
 from anchorpatch.runtime.checkpoint import Weights, load_weights
+from anchorpatch.settings import SCALES
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from anchorpatch.jobs.figures.pixel_order import (
     pixel_positions,
     squares_from_centre,
 )
-from anchorpatch.lsp import STRIDE, grid_size
+from anchorpatch.lsp import grid_size
+from anchorpatch.settings import STRIDE
 from tests.lsp_oracle import algorithm_1
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from anchorpatch.errors import Interrupted, SettingsError, WeightsError
-from anchorpatch.jobs.train import ARCHITECTURES, TrainConfig, run
+from anchorpatch.jobs.train import TrainConfig, run
 from anchorpatch.jobs.training.bagnet import LogitFigures
 from anchorpatch.jobs.training.image_task import open_images
 from anchorpatch.jobs.training.saccader import LocationTask, ReinforceTask, best_places
@@ -25,6 +25,7 @@ from anchorpatch.networks import load_checkpoint
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import ARCHITECTURES
 from tests.jobs.peer_runs import NARROW, STAGES, peer
 from tests.jobs.training_runs import (
     TRAIN,
