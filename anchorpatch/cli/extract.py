@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 @click.option("--amp", is_flag=True, help="Compute in bfloat16; needs a GPU.")
 @click.option("--compile", "compile_", is_flag=True, help="Use torch.compile.")
 @limit_option
-@background_option
+@background_option("that of the weights")
 @click.option(
     "--damaged",
     type=click.Choice(["keep", "skip"]),

@@ -125,11 +125,15 @@ labels_option = click.option(
     help="Labels of a flat split folder: LOC_val_solution.csv, or a table of image and class.",
 )
 
-background_option = click.option(
-    "--background",
-    metavar="COLOR",
-    help="Color behind transparent pixels: a name such as white, or #rrggbb.",
-)
+
+def background_option(default: str) -> Callable[[_F], _F]:
+    """Return the option of the color behind transparent pixels, with a note on its default."""
+    return click.option(
+        "--background",
+        metavar="COLOR",
+        help=f"Color behind transparent pixels: a name, or #rrggbb.  [default: {default}]",
+    )
+
 
 allow_empty_option = click.option(
     "--allow-empty", is_flag=True, help="Accept class folders without images."

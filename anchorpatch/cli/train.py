@@ -74,10 +74,10 @@ _ARCHITECTURES = ("anchornet", "bagnet33", "bagnet77", "saccader")
     "--crop-mode",
     type=click.Choice(["center", "squash"]),
     default="center",
-    help="How validation images become 224 px: short side 256 and centre crop, or both sides "
+    help="How validation images become 224 px: short side 256 and center crop, or both sides "
     "resized to 224, as in the paper. Recorded in the weights, for all that uses them.",
 )
-@background_option
+@background_option("white")
 @allow_empty_option
 @click.option("--se/--no-se", default=True, help="anchornet: squeeze-and-excitation.")
 @click.option(

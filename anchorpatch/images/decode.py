@@ -248,7 +248,8 @@ def _decode(data: bytes, crop: CropSettings) -> Decoded:
     with _open(data) as image:
         if image.format not in _JPEG or image.mode not in ("L", "RGB"):
             upright = _load_upright(image, crop.background)
-            return Decoded(_resized(upright, crop.mode), (upright.height, upright.width))
+            size = upright.height, upright.width
+            return Decoded(_resized(upright, crop.mode), size, _is_damaged_cmyk(image, data))
         array, damaged = _load_jpeg(image, data)
         pixels = torch.from_numpy(array).permute(2, 0, 1)
         swap, flips = _AXES.get(_orientation(image), (False, ()))
@@ -268,7 +269,7 @@ def _decode(data: bytes, crop: CropSettings) -> Decoded:
 def _picture(data: bytes, background: str) -> Picture:
     with _open(data) as image:
         if image.format not in _JPEG or image.mode not in ("L", "RGB"):
-            return Picture(_load_upright(image, background))
+            return Picture(_load_upright(image, background), _is_damaged_cmyk(image, data))
         array, damaged = _load_jpeg(image, data)
         picture, turn = Image.fromarray(array), _ORIENTATIONS.get(_orientation(image))
         return Picture(picture if turn is None else picture.transpose(turn), damaged)
@@ -297,17 +298,21 @@ def _load_jpeg(image: Image.Image, data: bytes) -> tuple[npt.NDArray[np.uint8], 
         return np.array(image.convert("RGB")), _is_damaged(data)
 
 
-def _is_damaged(data: bytes) -> bool:
+def _is_damaged(data: bytes, colors: str = "RGB") -> bool:
     """Tell whether libjpeg warns of a JPEG's pixels, and not only of what surrounds them."""
     try:
-        decode_jpeg(data, "RGB", strict=False)
+        decode_jpeg(data, colors, strict=False)
     except ValueError:  # of a kind that simplejpeg cannot decode at all
         return False
     try:
-        decode_jpeg(_without_surroundings(data), "RGB")
+        decode_jpeg(_without_surroundings(data), colors)
     except ValueError:
         return True
     return False
+
+
+def _is_damaged_cmyk(image: Image.Image, data: bytes) -> bool:
+    return image.format in _JPEG and _is_damaged(data, "CMYK")
 
 
 def _without_surroundings(data: bytes) -> bytes:

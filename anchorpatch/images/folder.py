@@ -248,7 +248,7 @@ class _Listing:
 def _listing(root: Path, name: str) -> _Listing:
     """List the images below ``root/name``: one scan a folder, one stat an image."""
     listing = _Listing(name, [], [], Counter())
-    info = os.stat(root / name)
+    info = patiently(root / name, (root / name).stat)
     _walk(os.fsencode(root), os.fsencode(name), listing, ((info.st_dev, info.st_ino),))
     _check_names(root, listing.paths)
     return listing
@@ -267,7 +267,7 @@ def _walk(top: bytes, below: bytes, listing: _Listing, above: tuple[tuple[int, i
             listing.sizes.append(_size(entry))
         elif _is_folder(entry):
             # A link may lead back to a folder that we are in.
-            info = entry.stat()
+            info = patiently(entry.path, entry.stat)
             here = (info.st_dev, info.st_ino)
             if here not in above:
                 _walk(top, prefix + name, listing, (*above, here))

@@ -315,6 +315,15 @@ def damaged_jpegs() -> dict[str, bytes]:
     return files
 
 
+def test_damage_of_a_cmyk_jpeg_is_seen() -> None:
+    for name in ("cmyk.jpg", "ycck.jpg"):
+        data = GOOD[name]
+        start = data.index(b"\xff\xda") + 400
+        damaged = data[:start] + data[start + 40 :]
+        assert [decode(data).damaged, decode(damaged).damaged] == [False, True]
+        assert [decode_picture(d).damaged for d in (data, damaged)] == [False, True]
+
+
 @pytest.mark.parametrize("name", damaged_jpegs())
 def test_damage_is_seen_and_the_pixels_are_those_of_libjpeg(name: str) -> None:
     data = damaged_jpegs()[name]
