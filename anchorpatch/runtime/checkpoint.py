@@ -328,12 +328,16 @@ def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise WeightsError(
             f"{path}: expected training state of format {_FORMAT}, found another file; {advice}"
         )
-    if document["kind"] != kind:
+    if document.get("kind") != kind:
         raise WeightsError(
-            f"{path}: expected training state of {kind}, found {document['kind']}; "
+            f"{path}: expected training state of {kind}, found {document.get('kind')}; "
             "choose another run folder"
         )
-    state: dict[str, Any] = document["state"]
+    state = document.get("state")
+    if not isinstance(state, dict):
+        raise WeightsError(
+            f"{path}: expected training state, found {type(state).__name__}; {advice}"
+        )
     return state
 
 

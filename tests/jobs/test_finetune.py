@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from anchorpatch.jobs.finetuning import setup as finetune_setup
 from anchorpatch.jobs.finetuning.setup import prepare
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build
-from anchorpatch.runtime.checkpoint import load_into, load_weights
+from anchorpatch.runtime.checkpoint import load_into, load_weights, save_state
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import SCALES
 from anchorpatch.shards import ShardReader
@@ -459,6 +460,24 @@ def test_what_does_not_fit_together(
 ):
     fails(error, match, tiny(shards, tmp_path, **changes))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["identity", "module", "optimizer", "schedule", "random", "sums"])
+def test_state_with_other_contents(whole: Path, shards: Path, tmp_path: Path, part: str):
+    state = state_of(whole)
+    for other in (None, [1], "text", {"state": {0: 1}}):
+        save_state(tmp_path / "last.pt", "finetune", {**state, part: other})
+        with pytest.raises((WeightsError, DataError), match=r"last\.pt: expected|log\.jsonl: exp"):
+            run(tiny(shards, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}\nno JSON\n", "[]\n[]\n", '{"val": {"top1": 0.5}}\n', "\xff"]
+)
+def test_a_log_with_other_contents(whole: Path, shards: Path, tmp_path: Path, text: str):
+    shutil.copy(whole / "last.pt", tmp_path)
+    (tmp_path / "log.jsonl").write_text(text, encoding="latin-1")
+    fails(DataError, r"log\.jsonl: expected the record of an epoch", tiny(shards, tmp_path))
 
 
 def test_a_scale_without_patches(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -60,14 +61,21 @@ class Place:
         return images, losses, waited / max(seconds, 1e-9)
 
 
-def check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_identity(path: Path, identity: Any, expected: Mapping[str, Any]) -> None:
     """Raise WeightsError, naming what differs, unless a checkpoint is of the same run.
 
     Args:
         path: of the checkpoint.
-        found: what it says of its run.
+        identity: what it says of its run, a JSON object as text.
         expected: what this run says, as JSON has it.
     """
+    try:
+        found = dict(json.loads(identity))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{path}: expected training state of a run, found state that does not say of which; "
+            "start again with --overwrite, or restore it from a copy"
+        ) from error
     different = [
         f"{name} {found.get(name)} there, {expected.get(name)} here"
         for name in sorted(expected.keys() | found.keys())

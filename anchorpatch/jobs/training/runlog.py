@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from anchorpatch.errors import MissingDependency, StorageError, reason_of
+from anchorpatch.errors import DataError, MissingDependency, StorageError, reason_of
 from anchorpatch.jobs.training.loop_config import LoopConfig
 from anchorpatch.runtime.checkpoint import versions
 from anchorpatch.storage import write_atomically
@@ -47,12 +47,27 @@ class RunLog:
             self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def cut(self, epochs: int) -> None:
-        """Keep the records of the first ``epochs`` epochs; those behind are trained anew."""
+        """Keep the records of the first ``epochs`` epochs; those behind are trained anew.
+
+        Raises:
+            DataError: the log is damaged.
+            StorageError: the disk refused.
+        """
         lines = []
-        if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines()[:epochs]:
-                lines.append(line + "\n")
-        self.records = [json.loads(line) for line in lines]
+        try:
+            if self.path.is_file() and epochs:
+                for line in self.path.read_text(encoding="utf-8").splitlines()[:epochs]:
+                    lines.append(line + "\n")
+            self.records = [json.loads(line) for line in lines]
+            found = sum(float(record["val"]["top1"]) >= 0 for record in self.records)
+            if found < epochs:
+                raise ValueError(f"{found} of {epochs} epochs")
+        except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{self.path}: expected the record of an epoch in each line, found others "
+                f"({reason_of(error)}); restore it from a copy, or remove the run's last.pt to "
+                "start again"
+            ) from error
         if self.main:
             write_atomically(self.path, lambda file: file.write("".join(lines).encode()))
 

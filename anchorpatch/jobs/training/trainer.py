@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from anchorpatch.errors import Interrupted, NonFiniteError, SettingsError, WeightsError
+from anchorpatch.errors import (
+    Interrupted,
+    NonFiniteError,
+    SettingsError,
+    WeightsError,
+    reason_of,
+)
 from anchorpatch.jobs.training.averaging import MovingAverage
 from anchorpatch.jobs.training.loop_config import LoopConfig, build_optimizer, rate_factor
 from anchorpatch.jobs.training.place import Place, check_identity
@@ -117,7 +123,7 @@ class Trainer:
                 state = load_state(self._checkpoint, self.task.kind)
                 check_identity(
                     self._checkpoint,
-                    json.loads(state["identity"]),
+                    state.get("identity"),
                     json.loads(json.dumps(self.task.identity)),
                 )
             except WeightsError:
@@ -355,13 +361,19 @@ class Trainer:
         )
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self.module.load_state_dict(state["module"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["random"])
-        place = self.place = Place.of(state, is_main=self.world.is_main)
+        try:
+            self.module.load_state_dict(state["module"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            torch.set_rng_state(state["random"])
+            place = self.place = Place.of(state, is_main=self.world.is_main)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise WeightsError(
+                f"{self._checkpoint}: expected the training state of this run, found another "
+                f"({reason_of(error)[:200]}); remove it to start again, or restore it from a copy"
+            ) from error
         # A line may have been written for an epoch whose checkpoint was not.
         self.log.cut(place.epoch)
         if place.epoch < self.config.epochs:
