@@ -15,6 +15,7 @@ from anchorpatch.errors import ShardError
 from anchorpatch.runtime.tasks import Task
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.manifest import read_manifest
+from anchorpatch.text import counted
 from anchorpatch.waits import waiting_for
 
 __all__ = ["ExtractSummary", "mean_patches", "summarize", "wait_for_ranks"]
@@ -176,8 +177,9 @@ def wait_for_ranks(
             if there != seen:
                 seen, since = there, now
             elif now - since > patience:
+                missing = counted(whole.total_shards - whole.shards, "shard is", "shards are")
                 raise ShardError(
-                    f"{summary.folder}: {whole.total_shards - whole.shards} shards are missing, "
+                    f"{summary.folder}: {missing} missing, "
                     f"and no rank has written for {patience:,.0f} s: one has probably failed; run "
                     "the same command again"
                 )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anchorpatch.errors import SettingsError
 from anchorpatch.runtime.tasks import environment_number
+from anchorpatch.text import counted
 
 __all__ = [
     "computing_on",
@@ -112,5 +113,4 @@ def computing_on(device: torch.device) -> str:
     """Return a line that says where a job computes, and with how many threads on a CPU."""
     if device.type != "cpu":
         return f"computing on {torch.cuda.get_device_name(device)}"
-    threads = torch.get_num_threads()
-    return f"computing on {threads} CPU thread{'s' * (threads != 1)} (--threads)"
+    return f"computing on {counted(torch.get_num_threads(), 'CPU thread')} (--threads)"

@@ -27,8 +27,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_train_then_evaluate(program: Program, data: Path, tmp_path: Path):
-    done = program("train", "--data", data, *OPTIONS)
+    done = program("train", "--data", data, *OPTIONS, "--threads", 1)
     assert done.returncode == 0, done.stderr
+    assert "computing on 1 CPU thread (--threads)\n" in done.stderr
     best = tmp_path / "runs" / "anchornet" / "best.safetensors"
     assert f"1 epoch on {TRAIN} images of 2 classes, measured on {VAL}: " in done.stdout
     assert "epoch 1/1: loss " in done.stderr

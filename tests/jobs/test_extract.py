@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorpatch import storage
-from anchorpatch.errors import ManifestMismatch
+from anchorpatch.errors import ManifestMismatch, ShardError
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.jobs import extract
 from anchorpatch.jobs.extract import ExtractConfig, files_digest, shard_ranges
+from anchorpatch.jobs.extract_summary import wait_for_ranks
+from anchorpatch.runtime.tasks import Task
 from anchorpatch.shards.layout import ShardHeader
 from anchorpatch.shards.manifest import Manifest, open_manifest, read_manifest
 from anchorpatch.shards.writer import ShardWriter
@@ -181,3 +183,17 @@ def test_a_shard_that_lacks_a_batch_is_not_kept(
     assert not list(tmp_path.glob("val/*.h5"))
     monkeypatch.undo()
     assert extract.run(config).images == 12
+
+
+def test_ranks_that_no_longer_write_are_not_waited_for(
+    tmp_path: Path, image_folder: Path, weights: Path
+):
+    task = Task(0, 2)
+    config = ExtractConfig(
+        image_folder, "val", weights, tmp_path, limit=8, shard_size=4, workers=0, task=task
+    )
+    summary = extract.run(config)
+    with pytest.raises(ShardError, match="1 shard is missing, and no rank has written for 0 s"):
+        wait_for_ranks(summary, task, 2, patience=0.0)
+    extract.run(replace(config, task=Task(1, 2)))
+    assert wait_for_ranks(summary, task, 2, patience=0.0).complete
