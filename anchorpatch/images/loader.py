@@ -63,8 +63,9 @@ def load_batches(
         workers: processes that decode. 0 decodes in this thread, when a batch is asked for.
         batch_size: images of the largest batch.
         crop: how an image becomes a crop; None for the defaults.
-        pin_memory: put the pixels into page-locked memory, for copies to a GPU. Without a GPU
-            it does nothing.
+        pin_memory: put the pixels into page-locked memory, for copies to a GPU, when a batch is
+            handed out. torch locks powers of two, 64 MiB for 256 images, so that batches which
+            are only ahead are left out. Without a GPU it does nothing.
         prefetch: batches that each worker is ahead, fewer where those of all the processes of
             this machine would take more than 8 GiB. One of 256 images takes 39 MB.
 
