@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -286,6 +287,28 @@ def test_a_filesystem_without_locks_goes_on(
 )
 def test_reasons_are_words(error: Exception, words: str) -> None:
     assert reason_of(error) == words
+
+
+def test_two_writers_of_a_shard_are_safe_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    write_split(tmp_path / "whole" / "val")
+    whole = (tmp_path / "whole" / "val" / "val-00000.h5").read_bytes()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "val-00000.h5"
+    header = make_header(store_images=True, shard_size=5)
+    writers = [ShardWriter(path, header, files_sha256="e0" * 32) for _ in range(2)]
+    for one in writers:
+        one.append(make_batch(3, seed=1))
+    for one in writers:
+        one.append(make_batch(2, seed=2, start=3))
+    for one in writers:
+        one.close()
+        assert path.read_bytes() == whole
+    assert names(tmp_path) == {"whole", "val-00000.h5"}
 
 
 def test_copying_goes_on_where_the_kernel_cannot(

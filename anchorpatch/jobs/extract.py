@@ -370,7 +370,7 @@ def _extract(
     jobs: deque[_Job] = deque()
     made = 0
     try:
-        with closing(plan.load(_claimed(plan, sink, shards, jobs))) as loader:
+        with closing(plan.load(_claimed(plan, sink, shards, jobs, bad))) as loader:
             reporter.start(f"extract {plan.config.split}", total, total - left)
             for batch in loader:
                 job = jobs.popleft()
@@ -395,13 +395,14 @@ class _Job(NamedTuple):
 
 
 def _claimed(
-    plan: _Plan, sink: ShardSink, shards: Sequence[int], jobs: deque[_Job]
+    plan: _Plan, sink: ShardSink, shards: Sequence[int], jobs: deque[_Job], bad: _BadImages
 ) -> Iterator[range]:
     """Yield the images of each batch and note it in ``jobs``; no batch crosses a shard.
 
     A shard is claimed when the loader asks for its first batch.
     """
     for shard in filter(sink.claim, shards):
+        bad.begin(shard, sink.manifest)
         images = plan.ranges[shard]
         for start in range(images.start, images.stop, plan.batch_size):
             batch = range(start, min(start + plan.batch_size, images.stop))
@@ -498,22 +499,34 @@ def _append(writer: ShardWriter, *, plan: _Plan, batch: Batch, pending: Pending 
 
 
 class _BadImages:
-    """Counts unreadable images and ends the run when there are too many."""
+    """Counts unreadable images and ends the run when there are too many.
+
+    Those of earlier runs and of other jobs count too: the limit is one of the task's shards.
+    """
 
     def __init__(self, plan: _Plan, total: int) -> None:
         self._share, self._total = plan.config.max_bad, total
         self._limit = math.floor(plan.config.max_bad * total + 1e-9)
         self._folder = plan.folder
+        self._others = set(plan.owned)
+        self._before: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
+
+    def begin(self, shard: int, manifest: Manifest) -> None:
+        """Note what is known of the other shards when this process begins one."""
+        self._others.discard(shard)
+        others = {manifest.shard_path(i).name for i in self._others}
+        entries = (entry for entry in manifest.entries if entry.name in others)
+        self._before = Counter(reason for entry in entries for _, reason in entry.skipped)
 
     def note(self, batch: Batch) -> None:
         for row, reason in batch.bad:
             self._reasons[reason] += 1
-            if self._reasons.total() > self._limit:
+            if (all_reasons := self._before + self._reasons).total() > self._limit:
                 raise TooManyBadImages(
                     f"{self._folder.root}: more than {self._limit} of {self._total} images cannot "
-                    f"be read (--max-bad {self._share:.2%}): {_counted(self._reasons)}; the last "
-                    f"is {self._folder.path(row)}; fix or remove the files, or raise --max-bad"
+                    f"be read (--max-bad {self._share:.2%}): {_counted(all_reasons)}; the last is "
+                    f"{self._folder.path(row)}; fix or remove the files, or raise --max-bad"
                 )
 
 

@@ -32,10 +32,13 @@ class ShardSink:
         manifest: gets the entry of each shard that is done.
         digests: of each shard's part of the file list.
         reporter: is told what is on disk.
+
+    Attributes:
+        manifest: as of the last claim.
     """
 
     def __init__(self, manifest: Manifest, digests: Sequence[str], reporter: Reporter) -> None:
-        self._manifest, self._digests, self._reporter = manifest, digests, reporter
+        self.manifest, self._digests, self._reporter = manifest, digests, reporter
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._queue: deque[_Work] = deque()
         self._writers: dict[int, ShardWriter] = {}
@@ -51,13 +54,14 @@ class ShardSink:
             ManifestMismatch: the folder was begun anew with other inputs meanwhile.
             StorageError: the disk refuses.
         """
-        path, header = self._manifest.shard_path(shard), self._manifest.header
+        path, header = self.manifest.shard_path(shard), self.manifest.header
         try:
             writer = ShardWriter(path, header, files_sha256=self._digests[shard])
         except ShardBusy:
             return False
         self._writers[shard] = writer
-        if self._manifest.refreshed().has(shard):
+        self.manifest = self.manifest.refreshed()
+        if self.manifest.has(shard):
             self._writers.pop(shard).abort()
             return False
         return True
@@ -109,7 +113,7 @@ class ShardSink:
         writer = self._writers[shard]
         patches = write(writer)
         if last:
-            writer.close(self._manifest.commit)
+            writer.close(self.manifest.commit)
             del self._writers[shard]
         self._failed = False
         return patches

@@ -39,7 +39,7 @@ _IMAGE_COLUMNS: Final = {
 }
 
 
-_AGAIN: Final = "remove the shard and run the same extract again"
+_AGAIN: Final = "run the same extract again with --repair"
 
 
 class ImagePatches(NamedTuple):

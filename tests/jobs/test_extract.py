@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorpatch import storage
-from anchorpatch.errors import ManifestMismatch, ShardError
+from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError, TooManyBadImages
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.jobs import extract
 from anchorpatch.jobs.extract import ExtractConfig, files_digest, shard_ranges
@@ -197,3 +198,34 @@ def test_ranks_that_no_longer_write_are_not_waited_for(
         wait_for_ranks(summary, task, 2, patience=0.0)
     extract.run(replace(config, task=Task(1, 2)))
     assert wait_for_ranks(summary, task, 2, patience=0.0).complete
+
+
+def test_a_shard_that_another_process_writes_is_left_to_it(
+    tmp_path: Path, image_folder: Path, weights: Path
+) -> None:
+    config = ExtractConfig(image_folder, "val", weights, tmp_path, shard_size=15, workers=0)
+    folder = extract.run(replace(config, task=Task(0, 3))).folder
+    with ShardWriter(folder / "val-00001.h5", make_header()) as other:
+        with pytest.raises(ShardBusy, match=r"val-00001\.h5: another process is writing this"):
+            extract.run(config)
+        assert read_manifest(folder).missing() == [1]
+        # A job of an array need not see to it.
+        summary = extract.run(replace(config, task=Task(job=7)))
+        assert (summary.images_run, summary.pending, summary.complete) == (0, 1, False)
+        other.abort()
+    assert extract.run(replace(config, task=Task(job=7))).complete
+
+
+def test_unreadable_images_of_other_jobs_and_earlier_runs_count(
+    tmp_path: Path, image_folder: Path, weights: Path
+) -> None:
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    for i in (0, 1, 19):
+        (data / f"val/cat/{i:02d}.JPEG").write_bytes(b"")
+    config = ExtractConfig(
+        data, "val", weights, tmp_path, shard_size=5, workers=0, max_bad=0.05, batch_size=5
+    )
+    # Two of forty are allowed, and this part has two of ten.
+    extract.run(replace(config, max_bad=0.2, task=Task(0, 4)))
+    with pytest.raises(TooManyBadImages, match=r"more than 2 of 40 .*: 3 empty file; the last"):
+        extract.run(config)
