@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from PIL import ImageColor
-
 from anchorpatch.errors import SettingsError
 
 __all__ = [
@@ -85,6 +83,9 @@ class CropSettings:
     damaged: str = "keep"
 
     def __post_init__(self) -> None:
+        # Here, as the command line reads this module before it knows what it will need.
+        from PIL import ImageColor
+
         for name, value, known in (
             ("crop-mode", self.mode, CROP_MODES),
             ("damaged", self.damaged, DAMAGED),

@@ -28,6 +28,7 @@ from anchorpatch.cli.options import (
 )
 from anchorpatch.cli.output import bytes_text, print_json, print_table
 from anchorpatch.errors import WeightsError
+from anchorpatch.settings import DAMAGED
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
 @background_option("that of the weights")
 @click.option(
     "--damaged",
-    type=click.Choice(["keep", "skip"]),
+    type=click.Choice(DAMAGED),
     default="keep",
     help="JPEGs with missing or corrupt data that can be decoded all the same: keep and count "
     "them, or skip them.",

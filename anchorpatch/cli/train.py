@@ -31,6 +31,7 @@ from anchorpatch.cli.training_options import (
     run_options,
 )
 from anchorpatch.runtime.tasks import is_main
+from anchorpatch.settings import CROP_MODES
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ _ARCHITECTURES = ("anchornet", "bagnet33", "bagnet77", "saccader")
 )
 @click.option(
     "--crop-mode",
-    type=click.Choice(["center", "squash"]),
+    type=click.Choice(CROP_MODES),
     default="center",
     help="How validation images become 224 px: short side 256 and center crop, or both sides "
     "resized to 224, as in the paper. Recorded in the weights, for all that uses them.",
