@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 from anchorpatch.figures import attention_figure, coverage_figure, errors_figure, patches_figure
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.figures.attention import AttentionConfig, find_attention
 from anchorpatch.jobs.figures.coverage import CoverageConfig
 from anchorpatch.jobs.figures.coverage import run as measure_coverage
 from anchorpatch.jobs.figures.errors import ErrorsConfig, find_errors
-from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.figures.patches import PatchesConfig, find_patches
 from anchorpatch.runtime.checkpoint import load_weights
 

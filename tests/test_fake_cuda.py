@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from anchorpatch.jobs import finetune
+from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.evaluate import _Meter
 from anchorpatch.jobs.evaluation.image_parts import Part, added_by_image
-from anchorpatch.jobs.evaluation.patch_scores import Distributions, ImageBatch, score_images
+from anchorpatch.jobs.evaluation.patch_scores import Distributions, score_images
 from anchorpatch.jobs.evaluation.score_figures import count
 from anchorpatch.jobs.finetune import FinetuneConfig
 from anchorpatch.jobs.finetuning.plan import Request
@@ -146,9 +147,9 @@ def test_anchornet_is_evaluated_without_waits(gpu: FakeGpu, anchornet: Weights) 
 def test_networks_are_evaluated_without_waits(gpu: FakeGpu, amp: bool) -> None:
     meta = WeightsMeta("resnet18", CLASSES)
     module = build("resnet18", len(CLASSES)).eval().to(GPU)
-    batch = ImageBatch(np.arange(8), pixels(8), np.zeros(8, np.int64))
+    batch = Crops(np.arange(8), pixels(8), np.zeros(8, np.int64))
 
-    def batches() -> Iterator[ImageBatch]:
+    def batches() -> Iterator[Crops]:
         for _ in range(2):
             gpu.forget()
             yield batch

@@ -121,9 +121,9 @@ def coverage(
     """
     from anchorpatch.figures import coverage_figure
     from anchorpatch.figures.save import picture_kind, save_figure
+    from anchorpatch.jobs.crops import ImageSource
     from anchorpatch.jobs.figures.coverage import CoverageConfig, run
     from anchorpatch.jobs.figures.coverage_curves import LABELS, LOCALIZERS, write_points
-    from anchorpatch.jobs.figures.image_source import ImageSource
     from anchorpatch.runtime.checkpoint import read_meta
     from anchorpatch.runtime.device import cpu_count
     from anchorpatch.runtime.progress import reporter

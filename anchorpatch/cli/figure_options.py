@@ -22,8 +22,8 @@ from anchorpatch.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from anchorpatch.jobs.crops import ImageSource
     from anchorpatch.jobs.figures.examples import Choice
-    from anchorpatch.jobs.figures.image_source import ImageSource
     from anchorpatch.runtime.checkpoint import Weights
 
 __all__ = ["Names", "figure_options", "inputs"]
@@ -116,8 +116,8 @@ def inputs(
         AnchorpatchError: an option cannot be used.
     """
     from anchorpatch.figures.save import picture_kind
+    from anchorpatch.jobs.crops import ImageSource
     from anchorpatch.jobs.figures.examples import Choice
-    from anchorpatch.jobs.figures.image_source import ImageSource
     from anchorpatch.runtime.checkpoint import load_weights
     from anchorpatch.runtime.device import cpu_count
 

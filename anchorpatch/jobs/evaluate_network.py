@@ -13,9 +13,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from anchorpatch.errors import DataError, WeightsError
+from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.evaluation.config import EvaluateNetworkConfig
 from anchorpatch.jobs.evaluation.parts import Evaluation
-from anchorpatch.jobs.evaluation.patch_scores import ImageBatch
 from anchorpatch.jobs.evaluation.predictions import Predictions, check_predictions_path
 from anchorpatch.jobs.evaluation.tables import WHOLE, Table3, Table4, table_3_rows, table_4_rows
 from anchorpatch.runtime.device import computing_on
@@ -71,7 +71,7 @@ def run(config: EvaluateNetworkConfig, progress: Reporter | None = None) -> Tabl
             shards=str(job.reader.folder),
             weights=one or by_scale,
             whole_weights=whole_weights,
-            whole_source=whole.source if whole and asked else None,
+            whole_source=whole.description if whole and asked else None,
             gmacs_whole=costs.network[WHOLE],
             gmacs_anchornet=costs.anchornet,
             rows=tuple(
@@ -108,13 +108,13 @@ def run_rescale(config: EvaluateNetworkConfig, progress: Reporter | None = None)
             network=config.network,
             shards=str(job.reader.folder),
             weights=network.source,
-            whole_source=whole.source,
+            whole_source=whole.description,
             rows=table_4_rows(rescaled, localized),
             trained_on=network.trained_on,
         )
 
 
-def _rescaled(batch: ImageBatch, side: int) -> ImageBatch:
+def _rescaled(batch: Crops, side: int) -> Crops:
     """Make whole images as small as a patch: antialiased bilinear."""
     pixels: Tensor = v2.functional.resize(
         batch.pixels.permute(0, 3, 1, 2), [side, side], antialias=True

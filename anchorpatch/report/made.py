@@ -15,10 +15,10 @@ from anchorpatch.demo.weights import demo_weights
 from anchorpatch.errors import AnchorpatchError, NothingToShow, WeightsError
 from anchorpatch.figures import attention_figure, errors_figure, patches_figure
 from anchorpatch.figures.save import encoded
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.figures.attention import AttentionConfig, find_attention
 from anchorpatch.jobs.figures.errors import ErrorsConfig, find_errors
 from anchorpatch.jobs.figures.examples import Choice
-from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.figures.patches import PatchesConfig, find_patches
 from anchorpatch.report.collect import Contents, LeftOut, Split
 from anchorpatch.report.figure_files import FigureFile

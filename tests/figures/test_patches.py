@@ -12,9 +12,9 @@ from PIL import ImageDraw
 
 from anchorpatch.figures.frames import COLORS, MARK, badge, draw_frames, number
 from anchorpatch.figures.patches import localized_picture, patches_figure
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.jobs.figures.examples import Choice, Example
-from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.figures.patches import PatchesConfig, PatchExamples, find_patches
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.settings import SCALES

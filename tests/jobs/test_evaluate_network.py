@@ -23,8 +23,8 @@ from anchorpatch.errors import (
     WeightsError,
 )
 from anchorpatch.images.decode import decode
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.evaluate_network import EvaluateNetworkConfig, run, run_rescale
-from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_images
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build
@@ -243,8 +243,8 @@ def test_what_is_left_out_is_said(root: Path, tmp_path: Path):
     assert table.left_out[1].startswith("speed: ")
     shutil.copytree(root / "data" / "val", tmp_path / "val")
     next((tmp_path / "val").glob("*/*")).unlink()
-    found = find_whole_images(ShardReader(root / "shards" / "val"), tmp_path, "val")
-    assert "1 of its 9 images are not in" in str(found)
+    with pytest.raises(DataError, match="1 of its 9 images are not in"):
+        ImageSource.of_shards(ShardReader(root / "shards" / "val"), tmp_path, split="val")
 
 
 def test_speed_is_measured(root: Path, weights: Path):
@@ -317,10 +317,9 @@ def test_a_file_that_cannot_be_read(root: Path, tmp_path: Path):
     data = shutil.copytree(root / "data", tmp_path / "data")
     reader = ShardReader(root / "shards" / "val")
     (data / "val" / reader.path[2].decode()).write_bytes(b"no image")
-    found = find_whole_images(reader, data, "val")
-    assert isinstance(found, WholeImages)
-    # Otherwise whole images become crops as they did for the shards.
+    # Whole images become crops as they did for the shards.
     reader.settings = replace(reader.settings, crop_mode="squash")
+    found = ImageSource.of_shards(reader, data, split="val")
     (batch,) = found.batches(np.arange(2), 4)
     squashed = [
         decode((data / "val" / p.decode()).read_bytes(), reader.settings.crop).pixels

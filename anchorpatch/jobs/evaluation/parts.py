@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anchorpatch.errors import WeightsError
+from anchorpatch.errors import DataError, WeightsError
 from anchorpatch.images.folder import spread_rows, without_images
+from anchorpatch.jobs.crops import Crops, ImageSource
 from anchorpatch.jobs.evaluation.config import EvaluateNetworkConfig
 from anchorpatch.jobs.evaluation.network_speed import Speed, measure_speed
 from anchorpatch.jobs.evaluation.patch_scores import (
     Distributions,
-    ImageBatch,
     Keep,
     open_shards,
     score_images,
@@ -26,7 +26,6 @@ from anchorpatch.jobs.evaluation.patch_scores import (
 )
 from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
 from anchorpatch.jobs.evaluation.tables import WHOLE, Costs
-from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_images
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import macs
@@ -102,10 +101,16 @@ class Evaluation:
         taken = spread_rows(len(self.reader), self.config.limit)
         return taken[np.isin(self.reader.scale[taken], scales)]
 
-    def find_whole(self) -> tuple[WholeImages | None, str | None]:
+    def find_whole(self) -> tuple[ImageSource | None, str | None]:
         """Return the whole images, or why there are none."""
-        found = find_whole_images(self.reader, self.config.data, self.config.split)
-        return (None, found) if isinstance(found, str) else (found, None)
+        data, split = self.config.data, self.config.split
+        try:
+            found = ImageSource.of_shards(
+                self.reader, data, split=split, workers=self.config.workers
+            )
+        except DataError as error:
+            return None, str(error)
+        return found, None
 
     def for_patches(self) -> dict[int, Network]:
         """Load the network that decides on patches, or one per scale, by scale.
@@ -198,19 +203,15 @@ class Evaluation:
     def score_whole(
         self,
         network: Network,
-        whole: WholeImages,
+        whole: ImageSource,
         scales: tuple[int, ...] | None = None,
-        change: Callable[[ImageBatch], ImageBatch] = lambda batch: batch,
+        change: Callable[[Crops], Crops] = lambda batch: batch,
     ) -> ScaleFigures:
         """Decide on the whole images that chose one of the scales, changed first."""
         scales = scales or self.config.scales
         rows = self.rows(scales)[self.world.rank :: self.world.size]
-        batches = whole.batches(
-            rows,
-            self.batch_size,
-            workers=self.config.workers,
-            pin_memory=self.device.type == "cuda",
-        )
+        on_gpu = self.device.type == "cuda"
+        batches = whole.batches(rows, self.batch_size, pin_memory=on_gpu)
         with self._counting("whole images", scales) as advance:
             return score_images(
                 _on(network, self.device),
@@ -230,7 +231,7 @@ class Evaluation:
             self.report.stop()
 
     def find_anchornet(
-        self, whole: WholeImages | None, why_not: str | None
+        self, whole: ImageSource | None, why_not: str | None
     ) -> tuple[Weights | None, str | None]:
         """Return AnchorNet's weights if speed can be measured, or why it cannot."""
         path = self.config.anchornet_weights
@@ -255,7 +256,7 @@ class Evaluation:
         return weights, None
 
     def measure(
-        self, networks: Mapping[int, Network], whole: WholeImages, weights: Weights
+        self, networks: Mapping[int, Network], whole: ImageSource, weights: Weights
     ) -> Speed | None:
         """Measure both ways in the main process; None in the others."""
         if not self.world.is_main:
@@ -265,8 +266,7 @@ class Evaluation:
         rows = self.rows(SCALES)
         n = min(len(rows), _SPEED_IMAGES[self.device.type])
         some = rows[spread_rows(len(rows), n)]
-        batches = whole.batches(some, self.batch_size, workers=self.config.workers)
-        pixels = torch.cat([batch.pixels for batch in batches])
+        pixels = torch.cat([batch.pixels for batch in whole.batches(some, self.batch_size)])
         amp = self.config.amp
         lsp = LspSettings(settings.max_patches, settings.iou_threshold, settings.coverage)
         with Localizer(weights, lsp, self.device, batch_size=self.batch_size, amp=amp) as localizer:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from anchorpatch.errors import CorruptShard, DataError, ShardError, WeightsError
 from anchorpatch.images.folder import spread_rows
+from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.evaluation.image_parts import ScalePlan, added_by_image
 from anchorpatch.jobs.evaluation.score_figures import (
     PatchFigures,
@@ -40,7 +41,6 @@ from anchorpatch.text import few
 
 __all__ = [
     "Distributions",
-    "ImageBatch",
     "Keep",
     "PatchFigures",
     "ScaleFigures",
@@ -53,20 +53,6 @@ __all__ = [
 
 #: Takes rows of images (n,), int64, and their mean distributions (n, C), float64.
 Keep: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.float64]], None]
-
-
-class ImageBatch(NamedTuple):
-    """Whole images for `score_images`.
-
-    Attributes:
-        rows: of the images (n,), int64.
-        pixels: uint8 (n, H, W, 3), all of one size.
-        labels: class index (n,), int64.
-    """
-
-    rows: NDArray[np.int64]
-    pixels: Tensor
-    labels: NDArray[np.int64]
 
 
 def check_classes(reader: ShardReader, meta: WeightsMeta) -> None:
@@ -190,7 +176,7 @@ def score_patches(
 @torch.inference_mode()
 def score_images(
     module: nn.Module,
-    batches: Iterable[ImageBatch],
+    batches: Iterable[Crops],
     *,
     device: torch.device,
     meta: WeightsMeta,

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from anchorpatch.errors import SettingsError
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.figures.examples import Choice, Example, look_at, spread
-from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.figures.record import LookedAt, ShownImages
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.runtime.checkpoint import Weights

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anchorpatch.errors import DataError, SettingsError, WeightsError
 from anchorpatch.images.folder import without_images
+from anchorpatch.jobs.crops import Crops, ImageSource
 from anchorpatch.jobs.evaluation.patch_scores import Distributions
 from anchorpatch.jobs.figures.area_localizers import (
     Localize,
@@ -36,7 +37,6 @@ from anchorpatch.jobs.figures.coverage_curves import (
     Curve,
     curves_of,
 )
-from anchorpatch.jobs.figures.image_source import Crops, ImageSource
 from anchorpatch.jobs.figures.pixel_order import mask_of_area, pixel_positions
 from anchorpatch.networks import (
     Network,

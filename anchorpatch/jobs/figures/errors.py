@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from anchorpatch.errors import DataError, NothingToShow, SettingsError
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.figures.examples import Choice, Survey, look_at, spread
-from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.figures.record import LookedAt, ShownImages
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.lsp import select

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorpatch.errors import DataError, NonFiniteError, SettingsError
-from anchorpatch.jobs.figures.image_source import ImageSource
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.localizer import Localized, Localizer, Pending
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.progress import Reporter

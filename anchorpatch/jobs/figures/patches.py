@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from anchorpatch.errors import DataError, SettingsError
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.figures.examples import Choice, Example, look_at, spread
-from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.figures.record import LookedAt, ShownImages, settings_text
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.runtime.checkpoint import Weights

@@ -16,8 +16,8 @@ from torch import nn
 from anchorpatch.errors import DataError
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.training import RandomCrop, load_training_batches
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.evaluation.patch_scores import Distributions, score_images, score_patches
-from anchorpatch.jobs.evaluation.whole_images import WholeImages
 from anchorpatch.jobs.finetuning.config import FinetuneConfig
 from anchorpatch.jobs.finetuning.plan import Request
 from anchorpatch.runtime.checkpoint import WeightsMeta
@@ -136,14 +136,14 @@ class WholeData:
     """
 
     config: FinetuneConfig
-    train: WholeImages
-    val: WholeImages
+    train: ImageSource
+    val: ImageSource
     unit = "images"
 
     @property
     def source(self) -> str:
         """Where the pixels come from, for people."""
-        return self.train.source
+        return self.train.description
 
     @property
     def min_area(self) -> float:
@@ -152,21 +152,22 @@ class WholeData:
 
     def counts(self) -> dict[int, int]:
         """Return the images of a pass."""
-        return {CROP: len(self.train.reader)}
+        return {CROP: len(self.train)}
 
     def draw(self, rng: np.random.Generator) -> Mapping[int, NDArray[np.int64]]:
         """Return the images of a pass in random order."""
-        return {CROP: rng.permutation(len(self.train.reader))}
+        return {CROP: rng.permutation(len(self.train))}
 
     def load(
         self, requests: Iterator[Request], pin_memory: bool
     ) -> Generator[tuple[Request, Loaded], None, None]:
         """Read the pieces of a run ahead of their use."""
-        if self.train.folder is None:
-            return load_rows(
-                self.train.reader, requests, threads=self.config.workers, pin_memory=pin_memory
-            )
-        return self._decoded(self.train.folder, requests, pin_memory)
+        if self.train.folder is not None:
+            return self._decoded(self.train.folder, requests, pin_memory)
+        assert self.train.reader is not None
+        return load_rows(
+            self.train.reader, requests, threads=self.config.workers, pin_memory=pin_memory
+        )
 
     def _decoded(
         self, folder: ImageFolder, requests: Iterable[Request], pin_memory: bool
@@ -181,7 +182,7 @@ class WholeData:
                 config.min_area,
                 flip=False,
                 seed=config.seed,
-                background=self.train.reader.settings.background,
+                background=self.train.crop.background,
             ),
             workers=config.workers,
             pin_memory=pin_memory,
@@ -194,8 +195,8 @@ class WholeData:
                         f"{folder.root / folder.path(row)}: cannot be read any more ({reason}), "
                         "while the shards hold its patches; restore it, or extract again"
                     )
-                labels = self.train.reader.label[request.rows].astype(np.int64)
-                yield request, Loaded(batch.pixels, torch.from_numpy(labels))
+                labels = torch.from_numpy(self.train.labels[request.rows])
+                yield request, Loaded(batch.pixels, labels)
 
     def evaluate(
         self,
@@ -206,13 +207,8 @@ class WholeData:
         check: Callable[[], object],
     ) -> dict[str, Any]:
         """Decide on the validation images as they are."""
-        rows = np.array(world.share(len(self.val.reader)), np.int64)
-        batches = self.val.batches(
-            rows,
-            _eval_batch(device),
-            workers=self.config.workers,
-            pin_memory=device.type == "cuda",
-        )
+        rows = world.share(len(self.val))
+        batches = self.val.batches(rows, _eval_batch(device), pin_memory=device.type == "cuda")
         with closing(batches):
             return score_images(
                 module, batches, device=device, meta=meta, amp=self.config.amp, check=check

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from anchorpatch.errors import DataError, SettingsError
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.evaluation.patch_scores import open_shards
-from anchorpatch.jobs.evaluation.whole_images import WholeImages, find_whole_images
 from anchorpatch.jobs.finetuning.config import FinetuneConfig
 from anchorpatch.jobs.finetuning.data import Data, PatchData, WholeData
 from anchorpatch.jobs.finetuning.plan import Plan
@@ -136,14 +136,10 @@ def _same_classes(shards: Path, train: ShardReader, val: ShardReader) -> None:
 def _data(config: FinetuneConfig, train: ShardReader, val: ShardReader) -> Data:
     if not config.baseline:
         return PatchData(config, train, val)
-    found = [
-        find_whole_images(reader, config.data, split)
+    whole = [
+        ImageSource.of_shards(reader, config.data, split=split, workers=config.workers)
         for reader, split in ((train, "train"), (val, "val"))
     ]
-    for one in found:
-        if isinstance(one, str):
-            raise DataError(one)
-    whole = [one for one in found if isinstance(one, WholeImages)]
     return WholeData(config, *whole)
 
 

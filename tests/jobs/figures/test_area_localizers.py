@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from anchorpatch.jobs.crops import Crops, ImageSource
 from anchorpatch.jobs.figures.area_localizers import (
     See,
     anchornet_localizers,
@@ -15,7 +16,6 @@ from anchorpatch.jobs.figures.area_localizers import (
     peer,
     sobel_energy,
 )
-from anchorpatch.jobs.figures.image_source import Crops, ImageSource
 from anchorpatch.jobs.figures.pixel_order import mask_of_area, pixel_positions
 from anchorpatch.jobs.localizer import load_anchornet, normalize
 from anchorpatch.models.bagnet import BagNet

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from anchorpatch.errors import SettingsError
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.figures.attention import AttentionConfig, AttentionExamples, find_attention
 from anchorpatch.jobs.figures.examples import Choice
-from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.jobs.localizer import Localizer, load_anchornet, normalize
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.settings import PRESETS, SCALES

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from anchorpatch.errors import SettingsError, WeightsError
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.figures.coverage import CoverageConfig, run
 from anchorpatch.jobs.figures.coverage_curves import LOCALIZERS, curves_of
-from anchorpatch.jobs.figures.image_source import ImageSource
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from anchorpatch.runtime.progress import Reporter

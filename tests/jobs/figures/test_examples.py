@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from anchorpatch.errors import SettingsError
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.figures.examples import Choice, spread
-from anchorpatch.jobs.figures.image_source import ImageSource
 from tests.jobs.patch_shards import Drawn, classes_of, write_shards
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from anchorpatch.errors import ShardError
 from anchorpatch.images.decode import decode
-from anchorpatch.jobs.figures.image_source import ImageSource
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.settings import CropSettings
 from anchorpatch.shards.reader import ShardReader
 from tests.jobs.patch_shards import Drawn, classes_of, write_shards

@@ -1,0 +1,209 @@
+"""Whole images: the 224 px crops that AnchorNet sees, as shards store them or decoded again."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anchorpatch.errors import DataError, ShardError
+from anchorpatch.images.folder import ImageFolder, scan_folder
+from anchorpatch.images.loader import load_batches
+from anchorpatch.settings import CROP, CropSettings
+from anchorpatch.shards.batches import load_rows
+from anchorpatch.shards.layout import decode_text
+from anchorpatch.shards.reader import ShardReader
+
+__all__ = ["Crops", "ImageSource"]
+
+
+class Crops(NamedTuple):
+    """Whole images.
+
+    Attributes:
+        rows: of the source (n,), int64.
+        pixels: uint8 (n, H, W, 3), 224 px as a source gives them.
+        labels: class index (n,), int64.
+    """
+
+    rows: NDArray[np.int64]
+    pixels: Tensor
+    labels: NDArray[np.int64]
+
+
+class _Stored(NamedTuple):
+    """Crops for `load_rows`: rows of images (n,), int64."""
+
+    rows: NDArray[np.int64]
+    scale: int = CROP
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSource:
+    """Labelled whole images, of which any can be read.
+
+    Attributes:
+        name: the folder of the images or shards.
+        classes: names of the classes, which labels index.
+        labels: class index of each image (n,), int64.
+        folder: the images' files; None where shards store the crops.
+        reader: of the shards that were made from the images; None for a folder alone.
+        crop: how a file becomes a crop.
+        workers: processes that decode files.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    folder: ImageFolder | None = None
+    reader: ShardReader | None = None
+    crop: CropSettings = field(default_factory=CropSettings)
+    workers: int = 0
+
+    @classmethod
+    def of_folder(
+        cls,
+        data: Path,
+        split: str,
+        *,
+        labels: Path | None = None,
+        workers: int = 0,
+        crop: CropSettings | None = None,
+    ) -> ImageSource:
+        """Take the images of DATA/SPLIT.
+
+        Args:
+            data: folder that holds the split.
+            split: name of its folder.
+            labels: CSV with the labels of a flat split folder.
+            workers: processes that decode.
+            crop: how an image becomes a crop; None for the defaults.
+
+        Raises:
+            DataError: the folder or the labels are not as expected.
+        """
+        folder = scan_folder(data, split, labels, allow_empty=True)
+        labels_of, crop = folder.labels.astype(np.int64), crop or CropSettings()
+        return cls(str(folder.root), folder.classes, labels_of, folder, crop=crop, workers=workers)
+
+    @classmethod
+    def of_shards(
+        cls, reader: ShardReader, data: Path | None = None, *, split: str = "", workers: int = 0
+    ) -> ImageSource:
+        """Take the images that shards were made from: the crops that they store, else the files.
+
+        Args:
+            reader: of the shards.
+            data: the files lie below DATA/SPLIT by the same paths; None for stored crops alone.
+            split: name of the split's folder.
+            workers: processes that decode files.
+
+        Raises:
+            ShardError: no crops are stored, and ``data`` is None.
+            DataError: no crops are stored, and not all of the files are there.
+        """
+        labels = reader.label.astype(np.int64)
+        if reader.has_images:
+            return cls(str(reader.folder), reader.classes, labels, reader=reader)
+        if data is None:
+            raise ShardError(
+                f"{reader.folder}: the images are not stored: extract with --store-images, or "
+                "name the images' folder with --data"
+            )
+        root = data / split
+        without = f"{reader.folder} holds no whole images"
+        advice = "extract with --store-images, or name the images' folder with --data"
+        if not root.is_dir():
+            raise DataError(f"{without}, and there is no folder {root}: {advice}")
+        missing = [path for path in reader.path.tolist() if not (root / path.decode()).exists()]
+        if missing:
+            raise DataError(
+                f"{without}, and {len(missing):,} of its {len(reader):,} images are not in {root}, "
+                f"such as {missing[0].decode()}: {advice}"
+            )
+        sizes = np.zeros(len(reader), np.int64)
+        folder = ImageFolder(root, split, reader.path, reader.label, sizes, reader.classes)
+        crop = reader.settings.crop
+        return cls(str(root), reader.classes, labels, folder, reader, crop, workers)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def description(self) -> str:
+        """Where the crops come from, as messages and tables say it."""
+        return f"the images in {self.folder.root}" if self.folder else "the stored crops"
+
+    def path(self, row: int) -> str:
+        """Return an image's path below the split folder."""
+        if self.folder is not None:
+            return self.folder.path(row)
+        assert self.reader is not None
+        return decode_text(self.reader.path[row])
+
+    def pixels(self, rows: Sequence[int]) -> NDArray[np.uint8]:
+        """Read a few images in this process: the crops, uint8 (n, 224, 224, 3).
+
+        Raises:
+            DataError: one of them cannot be decoded.
+            CorruptShard: a shard cannot be read.
+        """
+        source = replace(self, workers=0)
+        crops = list(source.batches(rows, max(1, len(rows))))
+        found = crops[0].rows.tolist() if crops else []
+        for row in rows:
+            if row not in found:
+                raise DataError(f"{self.name}/{self.path(row)}: cannot be decoded")
+        return crops[0].pixels.numpy()
+
+    def batches(
+        self, rows: Sequence[int] | NDArray[np.int64], size: int, *, pin_memory: bool = False
+    ) -> Generator[Crops, None, None]:
+        """Read images in the order of their rows.
+
+        Images of a folder alone that cannot be decoded are left out; shards have patches of each
+        of their images, which must be had.
+
+        Args:
+            rows: of the images.
+            size: images in a batch.
+            pin_memory: put the pixels into page-locked memory, for copies to a GPU.
+
+        Raises:
+            DataError: an image that shards were made from cannot be decoded.
+            CorruptShard: a shard cannot be read.
+        """
+        wanted = np.asarray(rows, np.int64)
+        parts = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+        if self.folder is None:
+            assert self.reader is not None
+            requests = map(_Stored, parts)
+            stored = load_rows(self.reader, requests, threads=2, pin_memory=pin_memory)
+            with closing(stored):
+                for request, (pixels, _) in stored:
+                    yield Crops(request.rows, pixels, self.labels[request.rows])
+            return
+        decoded = load_batches(
+            self.folder,
+            [part.tolist() for part in parts],
+            workers=min(self.workers, len(parts)),
+            crop=self.crop,
+            pin_memory=pin_memory,
+        )
+        with closing(decoded):
+            for batch in decoded:
+                if batch.bad and self.reader is not None:
+                    row, reason = batch.bad[0]
+                    raise DataError(
+                        f"{self.folder.root / self.folder.path(row)}: expected the image that "
+                        f"the shards were made from, cannot be read ({reason}); restore it, or "
+                        "leave the whole images out with --no-whole"
+                    )
+                if len(batch.index):
+                    yield Crops(batch.index, batch.pixels, self.labels[batch.index])
