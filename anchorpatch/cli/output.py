@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from anchorpatch.errors import StorageError
+from anchorpatch.errors import StorageError, reason_of
 
 __all__ = [
     "ReaderGone",
@@ -49,7 +49,7 @@ class _Output(io.FileIO):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             if isinstance(error, BrokenPipeError):
                 raise ReaderGone(*error.args) from error
-            raise StorageError(f"cannot write to stdout: {error.strerror}") from error
+            raise StorageError(f"cannot write to stdout: {reason_of(error)}") from error
 
 
 def _named_otherwise(name: str) -> codecs.CodecInfo | None:

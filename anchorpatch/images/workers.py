@@ -42,7 +42,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from anchorpatch.errors import AnchorpatchError
+from anchorpatch.errors import AnchorpatchError, reason_of
 from anchorpatch.waits import STOP_SIGNALS, waiting_for
 
 __all__ = ["Batch", "Images", "serve_batches"]
@@ -223,9 +223,8 @@ class _Worker:
         try:
             self.process.start()
         except OSError as error:
-            why = error.strerror or error
             raise AnchorpatchError(
-                f"a loading worker cannot be started: {why}; use fewer --workers"
+                f"a loading worker cannot be started: {reason_of(error)}; use fewer --workers"
             ) from error
         finally:
             theirs.close()  # the worker's death is then the end of the connection

@@ -54,7 +54,6 @@ __all__ = [
     "encode_text",
     "expected_datasets",
     "read_attributes",
-    "read_settings",
     "shard_name",
     "write_attributes",
 ]
@@ -233,11 +232,12 @@ def write_attributes(file: h5py.File, header: ShardHeader, files_sha256: str) ->
     file.attrs["network_classes"] = encode_text(header.network_classes)
 
 
-def read_settings(file: h5py.File) -> ShardSettings:
-    """Return the settings of an open shard.
+def read_attributes(file: h5py.File) -> tuple[ShardHeader, str]:
+    """Return the header of an open shard, and the digest of its files.
 
     Raises:
         ShardError: the format version is not ours, or the attributes are not a shard's.
+        ValueError: the settings are not those of a shard.
     """
     if "format_version" not in file.attrs:
         raise ShardError("expected a shard of anchorpatch, found another HDF5 file")
@@ -247,21 +247,11 @@ def read_settings(file: h5py.File) -> ShardSettings:
             f"expected format version {FORMAT_VERSION}, found {version}: "
             "read it with the version of anchorpatch that wrote it"
         )
-    return ShardSettings.from_json(json.loads(_text(file, "settings")))
-
-
-def read_attributes(file: h5py.File) -> tuple[ShardHeader, str]:
-    """Return the header of an open shard, and the digest of its files.
-
-    Raises:
-        ShardError: as `read_settings`.
-    """
-    settings = read_settings(file)
     header = ShardHeader(
         split=_text(file, "split"),
         classes=tuple(map(decode_text, _attribute(file, "classes", "S", 1))),
         network_classes=tuple(map(decode_text, _attribute(file, "network_classes", "S", 1))),
-        settings=settings,
+        settings=ShardSettings.from_json(json.loads(_text(file, "settings"))),
         weights_sha256=_text(file, "weights_sha256"),
         version=_text(file, "anchorpatch_version"),
     )
