@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anchorpatch.jobs import finetune
+from anchorpatch.images.workers import Batch
+from anchorpatch.jobs import extract, finetune
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.evaluate import _Meter
 from anchorpatch.jobs.evaluation.image_parts import Part, added_by_image
@@ -71,7 +72,33 @@ def pixels(n: int, side: int = 224) -> Tensor:
     return torch.zeros(n, side, side, 3, dtype=torch.uint8).pin_memory()
 
 
+def batch_of(rows: np.ndarray) -> Batch:
+    return Batch(rows, pixels(len(rows)), np.zeros((len(rows), 2), np.int32), [], [])
+
+
 # --- extraction -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "recorded"), [("cuda", 32, 32), ("cuda", None, 256), ("cpu", 32, None)]
+)
+def test_shards_record_what_decides_their_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, size: int, recorded: int
+) -> None:
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "cat" / "0.png")
+    monkeypatch.setattr(extract, "resolve_device", torch.device)
+    config = extract.ExtractConfig(
+        data=tmp_path,
+        split="val",
+        weights=weights_file(tmp_path, "anchornet"),
+        out=tmp_path / "shards",
+        batch_size=size,
+        device=kind,
+        compile=True,
+    )
+    settings = extract._plan(config).header.settings
+    assert (settings.device, settings.batch_size, settings.compile) == (kind, recorded, True)
 
 
 @pytest.mark.parametrize(("preset", "amp"), [("finetune", False), ("figure", True)])
@@ -137,9 +164,7 @@ def test_anchornet_is_evaluated_without_waits(gpu: FakeGpu, anchornet: Weights) 
     meter.update(pixels(16), labels)
     gpu.forget()
     meter.update(pixels(16), labels)
-    # Algorithm 1 looks for NaN first, once for each preset.
-    assert [line.split(":")[0] for line in gpu.waits] == ["item lsp.py"]
-    assert gpu.waits.total() == len(PRESETS)
+    assert gpu.waits == {}
     assert gpu.rounded == {}
 
 
@@ -214,11 +239,11 @@ def test_training_never_waits(
     def batches(folder: Any, parts: Any, *_: Any, **__: Any) -> Iterator[Any]:
         while True:
             n = config.piece(World())
-            yield np.arange(n), pixels(n), None, []
+            yield batch_of(np.arange(n))
 
     def val_batches(folder: Any, parts: Any, **_: Any) -> Iterator[Any]:
         for part in parts:
-            yield np.array(part), pixels(len(part)), None, []
+            yield batch_of(np.array(part))
 
     monkeypatch.setattr(image_task, "load_training_batches", batches)
     monkeypatch.setattr(image_task, "load_batches", val_batches)

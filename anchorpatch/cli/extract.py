@@ -64,7 +64,8 @@ if TYPE_CHECKING:
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
-    help="Images in a batch.  [default: 64 on CPU, 256 on a GPU]",
+    help="Images in a batch; on a GPU all shards of a split need the same.  "
+    "[default: 64 on CPU, 256 on a GPU]",
 )
 @workers_option
 @threads_option

@@ -89,7 +89,8 @@ class ExtractConfig:
         jpeg_quality: 1 to 100, for codec jpeg.
         store_images: store the 224 crop of each image too.
         shard_size: images in a shard.
-        batch_size: images in a batch; None: 64 on CPU, 256 on a GPU.
+        batch_size: images in a batch; None: 64 on CPU, 256 on a GPU, where shards of another
+            batch size may differ.
         workers: decoding processes; None: one per CPU core.
         device: auto, cpu or cuda.
         amp: bfloat16 features, on a GPU.
@@ -180,8 +181,7 @@ class _Plan:
 
     @property
     def batch_size(self) -> int:
-        default = 256 if self.device.type == "cuda" else 64
-        return self.config.batch_size or default
+        return _batch_size(self.config, self.device)
 
     @property
     def workers(self) -> int:
@@ -292,6 +292,10 @@ def forecast(config: ExtractConfig) -> Forecast:
     )
 
 
+def _batch_size(config: ExtractConfig, device: torch.device) -> int:
+    return config.batch_size or (256 if device.type == "cuda" else 64)
+
+
 def _lsp_settings(config: ExtractConfig) -> LspSettings:
     return config.lsp or PRESETS[config.preset or default_preset(config.split)]
 
@@ -318,6 +322,9 @@ def _plan(config: ExtractConfig) -> _Plan:
         crop_mode=weights.meta.crop_mode,
         background=config.background or weights.meta.background,
         damaged=config.damaged,
+        device=device.type,
+        batch_size=_batch_size(config, device),
+        compile=config.compile,
     )
     header = ShardHeader(
         split=config.split,

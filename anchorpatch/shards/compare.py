@@ -65,8 +65,15 @@ def header_differences(old: ShardHeader, new: ShardHeader) -> list[str]:
         ['--iou-threshold was 0.3, now 0.8']
     """
     found = []
-    now = new.settings.to_json()
-    for name, before in old.settings.to_json().items():
+    then, now = old.settings.to_json(), new.settings.to_json()
+    if then["device"] is None and now["device"] == "cpu":
+        # Not recorded by older versions, whose bytes on a CPU are the same. On a GPU they are not:
+        # convolutions were rounded to TF32.
+        then["device"] = "cpu"
+    if then["device"] != now["device"]:
+        then["device"] = then["device"] or "not recorded"
+        then["batch_size"] = now["batch_size"]  # goes with the device
+    for name, before in then.items():
         if before != now[name]:
             option = _NOT_OPTIONS.get(name) or _option(name)
             found.append(f"{option} was {_shown(before)}, now {_shown(now[name])}")

@@ -62,7 +62,7 @@ FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 
 #: Settings that the first shards of version 1 do not have; their defaults are what held then.
-_NEWER: Final = frozenset({"crop_mode", "background", "damaged"})
+_NEWER: Final = frozenset({"crop_mode", "background", "damaged", "device", "batch_size", "compile"})
 
 #: Columns of ``images/`` but for ``path`` and ``pixels``: type, and shape of one row.
 IMAGE_TABLE: Final[Mapping[str, tuple[str, tuple[int, ...]]]] = {
@@ -88,7 +88,7 @@ PATCH_TABLE: Final[Mapping[str, tuple[str, tuple[int, ...]]]] = {
 class ShardSettings:
     """Everything that decides the bytes of a shard beside the images and the weights.
 
-    Batch size, workers and device are not among it.
+    Workers and processes are not among it.
 
     Attributes:
         max_patches: K of Algorithm 1 for each scale.
@@ -103,6 +103,11 @@ class ShardSettings:
         crop_mode: as the fields below, of `anchorpatch.settings.CropSettings`.
         background: colour behind transparent pixels.
         damaged: what became of images that were decoded with damage.
+        device: kind of device that AnchorNet ran on, "cpu" or "cuda"; None where an older version
+            did not record it.
+        batch_size: images in a batch on a GPU, whose kernels sum in another order for other
+            shapes; None on CPU, where it changes nothing.
+        compile: AnchorNet ran through ``torch.compile``.
 
     Raises:
         SettingsError: a value outside its range.
@@ -124,6 +129,9 @@ class ShardSettings:
     crop_mode: str = "center"
     background: str = "#ffffff"
     damaged: str = "keep"
+    device: str | None = None
+    batch_size: int | None = None
+    compile: bool = False
 
     @property
     def crop(self) -> CropSettings:
@@ -142,7 +150,13 @@ class ShardSettings:
         if not 1 <= self.jpeg_quality <= 100:
             raise SettingsError(f"jpeg_quality: expected 1 to 100, got {self.jpeg_quality}")
         object.__setattr__(self, "background", self.crop.background)
+        if self.device not in (None, "cpu", "cuda"):
+            raise SettingsError(f"device: expected cpu or cuda, got {self.device!r}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise SettingsError(f"batch_size: expected at least 1 image, got {self.batch_size}")
         # One spelling for one meaning, so that equal shards have equal settings.
+        if self.device != "cuda":
+            object.__setattr__(self, "batch_size", None)
         if self.codec == "image":
             object.__setattr__(self, "store_images", True)
         if self.codec != "jpeg":

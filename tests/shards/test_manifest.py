@@ -11,6 +11,7 @@ import pytest
 
 from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError
 from anchorpatch.settings import CropSettings
+from anchorpatch.shards.compare import header_differences
 from anchorpatch.shards.layout import ShardHeader, ShardSettings, decode_text
 from anchorpatch.shards.manifest import (
     FilesDigest,
@@ -20,7 +21,13 @@ from anchorpatch.shards.manifest import (
     read_manifest,
 )
 from anchorpatch.shards.writer import ShardWriter
-from tests.shards.samples import CLASSES, edit_manifest, make_header, make_split
+from tests.shards.samples import (
+    CLASSES,
+    edit_manifest,
+    make_header,
+    make_settings,
+    make_split,
+)
 
 
 def digest_of(paths: list[str], size: int = 8) -> FilesDigest:
@@ -132,6 +139,8 @@ SETTINGS = [
     ({"shard_size": 9}, "--shard-size was 8, now 9"),
     ({"precision": "bfloat16"}, "precision (--amp) was float32, now bfloat16"),
     ({"preset": None}, "--preset was figure, now none"),
+    ({"device": "cuda", "batch_size": 256}, "--device was not recorded, now cuda"),
+    ({"compile": True}, "--compile was off, now on"),
 ]
 
 
@@ -152,6 +161,36 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, change: dict, messag
 def test_every_setting_is_compared() -> None:
     tested = {name for change, _ in SETTINGS for name in change}
     assert tested | {"jpeg_quality"} == set(ShardSettings.__dataclass_fields__)
+
+
+CPU, GPU = {"device": "cpu"}, {"device": "cuda", "batch_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        ({}, CPU, []),  # an older version's, whose bytes on CPU are the same
+        (CPU, {"device": "cpu", "batch_size": 7}, []),  # changes nothing there
+        (CPU, GPU, ["--device was cpu, now cuda"]),
+        (GPU, CPU, ["--device was cuda, now cpu"]),
+        (GPU, {"device": "cuda", "batch_size": 64}, ["--batch-size was 256, now 64"]),
+    ],
+)
+def test_what_computed_is_compared_where_it_decides_bytes(
+    old: dict, new: dict, difference: list[str]
+) -> None:
+    assert header_differences(make_header(**old), make_header(**new)) == difference
+
+
+def test_settings_of_older_versions_are_read() -> None:
+    settings = make_settings(**GPU, compile=True)
+    assert ShardSettings.from_json(settings.to_json()) == settings
+    older = {
+        name: value
+        for name, value in settings.to_json().items()
+        if name not in ("device", "batch_size", "compile")
+    }
+    assert ShardSettings.from_json(older) == make_settings()
 
 
 def test_jpeg_quality_counts_for_jpeg_alone(tmp_path: Path) -> None:
