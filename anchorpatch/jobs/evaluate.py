@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchorpatch.errors import TooManyBadImages
+from anchorpatch.errors import NonFiniteError, TooManyBadImages
 from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
 from anchorpatch.images.loader import load_batches
 from anchorpatch.jobs.localizer import load_anchornet, normalize
@@ -25,6 +25,7 @@ from anchorpatch.runtime.distributed import World, process_group, sum_ranks
 from anchorpatch.runtime.memory import keep_freed_memory
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import PRESETS, SCALES
+from anchorpatch.text import counted
 
 __all__ = ["EvaluateConfig", "EvaluateSummary", "run"]
 
@@ -132,7 +133,7 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> EvaluateSum
             crop=weights.meta.cropping,
             pin_memory=device.type == "cuda",
         )
-        bad = damaged = 0
+        bad = damaged = done = 0
         report.message(computing_on(device))
         report.start("evaluating", len(folder))
         try:
@@ -142,7 +143,9 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> EvaluateSum
                 if len(batch.index):
                     labels = torch.from_numpy(folder.labels[batch.index].astype(np.int64))
                     meter.update(batch.pixels, labels)
-                report.advance((len(batch.index) + len(batch.bad)) * world.size)
+                before = world.counted(done, len(rows), len(folder))
+                done += len(batch.index) + len(batch.bad)
+                report.advance(world.counted(done, len(rows), len(folder)) - before)
         finally:
             loaded.close()
             report.stop()
@@ -215,15 +218,30 @@ class _MeanPatches:
     def __init__(self, device: torch.device) -> None:
         self._images = torch.zeros(len(SCALES), dtype=torch.float64, device=device)
         self._sums = torch.zeros(len(PRESETS), len(SCALES), dtype=torch.float64, device=device)
+        self._bad = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, heatmaps: tuple[Tensor, ...], branch: Tensor) -> None:
         """Select patches by every preset and count them."""
         chosen = per_branch(branch).double()
         self._images += chosen.sum(0)
+        # Looked at in the end, as a look waits for the GPU; 0 * x is 0 for every finite x alone.
+        zero = torch.stack([(heatmap.flatten(1) * 0).sum(1) for heatmap in heatmaps], 1)
+        self._bad += (zero.gather(1, branch[:, None]) != 0).sum()
         for row, settings in enumerate(PRESETS.values()):
-            self._sums[row] += localize(heatmaps, branch, settings).counts.double() @ chosen
+            found = localize(heatmaps, branch, settings, check=False)
+            self._sums[row] += found.counts.double() @ chosen
 
     def result(self) -> dict[str, dict[str, float | None]]:
+        """Return the mean patches of an image by preset and scale.
+
+        Raises:
+            NonFiniteError: heatmaps held NaN or infinity.
+        """
+        if bad := int(sum_ranks(self._bad)):
+            raise NonFiniteError(
+                f"AnchorNet gave NaN or infinity for {counted(bad, 'image')}; the weights may be "
+                "damaged or badly trained: use others, or no --amp"
+            )
         images, sums = sum_ranks(self._images).tolist(), sum_ranks(self._sums).tolist()
         means: dict[str, dict[str, float | None]] = {}
         for name, row in zip(PRESETS, sums, strict=True):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from anchorpatch.errors import NonFiniteError, WeightsError
+from anchorpatch.jobs.evaluate import _MeanPatches
 from anchorpatch.jobs.localizer import Localized, Localizer, load_anchornet, normalize
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights, save_weights
@@ -101,3 +102,14 @@ def test_gpu_agrees_with_cpu(weights: Path, pixels: torch.Tensor, amp: bool, com
     tolerance = 0.05 if amp else 1e-3
     np.testing.assert_allclose(found.branch_prob, expected.branch_prob, atol=tolerance)
     assert (found.predicted == expected.predicted).mean() > (0.8 if amp else 0.99)
+
+
+def test_an_evaluation_refuses_nan() -> None:
+    means = _MeanPatches(CPU)
+    heatmaps = tuple(torch.ones(2, side, side) for side in (21, 17, 15))
+    heatmaps[2][0, 3, 4] = float("nan")  # of a branch that is not chosen
+    means.update(heatmaps, torch.tensor([0, 1]))
+    assert means.result()["figure"]["111"] is None
+    means.update(heatmaps, torch.tensor([2, 2]))
+    with pytest.raises(NonFiniteError, match="for 1 image;"):
+        means.result()

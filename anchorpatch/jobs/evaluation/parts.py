@@ -179,7 +179,10 @@ class Evaluation:
             most: take only the strongest patches of each image, so many.
             keep: gets the decisions.
         """
-        with self._counting("patches", self.config.scales) as advance:
+        taken = spread_rows(len(self.reader), self.config.limit)
+        mine = taken[list(self.world.share(len(taken)))]
+        mine = mine[np.isin(self.reader.scale[mine], self.config.scales)]
+        with self._counting("patches", self.config.scales, len(mine)) as advance:
             return score_patches(
                 self._distributions(networks),
                 self.reader,
@@ -212,7 +215,7 @@ class Evaluation:
         rows = self.rows(scales)[self.world.rank :: self.world.size]
         on_gpu = self.device.type == "cuda"
         batches = whole.batches(rows, self.batch_size, pin_memory=on_gpu)
-        with self._counting("whole images", scales) as advance:
+        with self._counting("whole images", scales, len(rows)) as advance:
             return score_images(
                 _on(network, self.device),
                 map(change, batches),
@@ -223,10 +226,20 @@ class Evaluation:
             )
 
     @contextmanager
-    def _counting(self, what: str, scales: tuple[int, ...]) -> Iterator[Callable[[int], None]]:
-        self.report.start(f"evaluating {what}", len(self.rows(scales)))
+    def _counting(
+        self, what: str, scales: tuple[int, ...], mine: int
+    ) -> Iterator[Callable[[int], None]]:
+        total, done = len(self.rows(scales)), 0
+
+        def advance(images: int) -> None:
+            nonlocal done
+            before, done = done, done + images
+            count = self.world.counted
+            self.report.advance(count(done, mine, total) - count(before, mine, total))
+
+        self.report.start(f"evaluating {what}", total)
         try:
-            yield lambda images: self.report.advance(images * self.world.size)
+            yield advance
         finally:
             self.report.stop()
 
