@@ -15,7 +15,7 @@ import time
 import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -25,6 +25,7 @@ from anchorpatch.waits import waiting_for
 __all__ = [
     "allocate",
     "from_json",
+    "lock_file",
     "locked",
     "patiently",
     "refusals",
@@ -233,6 +234,32 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def lock_file(path: Path, busy: str) -> Iterator[None]:
+    """Hold an exclusive lock on a file that is there only as long as the block lasts.
+
+    Where a filesystem has no locks the block runs without one; see `locked`.
+
+    Args:
+        path: the file. What a killed process leaves behind is no lock.
+        busy: what to say where another process holds the lock.
+
+    Raises:
+        StorageError: ``busy``, or the disk refuses.
+    """
+    with ExitStack() as stack:
+        while True:
+            with refusals(path):
+                file = stack.enter_context(path.open("ab"))
+                if not try_lock(file, wait=False):
+                    raise StorageError(busy)
+                # Its last holder may have removed the file that was opened.
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    break
+        stack.callback(path.unlink, missing_ok=True)  # before the lock ends
+        yield
 
 
 def allocate(file: BinaryIO, size: int) -> None:

@@ -40,6 +40,7 @@ from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import PRESETS
 from anchorpatch.shards.batches import Loaded
 from tests.fake_cuda import FakeGpu, why_not
+from tests.shards.samples import make_settings
 
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -279,7 +280,7 @@ def test_fine_tuning_never_waits(
     )
     setup = mock.Mock(config=config)
     setup.data.load, setup.data.min_area, setup.data.unit = load, min_area, "patches"
-    setup.train.classes = CLASSES
+    setup.train.classes, setup.train.settings = CLASSES, make_settings()
     setup.plan.steps_an_epoch, setup.plan.rows_an_epoch = 9, 9 * 8
     with mock.patch.object(finetune, "_digest_of_shards", return_value={}):
         task = finetune._FinetuneTask(setup, GPU, World(), print)

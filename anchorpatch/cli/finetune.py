@@ -120,7 +120,7 @@ def finetune(
     torchvision, or timm:NAME. An image is decided by the sum of the softmax distributions of
     its patches. RUNS/NETWORK gets best.safetensors, last.safetensors, log.jsonl, config.json
     and last.pt (RUNS/NETWORK-63 with --scale 63, RUNS/NETWORK-baseline with --baseline). A run
-    that was stopped goes on when it is started again.
+    that was stopped goes on when it is started again, a finished one with more --epochs.
 
     \b
     anchorpatch finetune resnet50 --amp

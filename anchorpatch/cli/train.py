@@ -123,7 +123,8 @@ def train(
     """Train AnchorNet, or a peer to compare it with, on DATA/train, measured on DATA/val.
 
     RUNS/ARCH gets best.safetensors (for anchornet what `extract` takes), last.safetensors,
-    log.jsonl, config.json and last.pt. A run that was stopped goes on when it is started again.
+    log.jsonl, config.json and last.pt. A run that was stopped goes on when it is started again,
+    a finished one with more --epochs.
 
     Saccader is trained in three stages, each with all --epochs and in a folder of its own below
     RUNS/saccader: 1-bagnet (the BagNet-77 under it), 2-location (to look where the true class has

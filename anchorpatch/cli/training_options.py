@@ -92,7 +92,11 @@ def run_options(command: _F) -> _F:
             help="Between checkpoints within an epoch.",
         ),
         click.option("--tensorboard", is_flag=True, help="Write event files too."),
-        click.option("--overwrite", is_flag=True, help="Throw a run of other settings away."),
+        click.option(
+            "--overwrite",
+            is_flag=True,
+            help="Replace a run of other settings, or weights without a checkpoint.",
+        ),
     )(command)
 
 

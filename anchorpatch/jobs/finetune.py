@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from anchorpatch.errors import WeightsError, reason_of
 from anchorpatch.jobs.finetuning.config import FREE, SCRATCH, FinetuneConfig
 from anchorpatch.jobs.finetuning.setup import Setup, prepare
 from anchorpatch.jobs.training.augment import Augmentation
-from anchorpatch.jobs.training.runlog import RunLog, write_config
+from anchorpatch.jobs.training.runlog import RunLog, alone_in, best_record, write_config
 from anchorpatch.jobs.training.task import Batch, Piece, Waiting
 from anchorpatch.jobs.training.trainer import Trainer
 from anchorpatch.network_weights import OR_NONE, find_pretrained
@@ -76,10 +76,10 @@ def run(config: FinetuneConfig, progress: Reporter | None = None) -> FinetuneSum
         WeightsError: ``weights`` or last.pt cannot be used.
         Interrupted: a signal came; the checkpoint is written.
         NonFiniteError: training diverged.
-        StorageError: the disk refused.
+        StorageError: the disk refused, or another run is at work in the folder.
     """
     device = resolve_device(config.device)
-    with process_group(device) as world:
+    with process_group(device) as world, alone_in(config.folder, world, device):
         report = progress if progress is not None and world.is_main else Reporter()
         setup = prepare(config, world)
         config = setup.config
@@ -97,7 +97,7 @@ def run(config: FinetuneConfig, progress: Reporter | None = None) -> FinetuneSum
             if setup.cost.budget:
                 report.message(_budget_text(setup))
         records = trainer.run()
-        best = max(records, key=lambda record: float(record["val"]["top1"]))
+        best = dict(best_record(records))
         return FinetuneSummary(
             network=config.network,
             weights=config.folder / "best.safetensors",
@@ -232,12 +232,11 @@ def _digest_of_weights(weights: str) -> str:
 
 
 def _digest_of_shards(reader: ShardReader) -> dict[str, Any]:
-    """Return what the shards were made with, and a digest of their bytes."""
+    """Return which AnchorNet made the shards, and a digest of their bytes."""
     digest = hashlib.sha256()
     for sha256 in reader.sha256:
         digest.update(sha256.encode())
     return {
-        "settings": asdict(reader.settings),
         "anchornet": reader.header.weights_sha256,
         "sha256": digest.hexdigest(),
     }

@@ -16,9 +16,9 @@ from anchorpatch.jobs.training.anchornet import AnchorNetTask
 from anchorpatch.jobs.training.bagnet import BagNetTask
 from anchorpatch.jobs.training.config import RECIPES, TrainConfig
 from anchorpatch.jobs.training.image_task import ImageTask, TrainingImages, open_images
-from anchorpatch.jobs.training.runlog import RunLog, write_config
+from anchorpatch.jobs.training.runlog import RunLog, alone_in, best_record, write_config
 from anchorpatch.jobs.training.saccader import Stage, stages
-from anchorpatch.jobs.training.trainer import Trainer
+from anchorpatch.jobs.training.trainer import Trainer, refuse_foreign
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import process_group
 from anchorpatch.runtime.progress import Reporter
@@ -66,13 +66,16 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
         WeightsError: ``init`` or last.pt cannot be used.
         Interrupted: a signal came; the checkpoint is written.
         NonFiniteError: training diverged.
-        StorageError: the disk refused.
+        StorageError: the disk refused, or another run is at work in the folder.
     """
     device = resolve_device(config.device)
-    with process_group(device) as world:
+    with process_group(device) as world, alone_in(config.folder, world, device):
         report = progress if progress is not None and world.is_main else Reporter()
         images = open_images(config, device, world, report)
         planned = _plan(config, images)
+        if not config.overwrite:
+            refuse_foreign(config.folder, planned[-1].config.folder)
+        world.wait("the other processes to open the run")
         bad: dict[int, str] = {}
         damaged: set[int] = set()
         earlier: dict[str, dict[str, Any]] = {}
@@ -80,7 +83,7 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
             if len(planned) > 1:
                 report.message(f"stage {number} of {len(planned)}, {stage.name}")
             records = _train(stage, images, report, bad, damaged)
-            best = max(records, key=lambda record: float(record["val"]["top1"]))
+            best = dict(best_record(records))
             if number < len(planned):
                 earlier[stage.name] = best
         weights = config.folder / _BEST

@@ -23,7 +23,7 @@ from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.manifest import read_manifest
 from anchorpatch.shards.reader import ShardReader
 
-__all__ = ["Contents", "LeftOut", "Run", "Split", "best_record", "collect", "number"]
+__all__ = ["Contents", "LeftOut", "Run", "Split", "collect", "number"]
 
 _LOG: Final = "log.jsonl"
 
@@ -163,15 +163,6 @@ def number(record: Mapping[str, Any], *keys: str) -> float | None:
         value = value.get(key) if isinstance(value, Mapping) else None
     known = isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
     return float(value) if known else None
-
-
-def best_record(records: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the record of the epoch with the best top-1; {} where none has one.
-
-    Of equal ones it is the first, whose weights ``best.safetensors`` holds.
-    """
-    known = (record for record in records if number(record, "val", "top1") is not None)
-    return max(known, key=lambda record: float(record["val"]["top1"]), default={})
 
 
 # --- searching ----------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anchorpatch.jobs.evaluation.tables import Table3, Table3Row
+from anchorpatch.jobs.training.runlog import best_record
 from anchorpatch.report.cells import decimal, share
-from anchorpatch.report.collect import Contents, best_record, number
+from anchorpatch.report.collect import Contents, number
 from anchorpatch.text import percent
 
 __all__ = ["Key", "key_figures"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from anchorpatch.jobs.training.runlog import best_record
 from anchorpatch.report.cells import (
     Cell,
     Column,
@@ -16,7 +17,7 @@ from anchorpatch.report.cells import (
     text,
     written,
 )
-from anchorpatch.report.collect import Run, best_record, number
+from anchorpatch.report.collect import Run, number
 
 __all__ = ["epoch_table", "run_table"]
 

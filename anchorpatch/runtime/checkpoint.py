@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import safetensors
 import safetensors.torch
@@ -297,7 +297,17 @@ def save_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]
         StorageError: the disk refused.
     """
     document = {_KEY: _FORMAT, "kind": kind, "state": dict(state)}
-    write_atomically(Path(path), lambda file: torch.save(document, file))
+
+    def write(file: IO[bytes]) -> None:
+        try:
+            torch.save(document, file)
+        except RuntimeError as error:
+            # After a refused write torch closes its archive, whose complaint hides the disk's.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    write_atomically(Path(path), write)
 
 
 def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:

@@ -22,12 +22,14 @@ from anchorpatch.errors import (
     Interrupted,
     SettingsError,
     ShardError,
+    StorageError,
     WeightsError,
 )
 from anchorpatch.jobs.evaluation.patch_scores import Distributions, score_patches
 from anchorpatch.jobs.finetune import FinetuneConfig, FinetuneSummary, forecast, run
 from anchorpatch.jobs.finetuning import setup as finetune_setup
 from anchorpatch.jobs.finetuning.setup import prepare
+from anchorpatch.jobs.training.runlog import alone_in
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import load_into, load_weights, save_state
@@ -503,6 +505,26 @@ def test_other_shards_and_weights_are_another_run(whole: Path, shards: Path, tmp
         with pytest.raises(WeightsError, match=match) as caught:
             run(moved)
         assert "--overwrite" in str(caught.value)
+
+
+def test_results_of_others_are_not_overwritten(shards: Path, tmp_path: Path):
+    (tmp_path / "best.safetensors").write_bytes(b"a colleague's")
+    fails(WeightsError, r"holds best\.safetensors, but no last\.pt", tiny(shards, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
+
+
+def test_a_second_run_in_the_folder_is_refused_at_once(shards: Path, tmp_path: Path):
+    with alone_in(tmp_path, World(), torch.device("cpu")):
+        fails(StorageError, "another run is training here", tiny(shards, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_goes_on_with_more_epochs(shards: Path, tmp_path: Path):
+    run(tiny(shards, tmp_path, epochs=1))
+    report = StopAt(-1)
+    assert run(tiny(shards, tmp_path), report).epochs == 2
+    assert report.lines[0].endswith("which is not what 2 epochs from the start would give")
+    assert json.loads((tmp_path / "config.json").read_text())["cost"]["epochs"] == 2
 
 
 def test_weights_of_a_run_start_another(whole: Path, shards: Path, tmp_path: Path):

@@ -21,12 +21,15 @@ from anchorpatch.errors import (
     MissingDependency,
     NonFiniteError,
     SettingsError,
+    StorageError,
     TooManyBadImages,
     WeightsError,
 )
 from anchorpatch.jobs import evaluate
 from anchorpatch.jobs.train import RECIPES, TrainConfig, run
+from anchorpatch.jobs.training.runlog import alone_in
 from anchorpatch.runtime.checkpoint import load_weights, save_weights
+from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import CropSettings
 from tests.jobs.training_runs import (
     TRAIN,
@@ -210,6 +213,13 @@ def test_two_processes_end_with_the_same_weights(data: Path, tmp_path: Path):
     saved = load_weights(folder / "last.safetensors").tensors
     assert all(torch.equal(ranks[0][f"module.{key}"], value) for key, value in saved.items())
     assert state_of(folder)["sums"] == {}
+    # One process goes on with it, and with another epoch.
+    rest = StopAt(-1)
+    assert run(tiny(data, folder, epochs=3), rest).epochs == 3
+    assert [line.split(": ")[1] for line in rest.lines[:2]] == [
+        "3 epochs instead of 2",
+        "begun with 2 processes, goes on with 1",
+    ]
 
 
 def test_a_finished_run_is_only_reported(data: Path, whole: Path, tmp_path: Path):
@@ -228,6 +238,24 @@ def test_other_settings_are_refused_until_overwrite(data: Path, tmp_path: Path):
     assert run(replace(changed, overwrite=True)).epochs == 1
     assert len(records(tmp_path)) == 1
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.5
+
+
+@pytest.mark.parametrize("arch", ["anchornet", "saccader"])
+def test_weights_of_others_are_not_overwritten(data: Path, tmp_path: Path, arch: str):
+    (tmp_path / "best.safetensors").write_bytes(b"a colleague's")
+    with pytest.raises(WeightsError, match=r"holds best\.safetensors, but no last\.pt"):
+        run(tiny(data, tmp_path, arch=arch))
+    assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
+
+
+def test_a_second_run_in_the_folder_is_refused_at_once(data: Path, whole: Path):
+    before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
+    with (
+        alone_in(whole, World(), torch.device("cpu")),
+        pytest.raises(StorageError, match="another run is training here"),
+    ):
+        run(tiny(data, whole, overwrite=True, seed=1))
+    assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
 def test_overwrite_resumes_the_same_run(data: Path, whole: Path, tmp_path: Path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from anchorpatch.jobs.figures.coverage_curves import CoverageResult, curves_of
+from anchorpatch.jobs.training.runlog import best_record
 from anchorpatch.report.cells import (
     Cell,
     Table,
@@ -16,7 +17,7 @@ from anchorpatch.report.cells import (
     share,
     text,
 )
-from anchorpatch.report.collect import Run, Split, best_record, collect
+from anchorpatch.report.collect import Run, Split, collect
 from anchorpatch.report.result_tables import (
     coverage_table,
     output_table,

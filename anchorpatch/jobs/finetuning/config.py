@@ -41,8 +41,8 @@ class FinetuneConfig(LoopConfig):
         workers: threads that read patches, or processes that decode a baseline's files.
         device: auto, cpu or cuda.
         tensorboard: write event files.
-        overwrite: throw a run of other settings or shards in ``folder`` away; the same run is
-            resumed all the same.
+        overwrite: throw a run of other settings or shards in ``folder`` away, and weights without
+            a checkpoint; the same run is resumed all the same.
     """
 
     network: str

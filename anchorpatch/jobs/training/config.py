@@ -42,8 +42,8 @@ class TrainConfig(LoopConfig):
         workers: loading processes.
         device: auto, cpu or cuda.
         tensorboard: write event files.
-        overwrite: throw a run of other settings or images in ``folder`` away; the same run is
-            resumed all the same.
+        overwrite: throw a run of other settings or images in ``folder`` away, and weights without
+            a checkpoint; the same run is resumed all the same.
     """
 
     data: Path

@@ -61,13 +61,19 @@ class Place:
         return images, losses, waited / max(seconds, 1e-9)
 
 
-def check_identity(path: Path, identity: Any, expected: Mapping[str, Any]) -> None:
-    """Raise WeightsError, naming what differs, unless a checkpoint is of the same run.
+def check_identity(path: Path, identity: Any, expected: Mapping[str, Any]) -> list[str]:
+    """Check that a checkpoint is of the same run, but for what a run may go on with.
 
     Args:
         path: of the checkpoint.
         identity: what it says of its run, a JSON object as text.
         expected: what this run says, as JSON has it.
+
+    Returns:
+        For each thing that differs and may, what comes of it: a line for the user.
+
+    Raises:
+        WeightsError: something else differs; it is named.
     """
     try:
         found = dict(json.loads(identity))
@@ -76,13 +82,32 @@ def check_identity(path: Path, identity: Any, expected: Mapping[str, Any]) -> No
             f"{path}: expected training state of a run, found state that does not say of which; "
             "start again with --overwrite, or restore it from a copy"
         ) from error
-    different = [
-        f"{name} {found.get(name)} there, {expected.get(name)} here"
-        for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
-    ]
+    different, notes = [], []
+    for name in sorted(expected.keys() | found.keys()):
+        there, here = found.get(name), expected.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            there = {key: there.get(key) for key in here}  # older versions told more
+        if there == here:
+            continue
+        if name == "epochs" and isinstance(there, int) and there < expected[name]:
+            note = f"{here} epochs instead of {there}"
+            if found.get("schedule") == "cosine":
+                note += (
+                    f": the rate follows the schedule of {here} epochs from here on, which is not "
+                    f"what {here} epochs from the start would give"
+                )
+            notes.append(note)
+        elif name == "processes":
+            notes.append(
+                f"begun with {there} processes, goes on with {here}: the result will not be the "
+                "same bit for bit"
+            )
+        else:
+            different.append(f"{name} {there} there, {here} here")
     if different:
         raise WeightsError(
             f"{path}: a run of another configuration ({'; '.join(different)}); "
-            "give the same options, or another --runs, or start again with --overwrite"
+            "give the same options (--epochs may be more), or another --runs, or start again "
+            "with --overwrite"
         )
+    return [f"{path}: {note}" for note in notes]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from anchorpatch.errors import DataError, MissingDependency, StorageError, reason_of
 from anchorpatch.jobs.training.loop_config import LoopConfig
 from anchorpatch.runtime.checkpoint import versions
-from anchorpatch.storage import write_atomically
+from anchorpatch.runtime.distributed import World, any_rank
+from anchorpatch.storage import lock_file, refusals, write_atomically
 
-__all__ = ["RunLog", "write_config"]
+__all__ = ["RunLog", "alone_in", "best_record", "write_config"]
 
 
 class RunLog:
@@ -106,6 +111,58 @@ class RunLog:
             f"val loss {val['loss']:.3f}, top-1 {val['top1']:.1%}, top-5 {val['top5']:.1%}, "
             f"rate {record['lr']:.2g}, {record[f'{unit}_per_second']:,.1f} {unit}/s{note}"
         )
+
+
+def best_record(records: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the record of the epoch with the best top-1; {} where none has one.
+
+    Of equal ones it is the first, whose weights ``best.safetensors`` holds.
+    """
+
+    def top1(record: Mapping[str, Any]) -> float | None:
+        val = record.get("val")
+        value = val.get("top1") if isinstance(val, Mapping) else None
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return None
+        return value if math.isfinite(value) else None
+
+    known = (record for record in records if top1(record) is not None)
+    return max(known, key=lambda record: top1(record) or 0.0, default={})
+
+
+@contextmanager
+def alone_in(folder: Path, world: World, device: torch.device) -> Iterator[None]:
+    """Keep other runs out of a run's folder during the block.
+
+    Args:
+        folder: of the run; it is made, and removed again where nothing comes of the run.
+        world: the processes of this run, of which the main one holds the lock.
+        device: of this process.
+
+    Raises:
+        StorageError: another run is at work in the folder, or the disk refuses.
+    """
+    busy = f"{folder}: another run is training here; wait for its end, or give another --runs"
+    made = [path for path in (folder, *folder.parents) if world.is_main and not path.exists()]
+    with ExitStack() as stack:
+        for path in reversed(made):
+            stack.callback(_remove_if_empty, path)
+        error: StorageError | None = None
+        if world.is_main:
+            try:
+                with refusals(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock_file(folder / ".run.lock", busy))
+            except StorageError as refused:
+                error = refused
+        if any_rank(int(error is not None), device):
+            raise error or StorageError(busy)
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

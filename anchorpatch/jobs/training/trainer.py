@@ -49,13 +49,37 @@ from anchorpatch.runtime.memory import keep_freed_memory, peak_memory
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.runtime.signals import StopRequested, StopSignals
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "refuse_foreign"]
 
 #: On a GPU, reading a loss waits for it: steps between two looks, and between two questions to
 #: the other processes whether to stop.
 _LOOK_EVERY = 20
 
 _WEIGHTS = ("last.safetensors", "best.safetensors")
+_CHECKPOINT = "last.pt"
+
+#: A val loss is far above the train loss from so many times it on; running statistics are young
+#: before so many steps: of where they began, 0.9 ** 100 is left, but the weights move too.
+_FAR, _FEW_STEPS = 1.5, 100
+
+
+def refuse_foreign(folder: Path, run: Path) -> None:
+    """Raise WeightsError where a folder holds results that no run here has left.
+
+    Args:
+        folder: that is about to get results.
+        run: folder of the run that gives them, whose checkpoint vouches for them.
+    """
+    found = [name for name in (*_WEIGHTS, "log.jsonl") if _size(folder / name)]
+    if found and not (run / _CHECKPOINT).is_file():
+        raise WeightsError(
+            f"{folder} holds {' and '.join(found)}, but no {_CHECKPOINT} to go on from: move them "
+            "away, give another --runs, or replace them with --overwrite"
+        )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _synchronized(module: nn.Module) -> nn.Module:
@@ -105,23 +129,27 @@ class Trainer:
         self.place = Place()
         self.stop = StopSignals()
         self._saved = time.monotonic()
+        self._warned = False
 
     # --- the run ------------------------------------------------------------------------------
 
     def resume(self, *, overwrite: bool = False) -> None:
         """Take up the run that the folder holds, if it holds one. Call it before `run`.
 
+        It may go on with more epochs and with another number of processes, which is said.
+
         Args:
             overwrite: where that run is another one or damaged, throw it away.
 
         Raises:
-            WeightsError: last.pt cannot be read, or belongs to another configuration.
+            WeightsError: last.pt cannot be read, or belongs to another configuration; or there
+                are results without it.
         """
-        state = None
+        state, notes = None, list[str]()
         if self._checkpoint.is_file():
             try:
                 state = load_state(self._checkpoint, self.task.kind)
-                check_identity(
+                notes = check_identity(
                     self._checkpoint,
                     state.get("identity"),
                     json.loads(json.dumps(self.task.identity)),
@@ -130,8 +158,12 @@ class Trainer:
                 if not overwrite:
                     raise
                 state = None
+        elif not overwrite:
+            refuse_foreign(self.folder, self.folder)
         self.world.wait("the other processes to open the run")
         if state is not None:
+            for note in notes:
+                self.report.message(note)
             self._restore(state)
             return
         if self.world.is_main:
@@ -246,8 +278,10 @@ class Trainer:
         if self.average is not None:
             average_buffers(self.average)
             module = self.average.module
-        if self.world.size > 1:
-            self._save()  # a process that is stopped in the evaluation cannot ask the others
+        # A process that is stopped in the evaluation cannot ask the others; and results without a
+        # checkpoint would be somebody else's, see `refuse_foreign`.
+        if self.world.size > 1 or not self._checkpoint.is_file():
+            self._save()
         try:
             with self.stop.interrupting():
                 validation = task.evaluate(module.eval(), self._check_stop)
@@ -266,8 +300,26 @@ class Trainer:
         self.place = Place(place.epoch + 1, best=place.best)
         self._save()
         self.report.message(self.log.line(record, self.config.epochs, self.task.unit))
+        self._warn_of_statistics(module, record)
         if number := any_rank(self.stop.received, self.device):
             self._interrupt(number)
+
+    def _warn_of_statistics(self, module: nn.Module, record: Mapping[str, Any]) -> None:
+        """Say once why validation is poor where batch normalisation has hardly begun to count."""
+        seen = [b for name, b in module.named_buffers() if name.endswith("num_batches_tracked")]
+        # By output where there are several: training may leave some of them out of its sum.
+        losses = record["val"].get("losses", {"loss": record["val"]["loss"]})
+        names = losses.keys() & record["train"].keys()
+        train, val = (sum(found[name] for name in names) for found in (record["train"], losses))
+        if self._warned or not seen or not 0 < _FAR * train < val:
+            return
+        if (steps := int(seen[-1])) < _FEW_STEPS:
+            self._warned = True
+            self.report.message(
+                f"val loss {val:.3f} is far above train loss {train:.3f}: batch normalisation's "
+                f"running statistics, which validation uses, have seen {steps} steps and lag "
+                "behind the weights; more steps help (more --epochs, or a smaller --batch-size)"
+            )
 
     def _record(self, validation: Mapping[str, Any]) -> dict[str, Any]:
         images, losses, waiting = self.place.totals(self.device)
@@ -336,7 +388,7 @@ class Trainer:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.folder / "last.pt"
+        return self.folder / _CHECKPOINT
 
     def _save(self, *, check: bool = False) -> None:
         if check:
@@ -367,6 +419,10 @@ class Trainer:
                 self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
+            # Where there are more epochs now, the next step has another rate than was planned.
+            factor = rate_factor(self.config, self.schedule.last_epoch, self.task.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.rate * factor
             torch.set_rng_state(state["random"])
             place = self.place = Place.of(state, is_main=self.world.is_main)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -13,15 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from anchorpatch.errors import StorageError, WeightsError
 from anchorpatch.jobs.training.averaging import MovingAverage
 from anchorpatch.jobs.training.loop_config import LoopConfig, rate_factor
-from anchorpatch.jobs.training.runlog import RunLog
+from anchorpatch.jobs.training.runlog import RunLog, alone_in, best_record
 from anchorpatch.jobs.training.task import Piece, Waiting
 from anchorpatch.jobs.training.trainer import Trainer
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 
 IMAGES, BATCH = 24, 8
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -35,9 +37,12 @@ class Linear:
     size = IMAGES
     waiting = Waiting()
 
+    processes: int = 1
+
     @property
     def identity(self) -> dict[str, Any]:
-        return {"lr": self.config.lr}
+        settings = {name: getattr(self.config, name) for name in ("lr", "epochs", "schedule")}
+        return {**settings, "processes": self.processes}
 
     def points(self) -> Piece:
         generator = torch.Generator().manual_seed(1)
@@ -66,19 +71,36 @@ class Linear:
         save_file(dict(tensors), path)
 
 
-def train(folder: Path, **settings: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+class Lines(Reporter):
+    """Keeps the messages."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def train(
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    processes: int = 1,
+    report: Reporter | None = None,
+    **settings: Any,
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     config = LoopConfig(**{"epochs": 3, "batch_size": BATCH, "lr": 8.0, **settings})
     folder.mkdir(exist_ok=True)
-    trainer = Trainer(
-        Linear(config), config, folder, torch.device("cpu"), World(), Reporter(), RunLog(folder)
-    )
-    trainer.resume()
+    task = Linear(config, processes)
+    log = RunLog(folder)
+    trainer = Trainer(task, config, folder, CPU, World(), report or Reporter(), log)
+    trainer.resume(overwrite=overwrite)
     records = trainer.run()
     return load_file(folder / "last.safetensors"), records
 
 
-def oracle(config: LoopConfig) -> Tensor:
-    """SGD written out."""
+def oracle(config: LoopConfig, begun: LoopConfig | None = None) -> Tensor:
+    """SGD written out; the epochs of ``begun`` come first, at its rates."""
     torch.manual_seed(config.seed)
     module = nn.Linear(4, 2, dtype=torch.float64)
     inputs, labels, _ = Linear(config).points()
@@ -87,7 +109,8 @@ def oracle(config: LoopConfig) -> Tensor:
         rows = slice(step % 3 * BATCH, step % 3 * BATCH + BATCH)
         loss = nn.functional.cross_entropy(module(inputs[rows]), labels[rows])
         gradients = torch.autograd.grad(loss, list(module.parameters()))
-        rate = config.lr * config.batch_size / 256 * rate_factor(config, step, 3)
+        planned = begun if begun and step < begun.epochs * 3 else config
+        rate = config.lr * config.batch_size / 256 * rate_factor(planned, step, 3)
         with torch.no_grad():
             for p, v, g in zip(module.parameters(), velocity, gradients, strict=True):
                 v.mul_(config.momentum).add_(g + config.weight_decay * p)
@@ -140,13 +163,125 @@ def test_adamw_scales_its_rate_by_the_square_root():
 
 
 def test_the_best_weights_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    scores = iter([0.5, 0.9, 0.7])
+    scores = iter([0.5, 0.9, 0.9])
     monkeypatch.setattr(
         Linear, "evaluate", lambda *_: {"top1": next(scores), "top5": 1.0, "loss": 0.0}
     )
-    last, _ = train(tmp_path)
+    last, records = train(tmp_path)
+    assert best_record(records)["epoch"] == 2  # of equal ones the first
     best = load_file(tmp_path / "best.safetensors")
     monkeypatch.undo()
     second, _ = train(tmp_path / "two", epochs=2)
     assert torch.equal(best["weight"], second["weight"])
     assert not torch.equal(best["weight"], last["weight"])
+
+
+def test_the_best_record_is_one_with_a_number():
+    records: list[dict[str, Any]] = [
+        *({}, {"val": None}, {"val": {"top1": "high"}}, {"val": {"top1": float("nan")}}),
+        *({"val": {"top1": 0.0}, "epoch": 5}, {"val": {"top1": 0.0}, "epoch": 6}),
+    ]
+    assert best_record(records)["epoch"] == 5
+    assert best_record(records[:4]) == {}
+
+
+# --- going on ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_a_finished_run_goes_on_with_more_epochs(tmp_path: Path, schedule: str):
+    train(tmp_path, epochs=1, schedule=schedule)
+    report = Lines()
+    tensors, records = train(tmp_path, epochs=3, schedule=schedule, report=report)
+    note = f"{tmp_path / 'last.pt'}: 3 epochs instead of 1"
+    if schedule == "cosine":
+        note += (
+            ": the rate follows the schedule of 3 epochs from here on, which is not what 3 epochs "
+            "from the start would give"
+        )
+    assert report.lines[0] == note
+    one, three = (LoopConfig(epochs=n, batch_size=BATCH, lr=8.0, schedule=schedule) for n in (1, 3))
+    assert torch.allclose(tensors["weight"], oracle(three, begun=one), rtol=1e-12)
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    if schedule == "step":  # whose rates do not depend on the end
+        assert torch.equal(tensors["weight"], train(tmp_path / "whole")[0]["weight"])
+
+
+def test_epochs_do_not_become_fewer(tmp_path: Path):
+    train(tmp_path, epochs=2)
+    with pytest.raises(WeightsError, match=r"epochs 2 there, 1 here.*--epochs may be more"):
+        train(tmp_path, epochs=1)
+
+
+def test_another_number_of_processes_goes_on_with_a_note(tmp_path: Path):
+    train(tmp_path, epochs=1, processes=2)
+    report = Lines()
+    train(tmp_path, epochs=2, processes=1, report=report)
+    assert report.lines[1].endswith(
+        "begun with 2 processes, goes on with 1: the result will not be the same bit for bit"
+    )
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors", "log.jsonl"])
+def test_results_of_others_are_not_overwritten(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(b"a colleague's")
+    with pytest.raises(WeightsError, match=rf"holds {name}, but no last\.pt .* --overwrite"):
+        train(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: b"a colleague's"}
+    assert len(train(tmp_path, overwrite=True, epochs=1)[1]) == 1
+
+
+def test_killed_in_the_first_epoch_s_end_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Killed(Exception):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(Linear, "save", die)
+    with pytest.raises(Killed):
+        train(tmp_path / "run")
+    assert (tmp_path / "run" / "log.jsonl").read_text()
+    monkeypatch.undo()
+    tensors, _ = train(tmp_path / "run")
+    assert torch.equal(tensors["weight"], train(tmp_path / "whole")[0]["weight"])
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path):
+    folder = tmp_path / "runs" / "net"
+    with alone_in(folder, World(), CPU):
+        with (
+            pytest.raises(StorageError, match=f"{folder}: another run is training here; wait"),
+            alone_in(folder, World(), CPU),
+        ):
+            pass
+        with alone_in(folder, World(rank=1, size=2), CPU):  # the main process answers for it
+            pass
+    assert not list(tmp_path.iterdir())
+    with alone_in(folder, World(), CPU):
+        (folder / "log.jsonl").touch()
+    assert [path.name for path in folder.iterdir()] == ["log.jsonl"]
+    (folder / ".run.lock").touch()  # as a killed run leaves it
+    with alone_in(folder, World(), CPU):
+        pass
+
+
+def test_statistics_that_lag_are_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def build(self: Linear) -> nn.Module:
+        norm = nn.BatchNorm1d(4, dtype=torch.float64)
+        return nn.Sequential(norm, nn.Linear(4, 2, dtype=torch.float64))
+
+    monkeypatch.setattr(Linear, "build", build)
+    told = {}
+    for loss in (0.1, 9.0):
+        figures = {"top1": 0.1, "top5": 1.0, "loss": loss}
+        monkeypatch.setattr(Linear, "evaluate", lambda *_, figures=figures: figures)
+        report = Lines()
+        train(tmp_path / str(loss), report=report)
+        told[loss] = [line for line in report.lines if "running statistics" in line]
+    assert told[0.1] == []
+    assert len(told[9.0]) == 1
+    assert told[9.0][0].startswith("val loss 9.000 is far above train loss 0.")
+    assert "have seen 3 steps and lag behind the weights" in told[9.0][0]
