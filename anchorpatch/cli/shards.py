@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from anchorpatch.shards.manifest import Manifest
     from anchorpatch.shards.reader import ShardReader
 
+#: What no manifest knows of the command that wrote it.
+_AS_BEFORE = (
+    "(DATA and WEIGHTS-SHA256 stand for the images and the weights; add --labels, --limit and "
+    "--allow-empty as they were given)"
+)
+
 _folder = click.argument("folder", metavar="DIR", type=PATH)
 
 
@@ -106,7 +112,7 @@ def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
             verdict = f"{counted(of_split['shards'], 'shard')}, {verdict}"
         click.echo(f"{of_split['folder']}: {verdict}")
         if of_split["repair"]:
-            click.echo(f"to write them again: {of_split['repair']}")
+            click.echo(f"to write them again: {of_split['repair']}\n{_AS_BEFORE}")
     return int(bool(bad))
 
 
@@ -164,7 +170,7 @@ def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
         if merged.missing:
             command = _extract_command(read_manifest(merged.folder))
             names = ", ".join(merged.missing[:4]) + (", ..." if len(merged.missing) > 4 else "")
-            click.echo(f"missing: {names}\nto write them: {command}")
+            click.echo(f"missing: {names}\nto write them: {command}\n{_AS_BEFORE}")
     return int(failed)
 
 
@@ -172,7 +178,7 @@ def _extract_command(manifest: Manifest, *options: str) -> str:
     """Return the command that writes the missing shards of a split, as far as it is known.
 
     Data and weights are those that `extract` takes by default where they fit; else they stand as
-    DATA and WEIGHTS.
+    DATA and WEIGHTS-SHA256, with the first digits of the checksum that the weights must have.
     """
     from anchorpatch.demo.weights import demo_weights
     from anchorpatch.shards.compare import extract_options
@@ -185,17 +191,17 @@ def _extract_command(manifest: Manifest, *options: str) -> str:
     candidates = {str(trained): trained}
     with suppress(WeightsError):
         candidates["demo"] = demo_weights()
-    weights, note = "WEIGHTS", f"  (WEIGHTS: the file with SHA-256 {wanted[:12]}...)"
+    weights = f"WEIGHTS-{wanted[:12]}"
     for name, path in candidates.items():
         with suppress(OSError), path.open("rb") as file:
             if sha256_of(file) == wanted:
-                weights, note = name, ""
+                weights = name
     folder = manifest.folder
     if folder.name != split:
         folder = folder.resolve()
     words = [*options, "--data", str(data) if (data / split).is_dir() else "DATA"]
     words += ["--weights", weights, "--out", str(folder.parent) if folder.name == split else "OUT"]
-    return f"anchorpatch extract {shlex.join([*words, *extract_options(manifest.header)])}{note}"
+    return f"anchorpatch extract {shlex.join([*words, *extract_options(manifest.header)])}"
 
 
 @shards.command(cls=Command)

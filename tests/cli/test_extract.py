@@ -191,7 +191,7 @@ def test_the_command_that_verify_names_repairs(
     env = {"ANCHORPATCH_DATA": str(image_folder)}
     verified = program("shards", "verify", "my shards", env=env)
     assert verified.returncode == 1
-    summary, advice = verified.stdout.splitlines()[-2:]
+    summary, advice, _ = verified.stdout.splitlines()[-3:]
     assert summary == "my shards/val: 7 shards, 2 bad"
     assert advice.startswith("to write them again: anchorpatch extract --repair --data ")
     command = shlex.split(advice.partition(": anchorpatch ")[2])

@@ -86,16 +86,17 @@ def test_verify_names_each_bad_shard_and_fails(program: Program, tmp_path: Path)
     manifest.shard_path(0).unlink()
     result = program("shards", "verify", tmp_path / "val", "--jobs", 2)
     assert (result.returncode, result.stderr) == (1, "")
-    first, second, last, advice = result.stdout.splitlines()
+    first, second, last, advice, note = result.stdout.splitlines()
     assert first == f"{manifest.shard_path(0)}: missing: run the same extract again"
     assert second.startswith(f"{manifest.shard_path(2)}: expected SHA-256 ")
     assert second.endswith("its bytes have changed")
     assert last == f"{tmp_path / 'val'}: 3 shards, 2 bad"
     command = (
-        f"anchorpatch extract --repair --data DATA --weights WEIGHTS --out {tmp_path} --split val "
-        "--shard-size 8 --preset figure  (WEIGHTS: the file with SHA-256 abababababab...)"
+        f"anchorpatch extract --repair --data DATA --weights WEIGHTS-abababababab --out {tmp_path} "
+        "--split val --shard-size 8 --preset figure"
     )
     assert advice == f"to write them again: {command}"
+    assert note.startswith("(DATA and WEIGHTS-SHA256 stand for the images and the weights; ")
     result = program("shards", "verify", tmp_path, "--json", "--jobs", 1)
     assert result.returncode == 1
     found = json.loads(result.stdout)
@@ -140,7 +141,7 @@ def test_parts_made_on_two_disks_are_merged(program: Program, tmp_path: Path) ->
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[:2] == ["out/val: 2 of 3 shards, 2 of them copied now", "missing: val-00002.h5"]
-    assert lines[2].startswith("to write them: anchorpatch extract --data DATA --weights WEIGHTS ")
+    assert lines[2].startswith("to write them: anchorpatch extract --data DATA --weights WEIGHTS-")
     again = json.loads(
         program("shards", "merge", "a", "whole/val", "--out", "out", "--json").stdout
     )
