@@ -174,7 +174,7 @@ def _print_names(as_json: bool) -> None:
 
 
 def _print_table_3(as_json: bool) -> None:
-    from anchorpatch.models.table3 import IMAGES, MEAN_PATCHES, table_3_costs
+    from anchorpatch.models.complexity import IMAGES, MEAN_PATCHES, table_3_costs
 
     cells = table_3_costs()
     if as_json:

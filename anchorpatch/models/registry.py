@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Final
 
@@ -22,8 +21,6 @@ from anchorpatch.models.saccader import saccader
 __all__ = [
     "NETWORKS",
     "TIMM",
-    "Network",
-    "about",
     "build",
     "build_on_meta",
     "check_name",
@@ -44,21 +41,6 @@ _OPTIONS: Final[dict[str, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network with a name of its own.
-
-    Attributes:
-        build: takes the number of classes.
-        about: one line for people.
-        torchvision: its name there, where it is torchvision's.
-    """
-
-    build: Callable[[int], nn.Module]
-    about: str
-    torchvision: str | None = None
-
-
 def _from_torchvision(name: str, classes: int) -> nn.Module:
     options = _OPTIONS.get(name, {})
     module: nn.Module = torchvision.models.get_model(
@@ -67,22 +49,22 @@ def _from_torchvision(name: str, classes: int) -> nn.Module:
     return module
 
 
-def _borrowed(name: str, about: str) -> Network:
-    return Network(partial(_from_torchvision, name), about, name)
-
-
-#: AnchorNet, the networks of Tables 3 and 4, and AnchorNet's peers.
-NETWORKS: Final[dict[str, Network]] = {
-    "anchornet": Network(AnchorNet, "the localiser: three branches with attention (Tables 1, 2)"),
-    "resnet50": _borrowed("resnet50", "ResNet-50 of torchvision"),
-    "resnext50": _borrowed("resnext50_32x4d", "ResNeXt-50 (32x4d) of torchvision"),
-    "densenet169": _borrowed("densenet169", "DenseNet-169 of torchvision"),
-    "hcgnet_b": Network(hcgnet_b, "HCGNet-B (Yang et al., 2019)"),
-    "hcgnet_c": Network(hcgnet_c, "HCGNet-C (Yang et al., 2019)"),
-    "bagnet33": Network(bagnet33, "BagNet-33 (Brendel and Bethge, 2019): a localiser of 33 px"),
-    "bagnet77": Network(bagnet77, "BagNet-77-lowD: a localiser of 77 px, under Saccader"),
-    "saccader": Network(saccader, "Saccader (Elsayed et al., 2019): hard attention at 77 px"),
+#: AnchorNet, the networks of Tables 3 and 4, and AnchorNet's peers; each takes the number of
+#: classes.
+NETWORKS: Final[dict[str, Callable[[int], nn.Module]]] = {
+    "anchornet": AnchorNet,
+    "resnet50": partial(_from_torchvision, "resnet50"),
+    "resnext50": partial(_from_torchvision, "resnext50_32x4d"),
+    "densenet169": partial(_from_torchvision, "densenet169"),
+    "hcgnet_b": hcgnet_b,
+    "hcgnet_c": hcgnet_c,
+    "bagnet33": bagnet33,
+    "bagnet77": bagnet77,
+    "saccader": saccader,
 }
+
+#: What torchvision calls a network of `NETWORKS` that it has by another name.
+_IN_TORCHVISION: Final = {"resnext50": "resnext50_32x4d"}
 
 
 @lru_cache
@@ -103,8 +85,7 @@ def torchvision_name(name: str) -> str | None:
         >>> torchvision_name("resnext50"), torchvision_name("hcgnet_b")
         ('resnext50_32x4d', None)
     """
-    if name in NETWORKS:
-        return NETWORKS[name].torchvision
+    name = _IN_TORCHVISION.get(name, name)
     return name if name in torchvision_names() else None
 
 
@@ -165,7 +146,7 @@ def build(name: str, classes: int = 1000) -> nn.Module:
     """
     check_name(name)
     if name in NETWORKS:
-        return NETWORKS[name].build(classes)
+        return NETWORKS[name](classes)
     if name.startswith(TIMM):
         module: nn.Module = timm_module().create_model(
             name.removeprefix(TIMM), pretrained=False, num_classes=classes
@@ -186,15 +167,6 @@ def build_on_meta(name: str, classes: int = 1000) -> nn.Module:
             return build(name, classes)
     except (NotImplementedError, RuntimeError):
         return build(name, classes).to("meta")
-
-
-def about(name: str) -> str:
-    """Return one line on a network."""
-    if name in NETWORKS:
-        return NETWORKS[name].about
-    if name.startswith(TIMM):
-        return f"{name.removeprefix(TIMM)} of timm"
-    return f"{name} of torchvision"
 
 
 def run_name(name: str) -> str:

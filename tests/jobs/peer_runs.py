@@ -7,7 +7,6 @@ from typing import Any
 
 from anchorpatch.jobs.train import TrainConfig
 from anchorpatch.models.bagnet import BagNet
-from anchorpatch.models.registry import Network
 from anchorpatch.models.saccader import Saccader
 from tests.jobs.training_runs import tiny
 
@@ -16,9 +15,9 @@ STAGES = ("1-bagnet", "2-location", "3-reinforce")
 
 #: For `anchorpatch.models.registry.NETWORKS`.
 NARROW = {
-    "bagnet33": Network(lambda classes: BagNet(33, classes, width=WIDTH), ""),
-    "bagnet77": Network(lambda classes: BagNet(77, classes, width=WIDTH), ""),
-    "saccader": Network(lambda classes: Saccader(classes, width=WIDTH), ""),
+    "bagnet33": lambda classes: BagNet(33, classes, width=WIDTH),
+    "bagnet77": lambda classes: BagNet(77, classes, width=WIDTH),
+    "saccader": lambda classes: Saccader(classes, width=WIDTH),
 }
 
 

@@ -9,7 +9,6 @@ from anchorpatch.errors import MissingDependency, SettingsError
 from anchorpatch.models.complexity import macs, parameters
 from anchorpatch.models.registry import (
     NETWORKS,
-    about,
     build,
     build_on_meta,
     check_name,
@@ -31,7 +30,6 @@ def test_networks_of_torchvision(name: str, count: int) -> None:
     net = build_on_meta(name)
     assert {p.device.type for p in net.parameters()} == {"meta"}
     assert parameters(net) == count
-    assert "torchvision" in about(name)
 
 
 def test_every_name_of_torchvision_is_known() -> None:
@@ -73,7 +71,6 @@ def test_timm() -> None:
     pytest.importorskip("timm")
     net = build("timm:resnet10t", 5).eval()
     assert net(torch.zeros(1, 3, 63, 63)).shape == (1, 5)
-    assert about("timm:resnet10t") == "resnet10t of timm"
     with pytest.raises(SettingsError, match=r"did you mean 'timm:resnet"):
         build("timm:resnett10t")
 
