@@ -111,7 +111,7 @@ class FakeGpu(TorchDispatchMode):
         enter(mock.patch.object(nn.Module, "_apply", _apply))
         enter(mock.patch.object(Tensor, "pin_memory", lambda tensor, *_: self._pin(tensor)))
         enter(mock.patch.object(FakeTensor, "numpy", _zeros, create=True))
-        enter(mock.patch.object(FakeTensor, "tolist", lambda t: [0.0] * t.numel(), create=True))
+        enter(mock.patch.object(FakeTensor, "tolist", lambda t: _zeros(t).tolist(), create=True))
         enter(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False))
         for name, value in {
             "is_bf16_supported": lambda *_, **__: True,

@@ -19,10 +19,10 @@ from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.evaluate import _Meter
 from anchorpatch.jobs.evaluation.image_parts import Part, added_by_image
 from anchorpatch.jobs.evaluation.patch_scores import Distributions, score_images
-from anchorpatch.jobs.evaluation.score_figures import count
 from anchorpatch.jobs.finetune import FinetuneConfig
 from anchorpatch.jobs.finetuning.plan import Request
 from anchorpatch.jobs.localizer import Localizer
+from anchorpatch.jobs.metrics import Accuracy
 from anchorpatch.jobs.training import image_task
 from anchorpatch.jobs.training.anchornet import AnchorNetTask
 from anchorpatch.jobs.training.bagnet import BagNetTask
@@ -186,7 +186,7 @@ def test_networks_are_evaluated_without_waits(gpu: FakeGpu, amp: bool) -> None:
         gpu.forget()
         added = added_by_image(run(pixels(8, 95)), part, None)
         added = added_by_image(run(pixels(8, 95)), part, added[-1])
-        count(added, np.zeros(2, np.int64), GPU)
+        Accuracy(GPU).update(added, torch.zeros(2, dtype=torch.int64, device=GPU))
     assert gpu.waits == {}
     score_images(module, batches(), device=GPU, meta=meta, amp=amp)
     assert gpu.waits == {}

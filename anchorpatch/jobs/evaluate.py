@@ -16,7 +16,7 @@ from anchorpatch.errors import NonFiniteError, TooManyBadImages
 from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
 from anchorpatch.images.loader import load_batches
 from anchorpatch.jobs.localizer import load_anchornet, normalize
-from anchorpatch.jobs.scores import Scores, per_branch
+from anchorpatch.jobs.metrics import AnchorNetAccuracy, per_branch
 from anchorpatch.lsp import decide, localize
 from anchorpatch.models.complexity import macs
 from anchorpatch.runtime.checkpoint import Weights, load_weights
@@ -166,7 +166,7 @@ class _Meter:
         self.net = load_anchornet(weights).to(device).to(memory_format=torch.channels_last)
         self.mean = torch.tensor(weights.meta.mean, device=device)
         self.std = torch.tensor(weights.meta.std, device=device)
-        self.scores, self.patches = Scores(device), _MeanPatches(device)
+        self.scores, self.patches = AnchorNetAccuracy(device), _MeanPatches(device)
         self.seconds = 0.0
 
     @torch.inference_mode()

@@ -29,7 +29,7 @@ from anchorpatch.images.cache import build_cache
 from anchorpatch.images.folder import scan_folder
 from anchorpatch.images.training import RandomCrop, epoch_order, load_training_batches
 from anchorpatch.jobs.localizer import normalize
-from anchorpatch.jobs.scores import six_losses
+from anchorpatch.jobs.metrics import six_losses
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.memory import keep_freed_memory

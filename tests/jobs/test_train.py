@@ -120,15 +120,15 @@ def test_a_signal_stops_and_the_same_run_goes_on(
 def test_a_signal_during_evaluation(
     data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from anchorpatch.jobs.scores import Scores
+    from anchorpatch.jobs.metrics import AnchorNetAccuracy
 
-    update = Scores.update
+    update = AnchorNetAccuracy.update
 
-    def interrupted(self: Scores, *args: object) -> object:
+    def interrupted(self: AnchorNetAccuracy, *args: object) -> object:
         signal.raise_signal(signal.SIGTERM)
         return update(self, *args)
 
-    monkeypatch.setattr(Scores, "update", interrupted)
+    monkeypatch.setattr(AnchorNetAccuracy, "update", interrupted)
     with pytest.raises(Interrupted):
         run(tiny(data, tmp_path))
     monkeypatch.undo()

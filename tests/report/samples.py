@@ -14,7 +14,7 @@ from PIL import Image
 from anchorpatch.jobs.evaluate import EvaluateSummary
 from anchorpatch.jobs.evaluation.network_speed import Speed
 from anchorpatch.jobs.evaluation.tables import Table3, Table3Row, Table4, Table4Row
-from anchorpatch.jobs.scores import OUTPUTS
+from anchorpatch.jobs.metrics import OUTPUTS
 from tests.conftest import draw_photo
 from tests.shards.samples import edit_manifest, make_split
 

@@ -24,9 +24,9 @@ from anchorpatch.jobs.evaluation.patch_scores import (
     score_images,
     score_patches,
 )
-from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
 from anchorpatch.jobs.evaluation.tables import WHOLE, Costs
 from anchorpatch.jobs.localizer import Localizer
+from anchorpatch.jobs.metrics import Figures, PatchFigures
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build_on_meta, check_name
@@ -209,7 +209,7 @@ class Evaluation:
         whole: ImageSource,
         scales: tuple[int, ...] | None = None,
         change: Callable[[Crops], Crops] = lambda batch: batch,
-    ) -> ScaleFigures:
+    ) -> Figures:
         """Decide on the whole images that chose one of the scales, changed first."""
         scales = scales or self.config.scales
         rows = self.rows(scales)[self.world.rank :: self.world.size]

@@ -22,17 +22,11 @@ from anchorpatch.errors import CorruptShard, DataError, ShardError, WeightsError
 from anchorpatch.images.folder import spread_rows
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.evaluation.image_parts import ScalePlan, added_by_image
-from anchorpatch.jobs.evaluation.score_figures import (
-    PatchFigures,
-    ScaleFigures,
-    Sum,
-    count,
-    figures_of,
-)
 from anchorpatch.jobs.localizer import normalize
+from anchorpatch.jobs.metrics import Accuracy, Figures, PatchFigures, probability_losses
 from anchorpatch.runtime.checkpoint import WeightsMeta
-from anchorpatch.runtime.device import exact_float32
-from anchorpatch.runtime.distributed import World, sum_ranks
+from anchorpatch.runtime.device import exact_float32, to_device
+from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.batches import load_rows
 from anchorpatch.shards.layout import MANIFEST_NAME
@@ -42,8 +36,6 @@ from anchorpatch.text import few
 __all__ = [
     "Distributions",
     "Keep",
-    "PatchFigures",
-    "ScaleFigures",
     "check_classes",
     "check_tables",
     "open_shards",
@@ -149,7 +141,7 @@ def score_patches(
     device = next(iter(networks.values())).device
     taken = spread_rows(len(reader), limit)
     mine = taken[list(world.share(len(taken)))]
-    sums = torch.zeros(len(SCALES), len(Sum), dtype=torch.float64, device=device)
+    accuracy = Accuracy(device, len(SCALES))
     for j, scale in enumerate(SCALES):
         if scale not in scales:
             continue
@@ -163,14 +155,22 @@ def score_patches(
                 added = added_by_image(run(pixels), part, carry)
                 carry = added[-1] if part.open else None
                 rows, decided = part.decided, added[: len(part.decided)]
-                counted = count(decided, reader.label[rows], device)
-                counted[Sum.PATCHES] = len(part.rows)
-                sums[j] += counted
+                labels = to_device(reader.label[rows].astype(np.int64), device)
+                losses = probability_losses(decided, labels)
+                accuracy.update(decided, labels, losses, group=j, patches=len(part.rows))
                 if keep is not None and len(rows):
                     totals = plan.counts[part.first : part.first + len(rows), None]
                     keep(rows, decided.cpu().numpy() / totals)
                 advance(len(rows))
-    return _patch_figures(sum_ranks(sums), reader, scales)
+    total, by_scale = accuracy.figures()
+    if not total.images:
+        chosen = ", ".join(map(str, scales))
+        raise ShardError(
+            f"{reader.folder}: expected images of the scales {chosen} px, found none; "
+            "choose another --split or --scale"
+        )
+    of_scales = {s: found for s, found in zip(SCALES, by_scale, strict=True) if s in scales}
+    return PatchFigures(**vars(total), by_scale=of_scales)
 
 
 @torch.inference_mode()
@@ -184,7 +184,7 @@ def score_images(
     check: Callable[[], object] = lambda: None,
     keep: Keep | None = None,
     advance: Callable[[int], object] = lambda images: None,
-) -> ScaleFigures:
+) -> Figures:
     """Decide on whole images, each by its own distribution.
 
     Args:
@@ -205,17 +205,17 @@ def score_images(
         NonFiniteError: the network gave NaN or infinity.
     """
     run = Distributions(module, device, meta, amp)
-    sums = torch.zeros(len(Sum), dtype=torch.float64, device=device)
+    accuracy = Accuracy(device)
     for batch in batches:
         check()
         probabilities = run(batch.pixels)
-        counted = count(probabilities, batch.labels, device)
-        counted[Sum.PATCHES] = len(batch.rows)
-        sums += counted
+        labels = to_device(batch.labels, device)
+        losses = probability_losses(probabilities, labels)
+        accuracy.update(probabilities, labels, losses, patches=len(batch.rows))
         if keep is not None:
             keep(batch.rows, probabilities.cpu().numpy())
         advance(len(batch.rows))
-    return figures_of(sum_ranks(sums).tolist())
+    return accuracy.figures()[0]
 
 
 class Distributions:
@@ -253,19 +253,3 @@ class Distributions:
                 f"found {found}; the network does not fit the classes of the shards"
             )
         return logits.double().softmax(-1)
-
-
-def _patch_figures(sums: Tensor, reader: ShardReader, scales: Sequence[int]) -> PatchFigures:
-    total = figures_of(sums.sum(0).tolist())
-    if total.top1 is None or total.top5 is None or total.loss is None:
-        chosen = ", ".join(map(str, scales))
-        raise ShardError(
-            f"{reader.folder}: expected images of the scales {chosen} px, found none; "
-            "choose another --split or --scale"
-        )
-    by_scale = {
-        scale: figures_of(row)
-        for scale, row in zip(SCALES, sums.tolist(), strict=True)
-        if scale in scales
-    }
-    return PatchFigures(total.images, total.patches, total.top1, total.top5, total.loss, by_scale)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from anchorpatch.jobs.evaluation.network_speed import Speed
-from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
+from anchorpatch.jobs.metrics import Figures, PatchFigures
 from anchorpatch.networks import asked_text
 
 __all__ = [
@@ -166,7 +166,7 @@ class Table4:
 
 
 def table_3_rows(
-    figures: PatchFigures, whole: ScaleFigures | None, costs: Costs
+    figures: PatchFigures, whole: Figures | None, costs: Costs
 ) -> tuple[Table3Row, ...]:
     """Return the lines of Table 3: whole images, where there are any, each scale, and all.
 
@@ -181,20 +181,17 @@ def table_3_rows(
         total = found.patches * costs.network[scale]
         rows.append(_patch_row(str(scale), found, total, costs))
         spent += total
-    total_figures = ScaleFigures(
-        figures.images, figures.patches, figures.top1, figures.top5, figures.loss
-    )
-    return (*rows, _patch_row("all", total_figures, spent, costs))
+    return (*rows, _patch_row("all", figures, spent, costs))
 
 
-def _whole_row(whole: ScaleFigures, costs: Costs) -> Table3Row:
+def _whole_row(whole: Figures, costs: Costs) -> Table3Row:
     gmacs = costs.network[WHOLE]
     return Table3Row(
         str(WHOLE), whole.images, None, gmacs, None, None, None, whole.top1, whole.top5, whole.loss
     )
 
 
-def _patch_row(scale: str, found: ScaleFigures, total: float, costs: Costs) -> Table3Row:
+def _patch_row(scale: str, found: Figures, total: float, costs: Costs) -> Table3Row:
     """Return a line on ``found.images`` whose patches cost ``total`` in all."""
     whole = costs.network[WHOLE]
     gmacs = total / found.images if found.images else None
@@ -217,9 +214,7 @@ def _saved(gmacs: float | None, whole: float) -> float | None:
     return None if gmacs is None or not whole else 1 - gmacs / whole
 
 
-def table_4_rows(
-    rescaled: Mapping[int, ScaleFigures], localized: PatchFigures
-) -> tuple[Table4Row, ...]:
+def table_4_rows(rescaled: Mapping[int, Figures], localized: PatchFigures) -> tuple[Table4Row, ...]:
     """Return the lines of Table 4: each scale, and all.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import tee
 from typing import Any, Protocol
 
@@ -115,14 +115,16 @@ class PatchData:
     ) -> dict[str, Any]:
         """Decide on the validation images by the sum of their patches' distributions."""
         run = Distributions(module, device, meta, self.config.amp)
-        return score_patches(
+        figures = score_patches(
             dict.fromkeys(self.config.scales, run),
             self.val,
             world=world,
             batch_size=_eval_batch(device),
             scales=self.config.scales,
             check=check,
-        ).to_json()
+        )
+        by_scale = {str(scale): asdict(found) for scale, found in figures.by_scale.items()}
+        return {**vars(figures), "by_scale": by_scale}
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ class WholeData:
         rows = world.share(len(self.val))
         batches = self.val.batches(rows, _eval_batch(device), pin_memory=device.type == "cuda")
         with closing(batches):
-            return score_images(
+            figures = score_images(
                 module, batches, device=device, meta=meta, amp=self.config.amp, check=check
-            ).to_json()
+            )
+            return asdict(figures)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from anchorpatch.errors import WeightsError
-from anchorpatch.jobs.scores import OUTPUTS, Scores, six_losses
+from anchorpatch.jobs.metrics import OUTPUTS, AnchorNetAccuracy, six_losses
 from anchorpatch.jobs.training.image_task import ImageTask, start_from
 from anchorpatch.jobs.training.task import Batch
 from anchorpatch.models.anchornet import AnchorNet
@@ -43,6 +43,6 @@ class AnchorNetTask(ImageTask):
         total = losses[:3].sum() + attention * losses[3:].sum()
         return total, dict(zip(OUTPUTS, losses, strict=True))
 
-    def figures(self) -> Scores:
+    def figures(self) -> AnchorNetAccuracy:
         """Return new sums for an evaluation."""
-        return Scores(self.device)
+        return AnchorNetAccuracy(self.device)

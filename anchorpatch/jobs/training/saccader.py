@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anchorpatch.jobs.scores import hits
-from anchorpatch.jobs.training.bagnet import BagNetTask, LogitFigures
+from anchorpatch.jobs.metrics import Accuracy, hits
+from anchorpatch.jobs.training.bagnet import BagNetTask
 from anchorpatch.jobs.training.config import ANCHORNET_ONLY, TrainConfig
 from anchorpatch.jobs.training.image_task import ImageTask
 from anchorpatch.jobs.training.task import Batch
@@ -89,9 +89,9 @@ class _SaccaderTask(ImageTask):
         """Return what the weights files say about themselves."""
         return WeightsMeta("saccader", self.train.classes)
 
-    def figures(self) -> LogitFigures:
+    def figures(self) -> Accuracy:
         """Return new sums for an evaluation."""
-        return LogitFigures(self.device)
+        return Accuracy(self.device)
 
     def outputs(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Return the mean logits of the best places."""

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from anchorpatch.errors import CorruptShard, DataError, NonFiniteError, ShardError, WeightsError
+from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.evaluation.patch_scores import (
     Distributions,
-    ImageBatch,
-    PatchFigures,
     score_images,
     score_patches,
 )
+from anchorpatch.jobs.metrics import Figures, PatchFigures
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import SCALES
 from anchorpatch.shards import ShardReader
@@ -80,7 +80,7 @@ def test_figures_worked_out_by_hand(folder: Path):
     assert small.loss == pytest.approx((-math.log(own) - math.log(last)) / 2, rel=1e-6)
     weighted = (small.images * small.loss + large.images * large.loss) / 5
     assert figures.loss == pytest.approx(weighted, rel=1e-12)
-    assert figures.to_json()["by_scale"]["95"]["top1"] is None
+    assert figures.by_scale[95] == Figures(0, 0, None, None, None)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
@@ -178,8 +178,8 @@ def test_whole_images(folder: Path):
     pixels = torch.zeros(3, 8, 8, 3, dtype=torch.uint8)
     pixels[0, 0, 1, 0] = pixels[1, 0, 2, 0] = pixels[2, 0, 5, 0] = 90
     batches = [
-        ImageBatch(np.array([4, 7]), pixels[:2], np.array([1, 1])),
-        ImageBatch(np.array([9]), pixels[2:], np.array([5])),
+        Crops(np.array([4, 7]), pixels[:2], np.array([1, 1])),
+        Crops(np.array([9]), pixels[2:], np.array([5])),
     ]
     kept: list[int] = []
     figures = score_images(

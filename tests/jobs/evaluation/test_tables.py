@@ -6,23 +6,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchorpatch.jobs.evaluation.score_figures import PatchFigures, ScaleFigures
 from anchorpatch.jobs.evaluation.tables import Costs, Table3, table_3_rows, table_4_rows
+from anchorpatch.jobs.metrics import Figures, PatchFigures
 from anchorpatch.settings import SCALES
 
 COSTS = Costs({63: 0.4, 95: 0.9, 111: 1.1, 224: 4.0}, anchornet=0.5)
-EMPTY = ScaleFigures(0, 0, None, None, None)
+EMPTY = Figures(0, 0, None, None, None)
 
 
 def test_costs_worked_out_by_hand():
     by_scale = {
-        63: ScaleFigures(2, 9, 0.5, 1.0, 0.7),
+        63: Figures(2, 9, 0.5, 1.0, 0.7),
         95: EMPTY,
-        111: ScaleFigures(6, 12, 0.25, 0.5, 1.5),
+        111: Figures(6, 12, 0.25, 0.5, 1.5),
     }
     figures = PatchFigures(8, 21, 2.5 / 8, 5 / 8, 1.3, by_scale)
     whole, small, middle, large, overall = table_3_rows(
-        figures, ScaleFigures(8, 8, 0.75, 1.0, 0.2), COSTS
+        figures, Figures(8, 8, 0.75, 1.0, 0.2), COSTS
     )
     assert (whole.scale, whole.images, whole.gmacs, whole.top1) == ("224", 8, 4.0, 0.75)
     assert (whole.mean_patches, whole.saved, whole.gmacs_with_anchornet) == (None, None, None)
@@ -40,7 +40,7 @@ def test_costs_worked_out_by_hand():
 
 
 def test_without_whole_images_and_as_json():
-    figures = PatchFigures(1, 2, 1.0, 1.0, 0.1, {95: ScaleFigures(1, 2, 1.0, 1.0, 0.1)})
+    figures = PatchFigures(1, 2, 1.0, 1.0, 0.1, {95: Figures(1, 2, 1.0, 1.0, 0.1)})
     rows = table_3_rows(figures, None, COSTS)
     assert [row.scale for row in rows] == ["95", "all"]
     table = Table3("resnet50", "val", "w", None, None, 4.0, 0.5, rows, None, ("row 224: no",))
@@ -59,8 +59,8 @@ def test_the_overall_line_weighs_scales_by_their_images(drawn: list[tuple[int, .
     total = [0, 0, 0, 0, 0.0]
     for scale, (n, more, right, other) in zip(SCALES, drawn, strict=True):
         patches, right, other = n + more if n else 0, min(right, n), min(other, n)
-        by_scale[scale] = ScaleFigures(n, patches, right / n, 1.0, 0.5) if n else EMPTY
-        rescaled[scale] = ScaleFigures(n, n, other / n, 1.0, 0.5) if n else EMPTY
+        by_scale[scale] = Figures(n, patches, right / n, 1.0, 0.5) if n else EMPTY
+        rescaled[scale] = Figures(n, n, other / n, 1.0, 0.5) if n else EMPTY
         added = (n, patches, right, other, patches * COSTS.network[scale])
         total = [a + b for a, b in zip(total, added, strict=True)]
     n, patches, right, other, gmacs = total

@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from anchorpatch.errors import Interrupted, SettingsError, WeightsError
 from anchorpatch.jobs.train import TrainConfig, run
-from anchorpatch.jobs.training.bagnet import LogitFigures
 from anchorpatch.jobs.training.image_task import open_images
 from anchorpatch.jobs.training.saccader import LocationTask, ReinforceTask, best_places
 from anchorpatch.models.bagnet import BagNet
@@ -221,25 +220,6 @@ def test_bfloat16_and_fewer_places_than_glimpses(data: Path, tmp_path: Path):
 def test_settings_that_no_run_could_use(changes: dict, message: str):
     with pytest.raises(SettingsError, match=message):
         TrainConfig(data=Path("data"), folder=Path("runs"), **changes)
-
-
-def test_figures_equal_the_definitions():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(23, 9, generator=generator)
-    labels = torch.randint(9, (23,), generator=generator)
-    figures = LogitFigures(torch.device("cpu"))
-    for part in (slice(0, 10), slice(10, 23)):
-        figures.update(logits[part], labels[part])
-    ranks = [
-        sorted(range(9), key=lambda c: -row[c]).index(label)
-        for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
-    ]
-    assert figures.result() == {
-        "images": 23,
-        "loss": pytest.approx(functional.cross_entropy(logits, labels).item()),
-        "top1": pytest.approx(sum(rank < 1 for rank in ranks) / 23),
-        "top5": pytest.approx(sum(rank < 5 for rank in ranks) / 23),
-    }
 
 
 def test_the_right_places_are_those_of_the_true_class():

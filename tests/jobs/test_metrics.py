@@ -6,8 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
-from anchorpatch.jobs.scores import OUTPUTS, Scores, six_losses
+from anchorpatch.errors import NonFiniteError
+from anchorpatch.jobs.metrics import (
+    OUTPUTS,
+    Accuracy,
+    AnchorNetAccuracy,
+    Figures,
+    places,
+    six_losses,
+)
 from anchorpatch.models.anchornet import Logits
 
 
@@ -45,7 +54,7 @@ def oracle(logits: Logits, labels: torch.Tensor) -> dict[str, list[float]]:
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 12), classes=st.integers(2, 9))
 def test_figures_equal_plain_python_s(seed: int, n: int, classes: int):
     logits, labels = draw(seed, n, classes)
-    scores = Scores(torch.device("cpu"))
+    scores = AnchorNetAccuracy(torch.device("cpu"))
     for part in torch.arange(n).split(5):
         scores.update(Logits(logits.localization[part], logits.attention[part]), labels[part])
     result, expected = scores.result(), oracle(logits, labels)
@@ -66,3 +75,35 @@ def test_label_smoothing_mixes_in_the_uniform_target():
     outputs = torch.cat((logits.localization, logits.attention), 1)
     uniform = -outputs.log_softmax(-1).mean(-1).mean(0)
     assert torch.allclose(smooth, 0.8 * plain + 0.2 * uniform)
+
+
+def test_one_output_equals_the_definitions():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(23, 9, generator=generator)
+    labels = torch.randint(9, (23,), generator=generator)
+    figures = Accuracy(torch.device("cpu"))
+    for part in (slice(0, 10), slice(10, 23)):
+        figures.update(logits[part], labels[part])
+    ranks = [
+        sorted(range(9), key=lambda c: -row[c]).index(label)
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
+    assert figures.result() == {
+        "images": 23,
+        "loss": pytest.approx(functional.cross_entropy(logits, labels).item()),
+        "top1": pytest.approx(sum(rank < 1 for rank in ranks) / 23),
+        "top5": pytest.approx(sum(rank < 5 for rank in ranks) / 23),
+    }
+
+
+def test_a_label_without_a_number_is_last_and_ties_go_to_the_lower_class():
+    nan = float("nan")
+    scores = torch.tensor([[nan, 1.0, 2.0], [nan, 1.0, 2.0], [2.0, 2.0, 2.0]])
+    assert places(scores, torch.tensor([0, 2, 1])).tolist() == [3, 1, 1]
+    accuracy = Accuracy(torch.device("cpu"), 2)
+    accuracy.update(scores, torch.tensor([0, 2, 1]), torch.ones(3), group=1, patches=7)
+    with pytest.raises(NonFiniteError, match="NaN or infinity for 2 of 3 images"):
+        accuracy.figures()
+    total, (empty, group) = accuracy.figures(check=False)
+    assert total == group == Figures(3, 7, 0.0, 1.0, 1.0)
+    assert empty == Figures(0, 0, None, None, None)
