@@ -1,8 +1,9 @@
 """The LSP core (section 3.3): decide on class and branch, then select patches.
 
-Tensors in, tensors out; no model and no file. Everything here gives the same result on CPU
-and GPU, bit for bit, for the same input: arg max and sort ties are settled explicitly, and
-IoU is compared through whole pixels.
+Algorithm 1 stands here twice: `localize_one` as the paper prints it, and `localize` for a batch,
+which is what the package runs. Tensors in, tensors out; no model and no file. Everything gives
+the same result on CPU and GPU, bit for bit, for the same input: arg max and sort ties are settled
+explicitly, and IoU is compared through whole pixels.
 
 Shapes use N images, C classes, and an H x W heatmap per branch. Branches come in the order
 of `SCALES` everywhere.
@@ -35,10 +36,9 @@ __all__ = [
     "first_argmax",
     "grid_size",
     "iou",
-    "iou_table",
     "localize",
+    "localize_one",
     "select",
-    "to_pixels",
 ]
 
 
@@ -65,11 +65,6 @@ def grid_size(height: int, width: int, theta: int, stride: int = STRIDE) -> tupl
     return (height - theta) // stride + 1, (width - theta) // stride + 1
 
 
-def to_pixels(location: Tensor, stride: int = STRIDE) -> Tensor:
-    """Map grid locations (..., 2) as (h, w) to the top-left corners (y, x) of their patches."""
-    return location * stride
-
-
 def iou(a: tuple[int, int], b: tuple[int, int], theta: int) -> float:
     """Return the IoU (Eq. 9) of two patches of side ``theta`` with corners (y, x), in pixels.
 
@@ -80,19 +75,6 @@ def iou(a: tuple[int, int], b: tuple[int, int], theta: int) -> float:
         0.775
     """
     overlap = max(0, theta - abs(a[0] - b[0])) * max(0, theta - abs(a[1] - b[1]))
-    return overlap / (2 * theta * theta - overlap)
-
-
-def iou_table(height: int, width: int, theta: int, stride: int = STRIDE) -> Tensor:
-    """Return the IoU of two patches by their distance on the grid.
-
-    Returns:
-        float64 (height, width); entry (dh, dw) is the IoU of patches dh rows and dw columns
-        apart. Patches of one scale are all alike, so nothing else matters.
-    """
-    dh = (theta - stride * torch.arange(height)).clamp(min=0)
-    dw = (theta - stride * torch.arange(width)).clamp(min=0)
-    overlap = (dh[:, None] * dw[None, :]).double()
     return overlap / (2 * theta * theta - overlap)
 
 
@@ -176,6 +158,47 @@ class Patches(NamedTuple):
     counts: Tensor
     corners: Tensor
     scores: Tensor
+
+
+def localize_one(
+    heatmap: Sequence[Sequence[float]],
+    theta: int,
+    max_patches: int,
+    iou_threshold: float,
+    coverage: float,
+) -> list[tuple[int, int]]:
+    """Run Algorithm 1 on one heatmap, line by line as the paper prints it.
+
+    For reading and for comparison: `localize` finds the same patches of a whole batch, with one
+    step for all images where this has a loop.
+
+    Args:
+        heatmap: M, H rows of W finite activations.
+        theta: side of the patches in pixels.
+        max_patches: K.
+        iou_threshold: T.
+        coverage: P.
+
+    Returns:
+        Top-left (y, x) of each patch in pixels, the strongest first.
+
+    Example:
+        >>> heatmap = torch.arange(441.0).view(21, 21).tolist()
+        >>> localize_one(heatmap, 63, max_patches=2, iou_threshold=0.3, coverage=0.3)
+        [(160, 160), (160, 120)]
+    """
+    height, width = len(heatmap), len(heatmap[0])
+    grid = [(h, w) for h in range(height) for w in range(width)]
+    # Line 1. The sort is stable: of equal activations the first in reading order is stronger.
+    coordinates = sorted(grid, key=lambda at: heatmap[at[0]][at[1]], reverse=True)
+    patches: list[tuple[int, int]] = []
+    for h, w in coordinates[: candidate_count(height, width, coverage)]:  # lines 2, 3
+        patch = h * STRIDE, w * STRIDE  # Map, of section 3.1
+        if all(iou(patch, other, theta) < iou_threshold for other in patches):  # line 4
+            patches.append(patch)  # line 5
+        if len(patches) == max_patches:  # lines 7, 8
+            break
+    return patches
 
 
 def localize(
