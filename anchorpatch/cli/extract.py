@@ -182,7 +182,7 @@ def find_weights(weights: str | None, runs: Path, option: str = "--weights") -> 
         WeightsError: the option is not given and there is no trained network.
     """
     if weights == "demo":
-        from anchorpatch.demo.weights import demo_weights
+        from anchorpatch.demo import demo_weights
 
         return demo_weights()
     if weights is not None:

@@ -180,7 +180,7 @@ def _extract_command(manifest: Manifest, *options: str) -> str:
     Data and weights are those that `extract` takes by default where they fit; else they stand as
     DATA and WEIGHTS-SHA256, with the first digits of the checksum that the weights must have.
     """
-    from anchorpatch.demo.weights import demo_weights
+    from anchorpatch.demo import demo_weights
     from anchorpatch.shards.compare import extract_options
     from anchorpatch.storage import sha256_of
 

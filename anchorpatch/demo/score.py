@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorpatch.demo.scenes import CROP, SIZES, read_boxes
+from anchorpatch.demo.scenes import SIZES, read_boxes
 from anchorpatch.errors import DataError
 from anchorpatch.lsp import grid_size
-from anchorpatch.settings import SCALES, STRIDE
+from anchorpatch.settings import CROP, SCALES, STRIDE
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = ["PatchFit", "SceneScore", "score_scenes"]
@@ -78,7 +78,7 @@ class SceneScore:
         return len(means) > 1 and all(a < b for a, b in pairwise(means))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the score as JSON knows it."""
+        """Return the score for JSON, whose keys are text."""
         counts = {
             size: {str(scale): n for scale, n in row.items()} for size, row in self.counts.items()
         }

@@ -11,7 +11,7 @@ from typing import Any, Final
 from matplotlib.figure import Figure
 from PIL import Image
 
-from anchorpatch.demo.weights import demo_weights
+from anchorpatch.demo import demo_weights
 from anchorpatch.errors import AnchorpatchError, NothingToShow, WeightsError
 from anchorpatch.figures import attention_figure, errors_figure, patches_figure
 from anchorpatch.figures.save import encoded

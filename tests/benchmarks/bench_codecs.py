@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anchorpatch.demo.weights import demo_weights
+from anchorpatch.demo import demo_weights
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.settings import CODECS, PRESETS, SCALES
 from anchorpatch.shards.reader import ShardReader

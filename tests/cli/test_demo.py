@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from anchorpatch.demo import demo_weights
 from anchorpatch.demo.scenes import CLASSES
-from anchorpatch.demo.weights import demo_weights
 from anchorpatch.errors import WeightsError
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights

@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from anchorpatch.demo import draw, scenes
+from anchorpatch.demo import scenes
 from anchorpatch.demo.scenes import (
     CLASSES,
-    CROP,
     SIDE,
     SIZES,
     Box,
@@ -26,6 +25,7 @@ from anchorpatch.demo.scenes import (
     scene_path,
 )
 from anchorpatch.errors import DataError, SettingsError, StorageError
+from anchorpatch.settings import CROP
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -44,7 +44,7 @@ def test_ten_classes_share_each_cue_between_two() -> None:
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), class_index=st.integers(0, 9), size=st.sampled_from(list(SIZES)))
 def test_the_object_lies_in_the_crop_with_its_size(seed: int, class_index: int, size: str) -> None:
-    _, target = draw._begin(seed, class_index, size)
+    _, target = scenes._begin(seed, class_index, size)
     box = target.bounds
     crop = box.in_crop()
     assert min(crop) >= 0
@@ -62,11 +62,11 @@ def test_the_object_lies_in_the_crop_with_its_size(seed: int, class_index: int, 
 @given(seed=st.integers(0, 2**32), class_index=st.integers(0, 9), size=st.sampled_from(list(SIZES)))
 def test_the_box_frames_the_painted_object(seed: int, class_index: int, size: str) -> None:
     # The same object on black: what is painted fills the box but for the rim's half width.
-    rng, target = draw._begin(seed, class_index, size)
-    side = SIDE * draw._SUPERSAMPLE
+    rng, target = scenes._begin(seed, class_index, size)
+    side = SIDE * scenes._SUPERSAMPLE
     canvas = Image.new("RGB", (side, side))
-    draw._paint(rng, canvas, target)
-    painted = np.asarray(canvas.reduce(draw._SUPERSAMPLE)).any(2)
+    scenes._paint(rng, canvas, target)
+    painted = np.asarray(canvas.reduce(scenes._SUPERSAMPLE)).any(2)
     ys, xs = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
     seen = (xs[0], ys[0], xs[-1] + 1, ys[-1] + 1)
     tolerance = 2 + 0.035 * target.diameter
@@ -77,8 +77,8 @@ def test_distractors_are_single_cues_apart_from_the_object() -> None:
     found = 0
     for seed in range(200):
         class_index = seed % 10
-        rng, target = draw._begin(seed, class_index, "medium")
-        for other in draw._place_distractors(rng, class_index, target):
+        rng, target = scenes._begin(seed, class_index, "medium")
+        for other in scenes._place_distractors(rng, class_index, target):
             found += 1
             assert (other.outline is None) != (other.texture is None)
             assert other.texture != target.texture

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from anchorpatch.demo import weights
-from anchorpatch.demo.weights import NAME, demo_weights
+from anchorpatch import demo
+from anchorpatch.demo import NAME, demo_weights
 from anchorpatch.errors import WeightsError
 
 
 def test_missing_weights_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "NAME", "no-such.safetensors")
+    monkeypatch.setattr(demo, "NAME", "no-such.safetensors")
     with pytest.raises(WeightsError, match=r"no-such\.safetensors: expected the bundled weights"):
         demo_weights()
 
@@ -20,5 +20,5 @@ def test_the_file_lies_beside_the_module() -> None:
         path = demo_weights()
     except WeightsError as error:
         pytest.skip(str(error))
-    assert path == Path(weights.__file__).with_name(NAME)
+    assert path == Path(demo.__file__).with_name(NAME)
     assert 1_000_000 < path.stat().st_size < 7_000_000

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from anchorpatch.demo import demo_weights
 from anchorpatch.demo.scenes import make_scenes
-from anchorpatch.demo.weights import demo_weights
 from anchorpatch.jobs.extract import ExtractConfig, run
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from anchorpatch.demo.weights import demo_weights
+from anchorpatch.demo import demo_weights
 from anchorpatch.errors import WeightsError
 from anchorpatch.report.build import ReportConfig, run
 from anchorpatch.report.collect import collect
