@@ -236,10 +236,10 @@ def localize(
     shapes = tuple((m.shape[1], m.shape[2]) for m in maps)
     n = max(candidate_count(h, w, p) for (h, w), p in zip(shapes, settings.coverage, strict=True))
     if check and len(branch):
-        if branch.min() < 0 or branch.max() >= len(scales):
+        low, high = int(branch.min()), int(branch.max())
+        if low < 0 or high >= len(scales):
             raise SettingsError(
-                f"branch: expected indices from 0 to {len(scales) - 1}, got {int(branch.min())} to "
-                f"{int(branch.max())}"
+                f"branch: expected indices from 0 to {len(scales) - 1}, got {low} to {high}"
             )
         _check_finite(maps, branch)
     # torch.compile looks behind a cache anyway, and warns of it.
