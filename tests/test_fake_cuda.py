@@ -16,13 +16,12 @@ from torch import Tensor
 from anchorpatch.images.workers import Batch
 from anchorpatch.jobs import extract, finetune
 from anchorpatch.jobs.crops import Crops
-from anchorpatch.jobs.evaluate import _Meter
-from anchorpatch.jobs.evaluation.image_parts import Part, added_by_image
-from anchorpatch.jobs.evaluation.patch_scores import Distributions, score_images
+from anchorpatch.jobs.evaluate_anchornet import _Meter
 from anchorpatch.jobs.finetune import FinetuneConfig
 from anchorpatch.jobs.finetuning.plan import Request
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.metrics import Accuracy
+from anchorpatch.jobs.patch_scores import Distributions, Part, added_by_image, score_images
 from anchorpatch.jobs.training import image_task
 from anchorpatch.jobs.training.anchornet import AnchorNetTask
 from anchorpatch.jobs.training.bagnet import BagNetTask

@@ -176,12 +176,12 @@ def _refuse(ctx: click.Context, names: tuple[str, ...], why: str) -> None:
 
 def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:
     from anchorpatch.cli.evaluate_output import print_anchornet
-    from anchorpatch.jobs.evaluate import EvaluateConfig, run
+    from anchorpatch.jobs.evaluate_anchornet import EvaluateAnchorNetConfig, run
     from anchorpatch.runtime.progress import reporter
 
     weights, runs, result = (options.pop(name) for name in ("weights", "runs", "result"))
     known = {k: v for k, v in options.items() if k not in _OF_NETWORKS}
-    summary = run(EvaluateConfig(weights=find_weights(weights, runs), **known), reporter())
+    summary = run(EvaluateAnchorNetConfig(weights=find_weights(weights, runs), **known), reporter())
     if is_main():
         _write_result(result, summary.to_json())
         print_anchornet(summary, form == "json")
@@ -189,13 +189,13 @@ def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:
 
 def _evaluate_network(network: str, form: str, options: dict[str, Any]) -> None:
     from anchorpatch.cli.evaluate_output import print_table_3, print_table_4
-    from anchorpatch.jobs.evaluate_network import EvaluateNetworkConfig, run, run_rescale
+    from anchorpatch.jobs.evaluate import EvaluateConfig, run, run_rescale
     from anchorpatch.runtime.progress import reporter
     from anchorpatch.settings import SCALES
 
     scale, result = options.pop("scale"), options.pop("result")
     protocol, anchornet = options.pop("protocol"), options.pop("anchornet_weights")
-    config = EvaluateNetworkConfig(
+    config = EvaluateConfig(
         network=network,
         scales=SCALES if scale is None else (int(scale),),
         anchornet_weights=find_weights(anchornet, options["runs"]) if anchornet else None,

@@ -11,13 +11,12 @@ from anchorpatch.cli.output import print_csv, print_json, print_markdown, print_
 from anchorpatch.text import counted, decimal, percent
 
 if TYPE_CHECKING:
-    from anchorpatch.jobs.evaluate import EvaluateSummary
-    from anchorpatch.jobs.evaluation.tables import Table3, Table4
+    from anchorpatch.jobs.results import AnchorNetFigures, Table3, Table4
 
 __all__ = ["print_anchornet", "print_table_3", "print_table_4"]
 
 
-def print_anchornet(summary: EvaluateSummary, as_json: bool) -> None:
+def print_anchornet(summary: AnchorNetFigures, as_json: bool) -> None:
     """Print the figures of AnchorNet."""
     if as_json:
         print_json(summary.to_json())

@@ -1,33 +1,63 @@
-"""Evaluate AnchorNet on a labelled split: accuracy by branch and by Eq. 7, patches, cost."""
+"""Evaluate an ordinary network on shards of patches: Tables 3 and 4.
+
+Shards -> network -> softmax -> sum over an image's patches -> accuracy, beside the same network
+on whole images, with the cost of both.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.transforms import v2
 
-from anchorpatch.errors import NonFiniteError, TooManyBadImages
-from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
-from anchorpatch.images.loader import load_batches
-from anchorpatch.jobs.localizer import load_anchornet, normalize
-from anchorpatch.jobs.metrics import AnchorNetAccuracy, per_branch
-from anchorpatch.lsp import decide, localize
+from anchorpatch.errors import DataError, WeightsError
+from anchorpatch.images.folder import spread_rows, without_images
+from anchorpatch.jobs.crops import Crops, ImageSource
+from anchorpatch.jobs.localizer import Localizer
+from anchorpatch.jobs.metrics import Figures, PatchFigures
+from anchorpatch.jobs.patch_scores import (
+    Distributions,
+    Keep,
+    open_shards,
+    score_images,
+    score_patches,
+)
+from anchorpatch.jobs.predictions import Predictions, check_predictions_path
+from anchorpatch.jobs.results import Speed, Table3, Table3Row, Table4, Table4Row
+from anchorpatch.jobs.speed import measure_speed
+from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import macs
+from anchorpatch.models.registry import build_on_meta, check_name
+from anchorpatch.networks import (
+    Network,
+    best_weights,
+    check_sides,
+    load_for_whole_images,
+    load_network,
+    load_tuned,
+    run_folder,
+)
 from anchorpatch.runtime.checkpoint import Weights, load_weights
-from anchorpatch.runtime.device import computing_on, exact_float32, resolve_device, to_device
-from anchorpatch.runtime.distributed import World, process_group, sum_ranks
+from anchorpatch.runtime.device import computing_on, resolve_device
+from anchorpatch.runtime.distributed import World, process_group
 from anchorpatch.runtime.memory import keep_freed_memory
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import PRESETS, SCALES
-from anchorpatch.text import counted
+from anchorpatch.settings import CROP, SCALES, LspSettings
+from anchorpatch.shards.reader import ShardReader
 
-__all__ = ["EvaluateConfig", "EvaluateSummary", "run"]
+__all__ = ["Costs", "EvaluateConfig", "run", "run_rescale", "table_3_rows", "table_4_rows"]
+
+#: Images on which speed is measured: some seconds for a ResNet-50.
+_SPEED_IMAGES: Final = {"cpu": 32, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -35,217 +65,466 @@ class EvaluateConfig:
     """What is evaluated, and on what.
 
     Attributes:
-        data: folder that holds the split.
-        weights: of AnchorNet.
+        network: name of the network.
+        shards: folder that holds the split's shards.
         split: name of the split's folder.
-        labels: CSV with the labels of a flat split folder.
-        batch_size: images in a batch; None for 16 on CPU and 256 on a GPU.
-        workers: loading processes.
+        runs: folder of training runs.
+        weights: for patches: a file, "default" or "none"; None for
+            RUNS/NETWORK/best.safetensors, or where there is none for one network per scale,
+            RUNS/NETWORK-SCALE/best.safetensors.
+        per_scale: take one network per scale also where there is one for all.
+        whole: also evaluate whole images, where there are some.
+        whole_weights: the same as ``weights`` for whole images, and for both columns of
+            Table 4; None for the first of RUNS/NETWORK-baseline/best.safetensors, ``weights``
+            unless they were fine-tuned on patches, the pretrained set, and ``weights``.
+        data: folder of the images, for shards that hold no whole images.
+        anchornet_weights: of AnchorNet, to measure speed; None for
+            RUNS/anchornet/best.safetensors where it exists.
+        speed: measure images a second.
+        scales: the images that chose one of these are counted.
+        predictions: file for the decision on each image, .csv or .npz.
+        batch_size: patches or images in a batch; None for 32 on CPU and 256 on a GPU.
+        workers: processes that decode the images of ``data``.
         device: auto, cpu or cuda.
         amp: compute in bfloat16.
         limit: take only so many images, evenly spread over the split.
-        max_bad: share of unreadable images that fails the run.
     """
 
-    data: Path
-    weights: Path
+    network: str
+    shards: Path = Path("shards")
     split: str = "val"
-    labels: Path | None = None
+    runs: Path = Path("runs")
+    weights: str | Path | None = None
+    per_scale: bool = False
+    whole: bool = True
+    whole_weights: str | Path | None = None
+    data: Path = Path("data")
+    anchornet_weights: Path | None = None
+    speed: bool = True
+    scales: tuple[int, ...] = SCALES
+    predictions: Path | None = None
     batch_size: int | None = None
     workers: int = 0
     device: str = "auto"
     amp: bool = False
     limit: int | None = None
-    max_bad: float = 0.01
+
+
+def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
+    """Evaluate a network on patches and on whole images (Table 3).
+
+    Raises:
+        ShardError: there are no shards, no images in them, or an image has no patch.
+        CorruptShard: a shard cannot be read.
+        DataError: the shards have other classes than the weights.
+        WeightsError: weights are missing, or another network's.
+        SettingsError: no such network, or it cannot take a patch.
+        StorageError: the predictions cannot be written.
+    """
+    if config.predictions is not None:
+        check_predictions_path(config.predictions)
+    with _Evaluation.prepare(config, progress) as job:
+        whole, why_not = job.find_whole()
+        anchornet, no_speed = job.find_anchornet(whole, why_not)
+        networks = job.for_patches()
+        distinct = list({id(network): network for network in networks.values()}.values())
+        asked = None
+        if whole is not None and config.whole:
+            try:
+                asked = job.for_whole_images(distinct[0] if len(distinct) == 1 else None)
+            except WeightsError as error:
+                if len(distinct) == 1 or config.whole_weights is not None:
+                    raise
+                why_not = str(error)  # networks of one scale have no say in whole images
+        job.report.message(computing_on(job.device))
+        costs = job.costs(distinct[0].module)
+        figures = job.score_whole(asked, whole) if asked and whole else None
+        predictions = None
+        if config.predictions is not None:
+            predictions = Predictions(config.predictions, job.reader, job.device)
+        patches = job.score_patches(networks, keep=predictions.keep if predictions else None)
+        if predictions is not None:
+            predictions.write(job.world)
+        speed = job.measure(networks, whole, anchornet) if anchornet and whole else None
+        missing = {"row 224": why_not if config.whole else None, "speed": no_speed}
+        one = distinct[0].source if len(distinct) == 1 else None
+        by_scale = ", ".join(f"{net.source} ({scale} px)" for scale, net in networks.items())
+        whole_weights = asked.source if asked else None
+        weights = {str(scale): network.source for scale, network in networks.items()}
+        weights_of_rows = {**weights, str(CROP): whole_weights, "all": one}
+        return Table3(
+            network=config.network,
+            shards=str(job.reader.folder),
+            weights=one or by_scale,
+            whole_weights=whole_weights,
+            whole_source=whole.description if whole and asked else None,
+            gmacs_whole=costs.network[CROP],
+            gmacs_anchornet=costs.anchornet,
+            rows=tuple(
+                replace(row, weights=weights_of_rows[row.scale])
+                for row in table_3_rows(patches, figures, costs)
+            ),
+            speed=speed,
+            left_out=tuple(f"{what}: {why}" for what, why in missing.items() if why),
+            whole_trained_on=asked.trained_on if asked else "",
+        )
+
+
+def run_rescale(config: EvaluateConfig, progress: Reporter | None = None) -> Table4:
+    """Compare the strongest patch of each image with the image rescaled to its size (Table 4).
+
+    Both are shown to the network for whole images: the paper does not train it further.
+
+    Raises:
+        DataError: there are no whole images, or the shards have other classes than the weights.
+        AnchorpatchError: as `run`.
+    """
+    with _Evaluation.prepare(config, progress) as job:
+        whole, why_not = job.find_whole()
+        if whole is None:
+            raise DataError(f"rescaling needs the whole images, but {why_not}")
+        network = job.for_whole_images()
+        job.report.message(computing_on(job.device))
+        rescaled = {
+            scale: job.score_whole(network, whole, (scale,), partial(_rescaled, side=scale))
+            for scale in config.scales
+        }
+        localized = job.score_patches(dict.fromkeys(config.scales, network), most=1)
+        return Table4(
+            network=config.network,
+            shards=str(job.reader.folder),
+            weights=network.source,
+            whole_source=whole.description,
+            rows=table_4_rows(rescaled, localized),
+            trained_on=network.trained_on,
+        )
+
+
+def _rescaled(batch: Crops, side: int) -> Crops:
+    """Make whole images as small as a patch: antialiased bilinear."""
+    pixels: Tensor = v2.functional.resize(
+        batch.pixels.permute(0, 3, 1, 2), [side, side], antialias=True
+    )
+    return batch._replace(pixels=pixels.permute(0, 2, 3, 1))
 
 
 @dataclass(frozen=True)
-class EvaluateSummary:
-    """The figures of AnchorNet on a split; accuracies and shares from 0 to 1.
+class _Evaluation:
+    """Shards, opened and checked, and what can be measured of networks on them.
 
     Attributes:
-        images: evaluated, each once.
-        skipped: that could not be decoded.
-        loss: sum of the six cross-entropies.
-        top1: by the decision of Eq. 7.
-        top5: gamma first, then the classes by their mean probability.
-        top1_by_output: by output, such as "localization_63".
-        top5_by_output: the same.
-        branch_share: images by chosen scale.
-        mean_patches: patches of an image by preset and scale, over the images that chose the
-            scale; "all" over all images. None where no image chose it.
-        gmacs: multiply-accumulates of localising one image, 1e9.
-        images_per_second: of network, decision and heatmaps, without decoding and LSP.
-        damaged: images that were decoded with damage.
-        ignored: files of the folder that were passed over, by extension.
+        config: what is evaluated.
+        reader: of the shards.
+        device: where it computes.
+        world: the processes.
+        report: is told what is done.
     """
 
-    images: int
-    skipped: int
-    loss: float
-    top1: float
-    top5: float
-    top1_by_output: dict[str, float]
-    top5_by_output: dict[str, float]
-    branch_share: dict[str, float]
-    mean_patches: dict[str, dict[str, float | None]]
-    gmacs: float
-    images_per_second: float
-    damaged: int = 0
-    ignored: Mapping[str, int] = field(default_factory=dict)
+    config: EvaluateConfig
+    reader: ShardReader
+    device: torch.device
+    world: World
+    report: Reporter
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the summary as JSON knows it."""
-        return {"protocol": "anchornet", **asdict(self)}
+    @classmethod
+    @contextmanager
+    def prepare(cls, config: EvaluateConfig, progress: Reporter | None) -> Iterator[_Evaluation]:
+        """Open and check everything; see `anchorpatch.jobs.evaluate.run` for errors."""
+        device = resolve_device(config.device)
+        with process_group(device) as world:
+            report = progress if progress is not None and world.is_main else Reporter()
+            if device.type == "cpu":
+                keep_freed_memory()
+            # Without weights yet: what cannot be is said at once.
+            check_name(config.network)
+            check_sides(config.network, build_on_meta(config.network), config.scales)
+            reader = open_shards(config.shards, config.split)
+            job = cls(config, reader, device, world, report)
+            if absent := without_images(reader.label[job.rows(SCALES)], reader.classes):
+                report.message(absent)
+            yield job
 
+    @property
+    def batch_size(self) -> int:
+        """Patches or images in a batch."""
+        return self.config.batch_size or (32 if self.device.type == "cpu" else 256)
 
-def run(config: EvaluateConfig, progress: Reporter | None = None) -> EvaluateSummary:
-    """Evaluate AnchorNet.
+    def rows(self, scales: tuple[int, ...]) -> NDArray[np.int64]:
+        """Return the images that are evaluated and chose one of the scales."""
+        taken = spread_rows(len(self.reader), self.config.limit)
+        return taken[np.isin(self.reader.scale[taken], scales)]
 
-    Raises:
-        DataError: the folder's classes are not those of the weights.
-        WeightsError: the weights cannot be used.
-        TooManyBadImages: too many images cannot be decoded.
-    """
-    device = resolve_device(config.device)
-    with process_group(device) as world:
-        report = progress if progress is not None and world.is_main else Reporter()
-        if device.type == "cpu":
-            keep_freed_memory()
-        weights = load_weights(config.weights)
-        folder = scan_folder(
-            config.data,
-            config.split,
-            config.labels,
-            classes=weights.meta.classes,
-            classes_of=str(config.weights),
-        ).limited(config.limit)
-        for remark in (folder.passed_over(), without_images(folder.labels, folder.classes)):
-            if remark:
-                report.message(remark)
-        meter = _Meter(weights, device, amp=config.amp)
-        rows = list(world.share(len(folder)))
-        size = config.batch_size or (16 if device.type == "cpu" else 256)
-        loaded = load_batches(
-            folder,
-            [rows[i : i + size] for i in range(0, len(rows), size)],
-            workers=config.workers,
-            crop=weights.meta.cropping,
-            pin_memory=device.type == "cuda",
-        )
-        bad = damaged = done = 0
-        report.message(computing_on(device))
-        report.start("evaluating", len(folder))
+    def find_whole(self) -> tuple[ImageSource | None, str | None]:
+        """Return the whole images, or why there are none."""
+        data, split = self.config.data, self.config.split
         try:
-            for batch in loaded:
-                bad += len(batch.bad)
-                damaged += len(batch.damaged)
-                if len(batch.index):
-                    labels = torch.from_numpy(folder.labels[batch.index].astype(np.int64))
-                    meter.update(batch.pixels, labels)
-                before = world.counted(done, len(rows), len(folder))
-                done += len(batch.index) + len(batch.bad)
-                report.advance(world.counted(done, len(rows), len(folder)) - before)
-        finally:
-            loaded.close()
-            report.stop()
-        skipped, damaged = sum_ranks(torch.tensor([bad, damaged], device=device)).tolist()
-        if skipped > config.max_bad * len(folder):
-            raise TooManyBadImages(
-                f"{folder.root}: {skipped} of {len(folder)} images cannot be decoded, more than "
-                f"--max-bad {config.max_bad:.1%}; remove them or raise --max-bad"
+            found = ImageSource.of_shards(
+                self.reader, data, split=split, workers=self.config.workers
             )
-        return meter.summary(folder, skipped, damaged, world)
+        except DataError as error:
+            return None, str(error)
+        return found, None
 
-
-class _Meter:
-    """Runs the network on batches and counts."""
-
-    def __init__(self, weights: Weights, device: torch.device, *, amp: bool) -> None:
-        self.device, self.amp = device, amp
-        self.net = load_anchornet(weights).to(device).to(memory_format=torch.channels_last)
-        self.mean = torch.tensor(weights.meta.mean, device=device)
-        self.std = torch.tensor(weights.meta.std, device=device)
-        self.scores, self.patches = AnchorNetAccuracy(device), _MeanPatches(device)
-        self.seconds = 0.0
-
-    @torch.inference_mode()
-    @exact_float32()
-    def update(self, pixels: Tensor, labels: Tensor) -> None:
-        """Count a batch: uint8 pixels (n, 224, 224, 3) and labels (n,)."""
-        labels = to_device(labels, self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            inputs = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std)
-            # Localising alone is timed: the outputs of the attention branches are no part of it.
-            began = self._now()
-            logits, features = self.net.localize(inputs)
-            decision = decide(logits.float().softmax(-1))
-            heatmaps = self.net.heatmaps(features, decision.predicted)
-            self.seconds += self._now() - began
-            self.scores.update(self.net(inputs), labels)
-        self.patches.update(heatmaps, decision.branch)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def summary(
-        self, folder: ImageFolder, skipped: int, damaged: int, world: World
-    ) -> EvaluateSummary:
-        figures = self.scores.result()
-        seconds = float(sum_ranks(torch.tensor(self.seconds, device=self.device))) / world.size
-        return EvaluateSummary(
-            images=figures["images"],
-            skipped=skipped,
-            damaged=damaged,
-            loss=figures["loss"],
-            top1=figures["top1"],
-            top5=figures["top5"],
-            top1_by_output=figures["top1_by_output"],
-            top5_by_output=figures["top5_by_output"],
-            branch_share=figures["branch_share"],
-            mean_patches=self.patches.result(),
-            gmacs=macs(self.net, 224, self.net.localize) / 1e9,
-            images_per_second=figures["images"] / max(seconds, 1e-9),
-            ignored=dict(folder.ignored),
-        )
-
-
-class _MeanPatches:
-    """Sums of patches by preset and scale."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._images = torch.zeros(len(SCALES), dtype=torch.float64, device=device)
-        self._sums = torch.zeros(len(PRESETS), len(SCALES), dtype=torch.float64, device=device)
-        self._bad = torch.zeros((), dtype=torch.int64, device=device)
-
-    def update(self, heatmaps: tuple[Tensor, ...], branch: Tensor) -> None:
-        """Select patches by every preset and count them."""
-        chosen = per_branch(branch).double()
-        self._images += chosen.sum(0)
-        # Looked at in the end, as a look waits for the GPU; 0 * x is 0 for every finite x alone.
-        zero = torch.stack([(heatmap.flatten(1) * 0).sum(1) for heatmap in heatmaps], 1)
-        self._bad += (zero.gather(1, branch[:, None]) != 0).sum()
-        for row, settings in enumerate(PRESETS.values()):
-            found = localize(heatmaps, branch, settings, check=False)
-            self._sums[row] += found.counts.double() @ chosen
-
-    def result(self) -> dict[str, dict[str, float | None]]:
-        """Return the mean patches of an image by preset and scale.
+    def for_patches(self) -> dict[int, Network]:
+        """Load the network that decides on patches, or one per scale, by scale.
 
         Raises:
-            NonFiniteError: heatmaps held NaN or infinity.
+            WeightsError: there is none, or it cannot be used.
         """
-        if bad := int(sum_ranks(self._bad)):
-            raise NonFiniteError(
-                f"AnchorNet gave NaN or infinity for {counted(bad, 'image')}; the weights may be "
-                "damaged or badly trained: use others, or no --amp"
+        config, name = self.config, self.config.network
+        if config.weights is not None:
+            return dict.fromkeys(config.scales, self._load(config.weights))
+        path = best_weights(run_folder(config.runs, name))
+        paths = {s: best_weights(run_folder(config.runs, name, scale=s)) for s in config.scales}
+        missing = [scale for scale, file in paths.items() if not file.is_file()]
+        if path.is_file() and not config.per_scale:
+            return dict.fromkeys(config.scales, self._load_tuned(path))
+        if not missing:
+            return {scale: self._load_tuned(file) for scale, file in paths.items()}
+        if config.per_scale or len(missing) < len(paths):
+            path = paths[missing[0]]
+            advice = f"run `anchorpatch finetune {name} --scale {missing[0]}`"
+        else:
+            advice = f"run `anchorpatch finetune {name}`"
+        raise WeightsError(
+            f"{path} does not exist: {advice}, or name weights with --weights FILE (--weights "
+            "default: the published ones)"
+        )
+
+    def for_whole_images(self, at_hand: Network | None = None) -> Network:
+        """Load the network that is asked about whole images; see `EvaluateConfig`.
+
+        Args:
+            at_hand: the network that decides on all patches, where there is one.
+        """
+        config, message = self.config, self.report.message
+        given = config.whole_weights or (config.weights if at_hand is None else None)
+        if given is not None:
+            return self._load(given)
+        return load_for_whole_images(
+            config.network, self.reader.classes, config.runs, message, at_hand=at_hand
+        )
+
+    def _load(self, source: str | Path) -> Network:
+        name, message = self.config.network, self.report.message
+        return load_network(name, self.reader.classes, source, message)
+
+    def _load_tuned(self, path: Path) -> Network:
+        name, message = self.config.network, self.report.message
+        return load_tuned(name, self.reader.classes, path, message)
+
+    def costs(self, module: torch.nn.Module) -> Costs:
+        """Count what a network and AnchorNet cost."""
+        sides = (*self.config.scales, CROP)
+        anchornet = AnchorNet(len(self.reader.network_classes))
+        return Costs(
+            {side: macs(module, side) / 1e9 for side in sides},
+            macs(anchornet, CROP, anchornet.localize) / 1e9,
+        )
+
+    def score_patches(
+        self, networks: Mapping[int, Network], *, most: int | None = None, keep: Keep | None = None
+    ) -> PatchFigures:
+        """Decide on the images by their patches, or by the strongest of them.
+
+        Args:
+            networks: by the scale of the patches that they decide on.
+            most: take only the strongest patches of each image, so many.
+            keep: gets the decisions.
+        """
+        taken = spread_rows(len(self.reader), self.config.limit)
+        mine = taken[list(self.world.share(len(taken)))]
+        mine = mine[np.isin(self.reader.scale[mine], self.config.scales)]
+        with self._counting("patches", self.config.scales, len(mine)) as advance:
+            return score_patches(
+                self._distributions(networks),
+                self.reader,
+                world=self.world,
+                batch_size=self.batch_size,
+                scales=self.config.scales,
+                keep=keep,
+                most=most,
+                limit=self.config.limit,
+                advance=advance,
             )
-        images, sums = sum_ranks(self._images).tolist(), sum_ranks(self._sums).tolist()
-        means: dict[str, dict[str, float | None]] = {}
-        for name, row in zip(PRESETS, sums, strict=True):
-            by_scale = zip(SCALES, row, images, strict=True)
-            means[name] = {str(scale): s / n if n else None for scale, s, n in by_scale}
-            means[name]["all"] = sum(row) / sum(images) if sum(images) else None
-        return means
+
+    def _distributions(self, networks: Mapping[int, Network]) -> dict[int, Distributions]:
+        return {
+            scale: Distributions(
+                _on(network, self.device), self.device, network.meta, self.config.amp
+            )
+            for scale, network in networks.items()
+        }
+
+    def score_whole(
+        self,
+        network: Network,
+        whole: ImageSource,
+        scales: tuple[int, ...] | None = None,
+        change: Callable[[Crops], Crops] = lambda batch: batch,
+    ) -> Figures:
+        """Decide on the whole images that chose one of the scales, changed first."""
+        scales = scales or self.config.scales
+        rows = self.rows(scales)[self.world.rank :: self.world.size]
+        on_gpu = self.device.type == "cuda"
+        batches = whole.batches(rows, self.batch_size, pin_memory=on_gpu)
+        with self._counting("whole images", scales, len(rows)) as advance:
+            return score_images(
+                _on(network, self.device),
+                map(change, batches),
+                device=self.device,
+                meta=network.meta,
+                amp=self.config.amp,
+                advance=advance,
+            )
+
+    @contextmanager
+    def _counting(
+        self, what: str, scales: tuple[int, ...], mine: int
+    ) -> Iterator[Callable[[int], None]]:
+        total, done = len(self.rows(scales)), 0
+
+        def advance(images: int) -> None:
+            nonlocal done
+            before, done = done, done + images
+            count = self.world.counted
+            self.report.advance(count(done, mine, total) - count(before, mine, total))
+
+        self.report.start(f"evaluating {what}", total)
+        try:
+            yield advance
+        finally:
+            self.report.stop()
+
+    def find_anchornet(
+        self, whole: ImageSource | None, why_not: str | None
+    ) -> tuple[Weights | None, str | None]:
+        """Return AnchorNet's weights if speed can be measured, or why it cannot."""
+        path = self.config.anchornet_weights
+        best = best_weights(run_folder(self.config.runs, "anchornet"))
+        if not self.config.speed:
+            return None, None
+        if self.config.scales != SCALES:
+            return None, "needs the images of all scales"
+        if whole is None:
+            return None, why_not
+        if path is None and not best.is_file():
+            return None, (
+                f"needs AnchorNet's weights, and {best} does not exist: name them with "
+                "--anchornet-weights"
+            )
+        weights = load_weights(path or best)
+        if weights.sha256 != self.reader.header.weights_sha256:
+            self.report.message(
+                f"{weights.path}: not the weights that the shards were made with; AnchorNet may "
+                "choose other scales than theirs, and speed depends on these"
+            )
+        return weights, None
+
+    def measure(
+        self, networks: Mapping[int, Network], whole: ImageSource, weights: Weights
+    ) -> Speed | None:
+        """Measure both ways in the main process; None in the others."""
+        if not self.world.is_main:
+            return None
+        self.report.message("measuring speed")
+        on_gpu, settings = self.device.type == "cuda", self.reader.settings
+        rows = self.rows(SCALES)
+        n = min(len(rows), _SPEED_IMAGES[self.device.type])
+        some = rows[spread_rows(len(rows), n)]
+        pixels = torch.cat([batch.pixels for batch in whole.batches(some, self.batch_size)])
+        amp = self.config.amp
+        lsp = LspSettings(settings.max_patches, settings.iou_threshold, settings.coverage)
+        with Localizer(weights, lsp, self.device, batch_size=self.batch_size, amp=amp) as localizer:
+            return measure_speed(
+                self._distributions(networks),
+                localizer,
+                pixels.pin_memory() if on_gpu else pixels,
+                batch_size=self.batch_size,
+            )
+
+
+def _on(network: Network, device: torch.device) -> torch.nn.Module:
+    # Channels last takes the pixels as they lie in the shards.
+    module = network.module.eval().to(device)
+    return module.to(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Multiply-accumulates of one input, 1e9.
+
+    Attributes:
+        network: of the network, by the side of its input in pixels; 224 is there.
+        anchornet: of localising one image.
+    """
+
+    network: Mapping[int, float]
+    anchornet: float
+
+
+def table_3_rows(
+    figures: PatchFigures, whole: Figures | None, costs: Costs
+) -> tuple[Table3Row, ...]:
+    """Return the lines of Table 3: whole images, where there are any, each scale, and all.
+
+    Args:
+        figures: of the network on patches.
+        whole: of the network on whole images.
+        costs: of the network for each scale and for 224 px, and of AnchorNet.
+    """
+    rows = [] if whole is None else [_whole_row(whole, costs)]
+    spent = 0.0
+    for scale, found in figures.by_scale.items():
+        total = found.patches * costs.network[scale]
+        rows.append(_patch_row(str(scale), found, total, costs))
+        spent += total
+    return (*rows, _patch_row("all", figures, spent, costs))
+
+
+def _whole_row(whole: Figures, costs: Costs) -> Table3Row:
+    gmacs = costs.network[CROP]
+    return Table3Row(
+        str(CROP), whole.images, None, gmacs, None, None, None, whole.top1, whole.top5, whole.loss
+    )
+
+
+def _patch_row(scale: str, found: Figures, total: float, costs: Costs) -> Table3Row:
+    """Return a line on ``found.images`` whose patches cost ``total`` in all."""
+    whole = costs.network[CROP]
+    gmacs = total / found.images if found.images else None
+    both = None if gmacs is None else gmacs + costs.anchornet
+    return Table3Row(
+        scale=scale,
+        images=found.images,
+        mean_patches=found.mean_patches,
+        gmacs=gmacs,
+        saved=_saved(gmacs, whole),
+        gmacs_with_anchornet=both,
+        saved_with_anchornet=_saved(both, whole),
+        top1=found.top1,
+        top5=found.top5,
+        loss=found.loss,
+    )
+
+
+def _saved(gmacs: float | None, whole: float) -> float | None:
+    return None if gmacs is None or not whole else 1 - gmacs / whole
+
+
+def table_4_rows(rescaled: Mapping[int, Figures], localized: PatchFigures) -> tuple[Table4Row, ...]:
+    """Return the lines of Table 4: each scale, and all.
+
+    Args:
+        rescaled: figures of the rescaled images by the scale that they chose.
+        localized: figures of the strongest patch of the same images.
+    """
+    rows = [
+        Table4Row(str(scale), r.images, r.top1, found.top1, r.top5, found.top5)
+        for scale, r in rescaled.items()
+        for found in (localized.by_scale[scale],)
+    ]
+    n = localized.images
+    top1 = sum(r.images * (r.top1 or 0.0) for r in rescaled.values()) / n
+    top5 = sum(r.images * (r.top5 or 0.0) for r in rescaled.values()) / n
+    return (*rows, Table4Row("all", n, top1, localized.top1, top5, localized.top5))

@@ -23,8 +23,8 @@ from torch import Tensor
 from anchorpatch.errors import ImageError, NonFiniteError, WeightsError
 from anchorpatch.images.decode import Decoded, decode
 from anchorpatch.images.loader import read_image
-from anchorpatch.jobs.evaluation.patch_scores import Distributions
 from anchorpatch.jobs.localizer import Localized, Localizer
+from anchorpatch.jobs.patch_scores import Distributions
 from anchorpatch.lsp import crop
 from anchorpatch.models.registry import check_name
 from anchorpatch.networks import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anchorpatch.jobs.evaluation.tables import Table3, Table3Row
+from anchorpatch.jobs.results import Table3, Table3Row
 from anchorpatch.jobs.training.runlog import best_record
 from anchorpatch.report.cells import decimal, share
 from anchorpatch.report.collect import Contents, number

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from anchorpatch.jobs.evaluate import EvaluateSummary
-from anchorpatch.jobs.evaluation.network_speed import Speed
-from anchorpatch.jobs.evaluation.tables import Table3, Table3Row, Table4, Table4Row
+from anchorpatch.jobs.results import AnchorNetFigures, Speed, Table3, Table3Row, Table4, Table4Row
 
 __all__ = ["Result", "read_result"]
 
@@ -28,7 +26,7 @@ class Result:
     """
 
     source: str
-    table: Table3 | Table4 | EvaluateSummary
+    table: Table3 | Table4 | AnchorNetFigures
 
 
 def read_result(path: Path) -> Result | None:
@@ -56,8 +54,8 @@ def _table_4(fields: dict[str, Any]) -> Table4:
     return Table4(**{**fields, "rows": tuple(Table4Row(**row) for row in fields["rows"])})
 
 
-_READERS: Final[Mapping[str, Callable[[dict[str, Any]], Table3 | Table4 | EvaluateSummary]]] = {
+_READERS: Final[Mapping[str, Callable[[dict[str, Any]], Table3 | Table4 | AnchorNetFigures]]] = {
     "patches": _table_3,
     "rescale": _table_4,
-    "anchornet": lambda fields: EvaluateSummary(**fields),
+    "anchornet": lambda fields: AnchorNetFigures(**fields),
 }

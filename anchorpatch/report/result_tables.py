@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anchorpatch.jobs.evaluate import EvaluateSummary
-from anchorpatch.jobs.evaluation.tables import Table3, Table4
 from anchorpatch.jobs.figures.coverage_curves import AUC_FIGURES, LABELS, auc_texts
+from anchorpatch.jobs.results import AnchorNetFigures, Table3, Table4
 from anchorpatch.report.cells import (
     NO_VALUE,
     Cell,
@@ -91,7 +90,7 @@ def table_4(table: Table4) -> Table:
     return _with_total(f"Table 4: {table.network}", columns, rows, notes)
 
 
-def output_table(found: EvaluateSummary) -> Table:
+def output_table(found: AnchorNetFigures) -> Table:
     """Return the accuracy of each output of AnchorNet."""
     columns = named("output", "top-1", "top-5", "chosen for")
     rows = []
@@ -109,7 +108,7 @@ def output_table(found: EvaluateSummary) -> Table:
     return Table("AnchorNet by output", columns, tuple(rows), (total,), notes)
 
 
-def preset_table(found: EvaluateSummary) -> Table:
+def preset_table(found: AnchorNetFigures) -> Table:
     """Return the patches of an image by preset."""
     scales = [*found.branch_share, "all"]
     names = [f"{scale} px" if scale != "all" else "all" for scale in scales]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from anchorpatch.jobs.evaluation.tables import Table3, Table4
+from anchorpatch.jobs.results import Table3, Table4
 from anchorpatch.report.cells import (
     Table,
     facts_table,

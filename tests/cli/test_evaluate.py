@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from anchorpatch.cli.evaluate_output import print_table_3, print_table_4
-from anchorpatch.jobs.evaluation.network_speed import Speed
-from anchorpatch.jobs.evaluation.tables import Table3, Table3Row, Table4, Table4Row
+from anchorpatch.jobs.results import Speed, Table3, Table3Row, Table4, Table4Row
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from tests.conftest import Program

@@ -136,7 +136,7 @@ CPU = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate m
         ),
         (
             "evaluate anchornet --weights demo",
-            "jobs.evaluate.run",
+            "jobs.evaluate_anchornet.run",
             torch.OutOfMemoryError(GPU),
             "out of GPU memory (2.00 GiB more were needed): "
             "use a lower --batch-size or --device cpu",

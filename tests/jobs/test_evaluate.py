@@ -1,10 +1,40 @@
 from __future__ import annotations
 
+import csv
+import math
+import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from anchorpatch.images.folder import scan_folder
-from anchorpatch.jobs.evaluate import EvaluateConfig, run
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from anchorpatch.errors import (
+    AnchorpatchError,
+    CorruptShard,
+    DataError,
+    SettingsError,
+    ShardError,
+    StorageError,
+    WeightsError,
+)
+from anchorpatch.images.decode import decode
+from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.evaluate import EvaluateConfig, run, run_rescale
+from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.models.complexity import macs
+from anchorpatch.models.registry import build
+from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import SCALES
+from anchorpatch.shards import ShardReader
+from tests.jobs.patch_shards import Drawn, classes_of, write_shards
+
+NETWORK, SEVEN = "mobilenet_v3_small", classes_of(7)
 
 
 class Lines(Reporter):
@@ -12,26 +42,325 @@ class Lines(Reporter):
         self.lines: list[str] = []
 
     def message(self, text: str) -> None:
-        if "image" in text:
-            self.lines.append(text)
+        self.lines.append(text)
 
 
-def test_a_limit_is_spread_over_the_classes(
-    image_folder: Path, weights: Path, tmp_path: Path
-) -> None:
-    lines = Lines()
-    limited = run(EvaluateConfig(image_folder, weights, device="cpu", limit=4), lines)
-    assert lines.lines == []
-    for name in ("cat/00", "cat/10", "dog/00", "dog/10"):
-        copy = tmp_path / "val" / f"{name}.JPEG"
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.hardlink_to(image_folder / "val" / f"{name}.JPEG")
-    assert len(scan_folder(tmp_path, "val")) == limited.images == 4
-    alone = run(EvaluateConfig(tmp_path, weights, device="cpu"))
-    assert (alone.loss, alone.top1, alone.mean_patches) == (
-        limited.loss,
-        limited.top1,
-        limited.mean_patches,
+def images(n: int = 9, seed: int = 0) -> list[Drawn]:
+    rng = random.Random(seed)
+    return [
+        Drawn(
+            rng.choice(SCALES),
+            rng.randrange(7),
+            [[rng.randrange(256) for _ in range(200)] for _ in range(rng.randint(1, 5))],
+        )
+        for _ in range(n)
+    ]
+
+
+def lively(seed: int) -> nn.Module:
+    """A network whose outputs differ from picture to picture."""
+    torch.manual_seed(seed)
+    module = build(NETWORK, len(SEVEN))
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.3)
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean, std=0.1)
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of patches and crops, shards of patches alone, their images, and weights."""
+    root = tmp_path_factory.mktemp("evaluate")
+    for name, stored in (("stored", True), ("shards", False)):
+        write_shards(root / name / "val", images(), SEVEN, store_images=stored)
+    reader = ShardReader(root / "stored" / "val")
+    for i, path in enumerate(reader.path.tolist()):
+        file = root / "data" / "val" / path.decode()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Of 256 px, the transform of validation cuts the middle out.
+        framed = np.zeros((256, 256, 3), np.uint8)
+        framed[16:240, 16:240] = reader.image(i)
+        Image.fromarray(framed).save(file)
+    for name, seed in ((NETWORK, 0), (f"{NETWORK}-baseline", 1)):
+        meta = WeightsMeta(NETWORK, SEVEN)
+        save_weights(root / "runs" / name / "best.safetensors", lively(seed).state_dict(), meta)
+    return root
+
+
+def config_of(root: Path, **changes: object) -> EvaluateConfig:
+    config = EvaluateConfig(
+        NETWORK,
+        shards=root / "stored",
+        runs=root / "runs",
+        data=root / "data",
+        speed=False,
+        device="cpu",
+        batch_size=4,
     )
-    run(EvaluateConfig(image_folder, weights, device="cpu", limit=1), lines)
-    assert lines.lines == ["1 of 2 classes has no image among the 1 image taken: dog"]
+    return replace(config, **changes)
+
+
+@torch.no_grad()
+def softmax(module: nn.Module, pixels: np.ndarray) -> list[float]:
+    """The distribution of one picture, uint8 (H, W, 3), in plain Python from the logits on."""
+    mean, std = (np.array(v) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    values = torch.from_numpy((pixels / 255 - mean) / std).float().permute(2, 0, 1)[None]
+    powers = [math.exp(v) for v in module(values)[0].tolist()]
+    return [p / sum(powers) for p in powers]
+
+
+def summed(module: nn.Module, reader: ShardReader, i: int, most: int = 99) -> list[float]:
+    parts = [softmax(module, pixels) for pixels in reader.image_patches(i).pixels[:most]]
+    return [sum(column) for column in zip(*parts, strict=True)]
+
+
+def ranking(total: list[float]) -> list[int]:
+    return sorted(range(len(total)), key=lambda c: (-total[c], c))
+
+
+def test_table_3_equals_image_by_image(root: Path):
+    table = run(config_of(root))
+    reader, module = ShardReader(root / "stored" / "val"), lively(0)
+    decided = [ranking(summed(module, reader, i)) for i in range(len(reader))]
+    cost = {side: macs(module, side) / 1e9 for side in (*SCALES, 224)}
+    net = AnchorNet(7)
+    both = macs(net, 224, net.localize) / 1e9
+    spent = 0.0
+    for row, scale in zip(table.rows[1:-1], SCALES, strict=True):
+        rows = [i for i in range(len(reader)) if reader.scale[i] == scale]
+        assert (row.scale, row.images) == (str(scale), len(rows))
+        assert row.top1 == sum(decided[i][0] == reader.label[i] for i in rows) / len(rows)
+        assert row.top5 == sum(reader.label[i] in decided[i][:5] for i in rows) / len(rows)
+        patches = sum(int(reader.counts[i]) for i in rows)
+        assert row.mean_patches == patches / len(rows)
+        assert row.gmacs == pytest.approx(patches * cost[scale] / len(rows))
+        spent += patches * cost[scale]
+    last = table.rows[-1]
+    right = [decided[i][0] == reader.label[i] for i in range(len(reader))]
+    assert (last.scale, last.images, last.top1) == ("all", 9, sum(right) / 9)
+    assert last.gmacs_with_anchornet == pytest.approx(spent / 9 + both)
+    assert last.saved == pytest.approx(1 - spent / 9 / cost[224])
+
+
+def test_whole_images_by_the_baseline_from_crops_or_files(root: Path):
+    reader, module = ShardReader(root / "stored" / "val"), lively(1)
+    best = [ranking(softmax(module, reader.image(i))) for i in range(len(reader))]
+    expected = sum(b[0] == reader.label[i] for i, b in enumerate(best)) / len(reader)
+    stored = run(config_of(root, speed=True))
+    files = run(config_of(root, shards=root / "shards"))
+    assert stored.whole_source == "the stored crops"
+    assert files.whole_source == f"the images in {root / 'data' / 'val'}"
+    assert stored.whole_weights == f"{root}/runs/{NETWORK}-baseline/best.safetensors"
+    assert (stored.rows[0].scale, stored.rows[0].top1) == ("224", expected)
+    assert files.rows == stored.rows
+    assert "anchornet/best.safetensors does not exist" in stored.left_out[0]
+    assert files.left_out == ()
+
+
+def test_one_scale_counts_its_images_alone(root: Path, tmp_path: Path):
+    one = run(config_of(root, scales=(63,), whole_weights="none"))
+    n = sum(image.scale == 63 for image in images())
+    assert [(row.scale, row.images) for row in one.rows] == [("224", n), ("63", n), ("all", n)]
+    assert one.whole_weights == "random weights"
+    alone = tmp_path / f"{NETWORK}-63" / "best.safetensors"
+    alone.parent.mkdir()
+    alone.hardlink_to(root / "runs" / NETWORK / "best.safetensors")
+    own = run(config_of(root, scales=(63,), runs=tmp_path, whole=False))
+    assert (own.weights, own.rows[0].weights) == (str(alone), str(alone))
+    assert replace(own.rows[0], weights=None) == replace(one.rows[1], weights=None)
+    lines = Lines()
+    part = run(config_of(root, limit=4, whole=False), lines)
+    taken = [images()[i] for i in (0, 2, 4, 6)]
+    assert part.rows[-1].mean_patches == sum(len(image.logits) for image in taken) / 4
+    assert any("classes have no image among the 4 images taken: " in line for line in lines.lines)
+    assert (part.rows[-1].images, part.whole_source, part.left_out) == (4, None, ())
+
+
+def save_runs(runs: Path, **seeds: int) -> None:
+    """Runs by what stands behind the network's name: "_63" for RUNS/NETWORK-63."""
+    for name, seed in seeds.items():
+        path = runs / (NETWORK + name.replace("_", "-")) / "best.safetensors"
+        save_weights(path, lively(seed).state_dict(), WeightsMeta(NETWORK, SEVEN))
+
+
+def test_one_network_per_scale(root: Path, tmp_path: Path):
+    save_runs(tmp_path, _63=0, _95=1)
+    with pytest.raises(WeightsError, match=r"-111/best.safetensors .* finetune .* --scale 111"):
+        run(config_of(root, runs=tmp_path))
+    save_runs(tmp_path, _111=2)
+    found = run(config_of(root, runs=tmp_path, speed=True))
+    reader = ShardReader(root / "stored" / "val")
+    modules = dict(zip(SCALES, map(lively, range(3)), strict=True))
+    right = []
+    for i in range(len(reader)):
+        best = ranking(summed(modules[int(reader.scale[i])], reader, i))
+        right.append(best[0] == reader.label[i])
+    for row, scale in zip(found.rows, SCALES, strict=False):
+        rows = [i for i in range(len(reader)) if reader.scale[i] == scale]
+        assert row.top1 == sum(right[i] for i in rows) / len(rows)
+        assert row.weights == f"{tmp_path}/{NETWORK}-{scale}/best.safetensors"
+    assert (found.rows[-1].top1, found.rows[-1].weights) == (sum(right) / 9, None)
+    assert found.weights.startswith(f"{tmp_path}/{NETWORK}-63/best.safetensors (63 px), ")
+    assert found.left_out[0].startswith(f"row 224: {tmp_path}/{NETWORK}-baseline/")
+    # One network for all scales goes first, unless the others are asked for.
+    save_runs(tmp_path, **{"": 3})
+    one = run(config_of(root, runs=tmp_path, whole=False))
+    assert one.weights == one.rows[0].weights == f"{tmp_path}/{NETWORK}/best.safetensors"
+    three = run(config_of(root, runs=tmp_path, whole=False, per_scale=True))
+    assert three.rows == found.rows
+
+
+def test_a_network_on_patches_is_asked_about_whole_images_only_with_a_warning(
+    root: Path, tmp_path: Path
+):
+    save_runs(tmp_path, **{"": 0})
+    report = Lines()
+    table = run(config_of(root, runs=tmp_path), report)
+    best = f"{tmp_path}/{NETWORK}/best.safetensors"
+    assert (table.whole_weights, table.rows[0].weights) == (best, best)
+    assert table.asked == f"{best} (fine-tuned on patches)"
+    (warning,) = [line for line in report.lines if line.startswith("warning: ")]
+    assert warning.startswith(f"warning: {best} was fine-tuned on patches and understates")
+    assert f"run `anchorpatch finetune {NETWORK} --baseline`, or name weights with" in warning
+    report = Lines()
+    assert run_rescale(config_of(root, runs=tmp_path), report).trained_on == "patches"
+    assert len([line for line in report.lines if line.startswith("warning: ")]) == 1
+    save_runs(tmp_path, _baseline=1)
+    report = Lines()
+    table = run(config_of(root, runs=tmp_path), report)
+    assert (table.rows[0].weights, table.rows[1].weights) == (table.whole_weights, best)
+    assert not [line for line in report.lines if line.startswith("warning: ")]
+
+
+def test_what_is_left_out_is_said(root: Path, tmp_path: Path):
+    config = config_of(root, shards=root / "shards", data=tmp_path, speed=True)
+    table = run(config)
+    assert table.rows[0].scale == "63"
+    assert table.left_out[0].startswith("row 224: ")
+    assert f"there is no folder {tmp_path / 'val'}: extract with --store-images" in str(table)
+    assert table.left_out[1].startswith("speed: ")
+    shutil.copytree(root / "data" / "val", tmp_path / "val")
+    next((tmp_path / "val").glob("*/*")).unlink()
+    with pytest.raises(DataError, match="1 of its 9 images are not in"):
+        ImageSource.of_shards(ShardReader(root / "shards" / "val"), tmp_path, split="val")
+
+
+def test_speed_is_measured(root: Path, weights: Path):
+    report = Lines()
+    speed = run(
+        config_of(root, speed=True, anchornet_weights=weights, batch_size=16, whole=False), report
+    ).speed
+    assert speed is not None
+    assert (speed.images, speed.rounds) == (9, 3)
+    assert speed.ratio == pytest.approx(speed.patches / speed.whole)
+    assert min(speed.whole, speed.patches) > 0
+    assert speed.mean_patches >= 1
+    assert any("not the weights that the shards were made with" in line for line in report.lines)
+
+
+def test_predictions(root: Path, tmp_path: Path):
+    reader, module = ShardReader(root / "stored" / "val"), lively(0)
+    text, binary = tmp_path / "out" / "p.csv", tmp_path / "p.npz"
+    for path in (text, binary):
+        run(config_of(root, predictions=path, whole=False, scales=(63, 111)))
+    chosen = [i for i in range(len(reader)) if reader.scale[i] != 95]
+    lines = list(csv.DictReader(text.read_text().splitlines()))
+    with np.load(binary) as arrays:
+        found = dict(arrays)
+    assert [line["path"] for line in lines] == found["path"].tolist()
+    assert found["classes"].tolist() == list(SEVEN)
+    for k, i in enumerate(chosen):
+        mean = [v / reader.counts[i] for v in summed(module, reader, i)]
+        best = ranking(mean)[:5]
+        line = lines[k]
+        assert line["path"] == reader.path[i].decode()
+        assert line["label"] == SEVEN[reader.label[i]]
+        assert (line["scale"], line["patches"]) == (str(reader.scale[i]), str(reader.counts[i]))
+        assert [line[f"class{n}"] for n in range(1, 6)] == [SEVEN[c] for c in best]
+        values = [float(line[f"probability{n}"]) for n in range(1, 6)]
+        assert values == pytest.approx([mean[c] for c in best], rel=1e-4)
+        assert found["top5"][k].tolist() == best
+        np.testing.assert_allclose(found["probabilities"][k], mean, rtol=1e-4)
+    assert len(lines) == len(found["label"]) == len(chosen)
+
+
+def test_table_4_equals_image_by_image(root: Path):
+    table = run_rescale(config_of(root))
+    reader, module = ShardReader(root / "stored" / "val"), lively(1)
+    assert table.asked == f"{root}/runs/{NETWORK}-baseline/best.safetensors"
+    given = run_rescale(config_of(root, weights=root / "runs" / NETWORK / "best.safetensors"))
+    assert given.weights == f"{root}/runs/{NETWORK}/best.safetensors"
+    for row, scale in zip(table.rows, (*SCALES, None), strict=True):
+        rows = [i for i in range(len(reader)) if scale in (None, reader.scale[i])]
+        localized = [ranking(summed(module, reader, i, most=1)) for i in rows]
+        small = []
+        for i in rows:
+            side = int(reader.scale[i])
+            size = (side, side)
+            # Pillow's reducing filters are antialiased.
+            image = Image.fromarray(reader.image(i)).resize(size, Image.Resampling.BILINEAR)
+            small.append(ranking(softmax(module, np.asarray(image))))
+        right = [
+            sum(best[0] == reader.label[i] for i, best in zip(rows, found, strict=True))
+            for found in (small, localized)
+        ]
+        assert row.images == len(rows)
+        assert row.rescaled_top1 == pytest.approx(right[0] / len(rows))
+        assert row.localized_top1 == pytest.approx(right[1] / len(rows))
+    with pytest.raises(DataError, match=r"rescaling needs the whole images, but .* --data"):
+        run_rescale(config_of(root, shards=root / "shards", data=root / "nowhere"))
+
+
+def test_a_file_that_cannot_be_read(root: Path, tmp_path: Path):
+    data = shutil.copytree(root / "data", tmp_path / "data")
+    reader = ShardReader(root / "shards" / "val")
+    (data / "val" / reader.path[2].decode()).write_bytes(b"no image")
+    # Whole images become crops as they did for the shards.
+    reader.settings = replace(reader.settings, crop_mode="squash")
+    found = ImageSource.of_shards(reader, data, split="val")
+    (batch,) = found.batches(np.arange(2), 4)
+    squashed = [
+        decode((data / "val" / p.decode()).read_bytes(), reader.settings.crop).pixels
+        for p in reader.path[:2]
+    ]
+    assert np.array_equal(batch.pixels, squashed)
+    with pytest.raises(DataError, match=r"0002\.png: expected the image .* cannot be read"):
+        list(found.batches(np.arange(9), 4))
+
+
+def test_errors_are_one_clear_line(root: Path, tmp_path: Path):
+    def fails(kind: type[AnchorpatchError], *parts: str, **changes: object) -> None:
+        with pytest.raises(kind) as caught:
+            run(config_of(root, **changes))
+        assert "\n" not in str(caught.value)
+        for part in parts:
+            assert part in str(caught.value)
+
+    missing = tmp_path / "s"
+    fails(
+        ShardError,
+        f"{missing}/val: expected shards",
+        "anchorpatch extract --split val",
+        shards=missing,
+    )
+    fails(SettingsError, "no network is named 'resnet51'", network="resnet51")
+    fails(SettingsError, "vit_b_16 cannot take images of 63, 95, 111 px", network="vit_b_16")
+    fails(WeightsError, "run `anchorpatch finetune squeezenet1_0`", network="squeezenet1_0")
+    weights = root / "runs" / NETWORK / "best.safetensors"
+    other = {"network": "squeezenet1_0", "weights": weights}
+    fails(WeightsError, f"expected weights of squeezenet1_0, found {NETWORK}", **other)
+    write_shards(tmp_path / "six" / "val", [Drawn(63, 1, [[5] * 6])], classes_of(6))
+    six = ("expected outputs for the 6 classes class00", "found 7 (class00")
+    fails(WeightsError, *six, shards=tmp_path / "six")
+    renamed = tuple(f"other{i}" for i in range(7))
+    write_shards(tmp_path / "renamed" / "val", [Drawn(63, 1, [[5] * 7])], renamed)
+    fails(WeightsError, "classes other0", "found 7 (class00", shards=tmp_path / "renamed")
+    copy = shutil.copytree(root / "stored", tmp_path / "copy")
+    (copy / "val" / "val-00001.h5").write_bytes(b"cut")
+    fails(CorruptShard, "val-00001.h5: expected", "found 3: run the same extract", shards=copy)
+    fails(SettingsError, ".csv or .npz, found .txt", predictions=tmp_path / "p.txt")
+    (tmp_path / "folder.csv").mkdir()
+    fails(StorageError, "it is a folder", predictions=tmp_path / "folder.csv")
+    fails(StorageError, "cannot write", predictions=weights / "p.csv")

@@ -25,10 +25,10 @@ from anchorpatch.errors import (
     StorageError,
     WeightsError,
 )
-from anchorpatch.jobs.evaluation.patch_scores import Distributions, score_patches
 from anchorpatch.jobs.finetune import FinetuneConfig, FinetuneSummary, forecast, run
 from anchorpatch.jobs.finetuning import setup as finetune_setup
 from anchorpatch.jobs.finetuning.setup import prepare
+from anchorpatch.jobs.patch_scores import Distributions, score_patches
 from anchorpatch.jobs.training.runlog import alone_in
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build

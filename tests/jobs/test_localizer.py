@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anchorpatch.errors import NonFiniteError, WeightsError
-from anchorpatch.jobs.evaluate import _MeanPatches
+from anchorpatch.jobs.evaluate_anchornet import _MeanPatches
 from anchorpatch.jobs.localizer import Localized, Localizer, load_anchornet, normalize
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights, save_weights

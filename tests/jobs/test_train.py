@@ -314,7 +314,7 @@ def test_evaluation_crops_as_the_weights_say(data: Path, weights: Path, tmp_path
     for path in (data / "val").glob("*/*.png"):
         Image.open(path).resize((224, 224), Image.Resampling.BILINEAR).save(squashed / path.name)
     center, ours, theirs = (
-        evaluate.run(evaluate.EvaluateConfig(folder, file, device="cpu"))
+        evaluate.run(evaluate.EvaluateAnchorNetConfig(folder, file, device="cpu"))
         for folder, file in ((data, weights), (data, squash), (tmp_path, squash))
     )
     # What does not depend on the labels. Pictures that are squashed already stay as they are.

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from anchorpatch.jobs.evaluate import EvaluateSummary
-from anchorpatch.jobs.evaluation.network_speed import Speed
-from anchorpatch.jobs.evaluation.tables import Table3, Table3Row, Table4, Table4Row
 from anchorpatch.jobs.metrics import OUTPUTS
+from anchorpatch.jobs.results import AnchorNetFigures, Speed, Table3, Table3Row, Table4, Table4Row
 from tests.conftest import draw_photo
 from tests.shards.samples import edit_manifest, make_split
 
@@ -90,7 +88,7 @@ TABLE_4 = Table4(
     ),
 )
 
-ANCHORNET = EvaluateSummary(
+ANCHORNET = AnchorNetFigures(
     images=600,
     skipped=1,
     loss=11.0,

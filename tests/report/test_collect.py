@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from anchorpatch.errors import DataError
-from anchorpatch.jobs.evaluation.tables import Table3
+from anchorpatch.jobs.results import Table3
 from anchorpatch.report.collect import collect, number
 from tests.report.samples import (
     ANCHORNET,

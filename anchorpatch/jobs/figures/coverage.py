@@ -18,7 +18,6 @@ from torch import Tensor
 from anchorpatch.errors import DataError, SettingsError, WeightsError
 from anchorpatch.images.folder import without_images
 from anchorpatch.jobs.crops import Crops, ImageSource
-from anchorpatch.jobs.evaluation.patch_scores import Distributions
 from anchorpatch.jobs.figures.area_localizers import (
     Localize,
     See,
@@ -38,6 +37,7 @@ from anchorpatch.jobs.figures.coverage_curves import (
     curves_of,
 )
 from anchorpatch.jobs.figures.pixel_order import mask_of_area, pixel_positions
+from anchorpatch.jobs.patch_scores import Distributions
 from anchorpatch.networks import (
     Network,
     load_checkpoint,

@@ -17,9 +17,9 @@ from anchorpatch.errors import DataError
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.training import RandomCrop, load_training_batches
 from anchorpatch.jobs.crops import ImageSource
-from anchorpatch.jobs.evaluation.patch_scores import Distributions, score_images, score_patches
 from anchorpatch.jobs.finetuning.config import FinetuneConfig
 from anchorpatch.jobs.finetuning.plan import Request
+from anchorpatch.jobs.patch_scores import Distributions, score_images, score_patches
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import CROP

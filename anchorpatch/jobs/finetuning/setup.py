@@ -12,10 +12,10 @@ from torch import nn
 
 from anchorpatch.errors import DataError, SettingsError
 from anchorpatch.jobs.crops import ImageSource
-from anchorpatch.jobs.evaluation.patch_scores import open_shards
 from anchorpatch.jobs.finetuning.config import FinetuneConfig
 from anchorpatch.jobs.finetuning.data import Data, PatchData, WholeData
 from anchorpatch.jobs.finetuning.plan import Plan
+from anchorpatch.jobs.patch_scores import open_shards
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build_on_meta
 from anchorpatch.networks import check_sides

@@ -1,4 +1,4 @@
-"""Tables 3 and 4 of the paper: what an ordinary network makes of patches.
+"""What evaluations find: Tables 3 and 4 of the paper, and the figures of AnchorNet.
 
 Table 3: patches against whole images, accuracy and cost. Table 4: one patch, localised, against
 the whole image rescaled to the same size.
@@ -7,39 +7,73 @@ the whole image rescaled to the same size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from anchorpatch.jobs.evaluation.network_speed import Speed
-from anchorpatch.jobs.metrics import Figures, PatchFigures
 from anchorpatch.networks import asked_text
 
-__all__ = [
-    "WHOLE",
-    "Costs",
-    "Table3",
-    "Table3Row",
-    "Table4",
-    "Table4Row",
-    "table_3_rows",
-    "table_4_rows",
-]
-
-#: Side of the whole image in pixels.
-WHOLE: Final = 224
+__all__ = ["AnchorNetFigures", "Speed", "Table3", "Table3Row", "Table4", "Table4Row"]
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Multiply-accumulates of one input, 1e9.
+class AnchorNetFigures:
+    """The figures of AnchorNet on a split; accuracies and shares from 0 to 1.
 
     Attributes:
-        network: of the network, by the side of its input in pixels; 224 is there.
-        anchornet: of localising one image.
+        images: evaluated, each once.
+        skipped: that could not be decoded.
+        loss: sum of the six cross-entropies.
+        top1: by the decision of Eq. 7.
+        top5: gamma first, then the classes by their mean probability.
+        top1_by_output: by output, such as "localization_63".
+        top5_by_output: the same.
+        branch_share: images by chosen scale.
+        mean_patches: patches of an image by preset and scale, over the images that chose the
+            scale; "all" over all images. None where no image chose it.
+        gmacs: multiply-accumulates of localising one image, 1e9.
+        images_per_second: of network, decision and heatmaps, without decoding and LSP.
+        damaged: images that were decoded with damage.
+        ignored: files of the folder that were passed over, by extension.
     """
 
-    network: Mapping[int, float]
-    anchornet: float
+    images: int
+    skipped: int
+    loss: float
+    top1: float
+    top5: float
+    top1_by_output: dict[str, float]
+    top5_by_output: dict[str, float]
+    branch_share: dict[str, float]
+    mean_patches: dict[str, dict[str, float | None]]
+    gmacs: float
+    images_per_second: float
+    damaged: int = 0
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as JSON knows it."""
+        return {"protocol": "anchornet", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Both ways on the same pixels in one run, taking turns.
+
+    Attributes:
+        images: of a turn.
+        rounds: turns of each way that were timed; the rates are of their medians.
+        whole: images a second of the network on whole images.
+        patches: images a second of AnchorNet, LSP, cropping and the network on the patches.
+        ratio: patches / whole.
+        mean_patches: patches an image of these images.
+    """
+
+    images: int
+    rounds: int
+    whole: float
+    patches: float
+    ratio: float
+    mean_patches: float
 
 
 @dataclass(frozen=True)
@@ -163,70 +197,3 @@ class Table4:
     def to_json(self) -> dict[str, Any]:
         """Return the table as JSON knows it."""
         return {"protocol": "rescale", **asdict(self)}
-
-
-def table_3_rows(
-    figures: PatchFigures, whole: Figures | None, costs: Costs
-) -> tuple[Table3Row, ...]:
-    """Return the lines of Table 3: whole images, where there are any, each scale, and all.
-
-    Args:
-        figures: of the network on patches.
-        whole: of the network on whole images.
-        costs: of the network for each scale and for 224 px, and of AnchorNet.
-    """
-    rows = [] if whole is None else [_whole_row(whole, costs)]
-    spent = 0.0
-    for scale, found in figures.by_scale.items():
-        total = found.patches * costs.network[scale]
-        rows.append(_patch_row(str(scale), found, total, costs))
-        spent += total
-    return (*rows, _patch_row("all", figures, spent, costs))
-
-
-def _whole_row(whole: Figures, costs: Costs) -> Table3Row:
-    gmacs = costs.network[WHOLE]
-    return Table3Row(
-        str(WHOLE), whole.images, None, gmacs, None, None, None, whole.top1, whole.top5, whole.loss
-    )
-
-
-def _patch_row(scale: str, found: Figures, total: float, costs: Costs) -> Table3Row:
-    """Return a line on ``found.images`` whose patches cost ``total`` in all."""
-    whole = costs.network[WHOLE]
-    gmacs = total / found.images if found.images else None
-    both = None if gmacs is None else gmacs + costs.anchornet
-    return Table3Row(
-        scale=scale,
-        images=found.images,
-        mean_patches=found.mean_patches,
-        gmacs=gmacs,
-        saved=_saved(gmacs, whole),
-        gmacs_with_anchornet=both,
-        saved_with_anchornet=_saved(both, whole),
-        top1=found.top1,
-        top5=found.top5,
-        loss=found.loss,
-    )
-
-
-def _saved(gmacs: float | None, whole: float) -> float | None:
-    return None if gmacs is None or not whole else 1 - gmacs / whole
-
-
-def table_4_rows(rescaled: Mapping[int, Figures], localized: PatchFigures) -> tuple[Table4Row, ...]:
-    """Return the lines of Table 4: each scale, and all.
-
-    Args:
-        rescaled: figures of the rescaled images by the scale that they chose.
-        localized: figures of the strongest patch of the same images.
-    """
-    rows = [
-        Table4Row(str(scale), r.images, r.top1, found.top1, r.top5, found.top5)
-        for scale, r in rescaled.items()
-        for found in (localized.by_scale[scale],)
-    ]
-    n = localized.images
-    top1 = sum(r.images * (r.top1 or 0.0) for r in rescaled.values()) / n
-    top5 = sum(r.images * (r.top5 or 0.0) for r in rescaled.values()) / n
-    return (*rows, Table4Row("all", n, top1, localized.top1, top5, localized.top5))

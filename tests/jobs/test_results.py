@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchorpatch.jobs.evaluation.tables import Costs, Table3, table_3_rows, table_4_rows
+from anchorpatch.jobs.evaluate import Costs, table_3_rows, table_4_rows
 from anchorpatch.jobs.metrics import Figures, PatchFigures
+from anchorpatch.jobs.results import Table3
 from anchorpatch.settings import SCALES
 
 COSTS = Costs({63: 0.4, 95: 0.9, 111: 1.1, 224: 4.0}, anchornet=0.5)

@@ -8,10 +8,11 @@ the figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from anchorpatch.errors import CorruptShard, DataError, ShardError, WeightsError
 from anchorpatch.images.folder import spread_rows
 from anchorpatch.jobs.crops import Crops
-from anchorpatch.jobs.evaluation.image_parts import ScalePlan, added_by_image
 from anchorpatch.jobs.localizer import normalize
 from anchorpatch.jobs.metrics import Accuracy, Figures, PatchFigures, probability_losses
 from anchorpatch.runtime.checkpoint import WeightsMeta
@@ -36,6 +36,9 @@ from anchorpatch.text import few
 __all__ = [
     "Distributions",
     "Keep",
+    "Part",
+    "ScalePlan",
+    "added_by_image",
     "check_classes",
     "check_tables",
     "open_shards",
@@ -91,6 +94,138 @@ def check_tables(reader: ShardReader) -> None:
             f"{reader.folder}: {reader.path[wrong[0]].decode()}: expected a label from 0 to "
             f"{len(reader.classes) - 1}, found {reader.label[wrong[0]]}; extract again"
         )
+
+
+class Distributions:
+    """From uint8 pixels (n, H, W, 3) to the softmax distributions (n, C), float64.
+
+    Args:
+        module: the network, in evaluation mode and on the device.
+        device: of the network.
+        meta: the network's classes, and the mean and deviation of its input.
+        amp: compute in bfloat16; distributions stay float64.
+    """
+
+    def __init__(
+        self, module: nn.Module, device: torch.device, meta: WeightsMeta, amp: bool
+    ) -> None:
+        self.module, self.device, self.meta, self.amp = module, device, meta, amp
+        self.mean = torch.tensor(meta.mean, device=device)
+        self.std = torch.tensor(meta.std, device=device)
+
+    @exact_float32()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Run the network on a batch.
+
+        Raises:
+            WeightsError: the network does not give one logit for each class.
+        """
+        inputs = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.module(inputs)
+        expected = (len(pixels), len(self.meta.classes))
+        if not isinstance(logits, Tensor) or logits.shape != expected:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise WeightsError(
+                f"{self.meta.architecture}: expected logits {expected} of {len(pixels)} inputs, "
+                f"found {found}; the network does not fit the classes of the shards"
+            )
+        return logits.double().softmax(-1)
+
+
+class Part(NamedTuple):
+    """One batch of patches of a scale.
+
+    Attributes:
+        scale: side of the patches in pixels.
+        rows: of the patches among those of the scale (m,), int64.
+        lengths: patches in this batch of each of its images (k,), int64.
+        decided: rows of the images whose last patch is here, int64.
+        first: index of the first of the k images in the plan.
+        open: patches of the last image follow.
+    """
+
+    scale: int
+    rows: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    decided: NDArray[np.int64]
+    first: int
+    open: bool
+
+
+@dataclass(frozen=True)
+class ScalePlan:
+    """The patches of images of one scale in full batches; an image may lie in several.
+
+    Attributes:
+        scale: side of the patches in pixels.
+        images: rows of the images (n,), int64.
+        first: row of the first patch of each image (n,), int64.
+        counts: patches of each image (n,), int64.
+        size: patches in a batch.
+    """
+
+    scale: int
+    images: NDArray[np.int64]
+    first: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    size: int
+
+    @classmethod
+    def of(
+        cls,
+        reader: ShardReader,
+        scale: int,
+        images: NDArray[np.int64],
+        size: int,
+        most: int | None,
+    ) -> ScalePlan:
+        """Plan images of the scale, with so many patches of each at ``most``."""
+        counts = reader.counts[images].astype(np.int64)
+        if most is not None:
+            counts = np.minimum(counts, most)
+        return cls(scale, images, reader.first[images], counts, size)
+
+    def __iter__(self) -> Iterator[Part]:
+        ends = np.cumsum(self.counts)
+        total = int(ends[-1]) if len(ends) else 0
+        for a in range(0, total, self.size):
+            b = min(a + self.size, total)
+            patches = np.arange(a, b)
+            image = np.searchsorted(ends, patches, side="right")
+            lo, hi = int(image[0]), int(image[-1])
+            begins = ends[image] - self.counts[image]
+            whole = hi if ends[hi] > b else hi + 1
+            yield Part(
+                scale=self.scale,
+                rows=self.first[image] + patches - begins,
+                lengths=np.bincount(image - lo),
+                decided=self.images[lo:whole],
+                first=lo,
+                open=whole == hi,
+            )
+
+
+def added_by_image(probabilities: Tensor, part: Part, carry: Tensor | None) -> Tensor:
+    """Return the sum of distributions of each image of a batch (k, C).
+
+    Args:
+        probabilities: of the patches (m, C).
+        part: says which are of one image.
+        carry: sum of the first image's patches that went before (C,), where there are some.
+    """
+    lengths = part.lengths
+    if carry is not None:
+        # Put in front, a sum goes on patch by patch as if no batch had ended.
+        probabilities = torch.cat((carry[None], probabilities))
+        lengths = np.concatenate((lengths[:1] + 1, lengths[1:]))
+    return torch.segment_reduce(
+        probabilities,
+        "sum",
+        lengths=to_device(lengths, probabilities.device),
+        axis=0,
+        unsafe=True,
+    )
 
 
 @torch.inference_mode()
@@ -216,40 +351,3 @@ def score_images(
             keep(batch.rows, probabilities.cpu().numpy())
         advance(len(batch.rows))
     return accuracy.figures()[0]
-
-
-class Distributions:
-    """From uint8 pixels (n, H, W, 3) to the softmax distributions (n, C), float64.
-
-    Args:
-        module: the network, in evaluation mode and on the device.
-        device: of the network.
-        meta: the network's classes, and the mean and deviation of its input.
-        amp: compute in bfloat16; distributions stay float64.
-    """
-
-    def __init__(
-        self, module: nn.Module, device: torch.device, meta: WeightsMeta, amp: bool
-    ) -> None:
-        self.module, self.device, self.meta, self.amp = module, device, meta, amp
-        self.mean = torch.tensor(meta.mean, device=device)
-        self.std = torch.tensor(meta.std, device=device)
-
-    @exact_float32()
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Run the network on a batch.
-
-        Raises:
-            WeightsError: the network does not give one logit for each class.
-        """
-        inputs = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            logits = self.module(inputs)
-        expected = (len(pixels), len(self.meta.classes))
-        if not isinstance(logits, Tensor) or logits.shape != expected:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise WeightsError(
-                f"{self.meta.architecture}: expected logits {expected} of {len(pixels)} inputs, "
-                f"found {found}; the network does not fit the classes of the shards"
-            )
-        return logits.double().softmax(-1)

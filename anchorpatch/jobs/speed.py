@@ -4,41 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from anchorpatch.jobs.evaluation.patch_scores import Distributions
 from anchorpatch.jobs.localizer import Localizer
+from anchorpatch.jobs.patch_scores import Distributions
+from anchorpatch.jobs.results import Speed
 from anchorpatch.lsp import crop
 from anchorpatch.runtime.device import to_device
 from anchorpatch.settings import SCALES
 
-__all__ = ["Speed", "measure_speed"]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Both ways on the same pixels in one run, taking turns.
-
-    Attributes:
-        images: of a turn.
-        rounds: turns of each way that were timed; the rates are of their medians.
-        whole: images a second of the network on whole images.
-        patches: images a second of AnchorNet, LSP, cropping and the network on the patches.
-        ratio: patches / whole.
-        mean_patches: patches an image of these images.
-    """
-
-    images: int
-    rounds: int
-    whole: float
-    patches: float
-    ratio: float
-    mean_patches: float
+__all__ = ["measure_speed"]
 
 
 @torch.inference_mode()

@@ -1,0 +1,210 @@
+"""Evaluate AnchorNet on a labelled split: accuracy by branch and by Eq. 7, patches, cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anchorpatch.errors import NonFiniteError, TooManyBadImages
+from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
+from anchorpatch.images.loader import load_batches
+from anchorpatch.jobs.localizer import load_anchornet, normalize
+from anchorpatch.jobs.metrics import AnchorNetAccuracy, per_branch
+from anchorpatch.jobs.results import AnchorNetFigures
+from anchorpatch.lsp import decide, localize
+from anchorpatch.models.complexity import macs
+from anchorpatch.runtime.checkpoint import Weights, load_weights
+from anchorpatch.runtime.device import computing_on, exact_float32, resolve_device, to_device
+from anchorpatch.runtime.distributed import World, process_group, sum_ranks
+from anchorpatch.runtime.memory import keep_freed_memory
+from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import PRESETS, SCALES
+from anchorpatch.text import counted
+
+__all__ = ["EvaluateAnchorNetConfig", "run"]
+
+
+@dataclass(frozen=True)
+class EvaluateAnchorNetConfig:
+    """What is evaluated, and on what.
+
+    Attributes:
+        data: folder that holds the split.
+        weights: of AnchorNet.
+        split: name of the split's folder.
+        labels: CSV with the labels of a flat split folder.
+        batch_size: images in a batch; None for 16 on CPU and 256 on a GPU.
+        workers: loading processes.
+        device: auto, cpu or cuda.
+        amp: compute in bfloat16.
+        limit: take only so many images, evenly spread over the split.
+        max_bad: share of unreadable images that fails the run.
+    """
+
+    data: Path
+    weights: Path
+    split: str = "val"
+    labels: Path | None = None
+    batch_size: int | None = None
+    workers: int = 0
+    device: str = "auto"
+    amp: bool = False
+    limit: int | None = None
+    max_bad: float = 0.01
+
+
+def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> AnchorNetFigures:
+    """Evaluate AnchorNet.
+
+    Raises:
+        DataError: the folder's classes are not those of the weights.
+        WeightsError: the weights cannot be used.
+        TooManyBadImages: too many images cannot be decoded.
+    """
+    device = resolve_device(config.device)
+    with process_group(device) as world:
+        report = progress if progress is not None and world.is_main else Reporter()
+        if device.type == "cpu":
+            keep_freed_memory()
+        weights = load_weights(config.weights)
+        folder = scan_folder(
+            config.data,
+            config.split,
+            config.labels,
+            classes=weights.meta.classes,
+            classes_of=str(config.weights),
+        ).limited(config.limit)
+        for remark in (folder.passed_over(), without_images(folder.labels, folder.classes)):
+            if remark:
+                report.message(remark)
+        meter = _Meter(weights, device, amp=config.amp)
+        rows = list(world.share(len(folder)))
+        size = config.batch_size or (16 if device.type == "cpu" else 256)
+        loaded = load_batches(
+            folder,
+            [rows[i : i + size] for i in range(0, len(rows), size)],
+            workers=config.workers,
+            crop=weights.meta.cropping,
+            pin_memory=device.type == "cuda",
+        )
+        bad = damaged = done = 0
+        report.message(computing_on(device))
+        report.start("evaluating", len(folder))
+        try:
+            for batch in loaded:
+                bad += len(batch.bad)
+                damaged += len(batch.damaged)
+                if len(batch.index):
+                    labels = torch.from_numpy(folder.labels[batch.index].astype(np.int64))
+                    meter.update(batch.pixels, labels)
+                before = world.counted(done, len(rows), len(folder))
+                done += len(batch.index) + len(batch.bad)
+                report.advance(world.counted(done, len(rows), len(folder)) - before)
+        finally:
+            loaded.close()
+            report.stop()
+        skipped, damaged = sum_ranks(torch.tensor([bad, damaged], device=device)).tolist()
+        if skipped > config.max_bad * len(folder):
+            raise TooManyBadImages(
+                f"{folder.root}: {skipped} of {len(folder)} images cannot be decoded, more than "
+                f"--max-bad {config.max_bad:.1%}; remove them or raise --max-bad"
+            )
+        return meter.summary(folder, skipped, damaged, world)
+
+
+class _Meter:
+    """Runs the network on batches and counts."""
+
+    def __init__(self, weights: Weights, device: torch.device, *, amp: bool) -> None:
+        self.device, self.amp = device, amp
+        self.net = load_anchornet(weights).to(device).to(memory_format=torch.channels_last)
+        self.mean = torch.tensor(weights.meta.mean, device=device)
+        self.std = torch.tensor(weights.meta.std, device=device)
+        self.scores, self.patches = AnchorNetAccuracy(device), _MeanPatches(device)
+        self.seconds = 0.0
+
+    @torch.inference_mode()
+    @exact_float32()
+    def update(self, pixels: Tensor, labels: Tensor) -> None:
+        """Count a batch: uint8 pixels (n, 224, 224, 3) and labels (n,)."""
+        labels = to_device(labels, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            inputs = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std)
+            # Localising alone is timed: the outputs of the attention branches are no part of it.
+            began = self._now()
+            logits, features = self.net.localize(inputs)
+            decision = decide(logits.float().softmax(-1))
+            heatmaps = self.net.heatmaps(features, decision.predicted)
+            self.seconds += self._now() - began
+            self.scores.update(self.net(inputs), labels)
+        self.patches.update(heatmaps, decision.branch)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def summary(
+        self, folder: ImageFolder, skipped: int, damaged: int, world: World
+    ) -> AnchorNetFigures:
+        figures = self.scores.result()
+        seconds = float(sum_ranks(torch.tensor(self.seconds, device=self.device))) / world.size
+        return AnchorNetFigures(
+            images=figures["images"],
+            skipped=skipped,
+            damaged=damaged,
+            loss=figures["loss"],
+            top1=figures["top1"],
+            top5=figures["top5"],
+            top1_by_output=figures["top1_by_output"],
+            top5_by_output=figures["top5_by_output"],
+            branch_share=figures["branch_share"],
+            mean_patches=self.patches.result(),
+            gmacs=macs(self.net, 224, self.net.localize) / 1e9,
+            images_per_second=figures["images"] / max(seconds, 1e-9),
+            ignored=dict(folder.ignored),
+        )
+
+
+class _MeanPatches:
+    """Sums of patches by preset and scale."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._images = torch.zeros(len(SCALES), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(PRESETS), len(SCALES), dtype=torch.float64, device=device)
+        self._bad = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, heatmaps: tuple[Tensor, ...], branch: Tensor) -> None:
+        """Select patches by every preset and count them."""
+        chosen = per_branch(branch).double()
+        self._images += chosen.sum(0)
+        # Looked at in the end, as a look waits for the GPU; 0 * x is 0 for every finite x alone.
+        zero = torch.stack([(heatmap.flatten(1) * 0).sum(1) for heatmap in heatmaps], 1)
+        self._bad += (zero.gather(1, branch[:, None]) != 0).sum()
+        for row, settings in enumerate(PRESETS.values()):
+            found = localize(heatmaps, branch, settings, check=False)
+            self._sums[row] += found.counts.double() @ chosen
+
+    def result(self) -> dict[str, dict[str, float | None]]:
+        """Return the mean patches of an image by preset and scale.
+
+        Raises:
+            NonFiniteError: heatmaps held NaN or infinity.
+        """
+        if bad := int(sum_ranks(self._bad)):
+            raise NonFiniteError(
+                f"AnchorNet gave NaN or infinity for {counted(bad, 'image')}; the weights may be "
+                "damaged or badly trained: use others, or no --amp"
+            )
+        images, sums = sum_ranks(self._images).tolist(), sum_ranks(self._sums).tolist()
+        means: dict[str, dict[str, float | None]] = {}
+        for name, row in zip(PRESETS, sums, strict=True):
+            by_scale = zip(SCALES, row, images, strict=True)
+            means[name] = {str(scale): s / n if n else None for scale, s, n in by_scale}
+            means[name]["all"] = sum(row) / sum(images) if sum(images) else None
+        return means
