@@ -12,13 +12,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from anchorpatch.figures import attention_figure, coverage_figure, errors_figure, patches_figure
-from anchorpatch.jobs.crops import ImageSource
-from anchorpatch.jobs.figures.attention import AttentionConfig, find_attention
-from anchorpatch.jobs.figures.coverage import CoverageConfig
-from anchorpatch.jobs.figures.coverage import run as measure_coverage
-from anchorpatch.jobs.figures.errors import ErrorsConfig, find_errors
-from anchorpatch.jobs.figures.patches import PatchesConfig, find_patches
+from anchorpatch.figures import (
+    AttentionConfig,
+    CoverageConfig,
+    ErrorsConfig,
+    ImageSource,
+    PatchesConfig,
+    attention_figure,
+    coverage_figure,
+    errors_figure,
+    find_attention,
+    find_errors,
+    find_patches,
+    measure_coverage,
+    patches_figure,
+)
 from anchorpatch.runtime.checkpoint import load_weights
 
 data = Path(sys.argv[1] if len(sys.argv) > 1 else "data")

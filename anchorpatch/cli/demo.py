@@ -149,7 +149,8 @@ def _print_score(score: SceneScore) -> None:
 def _write_picture(shards: Path, boxes_csv: Path, picture: Path, per_size: int = 3) -> None:
     """Frame the patches of some images of each size, a row for each, of many classes."""
     from anchorpatch.demo.scenes import SIZES, read_boxes
-    from anchorpatch.figures.sheet import Tile, contact_sheet, save_png
+    from anchorpatch.figures.files import save_picture
+    from anchorpatch.figures.frames import Tile, contact_sheet
     from anchorpatch.shards.reader import ShardReader
 
     reader, boxes = ShardReader(shards), read_boxes(boxes_csv)
@@ -170,4 +171,4 @@ def _write_picture(shards: Path, boxes_csv: Path, picture: Path, per_size: int =
             box = truth[i][1].in_crop()
             tiles.append(Tile(reader.image(i), patches.scale, patches.corners, caption, box))
     title = "Bold: the strongest patch. Thin: the others. Dashed: the true box."
-    save_png(contact_sheet(tiles, per_size, title), picture)
+    save_picture(contact_sheet(tiles, per_size, title), picture)

@@ -30,8 +30,8 @@ def attention(count: int, out: Path, device: str, as_json: bool, **options: Any)
     anchorpatch figure attention --images n01440764/ILSVRC2012_val_00000293.JPEG
     """
     from anchorpatch.figures import attention_figure
-    from anchorpatch.figures.save import save_figure
-    from anchorpatch.jobs.figures.attention import AttentionConfig, find_attention
+    from anchorpatch.figures.attention import AttentionConfig, find_attention
+    from anchorpatch.figures.files import save_figure
     from anchorpatch.runtime.progress import reporter
 
     source, weights, choice = inputs(out=out, **options)

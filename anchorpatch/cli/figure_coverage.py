@@ -120,10 +120,10 @@ def coverage(
     anchorpatch figure coverage resnet18 --localizers anchornet,sobel,centre,random
     """
     from anchorpatch.figures import coverage_figure
-    from anchorpatch.figures.save import picture_kind, save_figure
+    from anchorpatch.figures.coverage import CoverageConfig, measure_coverage
+    from anchorpatch.figures.coverage_curves import LABELS, LOCALIZERS, write_points
+    from anchorpatch.figures.files import picture_kind, save_figure
     from anchorpatch.jobs.crops import ImageSource
-    from anchorpatch.jobs.figures.coverage import CoverageConfig, run
-    from anchorpatch.jobs.figures.coverage_curves import LABELS, LOCALIZERS, write_points
     from anchorpatch.runtime.checkpoint import read_meta
     from anchorpatch.runtime.device import cpu_count
     from anchorpatch.runtime.progress import reporter
@@ -143,7 +143,7 @@ def coverage(
         workers=cpu_count() if workers is None else workers,
         crop=read_meta(config.anchornet_weights).cropping,
     )
-    result = run(source, config, reporter())
+    result = measure_coverage(source, config, reporter())
     facts = result.to_json()
     write_points(result, out.with_suffix(".csv"))
     save_figure(coverage_figure(result), out, facts, dpi=150)

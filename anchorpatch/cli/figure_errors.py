@@ -42,8 +42,8 @@ def errors(
     anchorpatch figure errors --scale 63 --classes typewriter,corn
     """
     from anchorpatch.figures import errors_figure
-    from anchorpatch.figures.save import save_figure
-    from anchorpatch.jobs.figures.errors import ErrorsConfig, find_errors
+    from anchorpatch.figures.errors import ErrorsConfig, find_errors
+    from anchorpatch.figures.files import save_figure
     from anchorpatch.runtime.progress import reporter
 
     source, weights, choice = inputs(out=out, **options)

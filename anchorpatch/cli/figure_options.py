@@ -22,8 +22,8 @@ from anchorpatch.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from anchorpatch.figures.examples import Choice
     from anchorpatch.jobs.crops import ImageSource
-    from anchorpatch.jobs.figures.examples import Choice
     from anchorpatch.runtime.checkpoint import Weights
 
 __all__ = ["Names", "figure_options", "inputs"]
@@ -115,9 +115,9 @@ def inputs(
     Raises:
         AnchorpatchError: an option cannot be used.
     """
-    from anchorpatch.figures.save import picture_kind
+    from anchorpatch.figures.examples import Choice
+    from anchorpatch.figures.files import picture_kind
     from anchorpatch.jobs.crops import ImageSource
-    from anchorpatch.jobs.figures.examples import Choice
     from anchorpatch.runtime.checkpoint import load_weights
     from anchorpatch.runtime.device import cpu_count
 

@@ -54,8 +54,8 @@ def patches(
     anchorpatch figure patches --images n01440764/ILSVRC2012_val_00000293.JPEG
     """
     from anchorpatch.figures import patches_figure
-    from anchorpatch.figures.save import save_figure
-    from anchorpatch.jobs.figures.patches import PatchesConfig, find_patches
+    from anchorpatch.figures.files import save_figure
+    from anchorpatch.figures.patches import PatchesConfig, find_patches
     from anchorpatch.runtime.progress import reporter
 
     lsp = overridden(preset, max_patches, iou_threshold, coverage)

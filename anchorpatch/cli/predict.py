@@ -214,7 +214,7 @@ class _Pictures:
         Raises:
             StorageError: the disk refuses.
         """
-        from anchorpatch.figures.overlay import patch_figure
+        from anchorpatch.figures.frames import patch_figure
         from anchorpatch.storage import write_atomically
 
         name, probability = result.classes[0]

@@ -214,12 +214,11 @@ def show(folder: Path, image: str, out: Path) -> None:
     IMAGE is its path within the split, such as n01440764/ILSVRC2012_val_00000293.JPEG, or its
     number from 0. Where the shards store images, the image with framed patches stands beside.
     """
-    from anchorpatch.figures.overlay import patch_figure
-    from anchorpatch.figures.save import picture_kind
+    from anchorpatch.figures.files import picture_kind, save_picture
+    from anchorpatch.figures.frames import patch_figure
     from anchorpatch.shards.reader import ShardReader
-    from anchorpatch.storage import write_atomically
 
-    kind = picture_kind(out)
+    picture_kind(out)
     splits = _splits(folder)
     if len(splits) > 1:
         names = ", ".join(str(split) for split in splits)
@@ -240,7 +239,7 @@ def show(folder: Path, image: str, out: Path) -> None:
         image=reader.image(row) if reader.has_images else None,
         caption=f"{caption} of {found.scale} px",
     )
-    write_atomically(out, lambda file: picture.save(file, kind))
+    save_picture(picture, out)
     click.echo(f"{caption} of {found.scale} px: {out}")
 
 

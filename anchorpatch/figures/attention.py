@@ -1,12 +1,14 @@
-"""Figure 5: attention maps and class heatmaps over the image."""
+"""Figure 5: what the attention branches weigh, and the heatmap of the decided class beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import ceil, log2
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize
@@ -14,14 +16,173 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from anchorpatch.errors import SettingsError
 from anchorpatch.figures.canvas import fitted, font, rounded
-from anchorpatch.jobs.figures.attention import AttentionExample, AttentionExamples
-from anchorpatch.settings import CROP, SCALES, STRIDE
+from anchorpatch.figures.examples import Choice, Example, LookedAt, ShownImages, look_at, spread
+from anchorpatch.figures.files import to_json
+from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.localizer import Localizer
+from anchorpatch.runtime.checkpoint import Weights
+from anchorpatch.runtime.device import resolve_device
+from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import CROP, PRESETS, SCALES, STRIDE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["attention_figure", "map_extent"]
+__all__ = [
+    "AttentionConfig",
+    "AttentionExample",
+    "AttentionExamples",
+    "attention_figure",
+    "find_attention",
+    "map_extent",
+]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """What Figure 5 shows.
+
+    Attributes:
+        choice: the images to look at.
+        count: images to show.
+        device: auto, cpu or cuda.
+
+    Raises:
+        SettingsError: a value that no figure could use.
+    """
+
+    choice: Choice = field(default_factory=lambda: Choice(limit=100))
+    count: int = 4
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise SettingsError(f"count: expected at least one image, got {self.count}")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionExample:
+    """One image with the maps of the three branches, in the order of `SCALES`.
+
+    Attributes:
+        image: the image and AnchorNet's decision.
+        branch_class: name of the class that each branch predicts.
+        branch_prob: its probability.
+        attention: S of each branch times H * W (H, W): 1 is the uniform weight.
+        heatmaps: M of each branch for the decided class (H, W).
+    """
+
+    image: Example
+    branch_class: tuple[str, ...]
+    branch_prob: tuple[float, ...]
+    attention: tuple[NDArray[np.float32], ...]
+    heatmaps: tuple[NDArray[np.float32], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the image as JSON, with the extremes of its maps."""
+        branches = [
+            {
+                "scale": scale,
+                "predicted": self.branch_class[j],
+                "probability": self.branch_prob[j],
+                "attention_max": float(self.attention[j].max()),
+                "attention_at": _place(self.attention[j]),
+                "heatmap_max": float(self.heatmaps[j].max()),
+                "heatmap_at": _place(self.heatmaps[j]),
+            }
+            for j, scale in enumerate(SCALES)
+        ]
+        return {**to_json(self.image), "branches": branches}
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionExamples(ShownImages):
+    """Images with their attention maps and class heatmaps.
+
+    Attributes:
+        config: what was asked for.
+        examples: images to show.
+    """
+
+    config: AttentionConfig
+    examples: tuple[AttentionExample, ...]
+
+    name, number = "attention", 5
+    title = "Attention maps and class heatmaps of the three branches"
+
+    @property
+    def caption(self) -> str:
+        """One or two sentences on what is seen and how it came about."""
+        return (
+            f"{len(self.examples)} of {self.looked} that were looked at: "
+            "on the left the spatial attention S of each branch, as a multiple of uniform "
+            "attention, and on the right the heatmap M of the decided class, its evidence at each "
+            "location. A location is drawn at the centre of the patch it sees; the frame marks "
+            "the branch that localizes the image."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the figure shows as JSON, without pixels."""
+        return self.record(
+            self.config.choice,
+            {"count": self.config.count},
+            images=[example.to_json() for example in self.examples],
+        )
+
+
+def find_attention(
+    source: ImageSource,
+    weights: Weights,
+    config: AttentionConfig,
+    reporter: Reporter | None = None,
+) -> AttentionExamples:
+    """Choose images, spread over scales and classes, and compute their maps.
+
+    Args:
+        source: of the images.
+        weights: of AnchorNet.
+        config: what to show.
+        reporter: takes the progress.
+
+    Raises:
+        DataError: no image can be decoded.
+        SettingsError: no image or class has a name that was asked for.
+    """
+    rows = config.choice.rows(source)
+    device = resolve_device(config.device)
+    with Localizer(weights, PRESETS["figure"], device, batch_size=64) as localizer:
+        survey = look_at(source, weights, localizer, rows, reporter or Reporter())
+        chosen = list(range(len(survey)))
+        if not config.choice.images:
+            found, labels = survey.found, survey.labels
+            chosen = spread(
+                chosen, config.count, lambda i: int(found.scale[i]), lambda i: int(labels[i])
+            )
+        images = survey.examples(chosen)
+        pixels = torch.from_numpy(np.stack([image.pixels for image in images]))
+        decided = torch.from_numpy(survey.found.predicted[chosen].astype(np.int64))
+        maps = localizer.maps(pixels, decided[:, None])
+    examples = tuple(
+        AttentionExample(
+            image=image,
+            branch_class=tuple(survey.network[c] for c in survey.found.branch_class[i]),
+            branch_prob=tuple(survey.found.branch_prob[i].tolist()),
+            attention=tuple(branch[k] for branch in maps.attention),
+            heatmaps=tuple(branch[k, 0] for branch in maps.heatmaps),
+        )
+        for k, (i, image) in enumerate(zip(chosen, images, strict=True))
+    )
+    return AttentionExamples(LookedAt.of(survey, weights), config, examples)
+
+
+def _place(values: NDArray[np.float32]) -> list[int]:
+    """Return the location (h, w) of the largest value, the first in row-major order."""
+    return [int(i) for i in np.unravel_index(values.argmax(), values.shape)]
+
+
+# --- drawing ------------------------------------------------------------------------------
 
 #: An image, and S and M of three branches.
 _COLUMNS: Final = 7
@@ -77,7 +238,7 @@ def attention_figure(result: AttentionExamples) -> Figure:
     localizes the image is framed.
 
     Args:
-        result: from `anchorpatch.jobs.figures.attention.find_attention`.
+        result: from `anchorpatch.figures.attention.find_attention`.
     """
     page = _Page(len(result.examples))
     maps = [s for example in result.examples for s in example.attention]

@@ -33,6 +33,7 @@ __all__ = [
     "font",
     "rounded",
     "stacked",
+    "tiled",
     "written",
 ]
 
@@ -268,6 +269,29 @@ def beside(parts: Sequence[Image.Image], gap: int = GAP, *, width: int = 0) -> I
         joined.paste(part, (left, 0))
         left += length + gap
     return joined
+
+
+def tiled(
+    parts: Sequence[Image.Image],
+    columns: int,
+    gap: int = GAP,
+    *,
+    down: int | None = None,
+    width: int = 0,
+) -> Image.Image:
+    """Put pictures in rows, in columns of one width.
+
+    Args:
+        parts: the pictures.
+        columns: pictures in a row.
+        gap: between them, in pixels.
+        down: between the rows, where that differs.
+        width: the least of a column, in pixels.
+    """
+    width = max(width, *(part.width for part in parts))
+    rows = [parts[i : i + columns] for i in range(0, len(parts), columns)]
+    down = gap if down is None else down
+    return stacked([beside(row, gap, width=width) for row in rows], down)
 
 
 def bordered(picture: Image.Image, margin: int = 2 * GAP) -> Image.Image:

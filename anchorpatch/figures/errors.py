@@ -1,12 +1,17 @@
-"""Figure 4: the patches that misled a branch, and an image of the class it took."""
+"""Figure 4: what misled a branch where another one is right."""
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image
 
+from anchorpatch.errors import DataError, NothingToShow, SettingsError
 from anchorpatch.figures.canvas import (
     GAP,
     GREY,
@@ -17,12 +22,310 @@ from anchorpatch.figures.canvas import (
     stacked,
     written,
 )
-from anchorpatch.figures.frames import MARK, Mark, badge, cross, draw_frames, framed, tick
-from anchorpatch.figures.patches import heading, localized_picture
-from anchorpatch.jobs.figures.errors import BranchError, BranchErrors, Evidence
-from anchorpatch.text import counted
+from anchorpatch.figures.examples import Choice, LookedAt, ShownImages, Survey, look_at, spread
+from anchorpatch.figures.files import to_json
+from anchorpatch.figures.frames import (
+    MARK,
+    Mark,
+    badge,
+    cross,
+    cut_out,
+    draw_frames,
+    heading,
+    localized_picture,
+    tick,
+)
+from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.localizer import Localizer
+from anchorpatch.lsp import select
+from anchorpatch.runtime.checkpoint import Weights
+from anchorpatch.runtime.device import resolve_device
+from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import PRESETS, SCALES, STRIDE, LspSettings
+from anchorpatch.text import counted, few
 
-__all__ = ["RIGHT", "WRONG", "errors_figure"]
+__all__ = [
+    "RIGHT",
+    "WRONG",
+    "BranchError",
+    "BranchErrors",
+    "ErrorsConfig",
+    "Evidence",
+    "Typical",
+    "errors_figure",
+    "find_errors",
+]
+
+#: Images of a mistaken class to look at, for one that the branch is sure about.
+_TYPICAL_OF: Final = 16
+
+#: Branches of the paper's figure: the narrowest and the widest field.
+_BRANCHES: Final = (63, 111)
+
+
+@dataclass(frozen=True)
+class ErrorsConfig:
+    """What Figure 4 shows.
+
+    Attributes:
+        choice: the images to look at.
+        scales: of the branches whose errors are shown.
+        per_scale: errors to show of each branch.
+        lsp: K, T and P for the patches of the mistaken class's image.
+        device: auto, cpu or cuda.
+
+    Raises:
+        SettingsError: a value that no figure could use.
+    """
+
+    choice: Choice = field(default_factory=Choice)
+    scales: tuple[int, ...] = _BRANCHES
+    per_scale: int = 3
+    lsp: LspSettings = PRESETS["figure"]
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.per_scale < 1:
+            raise SettingsError(f"per_scale: expected at least one error, got {self.per_scale}")
+        if not self.scales or any(scale not in SCALES for scale in self.scales):
+            raise SettingsError(f"scales: expected some of {SCALES}, got {self.scales}")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The patch of a branch that speaks most for a class.
+
+    Attributes:
+        name: of the class.
+        probability: that the branch gives the class.
+        corner: top-left (y, x) in the crop in pixels.
+        score: M of the class there; of equal ones the first in row-major order.
+    """
+
+    name: str
+    probability: float
+    corner: tuple[int, int]
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class Typical:
+    """The image of a class that a branch is surest about, with the branch's patches of it.
+
+    Attributes:
+        path: below the split folder.
+        probability: that the branch gives the class, which is right.
+        corners: top-left (y, x) of each patch (k, 2), the strongest first.
+        scores: activation of each (k,).
+        pixels: the crop, uint8 (224, 224, 3).
+    """
+
+    path: str
+    probability: float
+    corners: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    pixels: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class BranchError:
+    """An image that a branch takes for another class, and another branch for its own.
+
+    Attributes:
+        path: below the split folder.
+        pixels: the crop, uint8 (224, 224, 3).
+        mistaken: evidence of the branch for the class that it predicts.
+        true: its evidence for the image's class.
+        right: scales of the branches that are right.
+        typical: an image of the mistaken class; None where the branch is right about none of
+            those looked at.
+    """
+
+    path: str
+    pixels: NDArray[np.uint8]
+    mistaken: Evidence
+    true: Evidence
+    right: tuple[int, ...]
+    typical: Typical | None
+
+
+@dataclass(frozen=True, eq=False)
+class BranchErrors(ShownImages):
+    """Errors of branches.
+
+    Attributes:
+        config: what was asked for.
+        found: errors among those looked at, by the branch's scale.
+        errors: those to show, by scale.
+    """
+
+    config: ErrorsConfig
+    found: dict[int, int]
+    errors: dict[int, tuple[BranchError, ...]]
+
+    name, number = "errors", 4
+    title = "Where a branch is wrong and another right"
+
+    @property
+    def caption(self) -> str:
+        """A few sentences on what is seen and how it came about."""
+        counts = " and ".join(f"{n:,} by {scale} px" for scale, n in self.found.items())
+        return (
+            f"Of {self.looked}, a branch is wrong and another right "
+            f"about {counts}. A row shows the image, the patch with the branch's most evidence for "
+            "the class that it predicts (cross) and for the true one (tick), and the image of the "
+            "mistaken class that the branch is surest about with its patches there."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the figure shows as JSON, without pixels."""
+        return self.record(
+            self.config.choice,
+            {"scales": self.config.scales, "per_scale": self.config.per_scale},
+            found=to_json(self.found),
+            images=to_json(self.errors),
+        )
+
+
+def find_errors(
+    source: ImageSource,
+    weights: Weights,
+    config: ErrorsConfig,
+    reporter: Reporter | None = None,
+) -> BranchErrors:
+    """Find images about which a branch is wrong and another is right, and what misled it.
+
+    Of those found, the most confident errors are shown, spread over the true classes and then
+    over the mistaken ones.
+
+    Args:
+        source: of the images.
+        weights: of AnchorNet.
+        config: what to show.
+        reporter: takes the progress.
+
+    Raises:
+        NothingToShow: no branch is wrong where another is right.
+        DataError: the weights know none of the classes, or no image can be decoded.
+        SettingsError: no image or class has a name that was asked for.
+    """
+    rows = config.choice.rows(source)
+    device = resolve_device(config.device)
+    with Localizer(weights, config.lsp, device, batch_size=64) as localizer:
+        survey = look_at(source, weights, localizer, rows, reporter or Reporter())
+        of_scale = {scale: _wrong(survey, scale) for scale in config.scales}
+        if not any(of_scale.values()):
+            if (survey.truth < 0).all():
+                raise DataError(
+                    f"{source.name}: {weights.path} knows none of its classes "
+                    f"({few(source.classes)}), only {few(survey.network)}: name weights of these "
+                    "classes with --weights"
+                )
+            scales = " or ".join(f"{scale} px" for scale in config.scales)
+            raise NothingToShow(
+                f"{source.name}: among {counted(len(survey), 'image')} the branch of {scales} is "
+                "nowhere wrong where another is right: raise --limit, or choose another --scale"
+            )
+        chosen = {s: _spread(survey, wrong, s, config.per_scale) for s, wrong in of_scale.items()}
+        mistaken = [
+            int(survey.found.branch_class[i, SCALES.index(scale)])
+            for scale, images in chosen.items()
+            for i in images
+        ]
+        more = _more_rows(survey, mistaken, config.choice.seed)
+        known = survey
+        if more:
+            known = survey.joined(look_at(source, weights, localizer, more, reporter or Reporter()))
+        errors = {
+            scale: tuple(
+                _error(localizer, known, config.lsp, i, SCALES.index(scale)) for i in images
+            )
+            for scale, images in chosen.items()
+        }
+    found = {scale: len(wrong) for scale, wrong in of_scale.items()}
+    return BranchErrors(LookedAt.of(survey, weights), config, found, errors)
+
+
+def _wrong(survey: Survey, scale: int) -> list[int]:
+    """Return the images about which the branch is wrong and another right, the surest first."""
+    j = SCALES.index(scale)
+    right = survey.found.branch_class == survey.truth[:, None]
+    wrong = np.flatnonzero(~right[:, j] & right.any(1))
+    surest = np.argsort(-survey.found.branch_prob[wrong, j], kind="stable")
+    return [int(i) for i in wrong[surest]]
+
+
+def _spread(survey: Survey, wrong: list[int], scale: int, count: int) -> list[int]:
+    """Choose errors of a branch, spread over the true classes and then the mistaken ones."""
+    predicted = survey.found.branch_class[:, SCALES.index(scale)]
+    return spread(wrong, count, lambda i: int(survey.labels[i]), lambda i: int(predicted[i]))
+
+
+def _more_rows(survey: Survey, mistaken: Sequence[int], seed: int) -> list[int]:
+    """Return further images of the mistaken classes where few of them were looked at.
+
+    Of a thousand classes a look at some hundred images has none of most.
+    """
+    source, rows = survey.source, []
+    for c in sorted(set(mistaken)):
+        missing = _TYPICAL_OF - int((survey.truth == c).sum())
+        if missing > 0 and survey.network[c] in source.classes:
+            label = source.classes.index(survey.network[c])
+            left = np.setdiff1d(np.flatnonzero(source.labels == label), survey.rows)
+            rows += np.random.default_rng((seed, c)).permutation(left)[:missing].tolist()
+    return rows
+
+
+def _error(localizer: Localizer, survey: Survey, lsp: LspSettings, i: int, j: int) -> BranchError:
+    """Work one image of the survey out, for the branch of index j."""
+    pixels = survey.source.pixels([int(survey.rows[i])])
+    mistaken, true = int(survey.found.branch_class[i, j]), int(survey.truth[i])
+    maps = localizer.maps(torch.from_numpy(pixels), torch.tensor([[mistaken, true]]))
+    evidence = [
+        _evidence(survey.network[c], float(maps.probabilities[0, j, c]), maps.heatmaps[j][0, k])
+        for k, c in enumerate((mistaken, true))
+    ]
+    right = survey.found.branch_class[i] == survey.truth[i]
+    return BranchError(
+        path=survey.source.path(int(survey.rows[i])),
+        pixels=pixels[0],
+        mistaken=evidence[0],
+        true=evidence[1],
+        right=tuple(scale for scale, is_right in zip(SCALES, right, strict=True) if is_right),
+        typical=_typical(localizer, survey, lsp, mistaken, j),
+    )
+
+
+def _evidence(name: str, probability: float, heatmap: NDArray[np.float32]) -> Evidence:
+    h, w = np.unravel_index(heatmap.argmax(), heatmap.shape)
+    corner = (int(h) * STRIDE, int(w) * STRIDE)
+    return Evidence(name, probability, corner, float(heatmap[h, w]))
+
+
+def _typical(
+    localizer: Localizer, survey: Survey, lsp: LspSettings, mistaken: int, j: int
+) -> Typical | None:
+    """Return the image of a class that the branch is right and surest about."""
+    found = survey.found
+    right = (survey.truth == mistaken) & (found.branch_class[:, j] == mistaken)
+    if not right.any():
+        return None
+    i = int(np.argmax(np.where(right, found.branch_prob[:, j], -1.0)))
+    pixels = survey.source.pixels([int(survey.rows[i])])
+    maps = localizer.maps(torch.from_numpy(pixels), torch.tensor([[mistaken]]))
+    heatmap = torch.from_numpy(maps.heatmaps[j][:, 0])
+    patches = select(heatmap, SCALES[j], lsp.max_patches[j], lsp.iou_threshold, lsp.coverage[j])
+    count = int(patches.counts[0])
+    return Typical(
+        path=survey.source.path(int(survey.rows[i])),
+        probability=float(found.branch_prob[i, j]),
+        corners=patches.corners[0, :count].numpy(),
+        scores=patches.scores[0, :count].numpy(),
+        pixels=pixels[0],
+    )
+
+
+# --- drawing ------------------------------------------------------------------------------
 
 #: Green and red that stay apart for the colour-blind (Okabe and Ito's); signs say it too.
 RIGHT: Final[Color] = (0, 158, 115)
@@ -43,7 +346,7 @@ def errors_figure(result: BranchErrors) -> Image.Image:
     class that the branch is surest about, with the branch's patches framed and cut out.
 
     Args:
-        result: from `anchorpatch.jobs.figures.errors.find_errors`.
+        result: from `anchorpatch.figures.errors.find_errors`.
     """
     blocks = [_legend()]
     for scale, errors in result.errors.items():
@@ -105,8 +408,7 @@ def _row(error: BranchError, scale: int) -> Image.Image:
 def _patch(
     error: BranchError, evidence: Evidence, scale: int, color: Color, mark: Mark
 ) -> Image.Image:
-    y, x = evidence.corner
-    cut = framed(error.pixels[y : y + scale, x : x + scale], color, _MARGIN)
+    cut = cut_out(error.pixels, evidence.corner, scale, color, width=_MARGIN)
     width = max(cut.width, _PATCH_TEXT)
     name = written(evidence.name, width - MARK - GAP)
     facts = (f"evidence {rounded(evidence.score)}", f"{evidence.probability:.0%} by {scale} px")

@@ -1,30 +1,54 @@
-"""Frames around patches, and marks that tell them apart without colour."""
+"""Images with their patches: framed where they lie, marked without colour too, and cut out beside.
+
+One pixel of a picture is one of the image, times ``zoom``.
+"""
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
-from anchorpatch.figures.canvas import BLACK, PAPER, Color, font
+from anchorpatch.errors import SettingsError
+from anchorpatch.figures.canvas import (
+    BLACK,
+    GREY,
+    PAPER,
+    Color,
+    beside,
+    bordered,
+    font,
+    rounded,
+    stacked,
+    tiled,
+    written,
+)
 
 __all__ = [
     "COLORS",
     "MARK",
+    "TRUTH",
     "Box",
     "Mark",
+    "Tile",
     "badge",
+    "contact_sheet",
     "cross",
+    "cut_out",
     "draw_frames",
-    "enlarged",
-    "frame",
-    "framed",
+    "heading",
+    "localized_picture",
     "number",
+    "patch_figure",
+    "patch_sheet",
+    "rank_color",
     "tick",
 ]
 
@@ -37,33 +61,182 @@ Mark = Callable[[ImageDraw.ImageDraw, int, int], None]
 #: Colour of the frames by scale: three of Okabe and Ito's, apart for the colour-blind too.
 COLORS: Final = {63: (86, 180, 233), 95: (240, 228, 66), 111: (213, 94, 0)}
 
+#: Colour of the dashed frame of the true box.
+TRUTH: Final = (255, 255, 255)
+
 #: Side of a mark in pixels.
 MARK: Final = 15
 
+#: Width of a frame in pixels.
+_FRAME: Final = 2
 
-def enlarged(pixels: NDArray[np.uint8], zoom: int) -> Image.Image:
-    """Return a picture so many times as large."""
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    size = (picture.width * zoom, picture.height * zoom)
-    return picture if zoom == 1 else picture.resize(size, Image.Resampling.BICUBIC)
+#: Height that a sheet of patches aims at, in pixels: that of the crop, twice enlarged.
+_SHEET_HEIGHT: Final = 448
 
 
-def frame(draw: ImageDraw.ImageDraw, box: Box, color: Color, width: int, seam: int = 0) -> None:
-    """Paint the outermost ``width`` pixels of a box, and a dark seam of ``seam`` inside them.
+# --- pictures -----------------------------------------------------------------------------
 
-    With the seam a frame shows on any ground.
+
+@dataclass(frozen=True)
+class Tile:
+    """One image of a contact sheet.
+
+    Attributes:
+        pixels: uint8 (H, W, 3).
+        scale: side theta of the patches in pixels.
+        corners: top-left (y, x) of the patches, the strongest first (k, 2).
+        caption: one short line.
+        box: x0, y0, x1, y1 of the true object, where it is known.
     """
-    x0, y0, x1, y1 = box
-    if seam:
-        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=BLACK, width=width + seam)
-    draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=color, width=width)
+
+    pixels: NDArray[np.uint8]
+    scale: int
+    corners: ArrayLike
+    caption: str = ""
+    box: Box | None = None
 
 
-def framed(pixels: NDArray[np.uint8], color: Color, width: int = 3) -> Image.Image:
-    """Return a patch with a margin around it; no pixel of the patch is hidden."""
-    height, length = pixels.shape[:2]
-    picture = Image.new("RGB", (length + 2 * width, height + 2 * width), color)
-    picture.paste(Image.fromarray(np.ascontiguousarray(pixels)), (width, width))
+def contact_sheet(
+    tiles: Sequence[Tile], columns: int = 3, title: str = "", zoom: float = 1.5
+) -> Image.Image:
+    """Draw images in rows: the strongest patch with a bold frame, the others with thin ones.
+
+    Args:
+        tiles: images of one size.
+        columns: images in a row.
+        title: one line above all.
+        zoom: enlarge the images so many times.
+
+    Raises:
+        SettingsError: no tile, or no column.
+    """
+    if not tiles or columns < 1:
+        raise SettingsError(
+            f"a contact sheet needs a tile and a column, got {len(tiles)} and {columns}"
+        )
+    cells = []
+    for tile in tiles:
+        corners = np.asarray(tile.corners).reshape(-1, 2)
+        colors = [COLORS[tile.scale]] * len(corners)
+        bold = [rank == 0 for rank in range(len(corners))]
+        image = draw_frames(tile.pixels, corners, tile.scale, colors, zoom=zoom, bold=bold)
+        if tile.box is not None:
+            _dash(ImageDraw.Draw(image), _zoomed(tile.box, zoom))
+        cells.append(stacked([written(tile.caption, image.width), image], 4))
+    sheet = tiled(cells, columns, 12)
+    return bordered(stacked([written(title, sheet.width), sheet], 16) if title else sheet, 12)
+
+
+def patch_figure(
+    patches: NDArray[np.uint8],
+    corners: NDArray[Any],
+    scores: Sequence[float] | NDArray[Any],
+    *,
+    image: NDArray[np.uint8] | None = None,
+    caption: str = "",
+    zoom: int = 2,
+) -> Image.Image:
+    """Show the patches of an image, numbered, beside the image with their frames, if at hand.
+
+    Args:
+        patches: uint8 (k, theta, theta, 3), the strongest first.
+        corners: top-left (y, x) of each in the image, in pixels (k, 2).
+        scores: activation of each (k,).
+        image: uint8 (H, W, 3).
+        caption: one line above.
+        zoom: enlarge everything so many times.
+    """
+    parts = [patch_sheet(patches, scores, zoom=zoom)]
+    if image is not None:
+        colors = [rank_color(rank, len(corners)) for rank in range(len(corners))]
+        marks = [number(rank + 1, color) for rank, color in enumerate(colors)]
+        parts.insert(0, draw_frames(image, corners, patches.shape[1], colors, marks, zoom=zoom))
+    picture = beside(parts, 6)
+    return bordered(stacked([written(caption, None), picture], 6) if caption else picture, 6)
+
+
+def patch_sheet(
+    patches: NDArray[np.uint8], scores: Sequence[float] | NDArray[Any], *, zoom: int = 1
+) -> Image.Image:
+    """Lay patches out in rows, the strongest first, each with its rank and score.
+
+    Args:
+        patches: uint8 (k, theta, theta, 3).
+        scores: activation of each (k,).
+        zoom: enlarge the patches so many times.
+    """
+    cells = []
+    for rank, (patch, score) in enumerate(zip(patches, scores, strict=True)):
+        text = written(f"{rank + 1}:  {rounded(float(score))}", None)
+        color = rank_color(rank, len(patches))
+        cells.append(stacked([text, cut_out(patch, (0, 0), len(patch), color, zoom)], 0))
+    rows = max(1, min(len(cells), round(_SHEET_HEIGHT / (cells[0].height + 6))))
+    return tiled(cells, -(-len(cells) // rows), 6)
+
+
+def localized_picture(
+    pixels: NDArray[np.uint8], corners: NDArray[Any], theta: int, *, note: str = ""
+) -> Image.Image:
+    """Draw an image with its patches framed and numbered, and cut out beside it, in rows.
+
+    Args:
+        pixels: the crop, uint8 (224, 224, 3).
+        corners: top-left (y, x) of each patch in pixels (k, 2), the strongest first.
+        theta: side of the patches in pixels.
+        note: a line below the image.
+    """
+    color = COLORS[theta]
+    marks = [number(rank + 1, color) for rank in range(len(corners))]
+    image = draw_frames(pixels, corners, theta, [color] * len(corners), marks)
+    # The number stands beside the patch: no pixel of it is hidden.
+    cuts = [
+        beside([badge(mark), cut_out(pixels, corner, theta, color)], 0)
+        for mark, corner in zip(marks, np.asarray(corners).tolist(), strict=True)
+    ]
+    most = max(1, round(len(pixels) / (theta + 3 * _FRAME)))  # rows beside the image
+    if note:
+        image = stacked([image, written(note, image.width, size=12, fill=GREY)], _FRAME)
+    columns = -(-len(cuts) // most)
+    return beside([image, tiled(cuts, columns, 2 * _FRAME, down=_FRAME)], 2 * _FRAME)
+
+
+def heading(scale: int, text: str) -> Image.Image:
+    """Return the line above a block: the colour and the name of a scale, and a text."""
+    swatch = Image.new("RGB", (16, 16), COLORS[scale])
+    name = written(f"{scale} px", None, size=16, bold=True)
+    return beside([swatch, name, written(text, None, size=15, fill=GREY)])
+
+
+def rank_color(rank: int, count: int) -> Color:
+    """Return the colour of a patch, from yellow for the strongest to blue for the weakest.
+
+    Example:
+        >>> rank_color(0, 5), rank_color(4, 5)
+        ((255, 229, 0), (31, 31, 255))
+    """
+    share = rank / max(1, count - 1)
+    # Through red and purple: apart from each other, and from most of what photographs show.
+    hue = (0.15 - 0.48333 * share) % 1.0
+    red, green, blue = colorsys.hsv_to_rgb(hue, 1.0 - 0.12 * share, 1.0)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+# --- frames -------------------------------------------------------------------------------
+
+
+def cut_out(
+    pixels: NDArray[np.uint8],
+    corner: Sequence[int],
+    theta: int,
+    color: Color,
+    zoom: int = 1,
+    width: int = _FRAME,
+) -> Image.Image:
+    """Return a patch of an image with a margin around it; no pixel of the patch is hidden."""
+    y, x = corner
+    patch = _enlarged(pixels[y : y + theta, x : x + theta], zoom)
+    picture = Image.new("RGB", (patch.width + 2 * width, patch.height + 2 * width), color)
+    picture.paste(patch, (width, width))
     return picture
 
 
@@ -74,15 +247,16 @@ def draw_frames(
     colors: Sequence[Color],
     marks: Sequence[Mark] = (),
     *,
-    zoom: int = 1,
-    width: int = 2,
+    zoom: float = 1,
+    width: int = _FRAME,
+    bold: Sequence[bool] = (),
 ) -> Image.Image:
     """Frame patches in their image, each with a mark; the first lies on top.
 
     A frame is the outermost ``width`` pixels of the patch itself, with a dark seam of one pixel
-    inside; that of a patch at the place of an earlier one lies within the latter's. Marks stand
-    inside their frame where they hide neither frame nor mark, else where they hide no mark, and are
-    left out where there is no such place either.
+    inside, so that it shows on any ground; that of a patch at the place of an earlier one lies
+    within the latter's. Marks stand inside their frame where they hide neither frame nor mark,
+    else where they hide no mark, and are left out where there is no such place either.
 
     Args:
         pixels: uint8 (H, W, 3).
@@ -92,32 +266,64 @@ def draw_frames(
         marks: of the patches (k), or none at all.
         zoom: enlarge the picture so many times.
         width: of the frames, in pixels of the enlarged picture.
+        bold: which patches (k) have a frame three pixels wider; the others then have no seam.
     """
-    picture = enlarged(pixels, zoom)
+    picture = _enlarged(pixels, zoom)
     draw = ImageDraw.Draw(picture)
     taken, marked = np.zeros((2, picture.height, picture.width), bool)
-    side = theta * zoom
-    boxes: list[Box] = []
     places = [tuple(corner) for corner in np.asarray(corners).tolist()]
+    # Width of each frame, and with its seam.
+    widths = [width + 3 * b for b in bold] or [width] * len(places)
+    edges = [w + b for w, b in zip(widths, bold or [True] * len(places), strict=True)]
+    boxes: list[Box] = []
     for rank, (y, x) in enumerate(places):
-        inset = places[:rank].count((y, x)) * (width + 1)
-        left, top = x * zoom + inset, y * zoom + inset
-        boxes.append((left, top, left + side - 2 * inset, top + side - 2 * inset))
-    for box, color in reversed(list(zip(boxes, colors, strict=True))):
-        frame(draw, box, color, width, seam=1)
-        x0, y0, x1, y1 = box
-        edge = width + 1
-        taken[y0:y1, [*range(x0, x0 + edge), *range(x1 - edge, x1)]] = True
-        taken[[*range(y0, y0 + edge), *range(y1 - edge, y1)], x0:x1] = True
-    for (x0, y0, x1, y1), mark in zip(boxes, marks, strict=False):
-        inner = (x0 + width + 1, y0 + width + 1, x1 - width - 1, y1 - width - 1)
-        place = _free(inner, taken, marked)
+        inset = sum(edges[i] for i in range(rank) if places[i] == (y, x))
+        x0, y0, x1, y1 = _zoomed((x, y, x + theta, y + theta), zoom)
+        boxes.append((x0 + inset, y0 + inset, x1 - inset, y1 - inset))
+    frames = list(zip(boxes, colors, widths, edges, strict=True))
+    for (x0, y0, x1, y1), color, outer, edge in reversed(frames):
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=BLACK, width=edge)
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=color, width=outer)
+        for start, stop in ((x0, x0 + edge), (x1 - edge, x1)):
+            taken[y0:y1, start:stop] = True
+        for start, stop in ((y0, y0 + edge), (y1 - edge, y1)):
+            taken[start:stop, x0:x1] = True
+    for (x0, y0, x1, y1), edge, mark in zip(boxes, edges, marks, strict=False):
+        place = _free((x0 + edge, y0 + edge, x1 - edge, y1 - edge), taken, marked)
         if place is not None:
             mark(draw, *place)
             x, y = place
             for mask in (taken, marked):
                 mask[y : y + MARK, x : x + MARK] = True
     return picture
+
+
+def _enlarged(pixels: NDArray[np.uint8], zoom: float) -> Image.Image:
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    size = (round(picture.width * zoom), round(picture.height * zoom))
+    return picture if zoom == 1 else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _zoomed(box: Box, zoom: float) -> Box:
+    x0, y0, x1, y1 = (round(v * zoom) for v in box)
+    return x0, y0, x1, y1
+
+
+def _dash(draw: ImageDraw.ImageDraw, box: Box, dash: int = 6) -> None:
+    """Draw the edge of a box in dashes of two colours, which show on any ground."""
+    x0, y0, right, bottom = box
+    x1, y1 = right - 1, bottom - 1
+    for k, x in enumerate(range(x0, x1 + 1, dash)):
+        for y in (y0, y1):
+            ends = (x, y, min(x + dash - 1, x1), y)
+            draw.line(ends, fill=BLACK if k % 2 else TRUTH, width=2)
+    for k, y in enumerate(range(y0, y1 + 1, dash)):
+        for x in (x0, x1):
+            ends = (x, y, x, min(y + dash - 1, y1))
+            draw.line(ends, fill=BLACK if k % 2 else TRUTH, width=2)
+
+
+# --- marks --------------------------------------------------------------------------------
 
 
 def badge(mark: Mark) -> Image.Image:

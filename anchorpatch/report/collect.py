@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from anchorpatch.errors import AnchorpatchError, DataError, reason_of
-from anchorpatch.report.figure_files import FigureFile, read_figure
+from anchorpatch.figures.files import FigureFile, read_figure
 from anchorpatch.report.result_files import Result, read_result
 from anchorpatch.report.weights import WeightsFacts, read_weights_facts
 from anchorpatch.settings import SCALES

@@ -14,14 +14,13 @@ from PIL import Image
 from anchorpatch.demo import demo_weights
 from anchorpatch.errors import AnchorpatchError, NothingToShow, WeightsError
 from anchorpatch.figures import attention_figure, errors_figure, patches_figure
-from anchorpatch.figures.save import encoded
+from anchorpatch.figures.attention import AttentionConfig, find_attention
+from anchorpatch.figures.errors import ErrorsConfig, find_errors
+from anchorpatch.figures.examples import Choice
+from anchorpatch.figures.files import FigureFile, encoded, figure_of
+from anchorpatch.figures.patches import PatchesConfig, find_patches
 from anchorpatch.jobs.crops import ImageSource
-from anchorpatch.jobs.figures.attention import AttentionConfig, find_attention
-from anchorpatch.jobs.figures.errors import ErrorsConfig, find_errors
-from anchorpatch.jobs.figures.examples import Choice
-from anchorpatch.jobs.figures.patches import PatchesConfig, find_patches
 from anchorpatch.report.collect import Contents, LeftOut, Split
-from anchorpatch.report.figure_files import FigureFile
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.shards.reader import ShardReader
@@ -101,7 +100,9 @@ def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -
         try:
             source = ImageSource.of_shards(ShardReader(split.folder, partial=True))
             result, picture = MAKERS[number](source, loaded, reporter)
-            figures.append(_figure(result.to_json(), picture))
+            if isinstance(picture, Figure):
+                picture = Image.open(io.BytesIO(encoded(picture, "PNG")))
+            figures.append(figure_of(result.to_json(), picture, source="made for this page"))
         except NothingToShow as error:
             nothing[number] = str(error)
         except AnchorpatchError as error:
@@ -160,21 +161,3 @@ def _known_weights(contents: Contents) -> Iterator[tuple[str, Path]]:
         return
     with path.open("rb") as stream:
         yield sha256_of(stream), path
-
-
-def _figure(facts: Mapping[str, Any], picture: Image.Image | Figure) -> FigureFile:
-    """Return a figure as if it had been read from a folder."""
-    if isinstance(picture, Figure):
-        picture = Image.open(io.BytesIO(encoded(picture, "PNG")))
-    return FigureFile(
-        source="made for this page",
-        name=facts["figure"],
-        number=facts["number"],
-        title=facts["title"],
-        caption=facts["caption"],
-        picture=picture.convert("RGB"),
-        summary=tuple(facts.get("summary", ())),
-        settings=facts["settings"],
-        weights_sha256=facts["weights_sha256"],
-        images=facts["source"],
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anchorpatch.jobs.figures.coverage_curves import AUC_FIGURES, LABELS, auc_texts
+from anchorpatch.figures.coverage_curves import AUC_FIGURES, LABELS, auc_texts
 from anchorpatch.jobs.results import AnchorNetFigures, Table3, Table4
 from anchorpatch.report.cells import (
     NO_VALUE,

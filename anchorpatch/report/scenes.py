@@ -8,10 +8,10 @@ from typing import Final
 
 from anchorpatch.demo.score import SceneScore, score_scenes
 from anchorpatch.errors import AnchorpatchError, ImageError
+from anchorpatch.figures.files import FigureFile
 from anchorpatch.images.decode import decode_picture
 from anchorpatch.report.cells import Cell, Table, decimal, named, share, text
 from anchorpatch.report.collect import Contents, LeftOut
-from anchorpatch.report.figure_files import FigureFile
 from anchorpatch.text import counted
 
 __all__ = ["BOXES", "PICTURE", "Scenes", "fit_table", "read_scenes", "size_table"]

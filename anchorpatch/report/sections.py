@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
+from anchorpatch.figures.files import FigureFile
 from anchorpatch.jobs.results import Table3, Table4
 from anchorpatch.report.cells import (
     Table,
@@ -14,7 +15,6 @@ from anchorpatch.report.cells import (
 )
 from anchorpatch.report.collect import Contents, Run, Split
 from anchorpatch.report.curves import Chart, comparison, draw, run_charts
-from anchorpatch.report.figure_files import FigureFile
 from anchorpatch.report.made import MAKERS, Made
 from anchorpatch.report.pictures import Embedded, embed
 from anchorpatch.report.result_tables import (

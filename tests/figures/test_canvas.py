@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from anchorpatch.figures import canvas
 from anchorpatch.figures.canvas import BLACK, PAPER, fallbacks, fitted, font, written
-from anchorpatch.figures.save import encoded
+from anchorpatch.figures.files import encoded
 
 BOX = "\N{WHITE SQUARE}"
 

@@ -10,12 +10,17 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ImageDraw
 
+from anchorpatch.figures.examples import Choice, Example
 from anchorpatch.figures.frames import COLORS, MARK, badge, draw_frames, number
-from anchorpatch.figures.patches import localized_picture, patches_figure
+from anchorpatch.figures.patches import (
+    PatchesConfig,
+    PatchExamples,
+    find_patches,
+    localized_picture,
+    patches_figure,
+)
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.extract import ExtractConfig, run
-from anchorpatch.jobs.figures.examples import Choice, Example
-from anchorpatch.jobs.figures.patches import PatchesConfig, PatchExamples, find_patches
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.reader import ShardReader

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anchorpatch.jobs.figures.coverage_curves import CoverageResult, curves_of
+from anchorpatch.figures.coverage_curves import CoverageResult, curves_of
 from anchorpatch.jobs.training.runlog import best_record
 from anchorpatch.report.cells import (
     Cell,

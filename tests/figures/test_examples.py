@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from anchorpatch.errors import SettingsError
+from anchorpatch.figures.examples import Choice, spread
 from anchorpatch.jobs.crops import ImageSource
-from anchorpatch.jobs.figures.examples import Choice, spread
+from anchorpatch.shards.reader import ShardReader
 from tests.jobs.patch_shards import Drawn, classes_of, write_shards
 
 
@@ -20,7 +21,6 @@ def source(image_folder: Path) -> ImageSource:
 @pytest.fixture
 def uneven(tmp_path: Path) -> ImageSource:
     """Three classes of 9, 3 and 1 images."""
-    from anchorpatch.shards.reader import ShardReader
 
     labels = [0] * 9 + [1] * 3 + [2]
     images = [Drawn(63, label, [[i] * 3]) for i, label in enumerate(labels)]

@@ -8,10 +8,16 @@ import torch
 from PIL import Image
 
 from anchorpatch.errors import DataError, SettingsError
-from anchorpatch.figures.errors import RIGHT, WRONG, errors_figure
+from anchorpatch.figures.errors import (
+    RIGHT,
+    WRONG,
+    BranchErrors,
+    ErrorsConfig,
+    errors_figure,
+    find_errors,
+)
+from anchorpatch.figures.examples import Choice
 from anchorpatch.jobs.crops import ImageSource
-from anchorpatch.jobs.figures.errors import BranchErrors, ErrorsConfig, find_errors
-from anchorpatch.jobs.figures.examples import Choice
 from anchorpatch.jobs.localizer import load_anchornet, normalize
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.settings import SCALES

@@ -8,11 +8,12 @@ choice depends on the seed and the list of images alone.
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +23,27 @@ from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.localizer import Localized, Localizer, Pending
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import SCALES
+from anchorpatch.settings import SCALES, LspSettings
+from anchorpatch.text import counted
 
-__all__ = ["Choice", "Example", "Survey", "look_at", "spread"]
+__all__ = [
+    "Choice",
+    "Example",
+    "LookedAt",
+    "ShownImages",
+    "Survey",
+    "look_at",
+    "settings_text",
+    "spread",
+]
 
 _T = TypeVar("_T")
 
 #: Images that are decoded and submitted at once.
 _BATCH: Final = 64
+
+
+# --- looking at images --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -171,18 +185,6 @@ class Example:
     scores: NDArray[np.float32]
     pixels: NDArray[np.uint8]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the image as JSON knows it, without pixels."""
-        return {
-            "path": self.path,
-            "label": self.label,
-            "predicted": self.predicted,
-            "probability": self.probability,
-            "scale": self.scale,
-            "corners": self.corners.tolist(),
-            "scores": self.scores.tolist(),
-        }
-
 
 def look_at(
     source: ImageSource,
@@ -293,3 +295,88 @@ def _index(name: str, known: Sequence[str], where: str, what: str) -> int:
     raise SettingsError(
         f"--{what}: {name!r} is none of the {len(known):,} {what} of {where}; {hint}"
     )
+
+
+# --- what Figures 3 to 5 have in common ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LookedAt:
+    """The images among which a figure's were chosen.
+
+    Attributes:
+        source: name of the images' folder.
+        weights_sha256: of AnchorNet's weights.
+        images: that were looked at.
+        unreadable: images that could not be decoded.
+    """
+
+    source: str
+    weights_sha256: str
+    images: int
+    unreadable: int
+
+    def __str__(self) -> str:
+        return f"{counted(self.images, 'image')} of {self.source}"
+
+    @classmethod
+    def of(cls, survey: Survey, weights: Weights) -> LookedAt:
+        """Summarize a survey."""
+        return cls(survey.source.name, weights.sha256, len(survey), survey.unreadable)
+
+
+@dataclass(frozen=True, eq=False)
+class ShownImages(ABC):
+    """What a figure shows.
+
+    Attributes:
+        looked: the images that it chose among.
+    """
+
+    looked: LookedAt
+
+    #: Name of the command, number of the figure in the paper, and a few words.
+    name: ClassVar[str]
+    number: ClassVar[int]
+    title: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def caption(self) -> str:
+        """A few sentences on what is seen and how it came about."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Return what the figure shows as JSON, without pixels."""
+
+    def record(self, choice: Choice, settings: dict[str, Any], **facts: Any) -> dict[str, Any]:
+        """Return what stands in the JSON file beside the picture, and what the report reads.
+
+        Args:
+            choice: of the images.
+            settings: further ones.
+            facts: what the figure shows.
+        """
+        return {
+            "figure": self.name,
+            "number": self.number,
+            "title": self.title,
+            "caption": self.caption,
+            "weights_sha256": self.looked.weights_sha256,
+            "source": self.looked.source,
+            "settings": {**asdict(choice), **settings},
+            "looked_at": self.looked.images,
+            "unreadable": self.looked.unreadable,
+            **facts,
+        }
+
+
+def settings_text(lsp: LspSettings) -> str:
+    """Write the settings of Algorithm 1 in one line.
+
+    Example:
+        >>> settings_text(LspSettings((5, 3, 2), 0.3, (0.05, 0.04, 0.03)))
+        'K 5/3/2, T 0.3, P 0.05/0.04/0.03'
+    """
+    k, p = "/".join(map(str, lsp.max_patches)), "/".join(map(str, lsp.coverage))
+    return f"K {k}, T {lsp.iou_threshold}, P {p}"
