@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from anchorpatch.errors import ENOTSUPP, DataError, StorageError, reason_of
-from anchorpatch.waits import waiting_for
+from anchorpatch.signals import waiting_for
 
 __all__ = [
     "allocate",

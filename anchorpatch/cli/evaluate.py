@@ -23,7 +23,6 @@ from anchorpatch.cli.options import (
     threads_option,
     workers_option,
 )
-from anchorpatch.runtime.tasks import is_main
 
 __all__ = ["evaluate"]
 
@@ -177,6 +176,7 @@ def _refuse(ctx: click.Context, names: tuple[str, ...], why: str) -> None:
 def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:
     from anchorpatch.cli.evaluate_output import print_anchornet
     from anchorpatch.jobs.evaluate_anchornet import EvaluateAnchorNetConfig, run
+    from anchorpatch.runtime.distributed import is_main
     from anchorpatch.runtime.progress import reporter
 
     weights, runs, result = (options.pop(name) for name in ("weights", "runs", "result"))
@@ -190,6 +190,7 @@ def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:
 def _evaluate_network(network: str, form: str, options: dict[str, Any]) -> None:
     from anchorpatch.cli.evaluate_output import print_table_3, print_table_4
     from anchorpatch.jobs.evaluate import EvaluateConfig, run, run_rescale
+    from anchorpatch.runtime.distributed import is_main
     from anchorpatch.runtime.progress import reporter
     from anchorpatch.settings import SCALES
 

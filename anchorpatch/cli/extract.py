@@ -137,8 +137,8 @@ def extract(
     from anchorpatch.jobs.extract import ExtractConfig, default_preset, forecast, run
     from anchorpatch.jobs.extract_summary import wait_for_ranks
     from anchorpatch.runtime.device import use_threads
+    from anchorpatch.runtime.distributed import rank_and_size, resolve_task
     from anchorpatch.runtime.progress import Reporter, reporter
-    from anchorpatch.runtime.tasks import rank_and_size, resolve_task
 
     use_threads(threads)
     part = resolve_task(task)

@@ -21,7 +21,6 @@ from anchorpatch.cli.options import (
 )
 from anchorpatch.cli.output import print_json, print_table
 from anchorpatch.cli.training_options import RECORD_COLUMNS, loop_options, record_rows, run_options
-from anchorpatch.runtime.tasks import is_main
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
@@ -130,6 +129,7 @@ def finetune(
     from anchorpatch.jobs.finetune import SCRATCH, FinetuneConfig, forecast, run
     from anchorpatch.networks import run_folder
     from anchorpatch.runtime.device import cpu_count, use_threads
+    from anchorpatch.runtime.distributed import is_main
     from anchorpatch.runtime.progress import reporter
 
     use_threads(threads)

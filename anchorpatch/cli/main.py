@@ -17,7 +17,7 @@ from anchorpatch.cli.config import debug_option, load_config, unknown_variables
 from anchorpatch.cli.lazy import LazyGroup
 from anchorpatch.cli.output import ReaderGone, open_streams
 from anchorpatch.errors import AnchorpatchError, Interrupted
-from anchorpatch.waits import STOP_SIGNALS, ending, watch_waits
+from anchorpatch.signals import STOP_SIGNALS, ending, watch_waits
 
 __all__ = ["cli", "main"]
 

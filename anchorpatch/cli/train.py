@@ -30,7 +30,6 @@ from anchorpatch.cli.training_options import (
     record_rows,
     run_options,
 )
-from anchorpatch.runtime.tasks import is_main
 from anchorpatch.settings import CROP_MODES
 from anchorpatch.text import counted
 
@@ -142,6 +141,7 @@ def train(
     _refuse_options_of_anchornet(arch)
     from anchorpatch.jobs.train import RECIPES, TrainConfig, run
     from anchorpatch.runtime.device import cpu_count, use_threads
+    from anchorpatch.runtime.distributed import is_main
     from anchorpatch.runtime.progress import reporter
 
     use_threads(threads)

@@ -44,8 +44,8 @@ from PIL import Image, ImageChops, ImageDraw
 
 from anchorpatch.errors import DataError, SettingsError, reason_of
 from anchorpatch.settings import CROP, RESIZE
+from anchorpatch.signals import answers
 from anchorpatch.storage import refusals
-from anchorpatch.waits import answers
 
 __all__ = [
     "CLASSES",

@@ -49,8 +49,7 @@ from anchorpatch.networks import (
     load_network,
 )
 from anchorpatch.runtime.checkpoint import load_weights
-from anchorpatch.runtime.device import exact_float32, resolve_device, to_device
-from anchorpatch.runtime.memory import keep_freed_memory
+from anchorpatch.runtime.device import exact_float32, keep_freed_memory, resolve_device, to_device
 from anchorpatch.runtime.progress import Reporter
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from anchorpatch.errors import DataError, ImageError, StorageError, reason_of
 from anchorpatch.images.decode import Picture, decode_picture
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.loader import read_image
+from anchorpatch.signals import shut_down, waiting_for
 from anchorpatch.storage import locked, write_atomically
-from anchorpatch.waits import shut_down, waiting_for
 
 __all__ = ["SHORT_SIDE", "PictureCache", "build_cache", "open_cache"]
 

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from anchorpatch.errors import AnchorpatchError, reason_of
-from anchorpatch.waits import STOP_SIGNALS, waiting_for
+from anchorpatch.signals import STOP_SIGNALS, waiting_for
 
 __all__ = ["Batch", "Images", "serve_batches"]
 

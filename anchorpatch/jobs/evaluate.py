@@ -47,9 +47,8 @@ from anchorpatch.networks import (
     run_folder,
 )
 from anchorpatch.runtime.checkpoint import Weights, load_weights
-from anchorpatch.runtime.device import computing_on, resolve_device
+from anchorpatch.runtime.device import computing_on, keep_freed_memory, resolve_device
 from anchorpatch.runtime.distributed import World, process_group
-from anchorpatch.runtime.memory import keep_freed_memory
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import CROP, SCALES, LspSettings
 from anchorpatch.shards.reader import ShardReader

@@ -19,9 +19,14 @@ from anchorpatch.jobs.results import AnchorNetFigures
 from anchorpatch.lsp import decide, localize
 from anchorpatch.models.complexity import macs
 from anchorpatch.runtime.checkpoint import Weights, load_weights
-from anchorpatch.runtime.device import computing_on, exact_float32, resolve_device, to_device
+from anchorpatch.runtime.device import (
+    computing_on,
+    exact_float32,
+    keep_freed_memory,
+    resolve_device,
+    to_device,
+)
 from anchorpatch.runtime.distributed import World, process_group, sum_ranks
-from anchorpatch.runtime.memory import keep_freed_memory
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import PRESETS, SCALES
 from anchorpatch.text import counted

@@ -39,8 +39,8 @@ from anchorpatch.jobs.localizer import Localizer, Pending
 from anchorpatch.jobs.sink import ShardSink
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, cpu_count, resolve_device
+from anchorpatch.runtime.distributed import Task
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.runtime.tasks import Task
 from anchorpatch.settings import PRESETS, CropSettings, LspSettings
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import FilesDigest, Manifest, ShardEntry, open_manifest

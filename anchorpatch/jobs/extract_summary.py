@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from anchorpatch.errors import ShardError
-from anchorpatch.runtime.tasks import Task
+from anchorpatch.runtime.distributed import Task
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.manifest import read_manifest
+from anchorpatch.signals import waiting_for
 from anchorpatch.text import counted
-from anchorpatch.waits import waiting_for
 
 __all__ = ["ExtractSummary", "mean_patches", "summarize", "wait_for_ranks"]
 

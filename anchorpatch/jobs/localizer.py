@@ -25,7 +25,7 @@ from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, load_into
 from anchorpatch.runtime.device import exact_float32
 from anchorpatch.settings import SCALES, LspSettings
-from anchorpatch.waits import shut_down, waiting_for
+from anchorpatch.signals import shut_down, waiting_for
 
 __all__ = [
     "CPU_CHUNK",

@@ -38,7 +38,7 @@ from anchorpatch.networks import (
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
 from anchorpatch.settings import PRESETS, SCALES, CropSettings, LspSettings
-from anchorpatch.waits import shut_down, waiting_for
+from anchorpatch.signals import shut_down, waiting_for
 
 __all__ = ["PredictConfig", "Prediction", "Predictor", "Unreadable", "names_file"]
 

@@ -11,7 +11,7 @@ from anchorpatch.errors import ShardBusy
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.shards.manifest import Manifest
 from anchorpatch.shards.writer import ShardWriter
-from anchorpatch.waits import shut_down, waiting_for
+from anchorpatch.signals import shut_down, waiting_for
 
 __all__ = ["ShardSink"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anchorpatch.settings import CROP, SCALES
 from anchorpatch.shards.reader import ShardReader
-from anchorpatch.waits import shut_down, waiting_for
+from anchorpatch.signals import shut_down, waiting_for
 
 __all__ = ["Loaded", "Rows", "batches_of", "epoch_rows", "load_rows", "pieces_of", "visited"]
 

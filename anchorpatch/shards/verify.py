@@ -16,7 +16,7 @@ from anchorpatch.errors import CorruptShard, ShardError, reason_of
 from anchorpatch.shards.access import check_size, decode_patch, survey
 from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.manifest import LEFTOVERS, Manifest, ShardEntry, read_manifest
-from anchorpatch.waits import answers
+from anchorpatch.signals import answers
 
 __all__ = ["ShardProblem", "verify_folder", "verify_shard", "verify_shards"]
 

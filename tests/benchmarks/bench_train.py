@@ -32,7 +32,7 @@ from anchorpatch.jobs.localizer import normalize
 from anchorpatch.jobs.metrics import six_losses
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import WeightsMeta
-from anchorpatch.runtime.memory import keep_freed_memory
+from anchorpatch.runtime.device import keep_freed_memory
 
 META = WeightsMeta("anchornet", ())
 WAYS = ("plain", "ours", "ours-cache", "ours-bf16", "ours-compile")

@@ -22,7 +22,7 @@ from anchorpatch.images import loader, workers
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.loader import load_batches
 from anchorpatch.images.workers import serve_batches
-from anchorpatch.waits import STOP_SIGNALS
+from anchorpatch.signals import STOP_SIGNALS
 from tests.images.processes import own_workers, wait_until, workers_alive
 
 pytestmark = pytest.mark.filterwarnings(
@@ -165,7 +165,7 @@ import multiprocessing, os, signal, sys
 from pathlib import Path
 from anchorpatch.images.folder import scan_folder
 from anchorpatch.images.loader import load_batches
-from anchorpatch.waits import STOP_SIGNALS
+from anchorpatch.signals import STOP_SIGNALS
 from tests.images.processes import own_workers, wait_until, workers_alive
 folder = scan_folder(Path(sys.argv[1]), "val")
 batches = load_batches(folder, [range(20)] * 1000, workers=2)

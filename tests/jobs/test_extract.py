@@ -18,7 +18,7 @@ from anchorpatch.images.folder import ImageFolder
 from anchorpatch.jobs import extract
 from anchorpatch.jobs.extract import ExtractConfig, files_digest, shard_ranges
 from anchorpatch.jobs.extract_summary import wait_for_ranks
-from anchorpatch.runtime.tasks import Task
+from anchorpatch.runtime.distributed import Task
 from anchorpatch.shards.layout import ShardHeader
 from anchorpatch.shards.manifest import Manifest, open_manifest, read_manifest
 from anchorpatch.shards.writer import ShardWriter

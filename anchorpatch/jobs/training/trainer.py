@@ -43,11 +43,10 @@ from anchorpatch.jobs.training.place import Place, check_identity
 from anchorpatch.jobs.training.runlog import RunLog
 from anchorpatch.jobs.training.task import Batch, Task
 from anchorpatch.runtime.checkpoint import load_state, save_state
-from anchorpatch.runtime.device import computing_on
+from anchorpatch.runtime.device import computing_on, keep_freed_memory, peak_memory
 from anchorpatch.runtime.distributed import World, any_rank, average_buffers
-from anchorpatch.runtime.memory import keep_freed_memory, peak_memory
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.runtime.signals import StopRequested, StopSignals
+from anchorpatch.signals import StopRequested, StopSignals
 
 __all__ = ["Trainer", "refuse_foreign"]
 

@@ -1,7 +1,8 @@
-"""Waits end: each in a process of its own, as signals are a process's."""
+"""Waits end: each in a process of its own, as signals are a process's. Below, what notes them."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,16 +12,23 @@ from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 
 import pytest
 
-from anchorpatch import waits
+from anchorpatch import signals
 from anchorpatch.errors import AnchorpatchError
-from anchorpatch.waits import answers, shut_down, waiting_for
+from anchorpatch.signals import (
+    STOP_SIGNALS,
+    StopRequested,
+    StopSignals,
+    answers,
+    shut_down,
+    waiting_for,
+)
 
 HEAD = """
 import ctypes, os, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
-from anchorpatch import waits
-waits._LAST_GRACE = 0.2
-waits.watch_waits(patience=float(sys.argv[1]))
+from anchorpatch import signals
+signals._LAST_GRACE = 0.2
+signals.watch_waits(patience=float(sys.argv[1]))
 def stop(number, frame):
     sys.exit(7)
 signal.signal(signal.SIGTERM, stop)
@@ -32,7 +40,7 @@ mutex = ctypes.create_string_buffer(256)
 lock = ctypes.CDLL(None).pthread_mutex_lock
 lock(mutex)
 signal.signal(signal.SIGTERM, lambda *_: None)  # it may run before the lock is asked for
-with waits.waiting_for("a device", grace=0.2):
+with signals.waiting_for("a device", grace=0.2):
     print("waits", flush=True)
     lock(mutex)
 """
@@ -40,7 +48,7 @@ with waits.waiting_for("a device", grace=0.2):
 #: A handler that only takes note.
 NOTED = """
 before = signal.signal(signal.SIGTERM, lambda n, f: signal.signal(n, stop))
-with waits.waiting_for("a peer", grace=0.2):
+with signals.waiting_for("a peer", grace=0.2):
     print("waits", flush=True)
     threading.Event().wait()
 """
@@ -53,8 +61,8 @@ try:
     print("waits", flush=True)
     threading.Event().wait()
 finally:
-    waits._GRACE = 0.2
-    waits.ending()
+    signals._GRACE = 0.2
+    signals.ending()
 """
 
 
@@ -90,7 +98,7 @@ class Stderr:
     def write(self, text): sys.stdout.write(text); said.set()
     def flush(self): sys.stdout.flush()
 sys.stderr = Stderr()
-with waits.waiting_for("something else"), waits.waiting_for("a lock"):
+with signals.waiting_for("something else"), signals.waiting_for("a lock"):
     said.wait()
 """
     result = subprocess.run(
@@ -106,7 +114,7 @@ with waits.waiting_for("something else"), waits.waiting_for("a lock"):
 def test_marks_are_taken_away() -> None:
     with pytest.raises(KeyError), waiting_for("a key"):
         raise KeyError
-    assert not waits._waits[threading.get_ident()]
+    assert not signals._waits[threading.get_ident()]
 
 
 def test_shutting_down_drops_what_has_not_begun() -> None:
@@ -130,3 +138,64 @@ def test_answers_stop_with_words_where_a_process_dies() -> None:
     with pytest.raises(AnchorpatchError, match="one of the processes that count was killed, prob"):
         next(items)
     assert list(answers(iter("ab"), "letters")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_noted_and_the_second_acts(number: signal.Signals):
+    class Acted(Exception):
+        pass
+
+    def act(_number: int, _frame: object) -> None:
+        raise Acted
+
+    before = signal.signal(number, act)
+    try:
+        with StopSignals() as stop:
+            assert stop.received == 0
+            os.kill(os.getpid(), number)
+            assert stop.received == number
+            with pytest.raises(Acted):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is act
+    finally:
+        signal.signal(number, before)
+
+
+def test_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_ends_a_block_that_may_be_interrupted():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with StopSignals() as stop:
+            with stop.interrupting():
+                pass
+            with pytest.raises(StopRequested), stop.interrupting():
+                signal.raise_signal(signal.SIGTERM)
+            assert stop.received == signal.SIGTERM
+            with pytest.raises(StopRequested), stop.interrupting():
+                pytest.fail("the signal came before the block")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_other_threads_leave_signals_alone():
+    handler, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with StopSignals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [handler]

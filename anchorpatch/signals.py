@@ -1,4 +1,6 @@
-"""Waits that end: each says what it waits for, and a signal ends it.
+"""Signals that ask a run to stop, and waits that they end.
+
+`StopSignals` notes a signal for the moment at which stopping is safe.
 
 Python runs the handler of a signal between two instructions of the main thread. A main thread
 that is held up in C++ (an all-reduce with a process that hangs, a copy from a GPU), or by a
@@ -17,14 +19,24 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from anchorpatch.errors import AnchorpatchError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-__all__ = ["STOP_SIGNALS", "answers", "ending", "shut_down", "waiting_for", "watch_waits"]
+__all__ = [
+    "STOP_SIGNALS",
+    "StopRequested",
+    "StopSignals",
+    "answers",
+    "ending",
+    "shut_down",
+    "waiting_for",
+    "watch_waits",
+]
 
 #: What asks a run to stop: Ctrl-C, ``kill``, a closed terminal, and what batch systems send
 #: ahead of the end of a job (``sbatch --signal=USR1@60``).
@@ -40,8 +52,65 @@ _GRACE: Final = 10.0
 #: Seconds from the second signal, which `watch_waits` sends, to the end of the process.
 _LAST_GRACE: Final = 3.0
 
-
 _T = TypeVar("_T")
+
+
+class StopRequested(Exception):
+    """A signal has come within `StopSignals.interrupting`."""
+
+
+class StopSignals:
+    """Notes `STOP_SIGNALS` within a ``with`` block instead of raising at any line.
+
+    A second signal of the same kind acts at once, for whoever does not want to wait. Signals
+    that are ignored stay so: ``nohup`` ignores SIGHUP.
+
+    Attributes:
+        received: number of the signal, 0 while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous: dict[int, Any] = {}
+        self._raises = False
+
+    def __enter__(self) -> StopSignals:
+        # Python lets only the main thread set handlers; elsewhere signals are not ours.
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Let a signal end the block: for waits, and for work that may be thrown away.
+
+        Raises:
+            StopRequested: a signal has come, before the block or within.
+        """
+        self._raises = True
+        try:
+            if self.received:
+                raise StopRequested
+            yield
+        finally:
+            self._raises = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._previous[number])
+        if self._raises:
+            self._raises = False
+            raise StopRequested
+
+
+# --- waits --------------------------------------------------------------------------------------
 
 
 class _Wait(NamedTuple):
