@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anchorpatch.images.workers import Batch
+from anchorpatch.images.loader import Batch
 from anchorpatch.jobs import extract, finetune
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.evaluate_anchornet import _Meter

@@ -32,8 +32,7 @@ from anchorpatch.errors import (
     TooManyBadImages,
 )
 from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows, without_images
-from anchorpatch.images.loader import load_batches
-from anchorpatch.images.workers import Batch
+from anchorpatch.images.loader import Batch, load_batches
 from anchorpatch.jobs.extract_summary import ExtractSummary, summarize
 from anchorpatch.jobs.localizer import Localizer, Pending
 from anchorpatch.jobs.sink import ShardSink

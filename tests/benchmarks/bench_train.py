@@ -25,9 +25,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from anchorpatch.images.cache import build_cache
+from anchorpatch.images.crops import RandomCrop, build_cache, epoch_order, load_training_batches
 from anchorpatch.images.folder import scan_folder
-from anchorpatch.images.training import RandomCrop, epoch_order, load_training_batches
 from anchorpatch.jobs.localizer import normalize
 from anchorpatch.jobs.metrics import six_losses
 from anchorpatch.models.anchornet import AnchorNet

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from anchorpatch.errors import DataError
+from anchorpatch.images.crops import RandomCrop, load_training_batches
 from anchorpatch.images.folder import ImageFolder
-from anchorpatch.images.training import RandomCrop, load_training_batches
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.finetuning.config import FinetuneConfig
 from anchorpatch.jobs.finetuning.plan import Request

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from anchorpatch.images.training import RandomCrop, random_box
+from anchorpatch.images.crops import RandomCrop, random_box
 from anchorpatch.runtime.device import to_device
 
 __all__ = ["Augmentation", "adjust_colours", "crop_boxes"]

@@ -17,10 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from anchorpatch.errors import DataError, TooManyBadImages
-from anchorpatch.images.cache import PictureCache, build_cache, open_cache
+from anchorpatch.images.crops import (
+    PictureCache,
+    RandomCrop,
+    build_cache,
+    epoch_order,
+    load_training_batches,
+    open_cache,
+)
 from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
 from anchorpatch.images.loader import load_batches
-from anchorpatch.images.training import RandomCrop, epoch_order, load_training_batches
 from anchorpatch.jobs.localizer import normalize
 from anchorpatch.jobs.training.config import FREE, TrainConfig
 from anchorpatch.jobs.training.task import Batch, Piece, Waiting

@@ -1,17 +1,23 @@
-"""A folder's pictures, decoded once and kept in a file that is mapped into memory.
+"""Training batches: random resized crop and flip, the same on every machine and after a stop.
 
-Pictures are shrunk to a short side of 256 px (never enlarged), which is what the validation
-transform leaves of them too. Processes share the pages, so the file is in memory once at most.
+Order and augmentation follow from (seed, epoch, row) alone, not from workers, ranks, batches
+or what was drawn before. So a run resumes within an epoch by its step number.
+
+A folder's pictures may be decoded once and kept in a file that is mapped into memory, the cache:
+shrunk to a short side of 256 px (never enlarged), which is what the validation transform leaves
+of them too. Processes share the pages, so the file is in memory once at most.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,18 +26,156 @@ import numpy.typing as npt
 from PIL import Image
 
 from anchorpatch.errors import DataError, ImageError, StorageError, reason_of
-from anchorpatch.images.decode import Picture, decode_picture
+from anchorpatch.images.decode import Decoded, Picture, decode_picture
 from anchorpatch.images.folder import ImageFolder
-from anchorpatch.images.loader import read_image
+from anchorpatch.images.loader import Batch, fill_batch, read_image, serve_batches
 from anchorpatch.signals import shut_down, waiting_for
 from anchorpatch.storage import locked, write_atomically
 
-__all__ = ["SHORT_SIDE", "PictureCache", "build_cache", "open_cache"]
+__all__ = [
+    "SHORT_SIDE",
+    "PictureCache",
+    "RandomCrop",
+    "build_cache",
+    "epoch_order",
+    "load_training_batches",
+    "open_cache",
+    "random_box",
+    "random_crop",
+]
 
-#: Longer short sides are shrunk to this, in pixels.
+#: Longer short sides of cached pictures are shrunk to this, in pixels.
 SHORT_SIDE: Final = 256
 
+#: Pictures that are decoded at a time for the cache.
 _CHUNK: Final = 64
+
+_PREFETCH = 2
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """Random resized crop and horizontal flip, as ImageNet is usually trained on today.
+
+    The paper follows He et al. [2016], who crop a fixed size out of an image that was resized to
+    a random short side of 256 to 480 px.
+
+    Attributes:
+        size: side of the result in pixels.
+        min_area: smallest share of the picture's area; the largest is all of it.
+        aspect: smallest and largest width over height.
+        flip: random horizontal flip (p = 0.5).
+        seed: of the run.
+        background: colour behind transparent pixels.
+    """
+
+    size: int = 224
+    min_area: float = 0.08
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    seed: int = 0
+    background: str = "#ffffff"
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Return the order in which an epoch visits n rows."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def random_box(
+    rng: np.random.Generator, width: int, height: int, crop: RandomCrop
+) -> tuple[int, int, int, int]:
+    """Draw a box (left, top, right, bottom) in pixels, as torchvision's RandomResizedCrop.
+
+    Up to ten tries find a box of random area and aspect inside the picture; then the largest
+    centred box of an allowed aspect is taken. (``RandomResizedCrop.get_params`` draws from the
+    global generator of torch; here the box follows from ``rng`` alone.)
+    """
+    low, high = (math.log(ratio) for ratio in crop.aspect)
+    for _ in range(10):
+        area = width * height * rng.uniform(crop.min_area, 1.0)
+        aspect = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    aspect = min(max(width / height, crop.aspect[0]), crop.aspect[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + max(w, 1), top + max(h, 1)
+
+
+def random_crop(
+    picture: Image.Image, crop: RandomCrop, epoch: int, row: int
+) -> npt.NDArray[np.uint8]:
+    """Crop, resize (antialiased bilinear) and perhaps mirror one picture.
+
+    Returns:
+        RGB, uint8 (size, size, 3).
+    """
+    rng = np.random.default_rng((crop.seed, epoch, row))
+    box = random_box(rng, *picture.size, crop)
+    result = picture.resize((crop.size, crop.size), Image.Resampling.BILINEAR, box=box)
+    if crop.flip and rng.random() < 0.5:
+        result = result.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(result.convert("RGB"))
+
+
+def load_training_batches(
+    folder: ImageFolder,
+    plan: Iterable[tuple[int, npt.NDArray[np.int64]]],
+    crop: RandomCrop,
+    *,
+    workers: int,
+    cache: PictureCache | None = None,
+    pin_memory: bool = False,
+) -> Generator[Batch, None, None]:
+    """Load batches of augmented pictures.
+
+    The workers live as long as the plan, which may go over many epochs.
+
+    Args:
+        folder: the images.
+        plan: epoch and rows of each batch, in order.
+        crop: the augmentation.
+        workers: processes that load; 0 loads in this thread when a batch is asked for.
+        cache: decoded pictures of the folder; None decodes the files.
+        pin_memory: put pixels into page-locked memory, for copies to a GPU.
+
+    Returns:
+        Batches whose pixels are uint8 (n, size, size, 3).
+    """
+    return serve_batches(
+        partial(_load, str(folder.root), crop, cache),
+        ((epoch, rows, folder.paths[rows]) for epoch, rows in plan),
+        batch_bytes=256 * crop.size**2 * 3,
+        workers=workers,
+        prefetch=_PREFETCH,
+        pin_memory=pin_memory,
+    )
+
+
+def _load(
+    root: str,
+    crop: RandomCrop,
+    cache: PictureCache | None,
+    request: tuple[int, npt.NDArray[np.int64], npt.NDArray[np.bytes_]],
+) -> tuple[Any, ...]:
+    """Return the batch of an epoch, rows (n,) and relative paths (n,)."""
+    epoch, rows, paths = request
+
+    def crop_of(row: int, path: str) -> Decoded:
+        if cache is not None:
+            image, damaged = cache[row]
+        else:
+            image, damaged = decode_picture(read_image(os.path.join(root, path)), crop.background)
+        size = image.height, image.width
+        return Decoded(random_crop(image, crop, epoch, row), size, damaged)
+
+    return fill_batch(rows, paths, crop.size, crop_of)
+
+
+# --- the cache ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,16 +14,18 @@ from PIL import Image
 
 from anchorpatch import storage
 from anchorpatch.errors import DataError
-from anchorpatch.images.cache import SHORT_SIDE, build_cache, open_cache
-from anchorpatch.images.decode import Picture, decode_picture
-from anchorpatch.images.folder import ImageFolder, scan_folder
-from anchorpatch.images.training import (
+from anchorpatch.images.crops import (
+    SHORT_SIDE,
     RandomCrop,
+    build_cache,
     epoch_order,
     load_training_batches,
+    open_cache,
     random_box,
     random_crop,
 )
+from anchorpatch.images.decode import Picture, decode_picture
+from anchorpatch.images.folder import ImageFolder, scan_folder
 from tests.conftest import draw_photo
 from tests.oddities import encoded, picture
 
@@ -176,7 +178,7 @@ def test_the_cache_is_made_once_for_each_set_of_files(
         decoded.append(data)
         return decode_picture(data, background)
 
-    monkeypatch.setattr("anchorpatch.images.cache.decode_picture", count)
+    monkeypatch.setattr("anchorpatch.images.crops.decode_picture", count)
     build_cache(folder, tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == made
     assert decoded == [b"no image"]
