@@ -15,7 +15,7 @@ from anchorpatch.cli.output import bytes_text, print_json
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
-    from anchorpatch.report.build import ReportSummary
+    from anchorpatch.report.page import ReportSummary
 
 __all__ = ["report"]
 
@@ -54,7 +54,7 @@ def report(
     anchorpatch report
     anchorpatch report anchorpatch-demo
     """
-    from anchorpatch.report.build import ReportConfig, run
+    from anchorpatch.report.page import ReportConfig, run
     from anchorpatch.runtime.progress import reporter
 
     known = None if weights is None else find_weights(weights, folder)

@@ -13,17 +13,35 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from anchorpatch.errors import AnchorpatchError, DataError, reason_of
+from anchorpatch.demo.score import SceneScore, score_scenes
+from anchorpatch.errors import AnchorpatchError, DataError, ImageError, reason_of
 from anchorpatch.figures.files import FigureFile, read_figure
-from anchorpatch.report.result_files import Result, read_result
-from anchorpatch.report.weights import WeightsFacts, read_weights_facts
+from anchorpatch.images.decode import decode_picture
+from anchorpatch.jobs.results import AnchorNetFigures, Speed, Table3, Table3Row, Table4, Table4Row
+from anchorpatch.runtime.checkpoint import WeightsMeta, read_meta
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.facts import SplitFacts, split_facts
 from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.manifest import read_manifest
 from anchorpatch.shards.reader import ShardReader
+from anchorpatch.storage import sha256_of
 
-__all__ = ["Contents", "LeftOut", "Run", "Split", "collect", "number"]
+__all__ = [
+    "BOXES",
+    "PICTURE",
+    "Contents",
+    "LeftOut",
+    "Result",
+    "Run",
+    "Scenes",
+    "Split",
+    "WeightsFacts",
+    "collect",
+    "number",
+    "read_result",
+    "read_scenes",
+    "read_weights_facts",
+]
 
 _LOG: Final = "log.jsonl"
 
@@ -284,3 +302,142 @@ def _histogram(reader: ShardReader) -> dict[int, tuple[int, ...]]:
         return {}
     counts = {scale: reader.counts[reader.scale == scale] for scale in SCALES}
     return {scale: tuple(np.bincount(c).tolist()) for scale, c in counts.items()}
+
+
+#: A larger JSON file is no result of ours.
+_MOST_BYTES: Final = 4 << 20
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``anchorpatch evaluate`` found.
+
+    Attributes:
+        source: the file.
+        table: Table 3, Table 4, or the figures of AnchorNet.
+    """
+
+    source: str
+    table: Table3 | Table4 | AnchorNetFigures
+
+
+def read_result(path: Path) -> Result | None:
+    """Read a result; None for JSON of another kind, which may lie anywhere."""
+    if path.stat().st_size > _MOST_BYTES:
+        return None
+    data = path.read_bytes()
+    if b'"protocol"' not in data and not path.name.startswith("table"):
+        return None
+    document = json.loads(data)
+    if not isinstance(document, dict) or document.get("protocol") not in _READERS:
+        return None
+    fields = {name: value for name, value in document.items() if name != "protocol"}
+    return Result(str(path), _READERS[document["protocol"]](fields))
+
+
+def _table_3(fields: dict[str, Any]) -> Table3:
+    rows = tuple(Table3Row(**row) for row in fields["rows"])
+    speed = None if fields["speed"] is None else Speed(**fields["speed"])
+    left_out = tuple(map(str, fields["left_out"]))
+    return Table3(**{**fields, "rows": rows, "speed": speed, "left_out": left_out})
+
+
+def _table_4(fields: dict[str, Any]) -> Table4:
+    return Table4(**{**fields, "rows": tuple(Table4Row(**row) for row in fields["rows"])})
+
+
+_READERS: Final[Mapping[str, Callable[[dict[str, Any]], Table3 | Table4 | AnchorNetFigures]]] = {
+    "patches": _table_3,
+    "rescale": _table_4,
+    "anchornet": lambda fields: AnchorNetFigures(**fields),
+}
+
+
+@dataclass(frozen=True)
+class WeightsFacts:
+    """A file of weights.
+
+    Attributes:
+        path: of the file.
+        meta: what it says about itself.
+        sha256: of its bytes.
+    """
+
+    path: Path
+    meta: WeightsMeta
+    sha256: str
+
+    def shown(self) -> dict[str, Any]:
+        """Return what a page says of it."""
+        record = self.meta.training.get("record")
+        val = record.get("val") if isinstance(record, dict) else None
+        top1 = val.get("top1") if isinstance(val, dict) else None
+        return {
+            "network": self.meta.architecture,
+            "classes": f"{len(self.meta.classes):,}",
+            "top-1": f"{top1:.2%}" if isinstance(top1, (int, float)) else "",
+            "SHA-256": self.sha256,
+        }
+
+
+def read_weights_facts(path: Path) -> WeightsFacts:
+    """Read what a file of weights says about itself.
+
+    Raises:
+        WeightsError: it is missing or damaged.
+    """
+    meta = read_meta(path)
+    with path.open("rb") as file:
+        return WeightsFacts(path, meta, sha256_of(file))
+
+
+#: Where ``anchorpatch demo`` leaves the true boxes and a picture, below its folder.
+BOXES: Final = Path("scenes", "boxes.csv")
+PICTURE: Final = "patches.png"
+
+
+@dataclass(frozen=True, eq=False)
+class Scenes:
+    """What is known of drawn pictures.
+
+    Attributes:
+        score: of the patches against the true boxes.
+        picture: that ``anchorpatch demo`` wrote; None without one.
+    """
+
+    score: SceneScore
+    picture: FigureFile | None
+
+
+def read_scenes(contents: Contents) -> tuple[Scenes | None, tuple[LeftOut, ...]]:
+    """Compare the first split with the true boxes, where the folder has boxes.
+
+    Returns:
+        What is known, or None; and what could not be read.
+    """
+    boxes = contents.folder / BOXES
+    splits = sorted(contents.splits, key=lambda split: split.facts.split == "train")
+    if not boxes.is_file() or not splits or not splits[0].facts.images:
+        return None, ()
+    picture = contents.folder / PICTURE
+    try:
+        score = score_scenes(splits[0].folder, boxes)
+        drawn = _picture(picture) if picture.is_file() else None
+    except ImageError as error:
+        return Scenes(score, None), (LeftOut(str(picture), error.reason),)
+    except AnchorpatchError as error:
+        return None, (LeftOut(str(boxes), str(error).removeprefix(f"{boxes}: ")),)
+    return Scenes(score, drawn), ()
+
+
+def _picture(path: Path) -> FigureFile:
+    encoded = path.read_bytes()
+    return FigureFile(
+        source=str(path),
+        name="scenes",
+        number=0,
+        title="Scenes with their patches and the true boxes",
+        caption="Bold: the strongest patch. Thin: the others. Dashed: the true box.",
+        picture=decode_picture(encoded).image.convert("RGB"),
+        encoded=encoded,
+    )

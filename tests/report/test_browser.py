@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from anchorpatch.report.build import ReportConfig, run
+from anchorpatch.report.page import ReportConfig, run
 from tests.report.browser import Browser, chromium
 from tests.report.samples import sheet, write_all
 

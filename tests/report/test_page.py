@@ -11,12 +11,8 @@ from pathlib import Path
 import pytest
 
 from anchorpatch.errors import DataError, SettingsError, StorageError
-from anchorpatch.report.build import ReportConfig, run
-from anchorpatch.report.collect import collect
-from anchorpatch.report.key_figures import key_figures
-from anchorpatch.report.page import page_date
-from anchorpatch.report.result_files import Result
-from anchorpatch.report.sections import sections
+from anchorpatch.report.collect import Result, collect
+from anchorpatch.report.page import ReportConfig, key_figures, page_date, run, sections
 from tests.report.samples import SHOWN, TABLE_3, Parsed, sheet, write_all, write_figure, write_run
 
 DATE = datetime(2026, 1, 2, 3, 4, tzinfo=timezone.utc)

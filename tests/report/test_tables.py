@@ -8,25 +8,26 @@ import pytest
 
 from anchorpatch.figures.coverage_curves import CoverageResult, curves_of
 from anchorpatch.jobs.training.runlog import best_record
-from anchorpatch.report.cells import (
+from anchorpatch.report.collect import Run, Split, collect
+from anchorpatch.report.tables import (
     Cell,
     Table,
     count,
-    decimal,
-    facts_table,
-    share,
-    text,
-)
-from anchorpatch.report.collect import Run, Split, collect
-from anchorpatch.report.result_tables import (
     coverage_table,
+    decimal,
+    epoch_table,
+    facts_table,
+    histogram_table,
     output_table,
     preset_table,
+    run_table,
+    scale_table,
+    share,
+    skipped_table,
     table_3,
     table_4,
+    text,
 )
-from anchorpatch.report.run_tables import epoch_table, run_table
-from anchorpatch.report.shard_tables import histogram_table, scale_table, skipped_table
 from anchorpatch.settings import SCALES
 from tests.report.samples import ANCHORNET, TABLE_3, TABLE_4, records, write_all
 

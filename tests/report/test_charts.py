@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from anchorpatch.report.charts import Chart, Series, comparison, draw, run_charts
 from anchorpatch.report.collect import Run
-from anchorpatch.report.curves import Chart, Series, comparison, draw, run_charts
 from tests.report.samples import EVIL, SHOWN, records
 
 SVG = "{http://www.w3.org/2000/svg}"
