@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from anchorpatch.errors import SettingsError, WeightsError
@@ -29,6 +30,7 @@ from anchorpatch.text import few
 
 __all__ = [
     "Network",
+    "Normalization",
     "asked_text",
     "best_weights",
     "check_sides",
@@ -63,6 +65,34 @@ class Network:
     def asked(self) -> str:
         """Where the weights came from and what they were trained on, for people."""
         return asked_text(self.source, self.trained_on)
+
+
+class Normalization:
+    """Turns pixels into what a network reads.
+
+    Args:
+        meta: of the network: mean and standard deviation of its input.
+        device: where it computes.
+    """
+
+    def __init__(self, meta: WeightsMeta, device: torch.device) -> None:
+        self.device = device
+        self._mean = torch.tensor(meta.mean, device=device)
+        self._std = torch.tensor(meta.std, device=device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Normalize a batch, without waiting for what a GPU is doing.
+
+        Args:
+            pixels: uint8 (n, H, W, 3), or the same as float32 in [0, 1]; on any device.
+
+        Returns:
+            float32 (n, 3, H, W), channels last in memory.
+        """
+        pixels = pixels.to(self.device, non_blocking=True)
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.float() / 255
+        return ((pixels - self._mean) / self._std).permute(0, 3, 1, 2)
 
 
 def asked_text(source: str, trained_on: str) -> str:

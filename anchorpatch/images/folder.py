@@ -35,7 +35,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from anchorpatch.errors import DataError, reason_of
+from anchorpatch.errors import DataError, TooManyBadImages, reason_of
 from anchorpatch.storage import patiently
 from anchorpatch.text import counted, few
 
@@ -104,6 +104,22 @@ class ImageFolder:
         return (
             f"{self.root}: {counted(sum(self.ignored.values()), 'file')} passed over ({counts}); "
             f"images are {', '.join(EXTENSIONS)}"
+        )
+
+    def too_many_bad(
+        self, bad: int, of: int, max_bad: float, details: str = ""
+    ) -> TooManyBadImages:
+        """Return the error of a run that found more unreadable images than it may.
+
+        Args:
+            bad: unreadable images.
+            of: all that were to be read.
+            max_bad: share of them that is accepted.
+            details: more to say, with what leads to it.
+        """
+        return TooManyBadImages(
+            f"{self.root}: {bad} of {of} images cannot be read, more than --max-bad "
+            f"{max_bad:.2%}{details}; fix or remove the files, or raise --max-bad"
         )
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchorpatch.errors import NonFiniteError, TooManyBadImages
+from anchorpatch.errors import NonFiniteError
 from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
 from anchorpatch.images.loader import load_batches
-from anchorpatch.jobs.localizer import load_anchornet, normalize
+from anchorpatch.jobs.localizer import load_anchornet
 from anchorpatch.jobs.metrics import AnchorNetAccuracy, per_branch
 from anchorpatch.jobs.results import AnchorNetFigures
 from anchorpatch.lsp import decide, localize
 from anchorpatch.models.complexity import macs
+from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import (
     computing_on,
@@ -115,10 +116,7 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
             report.stop()
         skipped, damaged = sum_ranks(torch.tensor([bad, damaged], device=device)).tolist()
         if skipped > config.max_bad * len(folder):
-            raise TooManyBadImages(
-                f"{folder.root}: {skipped} of {len(folder)} images cannot be decoded, more than "
-                f"--max-bad {config.max_bad:.1%}; remove them or raise --max-bad"
-            )
+            raise folder.too_many_bad(skipped, len(folder), config.max_bad)
         return meter.summary(folder, skipped, damaged, world)
 
 
@@ -128,8 +126,7 @@ class _Meter:
     def __init__(self, weights: Weights, device: torch.device, *, amp: bool) -> None:
         self.device, self.amp = device, amp
         self.net = load_anchornet(weights).to(device).to(memory_format=torch.channels_last)
-        self.mean = torch.tensor(weights.meta.mean, device=device)
-        self.std = torch.tensor(weights.meta.std, device=device)
+        self.normalize = Normalization(weights.meta, device)
         self.scores, self.patches = AnchorNetAccuracy(device), _MeanPatches(device)
         self.seconds = 0.0
 
@@ -139,7 +136,7 @@ class _Meter:
         """Count a batch: uint8 pixels (n, 224, 224, 3) and labels (n,)."""
         labels = to_device(labels, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            inputs = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std)
+            inputs = self.normalize(pixels)
             # Localising alone is timed: the outputs of the attention branches are no part of it.
             began = self._now()
             logits, features = self.net.localize(inputs)

@@ -29,7 +29,6 @@ from anchorpatch.errors import (
     NonFiniteError,
     SettingsError,
     ShardBusy,
-    TooManyBadImages,
 )
 from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows, without_images
 from anchorpatch.images.loader import Batch, load_batches
@@ -529,10 +528,9 @@ class _BadImages:
         for row, reason in batch.bad:
             self._reasons[reason] += 1
             if (all_reasons := self._before + self._reasons).total() > self._limit:
-                raise TooManyBadImages(
-                    f"{self._folder.root}: more than {self._limit} of {self._total} images cannot "
-                    f"be read (--max-bad {self._share:.2%}): {_counted(all_reasons)}; the last is "
-                    f"{self._folder.path(row)}; fix or remove the files, or raise --max-bad"
+                details = f": {_counted(all_reasons)}; the last is {self._folder.path(row)}"
+                raise self._folder.too_many_bad(
+                    all_reasons.total(), self._total, self._share, details
                 )
 
 

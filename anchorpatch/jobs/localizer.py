@@ -22,6 +22,7 @@ from torch import Tensor
 from anchorpatch.errors import NonFiniteError, WeightsError
 from anchorpatch.lsp import decide, localize
 from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import Weights, load_into
 from anchorpatch.runtime.device import exact_float32
 from anchorpatch.settings import SCALES, LspSettings
@@ -160,8 +161,7 @@ class Localizer:
         # A channels-last network takes the decoder's pixels as they lie in memory.
         self.net = load_anchornet(weights).fuse().to(device)
         self.net = self.net.to(memory_format=torch.channels_last)
-        self._mean = torch.tensor(weights.meta.mean, device=device)
-        self._std = torch.tensor(weights.meta.std, device=device)
+        self._normalize = Normalization(weights.meta, device)
         self._scales = torch.tensor(SCALES, device=device)
         self._stage: Callable[[Tensor], Sequence[Tensor]] = self._run
         self._pool: ThreadPoolExecutor | None = None
@@ -217,7 +217,7 @@ class Localizer:
 
     def _maps(self, chunk: Tensor, classes: Tensor) -> list[NDArray[np.float32]]:
         with torch.inference_mode(), exact_float32():
-            images = normalize(self._filled(chunk), self._mean, self._std)
+            images = self._normalize(self._filled(chunk))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 logits, features = self.net.localize(images)
             attention = [s.float().squeeze(1) for s in features.attention]
@@ -248,7 +248,7 @@ class Localizer:
         return _OnDevice(host, done)
 
     def _run(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        images = normalize(pixels, self._mean, self._std)
+        images = self._normalize(pixels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             logits, features = self.net.localize(images)
         decision = decide(logits.softmax(-1))

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from anchorpatch.errors import CorruptShard, DataError, ShardError, WeightsError
 from anchorpatch.images.folder import spread_rows
 from anchorpatch.jobs.crops import Crops
-from anchorpatch.jobs.localizer import normalize
 from anchorpatch.jobs.metrics import Accuracy, Figures, PatchFigures, probability_losses
+from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.device import exact_float32, to_device
 from anchorpatch.runtime.distributed import World
@@ -110,8 +110,7 @@ class Distributions:
         self, module: nn.Module, device: torch.device, meta: WeightsMeta, amp: bool
     ) -> None:
         self.module, self.device, self.meta, self.amp = module, device, meta, amp
-        self.mean = torch.tensor(meta.mean, device=device)
-        self.std = torch.tensor(meta.std, device=device)
+        self.normalize = Normalization(meta, device)
 
     @exact_float32()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -120,7 +119,7 @@ class Distributions:
         Raises:
             WeightsError: the network does not give one logit for each class.
         """
-        inputs = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std)
+        inputs = self.normalize(pixels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             logits = self.module(inputs)
         expected = (len(pixels), len(self.meta.classes))

@@ -386,7 +386,7 @@ def test_bad_and_odd_files(program: Program, tmp_path: Path, weights: Path) -> N
 
     strict = program(*arguments[:-2], "--out", "strict")
     assert (strict.returncode, strict.stdout) == (1, "")
-    assert "images cannot be read (--max-bad 1.00%)" in strict.stderr
+    assert "images cannot be read, more than --max-bad 1.00%: " in strict.stderr
     assert not list((tmp_path / "strict/val").glob("*.h5*"))
 
 
