@@ -25,7 +25,7 @@ from anchorpatch.errors import (
     TooManyBadImages,
     WeightsError,
 )
-from anchorpatch.jobs import evaluate
+from anchorpatch.jobs import evaluate_anchornet
 from anchorpatch.jobs.train import RECIPES, TrainConfig, run
 from anchorpatch.jobs.training.runlog import alone_in
 from anchorpatch.runtime.checkpoint import load_weights, save_weights
@@ -314,7 +314,9 @@ def test_evaluation_crops_as_the_weights_say(data: Path, weights: Path, tmp_path
     for path in (data / "val").glob("*/*.png"):
         Image.open(path).resize((224, 224), Image.Resampling.BILINEAR).save(squashed / path.name)
     center, ours, theirs = (
-        evaluate.run(evaluate.EvaluateAnchorNetConfig(folder, file, device="cpu"))
+        evaluate_anchornet.run(
+            evaluate_anchornet.EvaluateAnchorNetConfig(folder, file, device="cpu")
+        )
         for folder, file in ((data, weights), (data, squash), (tmp_path, squash))
     )
     # What does not depend on the labels. Pictures that are squashed already stay as they are.
