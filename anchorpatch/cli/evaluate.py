@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,10 @@ from anchorpatch.cli.options import (
     threads_option,
     workers_option,
 )
+from anchorpatch.cli.output import print_result
+
+if TYPE_CHECKING:
+    from anchorpatch.jobs.results import AnchorNetFigures, Table3, Table4
 
 __all__ = ["evaluate"]
 
@@ -174,23 +178,17 @@ def _refuse(ctx: click.Context, names: tuple[str, ...], why: str) -> None:
 
 
 def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:
-    from anchorpatch.cli.evaluate_output import print_anchornet
     from anchorpatch.jobs.evaluate_anchornet import EvaluateAnchorNetConfig, run
-    from anchorpatch.runtime.distributed import is_main
     from anchorpatch.runtime.progress import reporter
 
     weights, runs, result = (options.pop(name) for name in ("weights", "runs", "result"))
     known = {k: v for k, v in options.items() if k not in _OF_NETWORKS}
-    summary = run(EvaluateAnchorNetConfig(weights=find_weights(weights, runs), **known), reporter())
-    if is_main():
-        _write_result(result, summary.to_json())
-        print_anchornet(summary, form == "json")
+    config = EvaluateAnchorNetConfig(weights=find_weights(weights, runs), **known)
+    _show(run(config, reporter()), form, result)
 
 
 def _evaluate_network(network: str, form: str, options: dict[str, Any]) -> None:
-    from anchorpatch.cli.evaluate_output import print_table_3, print_table_4
     from anchorpatch.jobs.evaluate import EvaluateConfig, run, run_rescale
-    from anchorpatch.runtime.distributed import is_main
     from anchorpatch.runtime.progress import reporter
     from anchorpatch.settings import SCALES
 
@@ -202,16 +200,17 @@ def _evaluate_network(network: str, form: str, options: dict[str, Any]) -> None:
         anchornet_weights=find_weights(anchornet, options["runs"]) if anchornet else None,
         **{k: v for k, v in options.items() if k not in _OF_ANCHORNET},
     )
-    if protocol == "rescale":
-        table_4 = run_rescale(config, reporter())
-        if is_main():
-            _write_result(result, table_4.to_json())
-            print_table_4(table_4, form)
-    else:
-        table_3 = run(config, reporter())
-        if is_main():
-            _write_result(result, table_3.to_json())
-            print_table_3(table_3, form)
+    found = run_rescale(config, reporter()) if protocol == "rescale" else run(config, reporter())
+    _show(found, form, result)
+
+
+def _show(found: Table3 | Table4 | AnchorNetFigures, form: str, result: Path | None) -> None:
+    """Print what was found, and write it to a file where one is named."""
+    from anchorpatch.runtime.distributed import is_main
+
+    if is_main():
+        _write_result(result, found.to_json())
+        print_result(found.to_json(), found.tables(), form)
 
 
 def _write_result(path: Path | None, result: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from anchorpatch.errors import StorageError, reason_of
+from anchorpatch.tables import NO_VALUE, Table
 
 __all__ = [
     "ReaderGone",
@@ -22,6 +23,7 @@ __all__ = [
     "print_csv",
     "print_json",
     "print_markdown",
+    "print_result",
     "print_table",
 ]
 
@@ -105,10 +107,10 @@ def print_table(
     """
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
     terminal = sys.stdout.isatty()
-    table = Table(box=box.ROUNDED if terminal else None, pad_edge=terminal, highlight=False)
+    table = RichTable(box=box.ROUNDED if terminal else None, pad_edge=terminal, highlight=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=not terminal)
     for row in rows:
@@ -130,6 +132,39 @@ def print_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
     rule = ["---:" if i else ":---" for i in range(len(columns))]
     for row in (columns, rule, *rows):
         click.echo(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
+
+
+def print_result(result: Mapping[str, Any], tables: Sequence[Table], form: str) -> None:
+    """Print a result.
+
+    Args:
+        result: as JSON values.
+        tables: the same for people.
+        form: "json"; "csv" for the result's rows, with the notes on stderr; "markdown" or "table".
+    """
+    if form == "json":
+        print_json(result)
+        return
+    notes = [f"{c.name}: {c.help}." for table in tables for c in table.columns if c.help]
+    notes += [note for table in tables for note in table.notes]
+    if form == "csv":
+        print_csv(result["rows"])
+        for note in notes:
+            click.echo(note, err=True)
+        return
+    write, dash = (print_markdown, "- ") if form == "markdown" else (print_table, "")
+    for i, table in enumerate(tables):
+        if i:
+            click.echo(f"\n{table.caption}:\n")
+        rows = [[_plain(cell.text) for cell in row] for row in (*table.rows, *table.foot)]
+        write([column.name for column in table.columns], rows)
+    click.echo()
+    for note in notes:
+        click.echo(dash + note)
+
+
+def _plain(text: str) -> str:
+    return "-" if text == NO_VALUE else text
 
 
 def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:

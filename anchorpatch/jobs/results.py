@@ -11,6 +11,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from anchorpatch.networks import asked_text
+from anchorpatch.tables import (
+    Cell,
+    Column,
+    Table,
+    count,
+    decimal,
+    named,
+    share,
+    text,
+    with_total,
+)
+from anchorpatch.text import counted
 
 __all__ = ["AnchorNetFigures", "Speed", "Table3", "Table3Row", "Table4", "Table4Row"]
 
@@ -51,8 +63,34 @@ class AnchorNetFigures:
     ignored: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the summary as JSON knows it."""
+        """Return the figures as JSON values."""
         return {"protocol": "anchornet", **asdict(self)}
+
+    def tables(self) -> tuple[Table, ...]:
+        """Return the accuracy of each output, and the patches per image of each preset."""
+        rows = []
+        for output, top1 in self.top1_by_output.items():
+            part, _, scale = output.partition("_")
+            chosen = self.branch_share.get(scale) if part == "localization" else None
+            top5 = self.top5_by_output.get(output)
+            rows.append((text(f"{part} {scale} px"), share(top1), share(top5), share(chosen, 1)))
+        total = (text("decision (Eq. 7)"), share(self.top1), share(self.top5), share(1.0, 1))
+        notes = [
+            f"{counted(self.images, 'image')}, {self.skipped:,} skipped; "
+            f"{_gmacs(self.gmacs)} GMACs, {decimal(self.images_per_second, 1).text} images/s "
+            "without decoding."
+        ]
+        if self.damaged:
+            notes.append(f"Decoded with damage: {self.damaged:,}.")
+        columns = named("output", "top-1", "top-5", "chosen for")
+        outputs = Table("AnchorNet by output", columns, tuple(rows), (total,), tuple(notes))
+        scales = [*self.branch_share, "all"]
+        columns = named("preset", *(f"{s} px" if s != "all" else s for s in scales))
+        presets = tuple(
+            (text(name), *(decimal(means.get(scale)) for scale in scales))
+            for name, means in self.mean_patches.items()
+        )
+        return outputs, Table("Patches per image by preset", columns, presets)
 
 
 @dataclass(frozen=True)
@@ -144,8 +182,49 @@ class Table3:
         return asked_text(str(self.whole_weights), self.whole_trained_on)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the table as JSON knows it."""
+        """Return the table as JSON values."""
         return {"protocol": "patches", **asdict(self)}
+
+    def tables(self) -> tuple[Table, ...]:
+        """Return the table: whole images against patches."""
+        columns = (
+            Column("scale", False, "224 is the whole image, all the patches of any scale"),
+            Column("images"),
+            Column("patches", help="of an image, on average"),
+            Column("GMACs", help="of the network for one image, as the paper counts"),
+            Column("saved", help=f"of {_gmacs(self.gmacs_whole)} GMACs at 224 px"),
+            Column("in all", help=f"GMACs with AnchorNet's {_gmacs(self.gmacs_anchornet)}"),
+            Column("saved in all"),
+            Column("top-1"),
+            Column("top-5"),
+        )
+        rows = [
+            (
+                _scale(row.scale),
+                count(row.images),
+                decimal(row.mean_patches),
+                decimal(row.gmacs, 3),
+                share(row.saved, 0),
+                decimal(row.gmacs_with_anchornet, 3),
+                share(row.saved_with_anchornet, 0),
+                share(row.top1),
+                share(row.top5),
+            )
+            for row in self.rows
+        ]
+        notes = [f"{self.network} on {self.shards}; weights: {self.weights}."]
+        if self.whole_source:
+            notes.append(f"Row 224: {self.whole_source}; asked: {self.asked}.")
+        if speed := self.speed:
+            whole, patches = (decimal(v, 1).text for v in (speed.whole, speed.patches))
+            ratio, mean = (decimal(v).text for v in (speed.ratio, speed.mean_patches))
+            notes.append(
+                f"Speed: {whole} images/s whole, {patches} images/s by AnchorNet, LSP and patches: "
+                f"{ratio} times as many ({counted(speed.images, 'image')} of {mean} patches, "
+                f"{counted(speed.rounds, 'turn')} each)."
+            )
+        notes += [f"Left out: {reason}." for reason in self.left_out]
+        return (with_total(f"Table 3: {self.network}", columns, rows, notes),)
 
 
 @dataclass(frozen=True)
@@ -195,5 +274,37 @@ class Table4:
         return asked_text(self.weights, self.trained_on)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the table as JSON knows it."""
+        """Return the table as JSON values."""
         return {"protocol": "rescale", **asdict(self)}
+
+    def tables(self) -> tuple[Table, ...]:
+        """Return the table: one patch against the whole image made as small."""
+        columns = (
+            Column("scale", False),
+            Column("images"),
+            Column("-R top-1", help=f"the whole image rescaled ({self.whole_source})"),
+            Column("-L top-1", help="the strongest patch"),
+            Column("-R top-5"),
+            Column("-L top-5"),
+        )
+        rows = [
+            (
+                _scale(row.scale),
+                count(row.images),
+                share(row.rescaled_top1),
+                share(row.localized_top1),
+                share(row.rescaled_top5),
+                share(row.localized_top5),
+            )
+            for row in self.rows
+        ]
+        notes = [f"{self.network} on {self.shards}; asked: {self.asked}."]
+        return (with_total(f"Table 4: {self.network}", columns, rows, notes),)
+
+
+def _scale(name: str) -> Cell:
+    return Cell(f"{name} px" if name.isdecimal() else name, float(name) if name.isdecimal() else 0)
+
+
+def _gmacs(value: float) -> str:
+    return decimal(value, 3).text

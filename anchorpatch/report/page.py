@@ -42,27 +42,19 @@ from anchorpatch.report.collect import (
 )
 from anchorpatch.report.pictures import MAKERS, Embedded, Made, embed, make_figures
 from anchorpatch.report.tables import (
-    Table,
     coverage_table,
-    decimal,
     epoch_table,
-    facts_table,
     fit_table,
     histogram_table,
-    output_table,
-    preset_table,
     run_table,
     scale_table,
-    share,
-    shown_value,
     size_table,
     skipped_table,
-    table_3,
-    table_4,
 )
 from anchorpatch.runtime.checkpoint import versions
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.storage import write_atomically
+from anchorpatch.tables import Table, decimal, facts_table, share, shown_value
 from anchorpatch.text import clean, counted, percent
 
 __all__ = [
@@ -337,9 +329,8 @@ def _results(contents: Contents) -> Section:
     threes = [table for table in found if isinstance(table, Table3)]
     fours = [table for table in found if isinstance(table, Table4)]
     anchornet = [t for t in found if not isinstance(t, (Table3, Table4))]
-    blocks: list[Any] = [table_3(table) for table in threes]
-    blocks += [table_4(table) for table in fours]
-    blocks += [make(table) for table in anchornet for make in (output_table, preset_table)]
+    in_order: list[Any] = [*threes, *fours, *anchornet]
+    blocks: list[Any] = [table for found in in_order for table in found.tables()]
     for there, name, more in (
         (threes, "3, patches against whole images", ""),
         (fours, "4, one patch against the rescaled image", " --protocol rescale"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anchorpatch.cli.evaluate_output import print_table_3, print_table_4
+from anchorpatch.cli.output import print_result
 from anchorpatch.jobs.results import Speed, Table3, Table3Row, Table4, Table4Row
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
@@ -122,32 +122,33 @@ TABLE_3 = Table3(
 
 
 def test_table_3_in_every_format(capsys: pytest.CaptureFixture[str]):
-    print_table_3(TABLE_3, "table")
+    print_result(TABLE_3.to_json(), TABLE_3.tables(), "table")
     lines = capsys.readouterr().out.splitlines()
     heads = " ".join(lines[0].split())
     assert heads == "scale images patches GMACs saved in all saved in all top-1 top-5"
-    assert lines[1].split() == ["224", "8", *"-", "4.100", *"---", "72.60%", "91.00%"]
-    assert lines[2].split() == ["63", "0", *"-------"]
+    assert lines[1].split() == ["224", "px", "8", *"-", "4.100", *"---", "72.60%", "91.00%"]
+    assert lines[2].split() == ["63", "px", "0", *"-------"]
     assert " ".join(lines[3].split()) == "all 8 3.25 2.050 50% 2.444 40% 71.90% 89.70%"
-    assert lines[5] == "resnet50 on s/val; weights: w"
-    assert "row 224: the crops; asked: w (fine-tuned on patches)" in lines
+    assert "saved: of 4.100 GMACs at 224 px." in lines
+    assert "resnet50 on s/val; weights: w." in lines
+    assert "Row 224: the crops; asked: w (fine-tuned on patches)." in lines
     assert any("18.0 images/s" in line and "1.80 times as many" in line for line in lines)
-    assert lines[-1] == "left out: x: y"
+    assert lines[-1] == "Left out: x: y."
 
-    print_table_3(TABLE_3, "markdown")
+    print_result(TABLE_3.to_json(), TABLE_3.tables(), "markdown")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "| :--- |" + " ---: |" * 8
     assert lines[4] == "| all | 8 | 3.25 | 2.050 | 50% | 2.444 | 40% | 71.90% | 89.70% |"
-    assert lines[-1] == "- left out: x: y"
+    assert lines[-1] == "- Left out: x: y."
 
-    print_table_3(TABLE_3, "csv")
+    print_result(TABLE_3.to_json(), TABLE_3.tables(), "csv")
     printed = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(printed.out)))
     assert rows[2]["gmacs_with_anchornet"] == "2.444"
     assert rows[1]["top1"] == ""
-    assert "left out: x: y" in printed.err
+    assert "Left out: x: y." in printed.err
 
-    print_table_3(TABLE_3, "json")
+    print_result(TABLE_3.to_json(), TABLE_3.tables(), "json")
     document = json.loads(capsys.readouterr().out)
     assert document["speed"]["ratio"] == 1.8
     assert document["rows"][2]["saved"] == 0.5
@@ -156,11 +157,11 @@ def test_table_3_in_every_format(capsys: pytest.CaptureFixture[str]):
 def test_table_4(capsys: pytest.CaptureFixture[str]):
     rows = (Table4Row("63", 3, 0.156, 0.382, 0.3, 0.5), Table4Row("all", 3, 0.156, 0.382, 0.3, 0.5))
     table = Table4("resnet50", "s/val", "w", "the crops", rows, "whole images")
-    print_table_4(table, "table")
+    print_result(table.to_json(), table.tables(), "table")
     lines = capsys.readouterr().out.splitlines()
     heads = re.sub(r" +", " ", lines[0]).strip()
     assert heads == "scale images -R top-1 -L top-1 -R top-5 -L top-5"
-    assert lines[1].split() == ["63", "3", "15.60%", "38.20%", "30.00%", "50.00%"]
-    assert "resnet50 on s/val; asked: w (trained on whole images)" in lines
-    print_table_4(table, "json")
+    assert lines[1].split() == ["63", "px", "3", "15.60%", "38.20%", "30.00%", "50.00%"]
+    assert "resnet50 on s/val; asked: w (trained on whole images)." in lines
+    print_result(table.to_json(), table.tables(), "json")
     assert json.loads(capsys.readouterr().out)["rows"][0]["localized_top1"] == 0.382

@@ -10,6 +10,7 @@ from anchorpatch.jobs.evaluate import Costs, table_3_rows, table_4_rows
 from anchorpatch.jobs.metrics import Figures, PatchFigures
 from anchorpatch.jobs.results import Table3
 from anchorpatch.settings import SCALES
+from tests.report.samples import ANCHORNET, DASH, TABLE_3, TABLE_4, texts
 
 COSTS = Costs({63: 0.4, 95: 0.9, 111: 1.1, 224: 4.0}, anchornet=0.5)
 EMPTY = Figures(0, 0, None, None, None)
@@ -75,3 +76,31 @@ def test_the_overall_line_weighs_scales_by_their_images(drawn: list[tuple[int, .
     assert [line.scale for line in lines] == ["63", "95", "111"]
     assert (last.images, last.localized_top1) == (n, right / n)
     assert last.rescaled_top1 == pytest.approx(other / n)
+
+
+def test_table_3_says_what_evaluate_prints() -> None:
+    (table,) = TABLE_3.tables()
+    assert texts(table) == [
+        ["224 px", "8", DASH, "1.814", DASH, DASH, DASH, "50.00%", "87.50%"],
+        ["63 px", "3", "6.00", "0.900", "50%", "1.294", "29%", "75.00%", "100.00%"],
+        ["95 px", "0", *[DASH] * 7],
+        ["111 px", "5", "2.00", "0.800", "56%", "1.194", "34%", "25.00%", "50.00%"],
+        ["all", "8", "3.50", "0.838", "54%", "1.232", "32%", "43.75%", "68.75%"],
+    ]
+    assert [row[0].text for row in table.foot] == ["all"]
+    assert [row[0].key for row in table.rows] == [224, 63, 95, 111]
+    notes = " ".join(table.notes)
+    assert "61.2 images/s whole, 75.9 images/s by AnchorNet" in notes
+    assert "1.24 times as many (32 images of 3.40 patches" in notes
+    assert "Left out: row 95: no image." in notes
+
+
+def test_table_4_and_the_outputs_of_anchornet() -> None:
+    assert texts(*TABLE_4.tables()) == [
+        [scale, "3", "10.00%", "40.00%", "50.00%", "70.00%"] for scale in ("63 px", "all")
+    ]
+    outputs, presets = map(texts, ANCHORNET.tables())
+    assert outputs[0] == ["localization 63 px", "70.00%", "90.00%", "20.0%"]
+    assert outputs[3] == ["attention 63 px", "70.00%", "90.00%", DASH]
+    assert outputs[-1] == ["decision (Eq. 7)", "74.00%", "96.00%", "100.0%"]
+    assert presets == [["figure", "4.80", "2.90", DASH, "3.10"]]

@@ -13,6 +13,7 @@ from PIL import Image
 
 from anchorpatch.jobs.metrics import OUTPUTS
 from anchorpatch.jobs.results import AnchorNetFigures, Speed, Table3, Table3Row, Table4, Table4Row
+from anchorpatch.tables import Table
 from tests.conftest import draw_photo
 from tests.shards.samples import edit_manifest, make_split
 
@@ -23,6 +24,12 @@ EVIL = "<b>&amp;\"'$x^{_`🦊\udcff"
 SHOWN = EVIL.replace("\udcff", "\ufffd")
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+DASH = "–"  # noqa: RUF001 (an en dash)
+
+
+def texts(table: Table) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in (*table.rows, *table.foot)]
 
 
 def records(epochs: int, *, anchornet: bool = True, best: float = 0.75) -> list[dict[str, Any]]:

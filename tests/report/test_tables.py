@@ -10,75 +10,15 @@ from anchorpatch.figures.coverage_curves import CoverageResult, curves_of
 from anchorpatch.jobs.training.runlog import best_record
 from anchorpatch.report.collect import Run, Split, collect
 from anchorpatch.report.tables import (
-    Cell,
-    Table,
-    count,
     coverage_table,
-    decimal,
     epoch_table,
-    facts_table,
     histogram_table,
-    output_table,
-    preset_table,
     run_table,
     scale_table,
-    share,
     skipped_table,
-    table_3,
-    table_4,
-    text,
 )
 from anchorpatch.settings import SCALES
-from tests.report.samples import ANCHORNET, TABLE_3, TABLE_4, records, write_all
-
-DASH = "–"  # noqa: RUF001 (an en dash)
-
-
-def texts(table: Table) -> list[list[str]]:
-    return [[cell.text for cell in row] for row in (*table.rows, *table.foot)]
-
-
-def test_cells_write_numbers_and_keep_what_is_none() -> None:
-    assert count(1234567) == Cell("1,234,567", 1234567)
-    assert decimal(0.12345, 3) == Cell("0.123", 0.12345)
-    assert share(0.758) == Cell("75.80%", 0.758)
-    assert share(None) == Cell(DASH, None)
-    assert (decimal(-1e-9).text, share(-1e-9, 0).text) == ("0.00", "0%")
-    for odd in ("many", float("nan"), True, [1]):
-        assert decimal(odd) == Cell(str(odd), None)
-    assert [text(words).long for words in ("some short words", "a" * 25, "")] == [
-        False,
-        True,
-        False,
-    ]
-
-
-def test_table_3_says_what_evaluate_prints() -> None:
-    table = table_3(TABLE_3)
-    assert texts(table) == [
-        ["224 px", "8", DASH, "1.814", DASH, DASH, DASH, "50.00%", "87.50%"],
-        ["63 px", "3", "6.00", "0.900", "50%", "1.294", "29%", "75.00%", "100.00%"],
-        ["95 px", "0", *[DASH] * 7],
-        ["111 px", "5", "2.00", "0.800", "56%", "1.194", "34%", "25.00%", "50.00%"],
-        ["all", "8", "3.50", "0.838", "54%", "1.232", "32%", "43.75%", "68.75%"],
-    ]
-    assert [row[0].text for row in table.foot] == ["all"]
-    assert [row[0].key for row in table.rows] == [224, 63, 95, 111]
-    notes = " ".join(table.notes)
-    assert "61.2 images/s whole, 75.9 images/s by AnchorNet" in notes
-    assert "1.24 times as many (32 images of 3.40 patches)" in notes
-    assert "Left out: row 95: no image." in notes
-
-
-def test_table_4_and_the_outputs_of_anchornet() -> None:
-    assert texts(table_4(TABLE_4)) == [
-        [scale, "3", "10.00%", "40.00%", "50.00%", "70.00%"] for scale in ("63 px", "all")
-    ]
-    outputs = texts(output_table(ANCHORNET))
-    assert outputs[0] == ["localization 63 px", "70.00%", "90.00%", "20.0%"]
-    assert outputs[3] == ["attention 63 px", "70.00%", "90.00%", DASH]
-    assert outputs[-1] == ["decision (Eq. 7)", "74.00%", "96.00%", "100.0%"]
-    assert texts(preset_table(ANCHORNET)) == [["figure", "4.80", "2.90", DASH, "3.10"]]
+from tests.report.samples import DASH, records, texts, write_all
 
 
 def test_runs_are_summed_up() -> None:
@@ -149,8 +89,3 @@ def test_figure_6_in_numbers_reads_as_on_the_terminal() -> None:
     tiny = {"localizer": "of later", "covered_auc": 0.5, "covered_gain": -1e-6, "masked_auc": "x"}
     (row,) = texts(coverage_table("", [tiny]))
     assert row == ["of later", "0.5000", DASH, "+0.0000 ± 0.0000", DASH, DASH, DASH]
-
-
-def test_any_facts_become_a_table() -> None:
-    facts = facts_table("Facts", "what", {"x": {"lr": 0.1, "amp": False}, "y": {"amp": None}})
-    assert texts(facts) == [["x", "0.1", "no"], ["y", "", "none"]]
