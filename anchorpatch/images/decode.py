@@ -79,26 +79,16 @@ _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 #: is also the faster way.
 _LONGEST_ASPECT: Final = 4
 
-#: EXIF orientation -> what undoes it.
-_ORIENTATIONS: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-#: The same for pixels (3, H, W): swap the axes, then flip vertically, horizontally.
-_AXES: Final[Mapping[int, tuple[bool, tuple[int, ...]]]] = {
-    2: (False, (2,)),
-    3: (False, (1, 2)),
-    4: (False, (1,)),
+#: EXIF orientation -> what undoes it, for pixels (H, W, ...): swap the axes, then flip some.
+#: ``ImageOps.exif_transpose`` also writes the metadata anew, which fails where it is damaged.
+_ORIENTATIONS: Final[Mapping[int, tuple[bool, tuple[int, ...]]]] = {
+    2: (False, (1,)),
+    3: (False, (0, 1)),
+    4: (False, (0,)),
     5: (True, ()),
-    6: (True, (2,)),
-    7: (True, (1, 2)),
-    8: (True, (1,)),
+    6: (True, (1,)),
+    7: (True, (0, 1)),
+    8: (True, (0,)),
 }
 _ORIENTATION_TAG: Final = 0x0112
 
@@ -251,17 +241,11 @@ def _decode(data: bytes, crop: CropSettings) -> Decoded:
             size = upright.height, upright.width
             return Decoded(_resized(upright, crop.mode), size, _is_damaged_cmyk(image, data))
         array, damaged = _load_jpeg(image, data)
-        pixels = torch.from_numpy(array).permute(2, 0, 1)
-        swap, flips = _AXES.get(_orientation(image), (False, ()))
-    if swap:
-        pixels = pixels.transpose(1, 2)
-    if flips:
-        pixels = pixels.flip(flips)
-    height, width = pixels.shape[1:]
+    height, width = array.shape[:2]
     if max(height, width) > _LONGEST_ASPECT * min(height, width):
-        upright = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        return Decoded(_resized(upright, crop.mode), (height, width), damaged)
+        return Decoded(_resized(Image.fromarray(array), crop.mode), (height, width), damaged)
     h, w, top, left = geometry(height, width, crop.mode)
+    pixels = torch.from_numpy(array).permute(2, 0, 1)
     resized = F.resize(pixels, [h, w], antialias=True)[:, top : top + CROP, left : left + CROP]
     return Decoded(resized.permute(1, 2, 0).contiguous().numpy(), (height, width), damaged)
 
@@ -271,8 +255,7 @@ def _picture(data: bytes, background: str) -> Picture:
         if image.format not in _JPEG or image.mode not in ("L", "RGB"):
             return Picture(_load_upright(image, background), _is_damaged_cmyk(image, data))
         array, damaged = _load_jpeg(image, data)
-        picture, turn = Image.fromarray(array), _ORIENTATIONS.get(_orientation(image))
-        return Picture(picture if turn is None else picture.transpose(turn), damaged)
+        return Picture(Image.fromarray(array), damaged)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -290,12 +273,13 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _load_jpeg(image: Image.Image, data: bytes) -> tuple[npt.NDArray[np.uint8], bool]:
-    """Decode a grey or RGB JPEG: RGB (H, W, 3), as stored, and whether it is damaged."""
+    """Decode a grey or RGB JPEG: RGB (H, W, 3), upright, and whether it is damaged."""
     try:
-        return decode_jpeg(data, "RGB"), False
+        array, damaged = decode_jpeg(data, "RGB"), False
     except ValueError:  # libjpeg refused it, or warned
         # Pillow has the last word: it refuses what is cut off.
-        return np.array(image.convert("RGB")), _is_damaged(data)
+        array, damaged = np.array(image.convert("RGB")), _is_damaged(data)
+    return _turned(array, image), damaged
 
 
 def _is_damaged(data: bytes, colors: str = "RGB") -> bool:
@@ -356,9 +340,10 @@ def _load_upright(image: Image.Image, background: str) -> Image.Image:
     if transparency is not None:
         image.info["transparency"] = transparency
     opaque = _as_rgb_or_grey(image, background)
-    # Asked for after loading, by which Pillow has turned a TIFF.
-    turn = _ORIENTATIONS.get(_orientation(image))
-    return opaque if turn is None else opaque.transpose(turn)
+    # After loading, by which Pillow has turned a TIFF.
+    if _orientation(image) not in _ORIENTATIONS:
+        return opaque
+    return Image.fromarray(_turned(np.asarray(opaque), image))
 
 
 def _transparency(image: Image.Image) -> object:
@@ -403,6 +388,13 @@ def _as_rgb_or_grey(image: Image.Image, background: str) -> Image.Image:
         # 16-bit grey; convert() would clip it at 255 instead of scaling it.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _turned(pixels: npt.NDArray[np.uint8], image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Return pixels (H, W) or (H, W, 3) as the EXIF orientation of ``image`` says, contiguous."""
+    swap, flips = _ORIENTATIONS.get(_orientation(image), (False, ()))
+    turned = pixels.swapaxes(0, 1) if swap else pixels
+    return np.ascontiguousarray(np.flip(turned, flips)) if flips else np.ascontiguousarray(turned)
 
 
 def _orientation(image: Image.Image) -> int:
