@@ -1,4 +1,4 @@
-"""Pictures inside the page: small enough to mail, without a file beside it."""
+"""Pictures of the page: made from shards where they are missing, and small enough to mail."""
 
 from __future__ import annotations
 
@@ -121,7 +121,10 @@ def _webp(picture: Image.Image, quality: int) -> bytes:
     return file.getvalue()
 
 
-_Maker = Callable[[ImageSource, Weights, Reporter], tuple[Any, Image.Image | Figure]]
+# --- figures that a page makes on its way, from the crops that shards store ---------------
+
+
+_Find = Callable[[ImageSource, Weights, Any, Reporter], Any]
 
 
 @dataclass(frozen=True)
@@ -147,23 +150,12 @@ class Made:
 _CHOICE: Final = Choice(limit=150)
 
 
-def _patches(source: ImageSource, weights: Weights, reporter: Reporter) -> tuple[Any, Image.Image]:
-    result = find_patches(source, weights, PatchesConfig(_CHOICE), reporter)
-    return result, patches_figure(result)
-
-
-def _errors(source: ImageSource, weights: Weights, reporter: Reporter) -> tuple[Any, Image.Image]:
-    result = find_errors(source, weights, ErrorsConfig(_CHOICE), reporter)
-    return result, errors_figure(result)
-
-
-def _attention(source: ImageSource, weights: Weights, reporter: Reporter) -> tuple[Any, Figure]:
-    result = find_attention(source, weights, AttentionConfig(_CHOICE), reporter)
-    return result, attention_figure(result)
-
-
-#: Number of a figure -> what makes it: the job's result, and its picture.
-MAKERS: Final[Mapping[int, _Maker]] = {3: _patches, 4: _errors, 5: _attention}
+#: Number of a figure -> how it is found, with which settings, and drawn.
+MAKERS: Final[Mapping[int, tuple[_Find, Any, Callable[[Any], Image.Image | Figure]]]] = {
+    3: (find_patches, PatchesConfig(_CHOICE), patches_figure),
+    4: (find_errors, ErrorsConfig(_CHOICE), errors_figure),
+    5: (find_attention, AttentionConfig(_CHOICE), attention_figure),
+}
 
 
 def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -> Made:
@@ -192,7 +184,9 @@ def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -
     for number in missing:
         try:
             source = ImageSource.of_shards(ShardReader(split.folder, partial=True))
-            result, picture = MAKERS[number](source, loaded, reporter)
+            find, config, draw = MAKERS[number]
+            result = find(source, loaded, config, reporter)
+            picture = draw(result)
             if isinstance(picture, Figure):
                 picture = Image.open(io.BytesIO(encoded(picture, "PNG")))
             figures.append(figure_of(result.to_json(), picture, source="made for this page"))
