@@ -13,7 +13,6 @@ covers come last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -25,11 +24,11 @@ from torch.nn import functional
 
 from anchorpatch.errors import NonFiniteError
 from anchorpatch.figures.gradcam import GradCam
-from anchorpatch.jobs.localizer import load_anchornet, normalize
-from anchorpatch.lsp import Decision, decide, select
+from anchorpatch.jobs.localizer import Runner
+from anchorpatch.lsp import Decision, select
 from anchorpatch.models.bagnet import BagNet
 from anchorpatch.models.saccader import Saccader
-from anchorpatch.networks import Network
+from anchorpatch.networks import Network, Normalization
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta
 from anchorpatch.runtime.device import exact_float32
 from anchorpatch.settings import SCALES, STRIDE
@@ -79,7 +78,7 @@ class Seen(NamedTuple):
 Localize = Callable[[Seen], Tensor]
 
 
-class See:
+class See(Runner):
     """Runs AnchorNet on batches.
 
     Args:
@@ -88,11 +87,8 @@ class See:
     """
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
-        self.device, self.source = device, str(weights.path)
-        net = load_anchornet(weights).fuse().to(device)
-        self.net = net.to(memory_format=torch.channels_last)
-        self.mean = torch.tensor(weights.meta.mean, device=device)
-        self.std = torch.tensor(weights.meta.std, device=device)
+        super().__init__(weights, device)
+        self.source = str(weights.path)
 
     @torch.inference_mode()
     @exact_float32()
@@ -103,11 +99,9 @@ class See:
             NonFiniteError: AnchorNet gave NaN or infinity.
         """
         pixels = pixels.to(self.device, non_blocking=True)
-        logits, features = self.net.localize(normalize(pixels, self.mean, self.std))
+        logits, features, decision, heatmaps = self.run(self.normalize(pixels))
         if not bool(logits.isfinite().all()):
             raise NonFiniteError(f"{self.source} gave NaN or infinity: train AnchorNet again")
-        decision = decide(logits.softmax(-1))
-        heatmaps = self.net.heatmaps(features, decision.predicted)
         own = tuple(
             self.net.heatmaps(features, decision.branch_class[:, j])[j] for j in range(len(SCALES))
         )
@@ -186,7 +180,7 @@ def gradcam(module: nn.Module, meta: WeightsMeta, device: torch.device) -> Local
     Raises:
         SettingsError: the network has no feature map.
     """
-    cam, normalized = GradCam(module), _Normalize(meta, device)
+    cam, normalized = GradCam(module), Normalization(meta, device)
     return lambda seen: -cam(normalized(seen.pixels))
 
 
@@ -197,7 +191,7 @@ def peer(network: Network, device: torch.device) -> Localize:
         network: of the architecture bagnet33, bagnet77 or saccader.
         device: where it computes.
     """
-    normalized = _Normalize(network.meta, device)
+    normalized = Normalization(network.meta, device)
     module = network.module.eval().to(device).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -235,17 +229,6 @@ def _by_chosen_scale(seen: Seen, heatmaps: Sequence[Tensor], iou_threshold: floa
         if len(of_scale):
             out[of_scale] = _arrivals(heatmaps[j][of_scale], scale, iou_threshold)
     return out
-
-
-@dataclass(frozen=True)
-class _Normalize:
-    meta: WeightsMeta
-    device: torch.device
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        mean = torch.tensor(self.meta.mean, device=self.device)
-        std = torch.tensor(self.meta.std, device=self.device)
-        return normalize(pixels, mean, std)
 
 
 # --- the order of pixels ------------------------------------------------------------------

@@ -13,12 +13,11 @@ from torch import Tensor
 from anchorpatch.errors import NonFiniteError
 from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
 from anchorpatch.images.loader import load_batches
-from anchorpatch.jobs.localizer import load_anchornet
+from anchorpatch.jobs.localizer import Runner
 from anchorpatch.jobs.metrics import AnchorNetAccuracy, per_branch
 from anchorpatch.jobs.results import AnchorNetFigures
-from anchorpatch.lsp import decide, localize
+from anchorpatch.lsp import localize
 from anchorpatch.models.complexity import macs
-from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import (
     computing_on,
@@ -120,13 +119,11 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
         return meter.summary(folder, skipped, damaged, world)
 
 
-class _Meter:
+class _Meter(Runner):
     """Runs the network on batches and counts."""
 
     def __init__(self, weights: Weights, device: torch.device, *, amp: bool) -> None:
-        self.device, self.amp = device, amp
-        self.net = load_anchornet(weights).to(device).to(memory_format=torch.channels_last)
-        self.normalize = Normalization(weights.meta, device)
+        super().__init__(weights, device, amp=amp)
         self.scores, self.patches = AnchorNetAccuracy(device), _MeanPatches(device)
         self.seconds = 0.0
 
@@ -135,16 +132,15 @@ class _Meter:
     def update(self, pixels: Tensor, labels: Tensor) -> None:
         """Count a batch: uint8 pixels (n, 224, 224, 3) and labels (n,)."""
         labels = to_device(labels, self.device)
+        inputs = self.normalize(pixels)
+        # Localizing alone is timed: the outputs of the attention branches are no part of it.
+        began = self._now()
+        found = self.run(inputs)
+        self.seconds += self._now() - began
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            inputs = self.normalize(pixels)
-            # Localising alone is timed: the outputs of the attention branches are no part of it.
-            began = self._now()
-            logits, features = self.net.localize(inputs)
-            decision = decide(logits.float().softmax(-1))
-            heatmaps = self.net.heatmaps(features, decision.predicted)
-            self.seconds += self._now() - began
-            self.scores.update(self.net(inputs), labels)
-        self.patches.update(heatmaps, decision.branch)
+            logits = self.net(inputs)
+        self.scores.update(logits, labels)
+        self.patches.update(found.heatmaps, found.decision.branch)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

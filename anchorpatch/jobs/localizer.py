@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anchorpatch.errors import NonFiniteError, WeightsError
-from anchorpatch.lsp import decide, localize
-from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.lsp import Decision, decide, localize
+from anchorpatch.models.anchornet import AnchorNet, Features
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import Weights, load_into
 from anchorpatch.runtime.device import exact_float32
@@ -34,6 +34,8 @@ __all__ = [
     "Localizer",
     "Maps",
     "Pending",
+    "Run",
+    "Runner",
     "load_anchornet",
     "normalize",
 ]
@@ -63,6 +65,36 @@ class Localized(NamedTuple):
     counts: NDArray[np.int32]
     corners: NDArray[np.int16]
     scores: NDArray[np.float32]
+
+    def of_scale(
+        self, scale: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the patches of one scale, for `anchorpatch.lsp.crop`.
+
+        Returns:
+            Rows of the images that chose the scale; of each of their patches the image (m,) and
+            the top-left (y, x) in pixels (m, 2).
+        """
+        rows = np.flatnonzero(self.scale == scale)
+        counts = self.counts[rows]
+        valid = np.arange(self.corners.shape[1]) < counts[:, None]
+        return rows, np.repeat(rows, counts), self.corners[rows][valid].astype(np.int64)
+
+
+class Run(NamedTuple):
+    """What AnchorNet makes of n images, on its device.
+
+    Attributes:
+        logits: of the localization branches (n, 3, C).
+        features: of the branches.
+        decision: class and branch (Eq. 6-8).
+        heatmaps: M of each branch for the decided class, (n, H, W) each.
+    """
+
+    logits: Tensor
+    features: Features
+    decision: Decision
+    heatmaps: tuple[Tensor, ...]
 
 
 class Maps(NamedTuple):
@@ -135,7 +167,35 @@ class Pending:
         return joined
 
 
-class Localizer:
+class Runner:
+    """AnchorNet on a device (Eq. 1-8), for inference.
+
+    Args:
+        weights: of AnchorNet.
+        device: a CPU or a CUDA device.
+        amp: compute the features in bfloat16; logits and heatmaps stay float32.
+    """
+
+    def __init__(self, weights: Weights, device: torch.device, *, amp: bool = False) -> None:
+        self.device, self.amp = device, amp
+        # A channels-last network takes the decoder's pixels as they lie in memory.
+        net = load_anchornet(weights).fuse().to(device)
+        self.net = net.to(memory_format=torch.channels_last)
+        self.normalize = Normalization(weights.meta, device)
+
+    def features(self, inputs: Tensor) -> tuple[Tensor, Features]:
+        """Return logits and features of normalized images (n, 3, 224, 224)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return self.net.localize(inputs)
+
+    def run(self, inputs: Tensor) -> Run:
+        """Decide on normalized images (n, 3, 224, 224), and return the heatmaps of the decision."""
+        logits, features = self.features(inputs)
+        decision = decide(logits.softmax(-1))
+        return Run(logits, features, decision, self.net.heatmaps(features, decision.predicted))
+
+
+class Localizer(Runner):
     """Runs AnchorNet (Eq. 1-5), the decision (Eq. 6-8) and Algorithm 1 on batches of pixels.
 
     Args:
@@ -157,13 +217,10 @@ class Localizer:
         amp: bool = False,
         compile: bool = False,
     ) -> None:
-        self.device, self.settings, self.amp = device, settings, amp
-        # A channels-last network takes the decoder's pixels as they lie in memory.
-        self.net = load_anchornet(weights).fuse().to(device)
-        self.net = self.net.to(memory_format=torch.channels_last)
-        self._normalize = Normalization(weights.meta, device)
+        super().__init__(weights, device, amp=amp)
+        self.settings = settings
         self._scales = torch.tensor(SCALES, device=device)
-        self._stage: Callable[[Tensor], Sequence[Tensor]] = self._run
+        self._stage: Callable[[Tensor], Sequence[Tensor]] = self._localize
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cpu":
             self.chunk = CPU_CHUNK
@@ -175,7 +232,7 @@ class Localizer:
         else:
             self.chunk = batch_size
         if compile:
-            self._stage = torch.compile(self._run)
+            self._stage = torch.compile(self._localize)
             # Compiling is for one thread, before the pool's get there.
             self.submit(torch.zeros(1, 224, 224, 3, dtype=torch.uint8)).result()
 
@@ -217,9 +274,7 @@ class Localizer:
 
     def _maps(self, chunk: Tensor, classes: Tensor) -> list[NDArray[np.float32]]:
         with torch.inference_mode(), exact_float32():
-            images = self._normalize(self._filled(chunk))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                logits, features = self.net.localize(images)
+            logits, features = self.features(self.normalize(self._filled(chunk)))
             attention = [s.float().squeeze(1) for s in features.attention]
             # Without `weighted_mean` the network's S sums to 1, else to H * W.
             attention = [s / s.mean((1, 2), keepdim=True) for s in attention]
@@ -247,12 +302,8 @@ class Localizer:
         done.record(torch.cuda.current_stream(self.device))
         return _OnDevice(host, done)
 
-    def _run(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        images = self._normalize(pixels)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            logits, features = self.net.localize(images)
-        decision = decide(logits.softmax(-1))
-        heatmaps = self.net.heatmaps(features, decision.predicted)
+    def _localize(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        _, _, decision, heatmaps = self.run(self.normalize(pixels))
         # Unchecked, which would wait for the GPU: `Pending.result` checks what comes back.
         patches = localize(heatmaps, decision.branch, self.settings, check=False)
         return (

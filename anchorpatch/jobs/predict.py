@@ -230,17 +230,15 @@ class Predictor:
         patches: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * n
         sums = torch.zeros(n, len(self.network.meta.classes), dtype=torch.float64)
         for scale in SCALES:
-            rows = np.flatnonzero(local.scale == scale)
+            rows, *of_patches = local.of_scale(scale)
             if not len(rows):
                 continue
-            counts = local.counts[rows]
-            image = torch.from_numpy(np.repeat(rows, counts))
-            corners = np.concatenate([local.corners[i, : local.counts[i]] for i in rows])
-            cut = crop(pixels, image, torch.from_numpy(corners.astype(np.int64)), scale)
+            image, corners = map(torch.from_numpy, of_patches)
+            cut = crop(pixels, image, corners, scale)
             for begin in range(0, len(cut), _PATCHES):
                 part = slice(begin, begin + _PATCHES)
                 sums.index_add_(0, image[part], self._run(cut[part]).cpu())
-            split = np.split(cut.numpy(), np.cumsum(counts)[:-1])
+            split = np.split(cut.numpy(), np.cumsum(local.counts[rows])[:-1])
             for i, of_image in zip(rows.tolist(), split, strict=True):
                 patches[i] = of_image
         return patches, sums

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,11 +68,8 @@ def _patches(
         on_device = batch.to(device, non_blocking=True)
         sums: Tensor | None = None
         for scale in SCALES:
-            chosen = np.flatnonzero(found.scale == scale)
-            counts = found.counts[chosen]
-            image = to_device(np.repeat(chosen, counts), device)
-            valid = np.arange(found.corners.shape[1]) < counts[:, None]
-            corner = to_device(found.corners[chosen][valid].astype(np.int64), device)
+            _, *of_patches = found.of_scale(scale)
+            image, corner = (to_device(of_each, device) for of_each in of_patches)
             patches += len(image)
             for some, at in zip(
                 *(torch.split(t, batch_size) for t in (image, corner)), strict=True
