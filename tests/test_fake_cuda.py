@@ -37,7 +37,7 @@ from anchorpatch.runtime.device import exact_float32, resolve_device
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import PRESETS
-from anchorpatch.shards.batches import Loaded
+from anchorpatch.shards.dataset import Loaded
 from tests.fake_cuda import FakeGpu, why_not
 from tests.shards.samples import make_settings
 

@@ -16,7 +16,7 @@ from anchorpatch.errors import DataError, ShardError
 from anchorpatch.images.folder import ImageFolder, scan_folder
 from anchorpatch.images.loader import load_batches
 from anchorpatch.settings import CROP, CropSettings
-from anchorpatch.shards.batches import load_rows
+from anchorpatch.shards.dataset import load_rows
 from anchorpatch.shards.layout import decode_text
 from anchorpatch.shards.reader import ShardReader
 

@@ -42,9 +42,8 @@ from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import PRESETS, CropSettings, LspSettings
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import FilesDigest, Manifest, ShardEntry, open_manifest
-from anchorpatch.shards.patch_batch import PatchBatch
 from anchorpatch.shards.verify import verify_shards
-from anchorpatch.shards.writer import ShardWriter
+from anchorpatch.shards.writer import PatchBatch, ShardWriter
 from anchorpatch.text import counted
 
 __all__ = [

@@ -28,7 +28,7 @@ from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.device import exact_float32, to_device
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import SCALES
-from anchorpatch.shards.batches import load_rows
+from anchorpatch.shards.dataset import load_rows
 from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.text import few

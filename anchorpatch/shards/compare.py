@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from anchorpatch.errors import ShardError
-from anchorpatch.shards.access import stored_paths
-from anchorpatch.shards.layout import ShardHeader, decode_text
+from anchorpatch.shards.layout import (
+    ShardHeader,
+    decode_text,
+    find_dataset,
+    find_group,
+    open_shard,
+)
 
 __all__ = ["extract_options", "first_changed_path", "header_differences"]
 
@@ -103,7 +108,7 @@ def first_changed_path(shard: Path, paths: Sequence[str]) -> str:
         A phrase; empty when the shard cannot be read.
     """
     try:
-        stored = stored_paths(shard)
+        stored = _stored_paths(shard)
     except ShardError:
         return ""
     # Images and skipped ones were one list, sorted by bytes.
@@ -111,6 +116,19 @@ def first_changed_path(shard: Path, paths: Sequence[str]) -> str:
     if sorted(was) == sorted(paths):
         return f"{shard.name} has the same names, but a file's size or label changed"
     return f"first in {shard.name}: {_first_difference(was, paths)}"
+
+
+def _stored_paths(path: Path) -> list[bytes]:
+    """Return the paths in a shard that may not be what the manifest says, the skipped ones too.
+
+    Raises:
+        ShardError: they cannot be read.
+    """
+    with open_shard(path) as file:
+        size = path.stat().st_size
+        groups = [find_group(file, name) for name in ("images", "skipped")]
+        found = [find_dataset(group, f"{group.name}/path", "S", (None,), size) for group in groups]
+        return [stored for dataset in found for stored in dataset[:].tolist()]
 
 
 def _option(name: str) -> str:

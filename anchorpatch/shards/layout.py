@@ -1,4 +1,4 @@
-"""The schema of a shard, version 1: every name, type and shape in one place.
+"""The schema of a shard, version 1: every name, type and shape in one place, and who opens one.
 
 ::
 
@@ -29,8 +29,11 @@ may map them into memory instead of going through HDF5.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Final
 
 import h5py
@@ -38,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import anchorpatch
-from anchorpatch.errors import SettingsError, ShardError
+from anchorpatch.errors import CorruptShard, SettingsError, ShardError, reason_of
 from anchorpatch.settings import CODECS, CROP, PRECISIONS, SCALES, CropSettings
 from anchorpatch.storage import from_json
 
@@ -53,6 +56,9 @@ __all__ = [
     "decode_text",
     "encode_text",
     "expected_datasets",
+    "find_dataset",
+    "find_group",
+    "open_shard",
     "read_attributes",
     "shard_name",
     "write_attributes",
@@ -322,6 +328,97 @@ def expected_datasets(
             found[f"patches/{scale}/offset"] = "<i8", (m + 1,)
             found[f"patches/{scale}/blob"] = "u1", (None,)
     return found | {f"skipped/{name}": ("S", (None,)) for name in ("path", "reason")}
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[h5py.File]:
+    """Open a shard, and turn whatever HDF5 says about a damaged one into one line.
+
+    Raises:
+        CorruptShard: it is no HDF5 file, or lacks a part.
+        ShardError: another format version.
+    """
+    try:
+        # Through a file of Python's, as HDF5 would lock it: shards never change, many network
+        # filesystems have no locks, and a process may have the file open in another way too.
+        with path.open("rb") as raw, h5py.File(raw, "r") as file:
+            yield file
+    except ShardError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except FileNotFoundError:
+        raise CorruptShard(f"{path}: missing") from None
+    except Exception as error:  # h5py raises nearly anything, by the damage
+        raise CorruptShard(
+            f"{path}: expected a shard, cannot be read: {reason_of(error)}"
+        ) from error
+
+
+def _member(group: h5py.Group, name: str) -> Any:
+    """Return a member of a group that is stored in it, and not linked from somewhere else."""
+    if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+        raise CorruptShard(
+            f"{group.name.lstrip('/')}/{name}: expected data of this file, found a soft or "
+            "external link"
+        )
+    return group[name]
+
+
+def find_group(file: h5py.File, name: str) -> h5py.Group:
+    """Return a group that is stored in the file itself.
+
+    Raises:
+        CorruptShard: it is a link or a dataset.
+        KeyError: there is none.
+    """
+    found = file
+    for part in name.split("/"):
+        found = _member(found, part)
+        if not isinstance(found, h5py.Group):
+            raise CorruptShard(f"{name}: expected a group, found a dataset")
+    return found
+
+
+def find_dataset(
+    group: h5py.Group, name: str, dtype: str, shape: tuple[int | None, ...], size: int
+) -> h5py.Dataset:
+    """Return a dataset, of which all that is declared is as the schema says.
+
+    Args:
+        group: that it is in.
+        name: of the dataset, from the root of the file.
+        dtype: its type in the file; "S" for strings of any fixed length.
+        shape: its shape; None stands for any length.
+        size: of the file in bytes.
+
+    Raises:
+        CorruptShard: it is not.
+        KeyError: there is none.
+    """
+    found = _member(group, name.rpartition("/")[2])
+    if not isinstance(found, h5py.Dataset):
+        raise CorruptShard(f"{name}: expected a dataset, found a group")
+    alike = found.shape is not None and len(found.shape) == len(shape)
+    alike = alike and all(b in (None, a) for a, b in zip(found.shape, shape, strict=True))
+    if dtype == "S":
+        alike = alike and found.dtype.kind == "S"
+    else:
+        alike = alike and found.id.get_type().equal(h5py.h5t.py_create(np.dtype(dtype)))
+    if not alike:
+        rows = "any number of" if shape[0] is None else f"{shape[0]}"
+        raise CorruptShard(
+            f"{name}: expected {rows} rows as format 1 has them, found {found.dtype} {found.shape}"
+        )
+    created = found.id.get_create_plist()
+    if created.get_layout() != h5py.h5d.CONTIGUOUS or created.get_external_count():
+        raise CorruptShard(
+            f"{name}: expected one contiguous piece of this file, found a chunked, compact, "
+            "virtual or external dataset"
+        )
+    needed = math.prod(found.shape) * found.dtype.itemsize
+    offset = found.id.get_offset() if needed else 0
+    if offset is None or offset + needed > size:
+        raise CorruptShard(f"{name} is not in the file, or reaches beyond its end")
+    return found
 
 
 def cut_patches(

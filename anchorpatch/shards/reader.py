@@ -7,8 +7,10 @@ at once. No handle of h5py stays open.
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -16,11 +18,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from anchorpatch.errors import CorruptShard, ShardError
+from anchorpatch.errors import CorruptShard, ShardError, reason_of
 from anchorpatch.settings import SCALES
-from anchorpatch.shards.access import Maps, ShardFile, check_size, decode_patch, read_table, survey
-from anchorpatch.shards.layout import IMAGE_TABLE, PATCH_TABLE
+from anchorpatch.shards.layout import IMAGE_TABLE, PATCH_TABLE, open_shard
 from anchorpatch.shards.manifest import read_manifest
+from anchorpatch.shards.verify import ShardFile, check_size, decode_patch, survey
 from anchorpatch.text import counted
 
 __all__ = ["ImagePatches", "ShardReader"]
@@ -112,7 +114,7 @@ class ShardReader:
         }
         self._shards: dict[int, ShardFile] = {}
         self._columns: dict[str, NDArray[Any]] = {}
-        self._maps = Maps()
+        self._map = lru_cache(_map_limit())(_mapped)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -123,11 +125,11 @@ class ShardReader:
         return f"ShardReader({str(self.folder)!r}): {counted(len(self), 'image')}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_maps", "_lock")}
+        return {k: v for k, v in vars(self).items() if k not in ("_map", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._maps = Maps()
+        self._map = lru_cache(_map_limit())(_mapped)
         self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> NDArray[Any]:
@@ -240,7 +242,7 @@ class ShardReader:
 
     def _pixels(self, shard: int, name: str) -> NDArray[np.uint8]:
         """Return a large dataset of a shard as a view into the file."""
-        return self._shard(shard).view(self._maps.get(self._files[shard]), name)
+        return self._shard(shard).view(self._map(self._files[shard]), name)
 
     def _shard(self, index: int) -> ShardFile:
         if index not in self._shards:
@@ -281,7 +283,9 @@ class ShardReader:
         tables = [empty]
         for index, path in enumerate(self._files):
             checked = index in self._shards
-            tables.append(read_table(path, group, empty) if checked else self._open(index)[group])
+            tables.append(
+                _read_table(path, group, list(empty)) if checked else self._open(index)[group]
+            )
         columns = {name: np.concatenate([t[name] for t in tables]) for name in empty}
         counts = self._image_start if group == "images" else self._patch_start[_scale(group)]
         shard = np.repeat(np.arange(len(self._files)), np.diff(counts))
@@ -295,6 +299,38 @@ class ShardReader:
         for name, column in columns.items():
             column.flags.writeable = False
             self._columns[f"{group}/{name}"] = column
+
+
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    """Return the bytes of a file, mapped into memory.
+
+    Raises:
+        CorruptShard: it cannot be mapped.
+    """
+    try:
+        return np.asarray(np.memmap(path, np.uint8, "r"))
+    except (OSError, ValueError) as error:
+        raise CorruptShard(f"{path}: cannot be mapped: {reason_of(error)}") from error
+
+
+def _map_limit() -> int:
+    """Return how many files a reader keeps mapped.
+
+    A map keeps a file descriptor, and a process may have but 1024 of those on many systems, fewer
+    than ImageNet's shards. To raise that limit is not a library's to do: it is the whole
+    process's. An array that is in use keeps its map alive.
+    """
+    return max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 8192) // 2)
+
+
+def _read_table(path: Path, group: str, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Read ``images`` or ``patches/T`` of a shard that `survey` found to be in order.
+
+    Raises:
+        CorruptShard: it cannot be read any more.
+    """
+    with open_shard(path) as file:
+        return {name: file[f"{group}/{name}"][:] for name in columns}
 
 
 def _scale(group: str) -> int:

@@ -1,24 +1,52 @@
-"""Verifying shards: their bytes against the manifest, and what they say against the schema."""
+"""Verifying shards: their bytes against the manifest, and what they say against the schema.
+
+`survey` opens and checks a shard in one way for all who read it.
+"""
 
 from __future__ import annotations
 
+import io
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
-from joblib import Parallel, delayed
+from numpy.typing import NDArray
+from PIL.JpegImagePlugin import JpegImageFile
 
 from anchorpatch import storage
 from anchorpatch.errors import CorruptShard, ShardError, reason_of
-from anchorpatch.shards.access import check_size, decode_patch, survey
-from anchorpatch.shards.layout import MANIFEST_NAME
+from anchorpatch.settings import CROP, SCALES
+from anchorpatch.shards.layout import (
+    MANIFEST_NAME,
+    ShardHeader,
+    expected_datasets,
+    find_dataset,
+    find_group,
+    open_shard,
+    read_attributes,
+    shard_name,
+)
 from anchorpatch.shards.manifest import LEFTOVERS, Manifest, ShardEntry, read_manifest
 from anchorpatch.signals import answers
 
-__all__ = ["ShardProblem", "verify_folder", "verify_shard", "verify_shards"]
+__all__ = [
+    "ShardFile",
+    "ShardProblem",
+    "Survey",
+    "check_size",
+    "decode_patch",
+    "survey",
+    "verify_folder",
+    "verify_shard",
+    "verify_shards",
+]
+
+_Table = dict[str, NDArray[Any]]
 
 #: No fault: later runs clear these away.
 _OURS: Final = re.compile(rf"\.manifest\.lock|.+\.h5\.lock|{LEFTOVERS.pattern}")
@@ -46,7 +74,7 @@ def verify_folder(
 
     Args:
         folder: OUT/SPLIT.
-        jobs: processes; -1: one a CPU core.
+        jobs: processes; -1: one per CPU core.
         done: called with the images of each shard that is verified.
 
     Returns:
@@ -91,6 +119,8 @@ def verify_shards(
     done: Callable[[int], object] | None = None,
 ) -> list[ShardProblem]:
     """Verify some of the shards of a split; see `verify_folder`."""
+    from joblib import Parallel, delayed  # slow to import, and no reader needs it
+
     verify = Parallel(n_jobs=1 if len(entries) < 2 else jobs, return_as="generator")
     found = verify(delayed(verify_shard)(manifest, entry) for entry in entries)
     problems = []
@@ -134,3 +164,182 @@ def _inside(manifest: Manifest, entry: ShardEntry, path: Path) -> Iterator[str]:
             except CorruptShard as error:
                 yield f"patches/{scale}/blob: patch {row}: {error}"
                 break
+
+
+# --- within a shard ----------------------------------------------------------------------------
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Raise CorruptShard unless a shard is there and has its size in bytes."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise CorruptShard(f"{path}: missing: run the same extract again") from None
+    except OSError as error:
+        raise CorruptShard(f"{path}: cannot read: {reason_of(error)}") from error
+    if size != expected:
+        raise CorruptShard(
+            f"{path}: expected {expected:,} bytes, found {size:,}: run the same extract again"
+        )
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """Where the large datasets of a shard lie.
+
+    Attributes:
+        places: offset in the file in bytes, and shape, of each dataset of pixels.
+        blob_offsets: for codec jpeg, where each patch starts in the blob, by scale.
+    """
+
+    places: Mapping[str, tuple[int, tuple[int, ...]]]
+    blob_offsets: Mapping[int, NDArray[np.int64]]
+
+    def view(self, file: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+        """Return a large dataset as a view into the bytes of the file."""
+        offset, shape = self.places[name]
+        return file[offset : offset + math.prod(shape)].reshape(shape)
+
+
+class Survey(NamedTuple):
+    """What a shard holds beside the pixels, and what is wrong with it.
+
+    Attributes:
+        file: where the pixels lie.
+        tables: columns of ``images`` and ``patches/T``, by group.
+        problems: what was expected and what was found; nothing of the shard may be used
+            unless this is empty.
+    """
+
+    file: ShardFile
+    tables: dict[str, _Table]
+    problems: list[str]
+
+
+def survey(manifest: Manifest, entry: ShardEntry) -> Survey:
+    """Open a shard and check all of it but the pixels, first what is declared, then the values.
+
+    What HDF5 declares is never trusted: a dataset may be a link to another file, or claim more
+    bytes than there are. Takes some milliseconds; nothing larger than the file is allocated.
+
+    Args:
+        manifest: of the split.
+        entry: of the shard.
+
+    Raises:
+        CorruptShard: a dataset is missing, or not stored as the schema says.
+        ShardError: another format version.
+    """
+    with open_shard(manifest.folder / entry.name) as file:
+        header, files_sha256 = read_attributes(file)
+        expected = expected_datasets(header.settings, entry.images, entry.patches)
+        names = dict.fromkeys(name.rpartition("/")[0] for name in expected)
+        groups = {name: find_group(file, name) for name in names}
+        found = {
+            name: find_dataset(groups[name.rpartition("/")[0]], name, *like, entry.bytes)
+            for name, like in expected.items()
+        }
+        tables: dict[str, _Table] = {"images": {}, **{f"patches/{s}": {} for s in SCALES}}
+        places: dict[str, tuple[int, tuple[int, ...]]] = {}
+        offsets: dict[int, NDArray[np.int64]] = {}
+        for name, dataset in found.items():
+            group, _, column = name.rpartition("/")
+            if column in ("pixels", "blob"):
+                places[name] = dataset.id.get_offset() or 0, dataset.shape
+            elif column == "offset":
+                offsets[int(group.rpartition("/")[2])] = dataset[:]
+            elif group in tables:
+                tables[group][column] = dataset[:]
+        skipped = len(found["skipped/path"])
+    problems = _header_problems(manifest, entry, header, files_sha256, skipped)
+    problems += _image_problems(tables["images"], header)
+    for scale in SCALES:
+        problems += _patch_problems(tables["images"], tables[f"patches/{scale}"], scale)
+    for scale, offset in offsets.items():
+        size = places[f"patches/{scale}/blob"][1][0]
+        if offset[0] != 0 or offset[-1] != size or (offset[1:] < offset[:-1]).any():
+            problems.append(
+                f"patches/{scale}/offset: expected to rise from 0 to {size}, the bytes of the "
+                "blob, found others"
+            )
+    return Survey(ShardFile(places, offsets), tables, problems)
+
+
+def _header_problems(
+    manifest: Manifest, entry: ShardEntry, header: ShardHeader, files_sha256: str, skipped: int
+) -> list[str]:
+    problems = [
+        f"its {name} are not those of {MANIFEST_NAME}"
+        for name in ("split", "classes", "network_classes", "settings", "weights_sha256")
+        if getattr(header, name) != getattr(manifest.header, name)
+    ]
+    if files_sha256 != entry.files_sha256:
+        problems.append(f"its file list is not that of {MANIFEST_NAME}")
+    number = entry.name.rpartition("-")[2].partition(".")[0]
+    # `verify` names a shard that is none of the split.
+    if number.isdecimal() and shard_name(manifest.header.split, int(number)) == entry.name:
+        start, stop = manifest.shard_range(int(number))
+        if entry.images + skipped != stop - start:
+            problems.append(
+                f"expected {stop - start} images and skipped images, found {entry.images} + "
+                f"{skipped}"
+            )
+    return problems
+
+
+def _image_problems(images: _Table, header: ShardHeader) -> Iterator[str]:
+    for name, classes in (
+        ("label", header.classes),
+        ("predicted", header.network_classes),
+        ("branch_class", header.network_classes),
+    ):
+        if ((images[name] < 0) | (images[name] >= len(classes))).any():
+            yield f"images/{name}: expected 0 to {len(classes) - 1}, found others"
+    if not np.isin(images["scale"], SCALES).all():
+        yield f"images/scale: expected {SCALES}, found others"
+    probability = images["branch_prob"]
+    if not ((probability >= 0) & (probability <= 1)).all():
+        yield "images/branch_prob: expected 0 to 1, found others"
+    if (images["size"] < 1).any():
+        yield "images/size: expected at least 1 px, found others"
+    paths = images["path"]
+    if (paths[1:] <= paths[:-1]).any():
+        yield "images/path: expected each once, in order, found others"
+
+
+def _patch_problems(images: _Table, patches: _Table, scale: int) -> Iterator[str]:
+    rows = np.flatnonzero(images["scale"] == scale)
+    count, first = images["count"][rows].astype(np.int64), images["first"][rows]
+    m = len(patches["image"])
+    if (first != np.cumsum(count) - count).any() or (count < 1).any() or count.sum() != m:
+        yield f"images/first, images/count: expected to divide {m} patches of {scale} px"
+    elif (patches["image"] != np.repeat(rows, count)).any():
+        yield f"patches/{scale}/image: expected the image whose slice it is, found others"
+    corner, score = patches["corner"], patches["score"]
+    if ((corner < 0) | (corner > CROP - scale)).any():
+        yield f"patches/{scale}/corner: expected 0 to {CROP - scale}, found others"
+    if not np.isfinite(score).all():
+        yield f"patches/{scale}/score: expected numbers, found NaN or infinity"
+    same_image = patches["image"][1:] == patches["image"][:-1]
+    if (same_image & (score[1:] > score[:-1])).any():
+        yield f"patches/{scale}/score: expected the strongest first, found others"
+
+
+def decode_patch(data: bytes, scale: int) -> NDArray[np.uint8]:
+    """Decode a JPEG patch of a shard, uint8 (scale, scale, 3), if it says it is one.
+
+    Raises:
+        CorruptShard: it is damaged, or of another size or mode.
+    """
+    expected = f"expected a JPEG file, RGB of {scale} x {scale} px, found"
+    try:
+        # Not Image.open: that refuses large pictures with errors and warnings of its own.
+        with JpegImageFile(io.BytesIO(data)) as image:
+            found, (width, height) = image.mode, image.size
+            if (found, width, height) == ("RGB", scale, scale):
+                return np.asarray(image)
+    except Exception as error:  # Pillow raises nearly anything, by the damage
+        raise CorruptShard(
+            f"{expected} {len(data):,} bytes that are none: {reason_of(error)}"
+        ) from error
+    raise CorruptShard(f"{expected} {found} of {width} x {height} px")

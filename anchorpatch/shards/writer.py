@@ -6,19 +6,28 @@ output folder (gone even after SIGKILL), one for each large dataset. `ShardWrite
 the HDF5 file out, copies the spools to their offsets, syncs it and gives it its final name.
 Memory does not grow with the number of patches but by some 12 bytes each; the disk needs room
 for a shard twice while it is closed.
+
+HDF5 reacts badly to a disk that fills up: handles that cannot be closed, noise at the end of
+the interpreter. So it never sees the disk. It writes its metadata and the small tables into
+a `_Skeleton` in memory, which stores only the pages that were written; large datasets get their
+place in the file and nothing else. Plain file I/O then writes the skeleton's pages, and the
+pixels at their offsets.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -35,11 +44,8 @@ from anchorpatch.shards.layout import (
     write_attributes,
 )
 from anchorpatch.shards.manifest import ShardEntry
-from anchorpatch.shards.patch_batch import PatchBatch, check_batch
-from anchorpatch.shards.skeleton import Skeleton, open_skeleton, reserve
-from anchorpatch.shards.spools import Spools
 
-__all__ = ["ShardWriter", "encode_jpeg"]
+__all__ = ["PatchBatch", "ShardWriter", "encode_jpeg"]
 
 #: Threads that encode JPEG; Pillow releases the interpreter lock. torchvision makes files of the
 #: same mean size at four fifths of the speed, as it wants the colours in planes.
@@ -47,6 +53,56 @@ _JPEG_THREADS: Final = min(4, os.cpu_count() or 1)
 
 #: Patches of one cut: bounds the memory of a batch (37 MB at scale 111).
 _CUT_ROWS: Final = 1024
+
+#: Bytes of a page of the skeleton; large datasets start at multiples of it.
+_PAGE: Final = 1 << 12
+
+
+class PatchBatch(NamedTuple):
+    """Results for n images, in the order of their paths; patches padded to K rows.
+
+    Attributes:
+        path: relative to the split folder, UTF-8, dtype S (n,).
+        label: index into the folders' classes, int32 (n,).
+        predicted: gamma, index into the network's classes, int32 (n,).
+        scale: chosen theta: 63, 95 or 111, uint8 (n,).
+        branch_class: Y of each branch, int32 (n, 3).
+        branch_prob: P of each branch, float32 (n, 3).
+        size: height and width of the source image in pixels, int32 (n, 2).
+        pixels: the crops that AnchorNet saw, uint8 (n, 224, 224, 3).
+        counts: patches of each image, int32 (n,).
+        corners: top-left (y, x) of each patch in pixels, the strongest first, int (n, K, 2).
+        scores: activation of each patch, float32 (n, K).
+    """
+
+    path: NDArray[np.bytes_]
+    label: NDArray[Any]
+    predicted: NDArray[Any]
+    scale: NDArray[Any]
+    branch_class: NDArray[Any]
+    branch_prob: NDArray[Any]
+    size: NDArray[Any]
+    pixels: NDArray[np.uint8]
+    counts: NDArray[Any]
+    corners: NDArray[Any]
+    scores: NDArray[Any]
+
+
+def _check_batch(batch: PatchBatch) -> None:
+    """Raise ValueError unless the arrays of a batch fit together."""
+    n = len(batch.path)
+    wrong = [name for name, array in zip(batch._fields, batch, strict=True) if len(array) != n]
+    if wrong:
+        raise ValueError(f"expected {n} rows in every array of the batch, not so in {wrong}")
+    if batch.pixels.shape[1:] != (CROP, CROP, 3) or batch.pixels.dtype != np.uint8:
+        raise ValueError(
+            f"expected crops uint8 (n, {CROP}, {CROP}, 3), "
+            f"got {batch.pixels.dtype} {batch.pixels.shape}"
+        )
+    if not np.isin(batch.scale, SCALES).all():
+        raise ValueError(f"expected scales of {SCALES}, got {np.unique(batch.scale).tolist()}")
+    if n and not 0 <= batch.counts.min() <= batch.counts.max() <= batch.corners.shape[1]:
+        raise ValueError(f"expected 0 to {batch.corners.shape[1]} patches an image")
 
 
 def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
@@ -104,7 +160,7 @@ class ShardWriter:
         }
         self._patch_count = dict.fromkeys(SCALES, 0)
         self._blob_sizes: dict[int, list[int]] = {scale: [] for scale in SCALES}
-        self._spools = Spools(self.path.parent)
+        self._spools = _Spools(self.path.parent)
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
         with storage.refusals(self._lock_path):
@@ -134,7 +190,7 @@ class ShardWriter:
             IndexError: a patch reaches outside its crop.
             StorageError: the disk refuses.
         """
-        check_batch(batch)
+        _check_batch(batch)
         with self._aborting():
             self._append_tables(batch)
             if self.header.settings.store_images:
@@ -165,7 +221,7 @@ class ShardWriter:
         """
         with self._aborting():
             self._skipped.sort(key=lambda skipped: os.fsencode(skipped[0]))
-            skeleton = Skeleton()
+            skeleton = _Skeleton()
             placed = self._lay_out(skeleton)
             sha256 = ""
 
@@ -292,18 +348,18 @@ class ShardWriter:
     def _column(self, name: str) -> NDArray[Any]:
         return _joined(self._images[name], *IMAGE_TABLE[name])
 
-    def _lay_out(self, skeleton: Skeleton) -> dict[str, tuple[int, int]]:
+    def _lay_out(self, skeleton: _Skeleton) -> dict[str, tuple[int, int]]:
         """Write all but the spooled datasets; return offset and size in bytes of those."""
         settings = self.header.settings
         placed: dict[str, tuple[int, int]] = {}
 
         def reserve_pixels(name: str, shape: tuple[int, ...]) -> None:
-            offset = reserve(file, name, shape, "u1")
+            offset = _reserve(file, name, shape, "u1")
             if offset is not None:
                 placed[name] = (offset, int(np.prod(shape)))
 
         # create_dataset, never file[name] = ...: that would store the time of day.
-        with open_skeleton(skeleton) as file:
+        with _open_skeleton(skeleton) as file:
             write_attributes(file, self.header, self.files_sha256)
             file.create_dataset("images/path", data=encode_text(self._paths))
             for name, (dtype, shape) in IMAGE_TABLE.items():
@@ -344,3 +400,161 @@ def _is_still(file: BinaryIO, path: Path) -> bool:
 
 def _joined(parts: list[NDArray[Any]], dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     return np.concatenate([np.empty((0, *shape), dtype), *parts])
+
+
+class _Spools:
+    """Byte streams by dataset name, in files that grow until the datasets' sizes are known.
+
+    Args:
+        folder: where the files lie, which are gone even after SIGKILL.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {}
+
+    def append(self, name: str, data: Any) -> None:
+        """Add bytes, or an array's, to a stream."""
+        if name not in self._files:
+            # Lives until `close`.
+            self._files[name] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        self._files[name].write(data)
+
+    def flush(self) -> None:
+        """Hand everything to the system, which may refuse it."""
+        for file in self._files.values():
+            file.flush()
+
+    def copy(self, name: str, target: BinaryIO, offset: int, size: int) -> None:
+        """Copy a whole stream into ``target``, within the kernel where that can."""
+        source = self._files[name]
+        source.seek(0)
+        target.seek(offset)
+        done = 0
+        if hasattr(os, "copy_file_range"):
+            # Refused between some filesystems and by old kernels; then the plain way goes on.
+            with suppress(OSError):
+                while done < size:
+                    args = (source.fileno(), target.fileno(), size - done, done, offset + done)
+                    n = os.copy_file_range(*args)
+                    if n == 0:
+                        break
+                    done += n
+        if done < size:
+            source.seek(done)
+            target.seek(offset + done)
+            shutil.copyfileobj(source, target, 1 << 20)
+
+    def close(self) -> None:
+        """Throw the streams away."""
+        for file in self._files.values():
+            # What a spool could not flush is not wanted any more.
+            with suppress(OSError):
+                file.close()
+        self._files.clear()
+
+
+class _Skeleton(io.RawIOBase):
+    r"""A sparse file in memory; as much of one as h5py needs.
+
+    Example:
+        >>> skeleton = _Skeleton()
+        >>> _ = skeleton.seek(1 << 40), skeleton.write(b"far"), skeleton.seek((1 << 40) - 1)
+        >>> skeleton.read(4), skeleton.size == (1 << 40) + 3
+        (b'\x00far', True)
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._position = 0
+        self._pages: dict[int, bytearray] = {}
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move the position, also beyond the end."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the size."""
+        self.size = self._position if size is None else size
+        return self.size
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to the end; what was never written is zero."""
+        view = memoryview(buffer).cast("B")
+        n = max(0, min(len(view), self.size - self._position))
+        done = 0
+        while done < n:
+            page, start = divmod(self._position + done, _PAGE)
+            k = min(n - done, _PAGE - start)
+            stored = self._pages.get(page)
+            view[done : done + k] = stored[start : start + k] if stored else bytes(k)
+            done += k
+        self._position += n
+        return n
+
+    def write(self, data: Any) -> int:
+        """Write at the position."""
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            page, start = divmod(self._position + done, _PAGE)
+            k = min(len(view) - done, _PAGE - start)
+            stored = self._pages.setdefault(page, bytearray(_PAGE))
+            stored[start : start + k] = view[done : done + k]
+            done += k
+        self._position += len(view)
+        self.size = max(self.size, self._position)
+        return len(view)
+
+    def dump(self, file: BinaryIO) -> None:
+        """Write the pages into an empty file that already has the size."""
+        for page in sorted(self._pages):
+            start = page * _PAGE
+            if start < self.size:
+                file.seek(start)
+                file.write(self._pages[page][: self.size - start])
+
+
+def _open_skeleton(skeleton: _Skeleton) -> h5py.File:
+    """Open a new HDF5 file in memory, whose bytes depend on nothing but what is written to it.
+
+    The format is fixed to that of HDF5 1.10, whatever newer library writes it. Large datasets
+    start at multiples of 4 KiB.
+    """
+    return h5py.File(
+        skeleton,
+        "w",
+        libver=("v110", "v110"),
+        track_order=True,
+        alignment_threshold=1 << 16,
+        alignment_interval=_PAGE,
+    )
+
+
+def _reserve(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> int | None:
+    """Create a contiguous dataset that has its place in the file, but whose bytes nobody writes.
+
+    Returns:
+        Its offset in the file in bytes; None for a dataset without elements.
+    """
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)
+    group, _, leaf = name.rpartition("/")
+    dataset = h5py.h5d.create(
+        file.require_group(group).id,
+        leaf.encode(),
+        h5py.h5t.py_create(np.dtype(dtype)),
+        h5py.h5s.create_simple(shape),
+        properties,
+    )
+    offset: int | None = dataset.get_offset()
+    return offset

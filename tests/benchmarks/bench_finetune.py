@@ -31,7 +31,7 @@ from torchvision.datasets import ImageFolder
 
 from anchorpatch.settings import CODECS, SCALES
 from anchorpatch.shards import ShardReader
-from anchorpatch.shards.batches import load_rows
+from anchorpatch.shards.dataset import load_rows
 
 
 class Request(NamedTuple):

@@ -21,8 +21,7 @@ from anchorpatch.settings import CODECS, CROP
 from anchorpatch.shards import PatchDataset, ShardReader
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest
-from anchorpatch.shards.patch_batch import PatchBatch
-from anchorpatch.shards.writer import ShardWriter
+from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 SCALE, PER_IMAGE = 95, 10
 

@@ -28,8 +28,7 @@ from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights, s
 from anchorpatch.runtime.device import cpu_count, resolve_device
 from anchorpatch.settings import PRESETS
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
-from anchorpatch.shards.patch_batch import PatchBatch
-from anchorpatch.shards.writer import ShardWriter
+from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 SECONDS = 5.0
 

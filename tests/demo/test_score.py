@@ -17,8 +17,7 @@ from anchorpatch.lsp import grid_size
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
 from anchorpatch.shards.manifest import FilesDigest, open_manifest
-from anchorpatch.shards.patch_batch import PatchBatch
-from anchorpatch.shards.writer import ShardWriter
+from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 IMAGES = 30  # one of each class and size
 

@@ -14,8 +14,7 @@ from anchorpatch.jobs.finetune import FinetuneConfig
 from anchorpatch.models import registry
 from anchorpatch.shards.layout import ShardHeader, shard_name
 from anchorpatch.shards.manifest import FilesDigest, open_manifest
-from anchorpatch.shards.patch_batch import PatchBatch
-from anchorpatch.shards.writer import ShardWriter
+from anchorpatch.shards.writer import PatchBatch, ShardWriter
 from tests.shards.samples import make_settings
 
 CLASSES = ("blue", "lime", "red")

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
 from anchorpatch.shards.manifest import FilesDigest, open_manifest
-from anchorpatch.shards.patch_batch import PatchBatch
-from anchorpatch.shards.writer import ShardWriter
+from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 
 class Drawn(NamedTuple):

@@ -14,8 +14,7 @@ import numpy as np
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
 from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest, read_manifest
-from anchorpatch.shards.patch_batch import PatchBatch
-from anchorpatch.shards.writer import ShardWriter
+from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 CLASSES = ("cat", "dog", "hen", "owl")
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import h5py
@@ -20,8 +21,8 @@ from torch.utils.data import DataLoader
 from anchorpatch.errors import CorruptShard, SettingsError, ShardError
 from anchorpatch.settings import CODECS, SCALES
 from anchorpatch.shards import PatchDataset, ShardReader
-from anchorpatch.shards.access import Maps
 from anchorpatch.shards.manifest import FilesDigest, open_manifest
+from anchorpatch.shards.reader import _mapped
 from tests.shards.samples import CLASSES, edit_manifest, make_header, make_split
 
 
@@ -152,7 +153,7 @@ def test_a_reader_can_be_pickled_after_use(splits: dict[str, Path]) -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_threads_may_share_a_reader(splits: dict[str, Path], codec: str) -> None:
     reader = ShardReader(splits[codec])
-    reader._maps.limit = 1  # maps come and go all the time
+    reader._map = lru_cache(1)(_mapped)  # maps come and go all the time
     count = reader.patch_count(63)
     oracle = ShardReader(splits[codec]).patches(63, range(count))
     start = threading.Barrier(4)
@@ -169,15 +170,20 @@ def test_threads_may_share_a_reader(splits: dict[str, Path], codec: str) -> None
         assert all(pool.map(work, range(4)))
 
 
-def test_maps_are_given_up_beyond_the_limit(tmp_path: Path) -> None:
-    maps = Maps(limit=2)
+def test_maps_are_given_up_beyond_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (40, 40))
+    make_split(tmp_path / "val")
+    reader = ShardReader(tmp_path / "val")
+    assert reader._map.cache_parameters()["maxsize"] == 20
     views = []
-    for i in range(5):
+    for i in range(25):
         path = tmp_path / str(i)
         path.write_bytes(bytes([i]) * 5000)
-        views.append(maps.get(path))
-    assert len(maps) == 2
-    assert [int(view.sum()) for view in views] == [5000 * i for i in range(5)]
+        views.append(reader._map(path))
+    assert reader._map.cache_info().currsize == 20
+    assert [int(view.sum()) for view in views] == [5000 * i for i in range(25)]
 
 
 def test_no_file_stays_open_but_the_maps(splits: dict[str, Path]) -> None:

@@ -16,8 +16,7 @@ from anchorpatch.errors import ShardError
 from anchorpatch.settings import CODECS, SCALES
 from anchorpatch.shards import layout
 from anchorpatch.shards.layout import ShardHeader, cut_patches
-from anchorpatch.shards.patch_batch import PatchBatch
-from anchorpatch.shards.writer import ShardWriter
+from anchorpatch.shards.writer import PatchBatch, ShardWriter
 from tests.shards.samples import make_batch, make_header, make_settings, split_batch
 
 

@@ -23,7 +23,7 @@ from anchorpatch.jobs.patch_scores import Distributions, score_images, score_pat
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import CROP
-from anchorpatch.shards.batches import Loaded, epoch_rows, load_rows, visited
+from anchorpatch.shards.dataset import Loaded, epoch_rows, load_rows, visited
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = ["Data", "PatchData", "WholeData"]

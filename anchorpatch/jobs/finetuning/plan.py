@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from anchorpatch.jobs.training.loop_config import LoopConfig
 from anchorpatch.runtime.distributed import World
-from anchorpatch.shards.batches import batches_of, pieces_of
+from anchorpatch.shards.dataset import batches_of, pieces_of
 
 __all__ = ["Plan", "Request"]
 

@@ -21,7 +21,7 @@ from anchorpatch.models.registry import build_on_meta
 from anchorpatch.networks import check_sides
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import SCALES
-from anchorpatch.shards.batches import visited
+from anchorpatch.shards.dataset import visited
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.text import counted, differing
 

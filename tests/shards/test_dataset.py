@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from anchorpatch.errors import CorruptShard, ShardError
 from anchorpatch.settings import SCALES
 from anchorpatch.shards import ShardReader
-from anchorpatch.shards.batches import batches_of, epoch_rows, load_rows, pieces_of, visited
+from anchorpatch.shards.dataset import batches_of, epoch_rows, load_rows, pieces_of, visited
 from tests.shards.samples import make_split
 
 
