@@ -21,6 +21,7 @@ __all__ = [
     "STRIDE",
     "CropSettings",
     "LspSettings",
+    "default_preset",
 ]
 
 #: Side theta of the patches of each branch, in pixels: the receptive fields of Table 2.
@@ -145,3 +146,13 @@ PRESETS: Final = {
     "finetune": LspSettings((24, 10, 8), 0.8, (0.3, 0.3, 0.3)),
     "evaluate": LspSettings((24, 10, 8), 0.3, (0.3, 0.3, 0.3)),
 }
+
+
+def default_preset(split: str) -> str:
+    """Return the preset for a split: many patches to train on, fewer to evaluate.
+
+    Example:
+        >>> default_preset("train"), default_preset("val")
+        ('finetune', 'evaluate')
+    """
+    return "finetune" if split == "train" else "evaluate"

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from anchorpatch.cli.config import Command
 from anchorpatch.cli.extract import print_summary
-from anchorpatch.cli.options import PATH, device_option, json_option, workers_option
+from anchorpatch.cli.options import (
+    PATH,
+    Command,
+    device_option,
+    find_weights,
+    json_option,
+    workers_option,
+)
 from anchorpatch.cli.output import print_json, print_table
+from anchorpatch.settings import SCALES
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
@@ -59,7 +66,6 @@ def demo(
     anchorpatch shards inspect anchorpatch-demo/shards/val
     anchorpatch report anchorpatch-demo
     """
-    from anchorpatch.cli.extract import find_weights
     from anchorpatch.demo.scenes import make_scenes
     from anchorpatch.demo.score import score_scenes
     from anchorpatch.errors import CorruptShard
@@ -113,8 +119,6 @@ def demo(
 
 
 def _print_score(score: SceneScore) -> None:
-    from anchorpatch.settings import SCALES
-
     print_table(
         ["patch", "centre in the object's box", "box covered"],
         [

@@ -8,22 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.config import Command
-from anchorpatch.cli.extract import find_weights
 from anchorpatch.cli.options import (
     PATH,
-    Share,
+    Command,
+    batch_size_option,
     data_option,
     device_option,
+    find_weights,
     json_option,
     labels_option,
     limit_option,
+    max_bad_option,
     runs_option,
     shards_option,
+    split_option,
     threads_option,
     workers_option,
 )
 from anchorpatch.cli.output import print_result
+from anchorpatch.settings import SCALES
+from anchorpatch.storage import write_atomically
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.results import AnchorNetFigures, Table3, Table4
@@ -52,7 +56,7 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 @click.argument("network")
 @shards_option
 @data_option
-@click.option("--split", default="val", help="Name of the folder below --shards and --data.")
+@split_option
 @labels_option
 @click.option(
     "--weights",
@@ -70,7 +74,7 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 )
 @click.option(
     "--scale",
-    type=click.Choice(["63", "95", "111"]),
+    type=click.Choice([str(scale) for scale in SCALES]),
     help="Only images that chose this scale.",
 )
 @click.option(
@@ -94,17 +98,13 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 )
 @click.option("--speed/--no-speed", default=True, help="Measure images a second.")
 @click.option("--predictions", type=PATH, help="Write each image's decision to FILE.csv or .npz.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    help="Patches or images in a batch.  [default: 32 on CPU (anchornet: 16), 256 on a GPU]",
-)
+@batch_size_option("32 on CPU (anchornet: 16), 256 on a GPU", "patches or images")
 @workers_option
 @threads_option
 @device_option
 @click.option("--amp", is_flag=True, help="Compute in bfloat16.")
 @limit_option
-@click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
+@max_bad_option
 @click.option(
     "--format",
     type=click.Choice(["table", "markdown", "csv", "json"]),
@@ -122,7 +122,6 @@ def evaluate(
     network: str,
     format: str,
     as_json: bool,
-    workers: int | None,
     threads: int | None,
     **options: Any,
 ) -> None:
@@ -158,10 +157,9 @@ def evaluate(
             _refuse(ctx, _OF_TABLE_3, "goes with --protocol patches")
         if options["per_scale"] and options["weights"] is not None:
             raise click.UsageError("--per-scale and --weights exclude each other.", ctx)
-    from anchorpatch.runtime.device import cpu_count, use_threads  # torch is slow to import
+    from anchorpatch.runtime.device import use_threads  # torch is slow to import
 
     use_threads(threads)
-    options["workers"] = cpu_count() if workers is None else workers
     if network == "anchornet":
         _evaluate_anchornet(form, options)
     else:
@@ -190,7 +188,6 @@ def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:
 def _evaluate_network(network: str, form: str, options: dict[str, Any]) -> None:
     from anchorpatch.jobs.evaluate import EvaluateConfig, run, run_rescale
     from anchorpatch.runtime.progress import reporter
-    from anchorpatch.settings import SCALES
 
     scale, result = options.pop("scale"), options.pop("result")
     protocol, anchornet = options.pop("protocol"), options.pop("anchornet_weights")
@@ -214,8 +211,6 @@ def _show(found: Table3 | Table4 | AnchorNetFigures, form: str, result: Path | N
 
 
 def _write_result(path: Path | None, result: dict[str, Any]) -> None:
-    from anchorpatch.storage import write_atomically
-
     if path is not None:
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))

@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.config import Command
 from anchorpatch.cli.options import (
     PATH,
-    Share,
+    Command,
     SharedOption,
     allow_empty_option,
     background_option,
+    batch_size_option,
     data_option,
     device_option,
+    find_weights,
     json_option,
     labels_option,
     limit_option,
     lsp_options,
+    max_bad_option,
     runs_option,
+    split_option,
     threads_option,
     weights_option,
     workers_option,
 )
-from anchorpatch.cli.output import bytes_text, print_json, print_table
-from anchorpatch.errors import WeightsError
-from anchorpatch.settings import DAMAGED
+from anchorpatch.cli.output import bytes_text, print_json, print_scales
+from anchorpatch.settings import CODECS, DAMAGED
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.extract import Forecast
     from anchorpatch.jobs.extract_summary import ExtractSummary
-    from anchorpatch.settings import LspSettings
 
 
 @click.command(cls=Command)
 @data_option
-@click.option("--split", default="val", help="Name of the folder below --data.")
+@split_option
 @labels_option
 @weights_option
 @runs_option
@@ -51,43 +51,45 @@ if TYPE_CHECKING:
     default=Path("shards"),
     help="Folder for the shards, OUT/SPLIT/SPLIT-00000.h5, ...; also $ANCHORPATCH_SHARDS.",
 )
-@lsp_options(None, "finetune for the split train, evaluate for others")
+@lsp_options(shown="finetune for the split train, evaluate for others")
 @click.option(
     "--codec",
-    type=click.Choice(["raw", "jpeg", "image"]),
+    type=click.Choice(CODECS),
     default="raw",
-    help="Patches as raw pixels, as JPEG, or images once and patches cut when read.",
+    help="Store patches as raw pixels or as JPEG, or store each image once and cut its patches "
+    "when they are read.",
 )
-@click.option("--jpeg-quality", type=click.IntRange(1, 100), default=95, help="For --codec jpeg.")
-@click.option("--store-images", is_flag=True, help="Store the 224 px crop of each image too.")
-@click.option("--shard-size", type=click.IntRange(min=1), default=1024, help="Images in a shard.")
 @click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    help="Images in a batch; on a GPU all shards of a split need the same.  "
-    "[default: 64 on CPU, 256 on a GPU]",
+    "--jpeg-quality", type=click.IntRange(1, 100), default=95, help="JPEG quality of --codec jpeg."
+)
+@click.option("--store-images", is_flag=True, help="Store the 224 px crop of each image as well.")
+@click.option(
+    "--shard-size", type=click.IntRange(min=1), default=1024, help="Number of images per shard."
+)
+@batch_size_option(
+    "64 on CPU, 256 on a GPU", "images", "; on a GPU, the same for all shards of a split"
 )
 @workers_option
 @threads_option
 @device_option
-@click.option("--amp", is_flag=True, help="Compute in bfloat16; needs a GPU.")
-@click.option("--compile", "compile_", is_flag=True, help="Use torch.compile.")
+@click.option("--amp", is_flag=True, help="Compute in bfloat16 (mixed precision); needs a GPU.")
+@click.option("--compile", "compile", is_flag=True, help="Use torch.compile.")
 @limit_option
 @background_option("that of the weights")
 @click.option(
     "--damaged",
     type=click.Choice(DAMAGED),
     default="keep",
-    help="JPEGs with missing or corrupt data that can be decoded all the same: keep and count "
-    "them, or skip them.",
+    help="What to do with JPEGs that can be decoded although data is missing or corrupt: keep and "
+    "count them, or skip them.",
 )
 @allow_empty_option
-@click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
+@max_bad_option
 @click.option(
     "--task",
     metavar="I/N",
-    help="Write every N-th shard, starting with number I, and no others.  [default: all, shared "
-    "with the other jobs of a SLURM array]",
+    help="Write only every N-th shard, starting with number I.  [default: all, shared with the "
+    "other jobs of a SLURM array]",
 )
 @click.option(
     "--overwrite",
@@ -104,17 +106,15 @@ if TYPE_CHECKING:
     help="Read images again that were skipped or damaged, and rewrite the shards of those that are "
     "whole now.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done and foretell the bytes.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show what would be written and the estimated size, then exit.",
+)
 @json_option
 def extract(
-    data: Path,
     weights: str | None,
     runs: Path,
-    preset: str | None,
-    max_patches: tuple[int, int, int] | None,
-    iou_threshold: float | None,
-    coverage: tuple[float, float, float] | None,
-    compile_: bool,
     task: str | None,
     threads: int | None,
     dry_run: bool,
@@ -134,7 +134,7 @@ def extract(
     sbatch --array=0-7 --wrap 'anchorpatch extract --split train'
     anchorpatch extract --split train --task 0/8
     """
-    from anchorpatch.jobs.extract import ExtractConfig, default_preset, forecast, run
+    from anchorpatch.jobs.extract import ExtractConfig, forecast, run
     from anchorpatch.jobs.extract_summary import wait_for_ranks
     from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.distributed import rank_and_size, resolve_task
@@ -142,18 +142,7 @@ def extract(
 
     use_threads(threads)
     part = resolve_task(task)
-    lsp = overridden(
-        preset or default_preset(options["split"]), max_patches, iou_threshold, coverage
-    )
-    config = ExtractConfig(
-        data=data,
-        weights=find_weights(weights, runs),
-        preset=preset,
-        lsp=lsp,
-        compile=compile_,
-        task=part,
-        **options,
-    )
+    config = ExtractConfig(weights=find_weights(weights, runs), task=part, **options)
     if dry_run:
         _print_forecast(forecast(config), as_json)
         return
@@ -170,67 +159,13 @@ def extract(
         print_summary(summary, as_json)
 
 
-def find_weights(weights: str | None, runs: Path, option: str = "--weights") -> Path:
-    """Return the file of AnchorNet's weights that an option means.
-
-    Args:
-        weights: a file, "demo", or None where the option is not given.
-        runs: folder of training runs.
-        option: its name.
-
-    Raises:
-        WeightsError: the option is not given and there is no trained network.
-    """
-    if weights == "demo":
-        from anchorpatch.demo import demo_weights
-
-        return demo_weights()
-    if weights is not None:
-        return Path(weights)
-    trained = runs / "anchornet" / "best.safetensors"
-    if not trained.is_file():
-        raise WeightsError(
-            f"{trained} does not exist: train a network with `anchorpatch train`, name a file "
-            f"with {option}, or take the bundled ones of the sample set with {option} demo"
-        )
-    return trained
-
-
-def overridden(
-    preset: str,
-    max_patches: tuple[int, int, int] | None,
-    iou_threshold: float | None,
-    coverage: tuple[float, float, float] | None,
-) -> LspSettings:
-    """Return the settings of a preset with those in place of its own that are given."""
-    from anchorpatch.settings import PRESETS
-
-    given = {"max_patches": max_patches, "iou_threshold": iou_threshold, "coverage": coverage}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return replace(PRESETS[preset], **changes)
-
-
 def print_summary(summary: ExtractSummary, as_json: bool) -> None:
     """Print the closing summary of an extraction."""
-    from anchorpatch.jobs.extract_summary import mean_patches
-
     if as_json:
         print_json(summary.to_json())
         return
     images = summary.images
-    print_table(
-        ["scale", "images", "share", "patches", "mean patches"],
-        [
-            [
-                f"{scale} px",
-                f"{summary.images_by_scale[scale]:,}",
-                f"{summary.images_by_scale[scale] / images:.1%}" if images else "-",
-                f"{summary.patches_by_scale[scale]:,}",
-                f"{mean_patches(summary, scale):.2f}",
-            ]
-            for scale in summary.images_by_scale
-        ],
-    )
+    print_scales(summary.images_by_scale, summary.patches_by_scale)
     reasons = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.items())
     lines = [
         f"{counted(images, 'image')} in {counted(summary.shards, 'shard')}, "

@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
 import click
 
-from anchorpatch.cli.lazy import LazyGroup
+from anchorpatch.cli.options import (
+    PATH,
+    Command,
+    Group,
+    Names,
+    NumberList,
+    anchornet_weights_option,
+    batch_size_option,
+    data_option,
+    device_option,
+    find_weights,
+    grouped,
+    json_option,
+    labels_option,
+    lsp_options,
+    runs_option,
+    split_option,
+    weights_option,
+    workers_option,
+)
+from anchorpatch.cli.output import print_json, print_table
+from anchorpatch.settings import SCALES, LspSettings
+from anchorpatch.text import counted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from anchorpatch.figures.examples import Choice, ShownImages
+    from anchorpatch.jobs.crops import ImageSource
+    from anchorpatch.runtime.checkpoint import Weights
 
 __all__ = ["figure"]
 
-#: Command -> its module in this package is ``figure_<command>``.
-_FIGURES = ("patches", "errors", "attention", "coverage")
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
-@click.group(cls=LazyGroup, names=_FIGURES, modules="figure_")
+@click.group(cls=Group)
 def figure() -> None:
     r"""Draw the figures of the paper from images and weights.
 
-    Each writes one picture, by default figures/NAME.png, with a .json beside it, which
-    `anchorpatch report` shows, and prints what is to be seen in it.
+    Each command writes one picture, by default figures/NAME.png, and a .json file next to it,
+    which `anchorpatch report` reads, and prints a summary of what the picture shows.
 
     \b
     anchorpatch figure patches --data imagenet     Figure 3: patches by chosen scale
@@ -25,3 +58,379 @@ def figure() -> None:
     anchorpatch figure attention --data imagenet   Figure 5: attention and class heatmaps
     anchorpatch figure coverage resnet50           Figure 6: accuracy by covered and masked area
     """
+
+
+def _example_options(name: str, limit: int = 300) -> Callable[[_F], _F]:
+    """Return a decorator that adds images, weights, output and device of a figure of examples.
+
+    Args:
+        name: of the command.
+        limit: images that it looks at.
+    """
+    return grouped(
+        data_option,
+        split_option,
+        labels_option,
+        weights_option,
+        runs_option,
+        click.option(
+            "--images",
+            type=Names(),
+            default=(),
+            metavar="PATH[,PATH...]",
+            help="Show exactly these images, given by their paths below the split's folder.",
+        ),
+        click.option(
+            "--classes",
+            type=Names(),
+            default=(),
+            metavar="NAME[,NAME...]",
+            help="Show only images of these classes.",
+        ),
+        click.option(
+            "--seed",
+            type=click.IntRange(min=0),
+            default=0,
+            help="Random seed for the choice of images.",
+        ),
+        click.option(
+            "--limit",
+            type=click.IntRange(min=1),
+            default=limit,
+            help="Number of images to choose from, spread over the classes.",
+        ),
+        click.option(
+            "--out",
+            type=PATH,
+            default=Path("figures", f"{name}.png"),
+            help="Picture to write: .png, .jpg, .webp or .pdf. A .json file next to it says what "
+            "it shows.",
+        ),
+        workers_option,
+        device_option,
+        json_option,
+    )
+
+
+def _inputs(
+    *,
+    data: Path,
+    split: str,
+    labels: Path | None,
+    weights: str | None,
+    runs: Path,
+    images: tuple[str, ...],
+    classes: tuple[str, ...],
+    seed: int,
+    limit: int,
+    workers: int,
+    out: Path,
+) -> tuple[ImageSource, Weights, Choice]:
+    """Read what `_example_options` name, after a look at what needs none of it.
+
+    Raises:
+        AnchorpatchError: an option cannot be used.
+    """
+    from anchorpatch.figures.examples import Choice
+    from anchorpatch.figures.files import picture_kind
+    from anchorpatch.jobs.crops import ImageSource
+    from anchorpatch.runtime.checkpoint import load_weights
+
+    picture_kind(out)
+    choice = Choice(images, classes, seed, limit)
+    loaded = load_weights(find_weights(weights, runs))
+    source = ImageSource.of_folder(
+        data, split, labels=labels, workers=workers, crop=loaded.meta.cropping
+    )
+    return source, loaded, choice
+
+
+def _finish(
+    result: ShownImages,
+    picture: Image.Image | Figure,
+    out: Path,
+    as_json: bool,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> None:
+    """Write a figure of examples, and print what it shows: JSON, or a table and the caption."""
+    from anchorpatch.figures.files import save_figure
+
+    facts = result.to_json()
+    save_figure(picture, out, facts)
+    if as_json:
+        print_json({**facts, "picture": str(out)})
+        return
+    print_table(columns, rows)
+    click.echo(f"{result.caption}\n{out}")
+
+
+@figure.command(cls=Command)
+@click.option(
+    "--per-scale", type=click.IntRange(min=1), default=3, help="Number of images per scale."
+)
+@click.option("--only-right", is_flag=True, help="Show only images that are classified correctly.")
+@lsp_options("figure")
+@_example_options("patches")
+def patches(
+    per_scale: int,
+    only_right: bool,
+    preset: str,
+    lsp: LspSettings,
+    out: Path,
+    device: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    r"""Draw images by the scale they chose, with their patches framed and cut out (Figure 3).
+
+    The images are a random choice, by --seed, spread over the classes. Those that AnchorNet
+    classifies wrongly are included, with the predicted class; --only-right leaves them out, as
+    the paper does. --images shows exactly the images that it names.
+
+    \b
+    anchorpatch figure patches --data imagenet --per-scale 6
+    anchorpatch figure patches --images n01440764/ILSVRC2012_val_00000293.JPEG
+    """
+    from anchorpatch.figures import patches_figure
+    from anchorpatch.figures.patches import PatchesConfig, find_patches
+    from anchorpatch.runtime.progress import reporter
+
+    source, weights, choice = _inputs(out=out, **options)
+    config = PatchesConfig(choice, lsp, per_scale, only_right, device)
+    result = find_patches(source, weights, config, reporter())
+    for scale, found in result.missing.items():
+        click.echo(
+            f"only {found} of {result.looked} that were looked at can be shown for {scale} px: "
+            "raise --limit for more",
+            err=True,
+        )
+    rows = [
+        [
+            *(example.path, example.label, example.predicted, f"{scale} px"),
+            *(str(len(example.scores)), f"{example.scores[0]:.3g}"),
+        ]
+        for scale, examples in result.examples.items()
+        for example in examples
+    ]
+    columns = ["image", "class", "predicted", "scale", "patches", "strongest"]
+    _finish(result, patches_figure(result), out, as_json, columns, rows)
+
+
+@figure.command(cls=Command)
+@click.option(
+    "--per-scale", type=click.IntRange(min=1), default=3, help="Number of errors per branch."
+)
+@click.option(
+    "--scale",
+    "scales",
+    type=click.Choice([str(scale) for scale in SCALES]),
+    multiple=True,
+    default=("63", "111"),
+    help="Branch whose errors to show; may be given several times.",
+)
+@_example_options("errors", limit=500)
+def errors(
+    per_scale: int, scales: tuple[str, ...], out: Path, device: str, as_json: bool, **options: Any
+) -> None:
+    r"""Draw what misled a branch where another branch is right (Figure 4).
+
+    Each row shows an image, the patches with the most evidence for the class that the branch
+    predicts and for the true class, and the image of the mistaken class that the branch is most
+    confident about, with its patches. The most confident errors are shown, spread over the
+    classes.
+
+    \b
+    anchorpatch figure errors --data imagenet --limit 5000
+    anchorpatch figure errors --scale 63 --classes typewriter,corn
+    """
+    from anchorpatch.figures import errors_figure
+    from anchorpatch.figures.errors import ErrorsConfig, find_errors
+    from anchorpatch.runtime.progress import reporter
+
+    source, weights, choice = _inputs(out=out, **options)
+    config = ErrorsConfig(choice, tuple(map(int, scales)), per_scale, device=device)
+    result = find_errors(source, weights, config, reporter())
+    rows = [
+        [
+            *(error.path, f"{scale} px", error.true.name, error.mistaken.name),
+            *(f"{error.mistaken.probability:.0%}", "/".join(map(str, error.right))),
+        ]
+        for scale, of_scale in result.errors.items()
+        for error in of_scale
+    ]
+    columns = ["image", "branch", "class", "taken for", "probability", "right by"]
+    _finish(result, errors_figure(result), out, as_json, columns, rows)
+
+
+@figure.command(cls=Command)
+@click.option("--count", type=click.IntRange(min=1), default=4, help="Number of images to show.")
+@_example_options("attention", limit=100)
+def attention(count: int, out: Path, device: str, as_json: bool, **options: Any) -> None:
+    r"""Draw spatial attention and class heatmaps of the three branches (Figure 5).
+
+    Each row shows an image, its attention maps S as multiples of uniform attention, and the
+    heatmaps M of the predicted class. Each location is drawn at the center of the patch that it
+    sees. The images are a random choice, by --seed, spread over scales and classes. --images
+    shows exactly the images that it names.
+
+    \b
+    anchorpatch figure attention --data imagenet --count 6
+    anchorpatch figure attention --images n01440764/ILSVRC2012_val_00000293.JPEG
+    """
+    from anchorpatch.figures import attention_figure
+    from anchorpatch.figures.attention import AttentionConfig, find_attention
+    from anchorpatch.runtime.progress import reporter
+
+    source, weights, choice = _inputs(out=out, **options)
+    result = find_attention(source, weights, AttentionConfig(choice, count, device), reporter())
+    rows = [
+        [
+            *(image["path"], image["label"], image["predicted"], f"{image['scale']} px"),
+            *(f"{branch['attention_max']:.3g}" for branch in image["branches"]),
+        ]
+        for image in result.to_json()["images"]
+    ]
+    columns = ["image", "class", "predicted", "scale", "S max 63", "95", "111 px"]
+    _finish(result, attention_figure(result), out, as_json, columns, rows)
+
+
+@figure.command(cls=Command)
+@click.argument("network")
+@data_option
+@split_option
+@labels_option
+@runs_option
+@click.option(
+    "--weights",
+    metavar="FILE|default",
+    help="Weights of NETWORK; default: the published ones.  [default: "
+    "RUNS/NETWORK-baseline/best.safetensors where it exists, else the published ones where they "
+    "fit, else RUNS/NETWORK/best.safetensors]",
+)
+@anchornet_weights_option
+@click.option(
+    "--peer",
+    "peers",
+    type=PATH,
+    multiple=True,
+    help="Weights of a BagNet or Saccader; may be given several times.  [default: those in "
+    "RUNS/bagnet33, RUNS/bagnet77 and RUNS/saccader]",
+)
+@click.option(
+    "--localizers",
+    type=Names(),
+    default=(),
+    metavar="NAME[,NAME...]",
+    help="Localizers to compare: some of anchornet, branch63, branch95, branch111, bagnet33, "
+    "bagnet77, saccader, gradcam, sobel, centre, random.  [default: all]",
+)
+@click.option(
+    "--areas",
+    type=NumberList(float, length=None),
+    default="0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
+    help="Shares of the image's area that are kept, or set to 0.",
+)
+@click.option(
+    "--iou-threshold",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    help="IoU that two patches stay below (T), for AnchorNet, edges and random patches.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=5, help="Number of random localizers.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=500,
+    help="Use N images, drawn at random from the split by --seed.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Random seed for the choice of images."
+)
+@click.option(
+    "--out",
+    type=PATH,
+    default=Path("figures/coverage.png"),
+    help="Picture to write; a .csv and a .json file are written next to it.",
+)
+@batch_size_option("32 on CPU, 256 on a GPU")
+@workers_option
+@device_option
+@click.option("--amp", is_flag=True, help="Compute NETWORK in bfloat16 (mixed precision).")
+@json_option
+def coverage(
+    data: Path,
+    split: str,
+    labels: Path | None,
+    anchornet_weights: str | None,
+    peers: tuple[Path, ...],
+    localizers: tuple[str, ...],
+    limit: int,
+    out: Path,
+    workers: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    r"""Compare localizers by what NETWORK makes of the areas they choose (Figure 6).
+
+    Every image is classified with everything but the chosen area set to 0, and with the chosen
+    area set to 0. The sizes of the areas are the same for all localizers: AnchorNet, each of its
+    branches alone, BagNet-33 and BagNet-77 ordered by logits, Saccader, Grad-CAM of NETWORK,
+    Sobel energy, the center and random patches. NETWORK is one for whole images.
+
+    Writes the picture, all points of the curves as CSV, and the areas under the curves as JSON,
+    and prints these areas with their standard errors over the images.
+
+    \b
+    anchorpatch figure coverage resnet50 --data imagenet
+    anchorpatch figure coverage resnet18 --localizers anchornet,sobel,centre,random
+    """
+    from anchorpatch.figures import coverage_figure
+    from anchorpatch.figures.coverage import CoverageConfig, measure_coverage
+    from anchorpatch.figures.coverage_curves import LABELS, LOCALIZERS, write_points
+    from anchorpatch.figures.files import picture_kind, save_figure
+    from anchorpatch.jobs.crops import ImageSource
+    from anchorpatch.runtime.checkpoint import read_meta
+    from anchorpatch.runtime.progress import reporter
+
+    picture_kind(out)
+    config = CoverageConfig(
+        anchornet_weights=find_weights(anchornet_weights, options["runs"], "--anchornet-weights"),
+        peers=peers or None,
+        localizers=localizers or LOCALIZERS,
+        images=limit,
+        **options,
+    )
+    source = ImageSource.of_folder(
+        data,
+        split,
+        labels=labels,
+        workers=workers,
+        crop=read_meta(config.anchornet_weights).cropping,
+    )
+    result = measure_coverage(source, config, reporter())
+    facts = result.to_json()
+    write_points(result, out.with_suffix(".csv"))
+    save_figure(coverage_figure(result), out, facts, dpi=150)
+    if as_json:
+        print_json({**facts, "picture": str(out)})
+        return
+    print_table(
+        ["localizer", "covered", "±", "gain", "masked", "±", "gain"],
+        [
+            [LABELS[curve.localizer], *curve.covered.texts, *curve.masked.texts]
+            for curve in result.curves
+        ],
+        title="Area under the curve of top-1 by area: covered the larger is better, masked the "
+        "smaller",
+    )
+    lines = [
+        f"\n{counted(result.images, 'image')} of {result.source}; ±: standard error over the "
+        "images, in brackets standard deviation over the seeds; gain: better than AnchorNet by so "
+        "much",
+        f"asked: {result.settings['asked']}",
+        *result.winners(),
+        *(f"left out: {text}" for text in result.left_out),
+        f"{out}, {out.with_suffix('.csv')}, {out.with_suffix('.json')}",
+    ]
+    click.echo("\n".join(lines))

@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.config import Command
 from anchorpatch.cli.options import (
+    Command,
     Share,
-    SharedOption,
     data_option,
-    device_option,
-    json_option,
     runs_option,
     shards_option,
-    threads_option,
+    training_options,
+    workers_option,
 )
-from anchorpatch.cli.output import print_json, print_table
-from anchorpatch.cli.training_options import RECORD_COLUMNS, loop_options, record_rows, run_options
+from anchorpatch.cli.output import print_json, print_records, print_table
+from anchorpatch.settings import SCALES
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
@@ -51,64 +49,54 @@ DEFAULTS = {
     "--weights",
     default="default",
     metavar="default|none|FILE",
-    help="Start from the pretrained weights of torchvision or timm, random ones, or a file.",
+    help="Initial weights: the pretrained ones of torchvision or timm, random ones, or a file.",
 )
 @click.option(
     "--scale",
-    type=click.Choice(["63", "95", "111"]),
-    help="Train and measure on patches of one scale alone.  [default: one network for all three]",
+    type=click.Choice([str(scale) for scale in SCALES]),
+    help="Train and validate on the patches of one scale only.  [default: one network for all]",
 )
 @click.option(
     "--patches-per-image",
     type=click.IntRange(min=1),
-    help="Random patches of each image an epoch.  [default: all]",
+    help="Number of random patches per image and epoch.  [default: all]",
 )
 @click.option(
     "--baseline",
     is_flag=True,
-    help="Train on whole images, with as many MACs as the run on patches in RUNS/NETWORK, or as "
-    "such a run would take; with --epochs, so many passes.",
+    help="Train on whole images instead, with as many MACs as the run on patches in RUNS/NETWORK, "
+    "or as such a run would take; or for --epochs, if given.",
 )
 @data_option
-@loop_options(DEFAULTS, "patches")
 @click.option("--flip/--no-flip", default=True, help="Random horizontal flip (p = 0.5).")
 @click.option(
     "--jitter",
     type=float,
     default=0.2,
-    help="Brightness, contrast and saturation change by up to this share.",
+    help="Color jitter: brightness, contrast and saturation change by up to this share.",
 )
 @click.option(
     "--min-area",
     type=Share(),
     default=0.35,
-    help="Smallest share of a whole image in a crop of --baseline.",
+    help="--baseline: smallest share of an image's area that a training crop covers.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="Of new weights, order, augmentation."
-)
-@click.option(
-    "--workers",
-    cls=SharedOption,
-    shared="workers",
+    "--seed",
     type=click.IntRange(min=0),
-    help="Threads that read shards, processes that decode images; 0: the main one does it.  "
-    "[default: one per CPU core]",
+    default=0,
+    help="Random seed for new weights, order and augmentation.",
 )
-@threads_option
-@device_option
-@run_options
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and its cost.")
-@json_option
+@workers_option
+@click.option(
+    "--dry-run", is_flag=True, help="Show what would be trained and its cost in MACs, then exit."
+)
+@training_options(DEFAULTS, "patches")
 def finetune(
     network: str,
     runs: Path,
-    weights: str,
     scale: str | None,
-    baseline: bool,
-    workers: int | None,
     threads: int | None,
-    compile_: bool,
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -128,23 +116,19 @@ def finetune(
     """
     from anchorpatch.jobs.finetune import SCRATCH, FinetuneConfig, forecast, run
     from anchorpatch.networks import run_folder
-    from anchorpatch.runtime.device import cpu_count, use_threads
+    from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.distributed import is_main
     from anchorpatch.runtime.progress import reporter
 
     use_threads(threads)
     given = {name: value for name, value in options.items() if value is not None}
-    side = None if scale is None else int(scale)
+    side, baseline = None if scale is None else int(scale), given["baseline"]
     config = FinetuneConfig(
         network=network,
         folder=run_folder(runs, network, scale=side, baseline=baseline),
         like=run_folder(runs, network) if baseline and "epochs" not in given else None,
-        weights=weights,
         scale=side,
-        baseline=baseline,
-        workers=cpu_count() if workers is None else workers,
-        compile=compile_,
-        **{**(SCRATCH if weights == "none" else {}), **given},
+        **{**(SCRATCH if given["weights"] == "none" else {}), **given},
     )
     if dry_run:
         print_forecast(forecast(config), as_json)
@@ -197,7 +181,7 @@ def print_summary(summary: FinetuneSummary, as_json: bool) -> None:
     if as_json:
         print_json({**vars(summary), "weights": str(summary.weights)})
         return
-    print_table(RECORD_COLUMNS, record_rows(summary.best, summary.last))
+    print_records({"best": summary.best, "last": summary.last})
     by_scale = summary.best["val"].get("by_scale")
     if by_scale:
         click.echo()

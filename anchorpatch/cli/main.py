@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from anchorpatch import __version__
-from anchorpatch.cli.config import debug_option, load_config, unknown_variables
-from anchorpatch.cli.lazy import LazyGroup
+from anchorpatch.cli.options import (
+    Group,
+    SharedOption,
+    debug_option,
+    did_you_mean,
+    options_of,
+    variable_name,
+)
 from anchorpatch.cli.output import ReaderGone, open_streams
 from anchorpatch.errors import AnchorpatchError, Interrupted
 from anchorpatch.signals import STOP_SIGNALS, ending, watch_waits
 
-__all__ = ["cli", "main"]
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["cli", "load_config", "main", "unknown_variables"]
 
 #: Command -> module of this package that holds a click command of the same name.
 _COMMANDS = (
@@ -28,9 +42,34 @@ _COMMANDS = (
 )
 
 
+class _Program(Group):
+    """The commands, whose modules are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of use, not of the alphabet."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of a command and return what has its name there."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"anchorpatch.cli.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
+        self.commands.setdefault(cmd_name, command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the commands that a mistyped one may have meant."""
+        self.commands.update(
+            {name: click.Command(name) for name in _COMMANDS if name not in self.commands}
+        )
+        return super().resolve_command(ctx, args)
+
+
 @click.group(
-    cls=LazyGroup,
-    names=_COMMANDS,
+    cls=_Program,
     params=[debug_option()],
     context_settings={
         "help_option_names": ["-h", "--help"],
@@ -127,3 +166,197 @@ def _fail(message: str, status: int, debug: bool) -> int:
 def _raise_interrupted(number: int, frame: FrameType | None) -> Any:
     name = signal.Signals(number).name
     raise Interrupted(f"terminated by {name}; run the same command again", number)
+
+
+_DEFAULT_FILE = "anchorpatch.toml"
+_PREFIX = "ANCHORPATCH_"
+
+#: Table of the settings file for options that mean the same to all commands.
+_FOR_ALL = "defaults"
+
+
+def load_config(ctx: click.Context, file: str | None) -> dict[str, Any]:
+    """Read the settings file as click's default map.
+
+    Args:
+        ctx: of the program's group of commands.
+        file: the file, or None for ./anchorpatch.toml where it exists.
+
+    Raises:
+        click.UsageError: the file is missing or no TOML, or names a command or an option that
+            does not exist, or a value is not what the command line would take.
+    """
+    path = Path(file or _DEFAULT_FILE)
+    if not path.is_file():
+        if file is None:
+            return {}
+        raise click.UsageError(f"settings file {path} does not exist")
+    where = f"settings file {path}"
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise click.UsageError(f"{where}: {error}") from error
+    shared = tables.pop(_FOR_ALL, {})
+    if not isinstance(shared, dict):
+        raise click.UsageError(f"{where}: {_FOR_ALL}: expected a table, found {_toml(shared)}")
+    shared = {key.replace("_", "-"): value for key, value in shared.items()}
+    if shared:
+        known = {option.shared for *_, option in _walk(ctx) if isinstance(option, SharedOption)}
+        for key in shared.keys() - known:
+            raise click.UsageError(
+                f"{where}, [{_FOR_ALL}]: expected some of {', '.join(sorted(known))}, which hold "
+                f"for all commands, found {key!r}." + did_you_mean(key, known)
+            )
+    return _group_defaults(ctx, ctx.command, tables, shared, where, ())
+
+
+def _group_defaults(
+    ctx: click.Context,
+    group: click.Command,
+    tables: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    where: str,
+    names: tuple[str, ...],
+) -> dict[str, Any]:
+    """Return the default map of a group from the tables of its commands."""
+    inside = f"{where}, [{'.'.join(names)}]" if names else where
+    commands = _commands(ctx, group)
+    for name, table in tables.items():
+        if name not in commands:
+            tables_known = commands if names else [*commands, _FOR_ALL]
+            raise click.UsageError(
+                f"{inside}: expected a table for a command ({', '.join(tables_known)}), found "
+                f"{name!r}." + did_you_mean(name, tables_known)
+            )
+        if not isinstance(table, dict):
+            raise click.UsageError(
+                f"{inside}: {name} is a command: expected a table "
+                f"[{'.'.join((*names, name))}], found {_toml(table)}"
+            )
+    defaults = {}
+    for name in commands if shared else tables:
+        command = _command(ctx, group, name)
+        make = _group_defaults if isinstance(command, click.Group) else _command_defaults
+        defaults[name] = make(ctx, command, tables.get(name, {}), shared, where, (*names, name))
+    return defaults
+
+
+def _command_defaults(
+    ctx: click.Context,
+    command: click.Command,
+    table: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    where: str,
+    names: tuple[str, ...],
+) -> dict[str, Any]:
+    """Return the default map of a command: its own table, and what holds for all commands."""
+    inside, options = f"{where}, [{'.'.join(names)}]", options_of(command)
+    defaults: dict[str, Any] = {}
+    for option in options.values():
+        if isinstance(option, SharedOption) and option.shared in shared and option.name:
+            defaults[option.name] = _text(
+                ctx, option, shared[option.shared], f"{where}, [{_FOR_ALL}] {option.shared}"
+            )
+    given: dict[str, str] = {}
+    for key, value in table.items():
+        name = key.replace("_", "-")
+        if name not in options:
+            raise click.UsageError(
+                f"{inside}: no such option: {name!r}." + did_you_mean(name, options)
+            )
+        if name in given:
+            raise click.UsageError(f"{inside}: {given[name]} and {key} are the same option")
+        given[name] = key
+        defaults[options[name].name or name] = _text(ctx, options[name], value, f"{inside} {key}")
+    return defaults
+
+
+def _text(ctx: click.Context, option: click.Option, value: Any, where: str) -> Any:
+    """Return a value of the settings file as the command line would give it.
+
+    Raises:
+        click.UsageError: the command line would not take it.
+    """
+    if option.is_flag:
+        if isinstance(value, bool):
+            return value
+        raise click.UsageError(f"{where}: expected true or false, found {_toml(value)}")
+    several = option.multiple or getattr(option.type, "takes_list", False)
+    items = value if isinstance(value, list) and several else [value]
+    # bool is an int to Python, but not to whoever writes a settings file.
+    for item in items:
+        if type(item) not in (str, int, float):
+            raise click.UsageError(f"{where}: expected {_expected(option)}, found {_toml(item)}")
+    texts = [str(item) for item in items]
+    text = texts if option.multiple or isinstance(value, list) else texts[0]
+    try:
+        option.type_cast_value(ctx, text)
+    except click.BadParameter as error:
+        raise click.UsageError(f"{where}: {error.message}") from error
+    return text
+
+
+def _expected(option: click.Option) -> str:
+    kind = option.type
+    if isinstance(kind, click.types.IntParamType):
+        return "a whole number"
+    if isinstance(kind, click.types.FloatParamType):
+        return "a number"
+    if isinstance(kind, click.Choice):
+        return f"one of {', '.join(map(str, kind.choices))}"
+    return "text" if isinstance(kind, click.Path | click.types.StringParamType) else kind.name
+
+
+def _toml(value: Any) -> str:
+    """Return a value for an error message."""
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        return "a list"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def unknown_variables(ctx: click.Context) -> list[str]:
+    """Return a line for each variable ``ANCHORPATCH_*`` that no command reads.
+
+    Args:
+        ctx: of the program's group of commands.
+    """
+    # The tests' own are called ANCHORPATCH_TEST_*.
+    given = [n for n in os.environ if n.startswith(_PREFIX) and not n.startswith(f"{_PREFIX}TEST_")]
+    known = {f"{_PREFIX}{variable_name(name)}" for name in options_of(ctx.command)}
+    if known.issuperset(given):
+        return []
+    for names, option_name, option in _walk(ctx):
+        known.add(_PREFIX + variable_name("_".join((*names, option_name))))
+        if isinstance(option, SharedOption):
+            known.add(option.variable)
+    return [
+        f"{name} is set, but no option has this name; it is ignored." + did_you_mean(name, known)
+        for name in sorted(given)
+        if name not in known
+    ]
+
+
+def _walk(
+    ctx: click.Context, group: click.Command | None = None, names: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str, click.Option]]:
+    """Yield the names of each command, and name and option of each of its options."""
+    group = group or ctx.command
+    for name in _commands(ctx, group):
+        command = _command(ctx, group, name)
+        if isinstance(command, click.Group):
+            yield from _walk(ctx, command, (*names, name))
+        else:
+            for option_name, option in options_of(command).items():
+                yield (*names, name), option_name, option
+
+
+def _commands(ctx: click.Context, group: click.Command) -> list[str]:
+    return group.list_commands(ctx) if isinstance(group, click.Group) else []
+
+
+def _command(ctx: click.Context, group: click.Command, name: str) -> click.Command:
+    command = group.get_command(ctx, name) if isinstance(group, click.Group) else None
+    assert command is not None  # the group has listed it
+    return command

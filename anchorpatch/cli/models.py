@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from anchorpatch.cli.config import Command
-from anchorpatch.cli.options import json_option
+from anchorpatch.cli.options import Command, json_option
 from anchorpatch.cli.output import print_json, print_table
+from anchorpatch.settings import CROP, SCALES
 from anchorpatch.text import percent
 
 __all__ = ["models"]
@@ -18,7 +18,7 @@ __all__ = ["models"]
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--classes", type=click.IntRange(min=1), default=1000, help="Number of classes.")
 @click.option(
-    "--size", type=click.IntRange(min=32), default=224, help="Side of a whole image in px."
+    "--size", type=click.IntRange(min=32), default=CROP, help="Side of a whole image in px."
 )
 @click.option("--table3", is_flag=True, help="Compute the GMACs of Table 3, beside those printed.")
 @click.option("--names", "only_names", is_flag=True, help="Print every name, and no figures.")
@@ -86,8 +86,6 @@ def models(
 
 
 def _sides(size: int) -> tuple[int, ...]:
-    from anchorpatch.settings import SCALES
-
     return tuple(dict.fromkeys((size, *sorted(SCALES, reverse=True))))
 
 

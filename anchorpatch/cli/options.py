@@ -1,35 +1,176 @@
-"""Options and option types that several commands share."""
+"""Commands, the types of their options, and the options that several of them share."""
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Callable
-from functools import reduce
+import re
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import replace
+from functools import reduce, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
+
+from anchorpatch.errors import OutOfMemory, WeightsError
+from anchorpatch.settings import PRESETS, default_preset
 
 __all__ = [
     "PATH",
+    "Command",
+    "Group",
+    "Names",
     "NumberList",
     "Share",
     "SharedOption",
     "allow_empty_option",
     "anchornet_weights_option",
     "background_option",
+    "batch_size_option",
     "data_option",
+    "debug_option",
     "device_option",
+    "did_you_mean",
+    "find_weights",
+    "grouped",
     "json_option",
     "labels_option",
     "limit_option",
     "lsp_options",
+    "max_bad_option",
+    "options_of",
     "runs_option",
     "shards_option",
+    "split_option",
     "threads_option",
+    "training_options",
+    "variable_name",
     "weights_option",
+    "with_layout",
     "workers_option",
 ]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _note_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(dict)["debug"] = True
+
+
+def debug_option(**attributes: Any) -> click.Option:
+    """Return ``--debug``, which leaves a note for whoever reports the error."""
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_note_debug,
+        help="Show the traceback of an error.",
+        **attributes,
+    )
+
+
+class Command(click.Command):
+    """A command with ``--debug`` whose options also stand in the environment."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.help = with_layout(self.help)
+        self.params.append(debug_option(hidden=True))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; an error about a value from the environment names the variable."""
+        for name, param in options_of(self).items():
+            # click would take the name of the function's argument, such as AS_JSON.
+            param.envvar = f"{ctx.auto_envvar_prefix}_{variable_name(name)}"
+        try:
+            return super().parse_args(ctx, args)
+        except click.BadParameter as error:
+            option = error.param
+            if isinstance(option, click.Option) and option.name:
+                source = ctx.get_parameter_source(option.name)
+                if source is ParameterSource.ENVIRONMENT and not error.param_hint:
+                    own = str(option.envvar)
+                    shared = getattr(option, "variable", own)
+                    variable = own if os.environ.get(own) else shared
+                    error.param_hint = f"{option.get_error_hint(ctx)} (from ${variable})"
+            raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; where memory is used up, name the command's options that need less of it."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            message = _out_of_memory(error, options_of(self))
+            if message is None:
+                raise
+            raise OutOfMemory(message) from error
+
+
+class Group(click.Group):
+    """A group whose commands are listed in the order of their definition."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.help = with_layout(self.help)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands."""
+        return list(self.commands)
+
+
+def _out_of_memory(error: Exception, options: Container[str]) -> str | None:
+    """Return what to tell the user if memory is what an error is about."""
+    text = str(error)
+    # By name: importing torch takes seconds, and commands that do without have no such error.
+    gpu = type(error).__name__ == "OutOfMemoryError" or re.search(
+        r"CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED", text
+    )
+    host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
+    if not gpu and not host:
+        return None
+    size = re.search(r"allocate (\d[\d.]* ?\w+)", text)
+    needed = f" ({size[1]} more were needed)" if size else ""
+    ways = {
+        "batch-size": "a lower --batch-size",
+        "accumulate": "a higher --accumulate",
+        "workers": "" if gpu else "fewer --workers",
+        "device": "--device cpu" if gpu else "",
+    }
+    known = [way for option, way in ways.items() if way and option in options]
+    advice = f"use {' or '.join(known[:2])}" if known else "close other programs"
+    return f"out of {'GPU ' if gpu else ''}memory{needed}: {advice}"
+
+
+def with_layout(text: str | None) -> str | None:
+    r"""Let a raw docstring ask click with ``\b`` to keep the line breaks of a paragraph."""
+    return text and text.replace("\\b\n", "\b\n")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean ...?`` for a mistyped word, or nothing.
+
+    Example:
+        >>> did_you_mean("bach-size", ["batch-size", "workers"])
+        " Did you mean 'batch-size'?"
+    """
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def options_of(command: click.Command) -> dict[str, click.Option]:
+    """Return the options of a command by the name that the user sees, without the dashes."""
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    return {max(option.opts, key=len).lstrip("-"): option for option in options}
+
+
+def variable_name(name: str) -> str:
+    """Return an option's name as variables of the environment spell it."""
+    return name.replace("-", "_").upper()
+
 
 # click's type of types takes a parameter from 8.5 on, for type checkers only.
 if TYPE_CHECKING:
@@ -110,20 +251,123 @@ class Share(_ParamType):
         return share
 
 
+class Names(_ParamType):
+    """Comma-separated names."""
+
+    name = "names"
+    takes_list = True  # as a settings file may write them
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a tuple of text."""
+        if isinstance(value, tuple | list):
+            return tuple(value)
+        return tuple(name.strip() for name in str(value).split(",") if name.strip())
+
+
+def grouped(*options: Callable[[Any], Any]) -> Callable[[_F], _F]:
+    """Return one decorator for several options, of which the first is listed first."""
+    return lambda command: reduce(lambda f, option: option(f), reversed(options), command)
+
+
 data_option = click.option(
     "--data",
     cls=SharedOption,
     shared="data",
     type=PATH,
     default=Path("data"),
-    help="Folder with SPLIT/CLASS/*.JPEG below it; also $ANCHORPATCH_DATA.",
+    help="Folder of the images, SPLIT/CLASS/*.JPEG; also $ANCHORPATCH_DATA.",
 )
+
+split_option = click.option("--split", default="val", help="Name of the split's folder.")
 
 labels_option = click.option(
     "--labels",
     type=PATH,
-    help="Labels of a flat split folder: LOC_val_solution.csv, or a table of image and class.",
+    help="Labels for a split whose images are not in class folders: LOC_val_solution.csv, or a "
+    "table of image and class.",
 )
+
+allow_empty_option = click.option(
+    "--allow-empty", is_flag=True, help="Accept class folders without images."
+)
+
+limit_option = click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Use only N images, evenly spaced in the sorted list and so over the classes.",
+)
+
+max_bad_option = click.option(
+    "--max-bad",
+    type=Share(),
+    default=0.01,
+    help="Largest share of unreadable images; the command fails if there are more.",
+)
+
+weights_option, anchornet_weights_option = (
+    click.option(
+        name,
+        metavar="FILE|demo",
+        help="AnchorNet weights; demo: the bundled ones.  "
+        "[default: RUNS/anchornet/best.safetensors]",
+    )
+    for name in ("--weights", "--anchornet-weights")
+)
+
+runs_option = click.option(
+    "--runs",
+    cls=SharedOption,
+    shared="runs",
+    type=PATH,
+    default=Path("runs"),
+    help="Folder of the training runs; also $ANCHORPATCH_RUNS.",
+)
+
+shards_option = click.option(
+    "--shards",
+    cls=SharedOption,
+    shared="shards",
+    type=PATH,
+    default=Path("shards"),
+    help="Folder of the shards, with a folder per split; also $ANCHORPATCH_SHARDS.",
+)
+
+device_option = click.option(
+    "--device",
+    cls=SharedOption,
+    shared="device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Device to compute on; auto: a GPU if there is one.",
+)
+
+
+def _one_per_core() -> int:
+    from anchorpatch.runtime.device import cpu_count  # torch is slow to import
+
+    return cpu_count()
+
+
+workers_option = click.option(
+    "--workers",
+    cls=SharedOption,
+    shared="workers",
+    type=click.IntRange(min=0),
+    default=_one_per_core,
+    show_default=False,
+    help="Number of workers that load images or patches; 0: load in the main process.  "
+    "[default: one per CPU core]",
+)
+
+threads_option = click.option(
+    "--threads",
+    cls=SharedOption,
+    shared="threads",
+    type=click.IntRange(min=1),
+    help="Number of CPU threads for computing.  [default: $OMP_NUM_THREADS, else one per CPU core]",
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 def background_option(default: str) -> Callable[[_F], _F]:
@@ -135,93 +379,48 @@ def background_option(default: str) -> Callable[[_F], _F]:
     )
 
 
-allow_empty_option = click.option(
-    "--allow-empty", is_flag=True, help="Accept class folders without images."
-)
-
-limit_option = click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    help="Take only N images, evenly spread over the sorted list and so over the classes.",
-)
-
-anchornet_weights_option = click.option(
-    "--anchornet-weights",
-    metavar="FILE|demo",
-    help="AnchorNet weights.  [default: RUNS/anchornet/best.safetensors]",
-)
-
-weights_option = click.option(
-    "--weights",
-    default=None,
-    metavar="FILE|demo",
-    help="AnchorNet weights.  [default: RUNS/anchornet/best.safetensors]",
-)
-
-runs_option = click.option(
-    "--runs",
-    cls=SharedOption,
-    shared="runs",
-    type=PATH,
-    default=Path("runs"),
-    help="Folder of training runs; also $ANCHORPATCH_RUNS.",
-)
-
-shards_option = click.option(
-    "--shards",
-    cls=SharedOption,
-    shared="shards",
-    type=PATH,
-    default=Path("shards"),
-    help="Folder that holds the shards of each split; also $ANCHORPATCH_SHARDS.",
-)
-
-device_option = click.option(
-    "--device",
-    cls=SharedOption,
-    shared="device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    help="Where to compute.",
-)
-
-workers_option = click.option(
-    "--workers",
-    cls=SharedOption,
-    shared="workers",
-    type=click.IntRange(min=0),
-    default=None,
-    help="Decoding processes; 0 decodes in the main one.  [default: one per CPU core]",
-)
-
-threads_option = click.option(
-    "--threads",
-    cls=SharedOption,
-    shared="threads",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Threads that compute on the CPU.  [default: $OMP_NUM_THREADS, else one per CPU core]",
-)
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def batch_size_option(default: str, unit: str = "images", note: str = "") -> Callable[[_F], _F]:
+    """Return the option of the batch size, with a note on its default and another one."""
+    return click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        help=f"Number of {unit} per batch{note}.  [default: {default}]",
+    )
 
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+def lsp_options(default: str | None = None, shown: str | None = None) -> Callable[[_F], _F]:
+    """Return a decorator that adds the preset of LSP, and what overrides its values.
 
-
-def lsp_options(default: str | None, shown: str) -> Callable[[_F], _F]:
-    """Return a decorator that adds the preset of LSP, and what overrides it.
+    The command gets ``preset``, a name in `PRESETS`, and ``lsp``, the `LspSettings`.
 
     Args:
-        default: preset; None where it depends on the split.
-        shown: the default in the help.
+        default: preset; None: as `default_preset` says for the command's --split.
+        shown: what the help says of a default that depends on the split.
     """
-    options = (
+
+    def add(command: _F) -> _F:
+        @wraps(command)
+        def with_settings(
+            *, preset: str | None, max_patches: Any, iou_threshold: Any, coverage: Any, **rest: Any
+        ) -> Any:
+            name = preset or default_preset(rest["split"])
+            values = {
+                "max_patches": max_patches,
+                "iou_threshold": iou_threshold,
+                "coverage": coverage,
+            }
+            given = {key: value for key, value in values.items() if value is not None}
+            return command(preset=name, lsp=replace(PRESETS[name], **given), **rest)
+
+        return options(with_settings)  # type: ignore[return-value]
+
+    options = grouped(
         click.option(
             "--preset",
-            type=click.Choice(["figure", "finetune", "evaluate"]),
+            type=click.Choice(list(PRESETS)),
             default=default,
-            help=f"Values of K, T and P.  [default: {shown}]",
+            help="Preset for --max-patches, --iou-threshold and --coverage.  "
+            f"[default: {default or shown}]",
             show_default=False,
         ),
         click.option(
@@ -237,8 +436,102 @@ def lsp_options(default: str | None, shown: str) -> Callable[[_F], _F]:
         click.option(
             "--coverage",
             type=NumberList(float),
-            help="Share (P) of the locations that are candidates at 63, 95 and 111 px (overrides "
+            help="Share of the locations that are candidates (P) at 63, 95 and 111 px (overrides "
             "the preset).",
         ),
     )
-    return lambda function: reduce(lambda f, option: option(f), reversed(options), function)
+    return add
+
+
+def training_options(defaults: str | Mapping[str, str], unit: str = "images") -> Callable[[_F], _F]:
+    """Return a decorator that adds how a network is trained, computed and recorded.
+
+    Those of the loop are None where they are not given, and the job's own defaults hold.
+
+    Args:
+        defaults: what the help says of them: one text, or one for each option, by its name.
+        unit: what is trained on.
+    """
+
+    def loop(name: str, kind: Any, text: str) -> Callable[[Any], Any]:
+        note = defaults if isinstance(defaults, str) else defaults[name]
+        option = f"--{name.replace('_', '-')}"
+        return click.option(option, type=kind, help=f"{text}  [default: {note}]")
+
+    count = click.IntRange(min=1)
+    return grouped(
+        loop("epochs", count, "Number of passes over the training split."),
+        loop("batch_size", count, f"Number of {unit} per step, over all processes."),
+        loop(
+            "accumulate",
+            count,
+            "Split each step into N smaller batches and accumulate their gradients.",
+        ),
+        loop("optimizer", click.Choice(["sgd", "adamw"]), "Optimizer."),
+        loop(
+            "lr",
+            float,
+            "Learning rate for a batch size of 256; scaled to others, linearly for sgd and by the "
+            "square root for adamw.",
+        ),
+        loop("weight_decay", float, "Weight decay, of all parameters."),
+        loop(
+            "schedule",
+            click.Choice(["step", "cosine"]),
+            "Learning rate schedule: a tenth every 30 epochs, or a cosine to 0.",
+        ),
+        loop("warmup_epochs", float, "Epochs of linear warm-up."),
+        loop("label_smoothing", float, "Label smoothing."),
+        loop(
+            "ema_decay",
+            float,
+            "Decay of the exponential moving average of the weights; 0 disables it.",
+        ),
+        threads_option,
+        device_option,
+        click.option("--amp", is_flag=True, help="Compute in bfloat16 (mixed precision)."),
+        click.option(
+            "--channels-last/--no-channels-last", default=True, help="Use channels-last memory."
+        ),
+        click.option("--compile", "compile", is_flag=True, help="Use torch.compile."),
+        click.option("--sync-batchnorm", is_flag=True, help="Synchronize BatchNorm across GPUs."),
+        click.option(
+            "--checkpoint-minutes",
+            type=click.FloatRange(min=0),
+            default=10.0,
+            help="Minutes between checkpoints within an epoch.",
+        ),
+        click.option("--tensorboard", is_flag=True, help="Write TensorBoard event files too."),
+        click.option(
+            "--overwrite",
+            is_flag=True,
+            help="Replace a run of other settings, or weights without a checkpoint.",
+        ),
+        json_option,
+    )
+
+
+def find_weights(weights: str | None, runs: Path, option: str = "--weights") -> Path:
+    """Return the file of AnchorNet's weights that an option means.
+
+    Args:
+        weights: a file, "demo", or None where the option is not given.
+        runs: folder of training runs.
+        option: its name.
+
+    Raises:
+        WeightsError: the option is not given and there is no trained network.
+    """
+    if weights == "demo":
+        from anchorpatch.demo import demo_weights
+
+        return demo_weights()
+    if weights is not None:
+        return Path(weights)
+    trained = runs / "anchornet" / "best.safetensors"
+    if not trained.is_file():
+        raise WeightsError(
+            f"{trained} does not exist: train a network with `anchorpatch train`, name a file "
+            f"with {option}, or take the bundled ones of the sample set with {option} demo"
+        )
+    return trained

@@ -23,7 +23,9 @@ __all__ = [
     "print_csv",
     "print_json",
     "print_markdown",
+    "print_records",
     "print_result",
+    "print_scales",
     "print_table",
 ]
 
@@ -174,6 +176,48 @@ def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writerow(rows[0])
     writer.writerows(row.values() for row in rows)
     click.echo(text.getvalue(), nl=False)
+
+
+def print_records(records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print records of a training log, as a row each.
+
+    Args:
+        records: by what is to be said of them, such as "best".
+    """
+    print_table(
+        ["weights", "top-1", "top-5", "val loss", "train loss"],
+        [
+            [
+                f"{name}: epoch {record['epoch']}",
+                f"{record['val']['top1']:.2%}",
+                f"{record['val']['top5']:.2%}",
+                f"{record['val']['loss']:.3f}",
+                f"{record['train']['loss']:.3f}",
+            ]
+            for name, record in records.items()
+        ],
+    )
+
+
+def print_scales(
+    images: Mapping[int, int], patches: Mapping[int, int], *, title: str | None = None
+) -> None:
+    """Print how many images chose each scale, and how many patches they have."""
+    total = sum(images.values())
+    print_table(
+        ["scale", "images", "share", "patches", "mean patches"],
+        [
+            [
+                f"{scale} px",
+                f"{count:,}",
+                f"{count / total:.1%}" if total else "-",
+                f"{patches[scale]:,}",
+                f"{patches[scale] / count:.2f}" if count else "-",
+            ]
+            for scale, count in images.items()
+        ],
+        title=title,
+    )
 
 
 def bytes_text(count: float) -> str:

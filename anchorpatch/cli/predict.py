@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.config import Command
-from anchorpatch.cli.extract import find_weights, overridden
 from anchorpatch.cli.options import (
     PATH,
+    Command,
     anchornet_weights_option,
     device_option,
+    find_weights,
     json_option,
     lsp_options,
     runs_option,
 )
 from anchorpatch.cli.output import print_json
 from anchorpatch.errors import DataError, reason_of
+from anchorpatch.settings import LspSettings
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ __all__ = ["predict"]
 )
 @anchornet_weights_option
 @runs_option
-@lsp_options("evaluate", "evaluate")
+@lsp_options("evaluate")
 @click.option("--top", type=click.IntRange(min=1), default=5, help="Classes to tell of an image.")
 @click.option("--out", type=PATH, help="Folder for a picture of each image with its patches.")
 @device_option
@@ -66,9 +67,7 @@ def predict(
     anchornet_weights: str | None,
     runs: Path,
     preset: str,
-    max_patches: tuple[int, int, int] | None,
-    iou_threshold: float | None,
-    coverage: tuple[float, float, float] | None,
+    lsp: LspSettings,
     top: int,
     out: Path | None,
     device: str,
@@ -102,7 +101,6 @@ def predict(
         )
     if classes is not None and weights is None:
         raise click.UsageError("--classes goes with --weights.")
-    lsp = overridden(preset, max_patches, iou_threshold, coverage)
     config = PredictConfig(
         network=network,
         anchornet_weights=find_weights(anchornet_weights, runs, "--anchornet-weights"),

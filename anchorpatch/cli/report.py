@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.config import Command
-from anchorpatch.cli.extract import find_weights
-from anchorpatch.cli.options import PATH, json_option
+from anchorpatch.cli.options import PATH, Command, find_weights, json_option
 from anchorpatch.cli.output import bytes_text, print_json
 from anchorpatch.text import counted
 

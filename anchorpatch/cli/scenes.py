@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from anchorpatch.cli.config import Command
-from anchorpatch.cli.options import PATH, json_option
+from anchorpatch.cli.options import PATH, Command, json_option
 from anchorpatch.cli.output import print_json
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.config import Command, did_you_mean
-from anchorpatch.cli.options import PATH, json_option
+from anchorpatch.cli.options import PATH, Command, did_you_mean, json_option
 from anchorpatch.cli.output import bytes_text, print_json, print_table
 from anchorpatch.errors import ShardError, WeightsError
 from anchorpatch.text import counted

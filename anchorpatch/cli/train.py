@@ -8,29 +8,21 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from anchorpatch.cli.config import Command
 from anchorpatch.cli.options import (
     PATH,
+    Command,
     Share,
     allow_empty_option,
     background_option,
     data_option,
-    device_option,
-    json_option,
     labels_option,
+    max_bad_option,
     runs_option,
-    threads_option,
+    training_options,
     workers_option,
 )
-from anchorpatch.cli.output import print_json, print_table
-from anchorpatch.cli.training_options import (
-    RECORD_COLUMNS,
-    loop_options,
-    record_row,
-    record_rows,
-    run_options,
-)
-from anchorpatch.settings import CROP_MODES
+from anchorpatch.cli.output import print_json, print_records
+from anchorpatch.settings import ARCHITECTURES, CROP_MODES
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
@@ -38,16 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = ["train"]
 
-_RECIPE = "by --recipe"
-_ARCHITECTURES = ("anchornet", "bagnet33", "bagnet77", "saccader")
-
 
 @click.command(cls=Command)
 @click.option(
     "--arch",
-    type=click.Choice(_ARCHITECTURES),
+    type=click.Choice(list(ARCHITECTURES)),
     default="anchornet",
-    help="The localiser; all but anchornet are peers to compare it with.",
+    help="Network to train: AnchorNet, or a peer to compare it with.",
 )
 @data_option
 @labels_option
@@ -56,66 +45,67 @@ _ARCHITECTURES = ("anchornet", "bagnet33", "bagnet77", "saccader")
     "--recipe",
     type=click.Choice(["paper", "small"]),
     default="paper",
-    help="Section 4.1, or what suits a few thousand images; any option goes before it.",
+    help="Defaults of the other options: those of section 4.1, or what suits a few thousand "
+    "images; explicit options override it.",
 )
-@loop_options(_RECIPE)
 @click.option(
     "--crop-size",
     type=click.IntRange(min=33),
-    help="Side of training crops in px, at least the largest patch's: 111 for anchornet, 33 and 77 "
-    "for the BagNets, 77 for saccader; validation takes 224.  [default: by --recipe]",
+    help="Side of the training crops in px, at least that of the largest patch: 111 for "
+    "anchornet, 33 and 77 for the BagNets, 77 for saccader. Validation uses 224.  "
+    "[default: by --recipe]",
 )
 @click.option(
     "--min-area",
     type=Share(),
-    help="Smallest share of the picture in a crop.  [default: by --recipe]",
+    help="Smallest share of an image's area that a training crop covers.  [default: by --recipe]",
 )
 @click.option(
     "--crop-mode",
     type=click.Choice(CROP_MODES),
     default="center",
-    help="How validation images become 224 px: short side 256 and center crop, or both sides "
-    "resized to 224, as in the paper. Recorded in the weights, for all that uses them.",
+    help="How validation images become 224 px: short side resized to 256 and center crop, or both "
+    "sides resized to 224, as in the paper. Recorded in the weights; every command that uses them "
+    "does the same.",
 )
 @background_option("white")
 @allow_empty_option
-@click.option("--se/--no-se", default=True, help="anchornet: squeeze-and-excitation.")
+@click.option("--se/--no-se", default=True, help="anchornet: use squeeze-and-excitation.")
 @click.option(
     "--weighted-mean/--no-weighted-mean",
     default=True,
-    help="anchornet: take S times H*W, not S as printed.",
+    help="anchornet: multiply the attention S by H*W; as printed, it is not.",
 )
 @click.option(
     "--attention-loss/--no-attention-loss",
     default=True,
-    help="anchornet: supervise the attention branches.",
+    help="anchornet: train the attention branches with losses of their own.",
 )
 @click.option(
     "--init",
     type=PATH,
-    help="Weights to start from; for saccader those of a bagnet77, which saves the first stage "
-    "where the classes are the same.",
+    help="Weights to start from. For saccader: those of a bagnet77, which replace the first stage "
+    "if the classes are the same.",
 )
 @click.option(
     "--image-cache",
     type=PATH,
-    help="Folder for decoded pictures, so that each file is decoded once.",
+    help="Folder for decoded images, so that each file is decoded only once.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of weights, order and crops.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Random seed for weights, order and crops.",
+)
+@max_bad_option
 @workers_option
-@threads_option
-@device_option
-@click.option("--max-bad", type=Share(), default=0.01, help="Fail beyond this share of bad images.")
-@run_options
-@json_option
+@training_options("by --recipe")
 def train(
     arch: str,
-    data: Path,
     runs: Path,
     recipe: str,
-    workers: int | None,
     threads: int | None,
-    compile_: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -140,20 +130,14 @@ def train(
     """  # noqa: D301 (click reads the character)
     _refuse_options_of_anchornet(arch)
     from anchorpatch.jobs.train import RECIPES, TrainConfig, run
-    from anchorpatch.runtime.device import cpu_count, use_threads
+    from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.distributed import is_main
     from anchorpatch.runtime.progress import reporter
 
     use_threads(threads)
     given = {name: value for name, value in options.items() if value is not None}
     config = TrainConfig(
-        data=data,
-        folder=runs / arch,
-        arch=arch,
-        recipe=recipe,
-        workers=cpu_count() if workers is None else workers,
-        compile=compile_,
-        **{**RECIPES[recipe], **given},
+        folder=runs / arch, arch=arch, recipe=recipe, **{**RECIPES[recipe], **given}
     )
     summary = run(config, reporter())
     if is_main():
@@ -177,8 +161,7 @@ def print_summary(summary: TrainSummary, as_json: bool) -> None:
     if as_json:
         print_json({**vars(summary), "weights": str(summary.weights)})
         return
-    rows = [record_row(name, record) for name, record in summary.earlier.items()]
-    print_table(RECORD_COLUMNS, [*rows, *record_rows(summary.best, summary.last)])
+    print_records({**summary.earlier, "best": summary.best, "last": summary.last})
     train_images, val_images = summary.images
     stages = " of each stage" if summary.earlier else ""
     lines = [

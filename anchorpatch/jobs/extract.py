@@ -39,7 +39,7 @@ from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, cpu_count, resolve_device
 from anchorpatch.runtime.distributed import Task
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import PRESETS, CropSettings, LspSettings
+from anchorpatch.settings import PRESETS, CropSettings, LspSettings, default_preset
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import FilesDigest, Manifest, ShardEntry, open_manifest
 from anchorpatch.shards.verify import verify_shards
@@ -49,7 +49,6 @@ from anchorpatch.text import counted
 __all__ = [
     "ExtractConfig",
     "Forecast",
-    "default_preset",
     "files_digest",
     "forecast",
     "run",
@@ -58,16 +57,6 @@ __all__ = [
 
 #: Images that a forecast looks at.
 _SAMPLE = 64
-
-
-def default_preset(split: str) -> str:
-    """Return the preset for a split: many patches to train on, fewer to evaluate.
-
-    Example:
-        >>> default_preset("train"), default_preset("val")
-        ('finetune', 'evaluate')
-    """
-    return "finetune" if split == "train" else "evaluate"
 
 
 @dataclass(frozen=True)

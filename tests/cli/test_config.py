@@ -7,8 +7,7 @@ from typing import Any
 import click
 import pytest
 
-from anchorpatch.cli.config import load_config, unknown_variables
-from anchorpatch.cli.main import cli
+from anchorpatch.cli.main import cli, load_config, unknown_variables
 from tests.conftest import Program
 
 
@@ -43,7 +42,7 @@ def load(tmp_path: Path, text: str) -> dict[str, Any]:
         ("[figure.errors]\nscale = [63, 64]", "[figure.errors] scale: '64' is not one of"),
         ("[shards]\nshow = 3", "expected a table [shards.show], found 3"),
         ("[figure]\npatches = 5", "expected a table [figure.patches], found 5"),
-        ("[shards.nope]", "[shards]: expected a table for a command (inspect, show, verify)"),
+        ("[shards.nope]", "expected a table for a command (inspect, merge, show, verify)"),
         ("[shards.verify]\njobs = 1.5", "[shards.verify] jobs: '1.5' is not a valid integer"),
         ("[figure.coverage]\nlimits = 3", "no such option: 'limits'. Did you mean 'limit'?"),
         ("extract = 3", "extract is a command: expected a table [extract], found 3"),
@@ -93,7 +92,7 @@ def test_options_have_the_names_of_the_command_line(tmp_path: Path) -> None:
     context = command.make_context("extract", [], default_map=found["extract"])
     assert {
         "as_json": True,
-        "compile_": True,
+        "compile": True,
         "store_images": False,
         "shard_size": 12,
         "max_patches": (6, 3, 2),
