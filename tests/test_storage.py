@@ -21,7 +21,8 @@ from anchorpatch.errors import StorageError, reason_of
 from anchorpatch.settings import CODECS
 from anchorpatch.shards import writer
 from anchorpatch.shards.layout import shard_name
-from anchorpatch.shards.manifest import FilesDigest, open_manifest
+from anchorpatch.shards.manifest import FilesDigest
+from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.verify import verify_folder
 from anchorpatch.shards.writer import ShardWriter
 from tests.shards.samples import make_batch, make_header

@@ -16,8 +16,7 @@ from anchorpatch.errors import ShardError, WeightsError
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
-    from anchorpatch.shards.facts import SplitFacts
-    from anchorpatch.shards.manifest import Manifest
+    from anchorpatch.shards.manifest import Manifest, SplitFacts
     from anchorpatch.shards.reader import ShardReader
 
 #: What no manifest knows of the command that wrote it.
@@ -45,8 +44,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 
     All of it stands in the manifest; the shards themselves are not opened.
     """
-    from anchorpatch.shards.facts import split_facts
-    from anchorpatch.shards.manifest import read_manifest
+    from anchorpatch.shards.manifest import read_manifest, split_facts
 
     facts = [split_facts(read_manifest(split)) for split in _splits(folder)]
     if as_json:
@@ -133,7 +131,7 @@ def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
     """
     from anchorpatch.runtime.progress import Reporter, reporter
     from anchorpatch.shards.manifest import read_manifest
-    from anchorpatch.shards.merge import merge_split
+    from anchorpatch.shards.splits import merge_split
 
     parts = [
         {read_manifest(split).header.split: split for split in _splits(folder)}
@@ -180,7 +178,7 @@ def _extract_command(manifest: Manifest, *options: str) -> str:
     DATA and WEIGHTS-SHA256, with the first digits of the checksum that the weights must have.
     """
     from anchorpatch.demo import demo_weights
-    from anchorpatch.shards.compare import extract_options
+    from anchorpatch.shards.splits import extract_options
     from anchorpatch.storage import sha256_of
 
     split, wanted = manifest.header.split, manifest.header.weights_sha256

@@ -41,7 +41,8 @@ from anchorpatch.runtime.distributed import Task
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import PRESETS, CropSettings, LspSettings, default_preset
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
-from anchorpatch.shards.manifest import FilesDigest, Manifest, ShardEntry, open_manifest
+from anchorpatch.shards.manifest import FilesDigest, Manifest, ShardEntry
+from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.verify import verify_shards
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 from anchorpatch.text import counted

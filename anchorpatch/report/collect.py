@@ -20,9 +20,8 @@ from anchorpatch.images.decode import decode_picture
 from anchorpatch.jobs.results import AnchorNetFigures, Speed, Table3, Table3Row, Table4, Table4Row
 from anchorpatch.runtime.checkpoint import WeightsMeta, read_meta
 from anchorpatch.settings import SCALES
-from anchorpatch.shards.facts import SplitFacts, split_facts
 from anchorpatch.shards.layout import MANIFEST_NAME
-from anchorpatch.shards.manifest import read_manifest
+from anchorpatch.shards.manifest import SplitFacts, read_manifest, split_facts
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.storage import sha256_of
 

@@ -169,7 +169,7 @@ class ShardSettings:
             object.__setattr__(self, "jpeg_quality", 95)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON knows them."""
+        """Return the settings as shards and manifests have them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod

@@ -1,6 +1,6 @@
 """The manifest of a split: what its shards were made from, and which are done.
 
-``OUT/SPLIT/manifest.json`` is JSON with one line a shard. A shard counts as done when its
+``OUT/SPLIT/manifest.json`` is JSON with one line per shard. A shard counts as done when its
 entry is here and its file has the size of the entry. Everything else is made again: the same
 inputs give the same bytes, so doing a shard twice is safe, and adopting a file that nobody
 vouches for would not be. The manifest vouches for itself: its last field is the SHA-256 of all
@@ -18,17 +18,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from anchorpatch import storage
-from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError, reason_of
+from anchorpatch.errors import ManifestMismatch, ShardError, reason_of
 from anchorpatch.settings import SCALES
-from anchorpatch.shards.compare import first_changed_path, header_differences
 from anchorpatch.shards.layout import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -37,10 +35,22 @@ from anchorpatch.shards.layout import (
     shard_name,
 )
 
-__all__ = ["LEFTOVERS", "FilesDigest", "Manifest", "ShardEntry", "open_manifest", "read_manifest"]
+__all__ = [
+    "LEFTOVERS",
+    "LOCK_NAME",
+    "MANIFEST_FORMAT",
+    "FilesDigest",
+    "Manifest",
+    "ScaleFacts",
+    "ShardEntry",
+    "SplitFacts",
+    "read_manifest",
+    "split_facts",
+    "write_manifest",
+]
 
-_LOCK_NAME: Final = ".manifest.lock"
-_FORMAT: Final = "anchorpatch shards"
+LOCK_NAME: Final = ".manifest.lock"
+MANIFEST_FORMAT: Final = "anchorpatch shards"
 _FIELDS: Final = (
     "format",
     "format_version",
@@ -58,11 +68,10 @@ _FIELDS: Final = (
 
 _SEAL: Final = ',\n  "sha256": "'
 
-#: Half-written files, of killed runs too: those that are an hour old are removed.
+#: Half-written files, of killed runs too.
 LEFTOVERS: Final = re.compile(
     r"\.manifest\.json\.[0-9a-f]{12}\.tmp|\..+\.h5\.[0-9a-f]{12}\.tmp|.+\.h5\.tmp"
 )
-_LEFTOVER_SECONDS: Final = 3600
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class ShardEntry:
     damaged: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry as JSON knows it."""
+        """Return the entry as a line of the manifest has it."""
         by_scale = {
             name: {str(scale): count for scale, count in sorted(counts.items())}
             for name, counts in (("patches", self.patches), ("chosen", self.chosen))
@@ -214,11 +223,11 @@ class Manifest:
             ManifestMismatch: the folder was begun anew with other inputs meanwhile.
             StorageError: the disk refuses; the manifest is as it was.
         """
-        with storage.locked(self.folder / _LOCK_NAME):
+        with storage.locked(self.folder / LOCK_NAME):
             now = self.refreshed()
             others = [e for e in now.entries if e.name != entry.name]
             now = replace(now, entries=tuple(sorted([*others, entry], key=_number)))
-            _write(now)
+            write_manifest(now)
         return now
 
     def forget(self, entries: Collection[ShardEntry]) -> Manifest:
@@ -226,110 +235,11 @@ class Manifest:
 
         Returns and raises as `commit`.
         """
-        with storage.locked(self.folder / _LOCK_NAME):
+        with storage.locked(self.folder / LOCK_NAME):
             now = self.refreshed()
             now = replace(now, entries=tuple(e for e in now.entries if e not in entries))
-            _write(now)
+            write_manifest(now)
         return now
-
-
-def open_manifest(
-    folder: Path,
-    header: ShardHeader,
-    files: FilesDigest,
-    *,
-    overwrite: bool = False,
-    dry_run: bool = False,
-) -> Manifest:
-    """Begin a split's folder, or continue one that was begun with the same inputs.
-
-    The version of anchorpatch may differ; the version of the format may not. Where there is no
-    shard yet, other inputs than those of the manifest simply take their place.
-
-    Args:
-        folder: the split's folder. It is made if need be.
-        header: what the shards are made with.
-        files: what they are made from.
-        overwrite: where the inputs differ, or the manifest is damaged, remove the shards that
-            are made from other inputs, and nothing else: all of them if the header differs, those
-            whose part of the file list differs if only that has changed. With equal inputs it
-            does nothing, so a run that may begin anew can also be resumed, and several processes
-            that work together can all say so.
-        dry_run: change nothing on disk; return the manifest as it would be.
-
-    Raises:
-        ManifestMismatch: the inputs differ from those of the shards that are there; says how.
-        ShardBusy: shards are to be removed, and another process is writing one.
-        ShardError: the manifest is damaged, or there are shards without one.
-        StorageError: the disk refuses.
-    """
-    folder = Path(folder)
-    path = folder / MANIFEST_NAME
-    if dry_run:
-        return _next(folder, header, files, overwrite)[1]
-    with storage.refusals(path):
-        folder.mkdir(parents=True, exist_ok=True)
-    with storage.locked(folder / _LOCK_NAME):
-        with storage.refusals(folder):
-            _clear_leftovers(folder)
-        found, manifest = _next(folder, header, files, overwrite)
-        if manifest is found:
-            return manifest
-        _check_idle(folder, header.split)
-        # A crash in between leaves the old inputs without the shards that are gone, and the same
-        # command goes on from there; never an entry of other inputs, or one without its shard.
-        if found is None:
-            with storage.refusals(path):
-                path.unlink(missing_ok=True)
-        else:
-            _write(replace(found, entries=manifest.entries))
-        kept = {entry.name for entry in manifest.entries}
-        with storage.refusals(folder):
-            for shard in _shards(folder, header.split):
-                if shard.name not in kept:
-                    shard.unlink()
-        _write(manifest)
-        return manifest
-
-
-def _next(
-    folder: Path, header: ShardHeader, files: FilesDigest, overwrite: bool
-) -> tuple[Manifest | None, Manifest]:
-    """Return the manifest that is there, if it is of use, and the one to go on with."""
-    path = folder / MANIFEST_NAME
-    found = None
-    if path.exists():
-        try:
-            found = read_manifest(folder)
-        except ShardError:
-            if not overwrite:
-                raise
-            _spare_foreign(path)
-    shards = _shards(folder, header.split)
-    begun = Manifest(folder, header, files.count, files.sha256)
-    if found is None:
-        if shards and not overwrite:
-            raise ShardError(
-                f"{folder} holds {len(shards)} shards ({shards[0].name}, ...) but no "
-                f"{MANIFEST_NAME} that says what they are: choose another --out, or --overwrite"
-            )
-        return None, begun
-    differences = header_differences(found.header, header)
-    same_files = (found.files_count, found.files_sha256) == (files.count, files.sha256)
-    if same_files and not differences:
-        return found, found
-    if shards and not overwrite:
-        if not same_files:
-            differences.append(_changed_files(found, files, header.settings.shard_size))
-        raise ManifestMismatch(
-            f"{folder} holds shards made from other inputs: {'; '.join(differences)}. "
-            "Choose another --out, or --overwrite to replace what differs"
-        )
-    if differences:
-        return found, begun
-    parts = {shard_name(header.split, i): part for i, part in enumerate(files.shards)}
-    kept = tuple(e for e in found.entries if parts.get(e.name) == e.files_sha256)
-    return found, replace(begun, header=found.header if kept else header, entries=kept)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -351,7 +261,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ShardError(f"{path}: cannot read: {reason_of(error)}") from error
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: damaged, not JSON ({error}): {again}") from error
-    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+    if not isinstance(data, dict) or data.get("format") != MANIFEST_FORMAT:
         raise ShardError(f"{path}: expected a manifest of anchorpatch, found other JSON")
     if data.get("format_version") != FORMAT_VERSION:
         raise ShardError(
@@ -405,46 +315,11 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _shards(folder: Path, split: str, suffix: str = "") -> list[Path]:
-    pattern = re.compile(rf"{re.escape(split)}-\d{{5,}}\.h5{suffix}")
-    return sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
-
-
-def _spare_foreign(path: Path) -> None:
-    """Raise ShardError for whole JSON of another program."""
-    with suppress(ValueError, OSError):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise ShardError(
-                f"{path}: expected a manifest of anchorpatch, found other JSON, "
-                "which --overwrite does not touch: choose another --out"
-            )
-
-
-def _check_idle(folder: Path, split: str) -> None:
-    """Raise ShardBusy if another process is writing a shard of the folder."""
-    for path in _shards(folder, split, r"\.lock"):
-        with suppress(FileNotFoundError), path.open("rb") as file:
-            if not storage.try_lock(file, wait=False):
-                raise ShardBusy(
-                    f"{path.with_suffix('')}: another process is writing this shard from other "
-                    "inputs: wait for it or end it, or choose another --out"
-                )
-
-
-def _clear_leftovers(folder: Path) -> None:
-    for path in folder.iterdir():
-        if LEFTOVERS.fullmatch(path.name):
-            with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
-                    path.unlink()
-
-
-def _write(manifest: Manifest) -> None:
+def write_manifest(manifest: Manifest) -> None:
     """Replace the manifest file; the caller holds the lock."""
     header = manifest.header
     values = (
-        _FORMAT,
+        MANIFEST_FORMAT,
         FORMAT_VERSION,
         header.version,
         header.split,
@@ -477,23 +352,103 @@ def _number(entry: ShardEntry) -> tuple[int, str]:
     return len(entry.name), entry.name
 
 
-def _changed_files(manifest: Manifest, files: FilesDigest, shard_size: int) -> str:
-    """Say how the file list has changed, with the first change if a shard knows its names."""
-    said = f"images were {manifest.files_count}, now {files.count}"
-    unnamed = f"{said}, with other names, sizes or labels"
-    if manifest.files_count != files.count:
-        unnamed = said
-    entries = {entry.name: entry for entry in manifest.entries}
-    # Parts of lists that are cut into shards of different sizes cannot be compared.
-    if manifest.header.settings.shard_size != shard_size:
-        return unnamed
-    for index in range(manifest.shard_count):
-        path = manifest.shard_path(index)
-        entry = entries.get(path.name)
-        if entry is None or files.paths is None:
-            return unnamed
-        if (entry.files_sha256,) != files.shards[index : index + 1]:
-            start, stop = index * shard_size, min((index + 1) * shard_size, files.count)
-            first = first_changed_path(path, files.paths(start, stop))
-            return f"{said} ({first})" if first else unnamed
-    return f"{said} (those after number {manifest.files_count} are new)"
+# --- facts ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScaleFacts:
+    """What one scale has.
+
+    Attributes:
+        images: that chose the scale.
+        patches: of them.
+    """
+
+    images: int
+    patches: int
+
+    @property
+    def mean_patches(self) -> float | None:
+        """Patches per image; None without images."""
+        return self.patches / self.images if self.images else None
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """What a split holds.
+
+    Attributes:
+        folder: of the split.
+        split: its name.
+        shards: that are there.
+        total_shards: of the complete split.
+        images: stored, without the skipped ones.
+        scales: by side of the patches in pixels.
+        skipped: images that could not be read, by reason, the most frequent first.
+        bytes: of all shards.
+        classes: how many folders there are.
+        network_classes: how many classes the weights have.
+        same_classes: whether both lists are one, so that accuracy has a meaning.
+        correct: images whose predicted class has the index of their label.
+        settings: what decided the bytes.
+        weights_sha256: of the weights file.
+        anchorpatch_version: that wrote the shards.
+    """
+
+    folder: str
+    split: str
+    shards: int
+    total_shards: int
+    images: int
+    scales: dict[int, ScaleFacts]
+    skipped: dict[str, int]
+    bytes: int
+    classes: int
+    network_classes: int
+    same_classes: bool
+    correct: int
+    settings: ShardSettings
+    weights_sha256: str
+    anchorpatch_version: str
+
+    @property
+    def top1(self) -> float | None:
+        """Share of images that AnchorNet decided right; None where the classes differ."""
+        return self.correct / self.images if self.same_classes and self.images else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts for JSON, with the accuracy where it has a meaning."""
+        return {
+            **{k: v for k, v in vars(self).items() if k != "correct"},
+            "scales": {str(scale): vars(found) for scale, found in self.scales.items()},
+            "settings": self.settings.to_json(),
+            "top1": self.top1,
+        }
+
+
+def split_facts(manifest: Manifest) -> SplitFacts:
+    """Sum up a split."""
+    entries, header = manifest.entries, manifest.header
+    return SplitFacts(
+        folder=str(manifest.folder),
+        split=header.split,
+        shards=manifest.shard_count - len(manifest.missing()),
+        total_shards=manifest.shard_count,
+        images=sum(entry.images for entry in entries),
+        scales={
+            scale: ScaleFacts(
+                sum(entry.chosen[scale] for entry in entries),
+                sum(entry.patches[scale] for entry in entries),
+            )
+            for scale in SCALES
+        },
+        skipped=dict(Counter(reason for e in entries for _, reason in e.skipped).most_common()),
+        bytes=sum(entry.bytes for entry in entries),
+        classes=len(header.classes),
+        network_classes=len(header.network_classes),
+        same_classes=header.classes == header.network_classes,
+        correct=sum(entry.correct for entry in entries),
+        settings=header.settings,
+        weights_sha256=header.weights_sha256,
+        anchorpatch_version=header.version,
+    )

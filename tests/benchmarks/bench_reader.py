@@ -20,7 +20,8 @@ import numpy as np
 from anchorpatch.settings import CODECS, CROP
 from anchorpatch.shards import PatchDataset, ShardReader
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
-from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest
+from anchorpatch.shards.manifest import FilesDigest, Manifest
+from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 SCALE, PER_IMAGE = 95, 10

@@ -16,7 +16,8 @@ from anchorpatch.errors import DataError, ShardError
 from anchorpatch.lsp import grid_size
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
-from anchorpatch.shards.manifest import FilesDigest, open_manifest
+from anchorpatch.shards.manifest import FilesDigest
+from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 IMAGES = 30  # one of each class and size

@@ -13,7 +13,8 @@ from torch import nn
 from anchorpatch.jobs.finetune import FinetuneConfig
 from anchorpatch.models import registry
 from anchorpatch.shards.layout import ShardHeader, shard_name
-from anchorpatch.shards.manifest import FilesDigest, open_manifest
+from anchorpatch.shards.manifest import FilesDigest
+from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 from tests.shards.samples import make_settings
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
-from anchorpatch.shards.manifest import FilesDigest, open_manifest
+from anchorpatch.shards.manifest import FilesDigest
+from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 

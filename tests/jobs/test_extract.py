@@ -20,7 +20,8 @@ from anchorpatch.jobs.extract import ExtractConfig, files_digest, shard_ranges
 from anchorpatch.jobs.extract_summary import wait_for_ranks
 from anchorpatch.runtime.distributed import Task
 from anchorpatch.shards.layout import ShardHeader
-from anchorpatch.shards.manifest import Manifest, open_manifest, read_manifest
+from anchorpatch.shards.manifest import Manifest, read_manifest
+from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import ShardWriter
 from tests.shards.samples import make_header
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
-from anchorpatch.shards.manifest import FilesDigest, Manifest, open_manifest, read_manifest
+from anchorpatch.shards.manifest import FilesDigest, Manifest, ShardEntry, read_manifest
+from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 CLASSES = ("cat", "dog", "hen", "owl")
@@ -101,3 +102,36 @@ def adopt(manifest: Manifest, index: int = 0) -> Manifest:
     now = read_manifest(manifest.folder)
     entry = next(e for e in now.entries if e.name == path.name)
     return now.commit(replace(entry, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)))
+
+
+def digest_of(paths: list[str], size: int = 8) -> FilesDigest:
+    def sha256(part: list[str]) -> str:
+        return hashlib.sha256("\0".join(part).encode()).hexdigest()
+
+    parts = [paths[i : i + size] for i in range(0, len(paths), size)]
+    return FilesDigest(
+        len(paths), sha256(paths), tuple(map(sha256, parts)), lambda a, b: paths[a:b]
+    )
+
+
+def entry(index: int, **changes: object) -> ShardEntry:
+    values: dict = dict(
+        name=f"val-{index:05d}.h5",
+        images=7,
+        patches={63: 1, 95: 2, 111: 3},
+        chosen={63: 4, 95: 2, 111: 1},
+        correct=5,
+        bytes=4,
+        sha256="ab" * 32,
+        skipped=(("cat/bäd.jpg", "truncated"), ("cat/\udcff.jpg", "empty file")),
+        files_sha256="cd" * 32,
+    )
+    return ShardEntry(**{**values, **changes})
+
+
+def begin(folder: Path, header: ShardHeader, files: FilesDigest) -> Manifest:
+    """Begin a split that has a shard, which other inputs may not take the place of."""
+    manifest = open_manifest(folder, header, files)
+    for split in ("val", "train"):
+        (folder / f"{split}-00000.h5").write_bytes(b"h5")
+    return manifest.commit(entry(0, bytes=2, files_sha256=files.shards[0]))

@@ -1,66 +1,31 @@
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError
+from anchorpatch.errors import ShardError
 from anchorpatch.settings import CropSettings
-from anchorpatch.shards.compare import header_differences
-from anchorpatch.shards.layout import ShardHeader, ShardSettings, decode_text
+from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import (
-    FilesDigest,
-    Manifest,
     ShardEntry,
-    open_manifest,
     read_manifest,
+    split_facts,
 )
-from anchorpatch.shards.writer import ShardWriter
+from anchorpatch.shards.splits import open_manifest
+from tests.jobs.patch_shards import Drawn, classes_of, write_shards
 from tests.shards.samples import (
-    CLASSES,
+    digest_of,
     edit_manifest,
+    entry,
     make_header,
     make_settings,
     make_split,
 )
-
-
-def digest_of(paths: list[str], size: int = 8) -> FilesDigest:
-    def sha256(part: list[str]) -> str:
-        return hashlib.sha256("\0".join(part).encode()).hexdigest()
-
-    parts = [paths[i : i + size] for i in range(0, len(paths), size)]
-    return FilesDigest(
-        len(paths), sha256(paths), tuple(map(sha256, parts)), lambda a, b: paths[a:b]
-    )
-
-
-def entry(index: int, **changes: object) -> ShardEntry:
-    values: dict = dict(
-        name=f"val-{index:05d}.h5",
-        images=7,
-        patches={63: 1, 95: 2, 111: 3},
-        chosen={63: 4, 95: 2, 111: 1},
-        correct=5,
-        bytes=4,
-        sha256="ab" * 32,
-        skipped=(("cat/bäd.jpg", "truncated"), ("cat/\udcff.jpg", "empty file")),
-        files_sha256="cd" * 32,
-    )
-    return ShardEntry(**{**values, **changes})
-
-
-def begin(folder: Path, header: ShardHeader, files: FilesDigest) -> Manifest:
-    """Begin a split that has a shard, which other inputs may not take the place of."""
-    manifest = open_manifest(folder, header, files)
-    for split in ("val", "train"):
-        (folder / f"{split}-00000.h5").write_bytes(b"h5")
-    return manifest.commit(entry(0, bytes=2, files_sha256=files.shards[0]))
 
 
 def test_entries_and_header_survive_the_file(tmp_path: Path) -> None:
@@ -120,70 +85,8 @@ def test_an_entry_replaces_the_older_one(tmp_path: Path) -> None:
     assert manifest.commit(entry(0, images=2)).entries == (entry(0, images=2),)
 
 
-def test_the_same_inputs_continue(tmp_path: Path) -> None:
-    manifest, _ = make_split(tmp_path / "val")
-    files = FilesDigest(21, "f0" * 32, ())
-    newer = replace(manifest.header, version="99.0")
-    assert open_manifest(manifest.folder, newer, files) == manifest
-
-
-SETTINGS = [
-    ({"crop_mode": "squash"}, "crop mode (of the weights) was center, now squash"),
-    ({"background": "black"}, "--background was #ffffff, now #000000"),
-    ({"damaged": "skip"}, "--damaged was keep, now skip"),
-    ({"iou_threshold": 0.8}, "--iou-threshold was 0.3, now 0.8"),
-    ({"max_patches": (24, 10, 8)}, "--max-patches was 5,3,2, now 24,10,8"),
-    ({"coverage": (0.3, 0.3, 0.3)}, "--coverage was 0.05,0.04,0.03, now 0.3,0.3,0.3"),
-    ({"codec": "jpeg"}, "--codec was raw, now jpeg"),
-    ({"store_images": True}, "--store-images was off, now on"),
-    ({"shard_size": 9}, "--shard-size was 8, now 9"),
-    ({"precision": "bfloat16"}, "precision (--amp) was float32, now bfloat16"),
-    ({"preset": None}, "--preset was figure, now none"),
-    ({"device": "cuda", "batch_size": 256}, "--device was not recorded, now cuda"),
-    ({"compile": True}, "--compile was off, now on"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), SETTINGS, ids=[str(c) for c, _ in SETTINGS])
-def test_other_settings_are_refused_by_name(tmp_path: Path, change: dict, message: str) -> None:
-    manifest, _ = make_split(tmp_path / "val")
-    before = {p.name: p.read_bytes() for p in manifest.folder.iterdir()}
-    other = replace(manifest.header, settings=replace(manifest.header.settings, **change))
-    with pytest.raises(ManifestMismatch) as caught:
-        open_manifest(manifest.folder, other, FilesDigest(21, "f0" * 32, ()))
-    assert str(caught.value) == (
-        f"{manifest.folder} holds shards made from other inputs: {message}. "
-        "Choose another --out, or --overwrite to replace what differs"
-    )
-    assert {p.name: p.read_bytes() for p in manifest.folder.iterdir()} == before
-
-
-def test_every_setting_is_compared() -> None:
-    tested = {name for change, _ in SETTINGS for name in change}
-    assert tested | {"jpeg_quality"} == set(ShardSettings.__dataclass_fields__)
-
-
-CPU, GPU = {"device": "cpu"}, {"device": "cuda", "batch_size": 256}
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "difference"),
-    [
-        ({}, CPU, []),  # an older version's, whose bytes on CPU are the same
-        (CPU, {"device": "cpu", "batch_size": 7}, []),  # changes nothing there
-        (CPU, GPU, ["--device was cpu, now cuda"]),
-        (GPU, CPU, ["--device was cuda, now cpu"]),
-        (GPU, {"device": "cuda", "batch_size": 64}, ["--batch-size was 256, now 64"]),
-    ],
-)
-def test_what_computed_is_compared_where_it_decides_bytes(
-    old: dict, new: dict, difference: list[str]
-) -> None:
-    assert header_differences(make_header(**old), make_header(**new)) == difference
-
-
 def test_settings_of_older_versions_are_read() -> None:
-    settings = make_settings(**GPU, compile=True)
+    settings = make_settings(device="cuda", batch_size=256, compile=True)
     assert ShardSettings.from_json(settings.to_json()) == settings
     older = {
         name: value
@@ -191,125 +94,6 @@ def test_settings_of_older_versions_are_read() -> None:
         if name not in ("device", "batch_size", "compile")
     }
     assert ShardSettings.from_json(older) == make_settings()
-
-
-def test_jpeg_quality_counts_for_jpeg_alone(tmp_path: Path) -> None:
-    assert make_header(jpeg_quality=50) == make_header()
-    files = digest_of(["a"])
-    begin(tmp_path, make_header(codec="jpeg"), files)
-    with pytest.raises(ManifestMismatch, match="--jpeg-quality was 95, now 50"):
-        open_manifest(tmp_path, make_header(codec="jpeg", jpeg_quality=50), files)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weights_sha256": "12" * 32}, r"--weights had SHA-256 abababababab\.\.\., now 1212"),
-        ({"split": "train"}, "--split was val, now train"),
-        (
-            {"classes": ("ape", *CLASSES)},
-            r"classes of the folder were 4, now 5 \(ape added\)",
-        ),
-        ({"classes": CLASSES[1:]}, r"classes of the folder were 4, now 3 \(cat removed\)"),
-        (
-            {"network_classes": ("elk", *CLASSES)},
-            r"classes of the weights were 5, now 5 \(in another order\)",
-        ),
-    ],
-)
-def test_other_inputs_are_refused_by_name(tmp_path: Path, change: dict, message: str) -> None:
-    files = digest_of(["a"])
-    begin(tmp_path, make_header(), files)
-    with pytest.raises(ManifestMismatch, match=message):
-        open_manifest(tmp_path, replace(make_header(), **change), files)
-
-
-def test_all_differences_are_named(tmp_path: Path) -> None:
-    begin(tmp_path, make_header(), digest_of(["a"]))
-    other = make_header("train", codec="jpeg", preset=None)
-    with pytest.raises(ManifestMismatch) as caught:
-        open_manifest(tmp_path, other, digest_of(["a", "b"]))
-    for part in ("--codec was", "--preset was", "--split was", "images were 1, now 2"):
-        assert part in str(caught.value)
-
-
-@pytest.fixture
-def files_of(tmp_path: Path) -> tuple[Manifest, list[str]]:
-    """A split whose shards hold the files that its digests are of, one of them skipped."""
-    manifest, batches = make_split(tmp_path / "first" / "val")
-    paths = [decode_text(path) for batch in batches for path in batch.path]
-    folder = tmp_path / "val"
-    manifest = open_manifest(folder, manifest.header, digest_of(paths))
-    for index, batch in enumerate(batches):
-        digest = digest_of(paths).shards[index]
-        with ShardWriter(
-            manifest.shard_path(index), manifest.header, files_sha256=digest
-        ) as writer:
-            writer.append(type(batch)(*(array[1:] for array in batch)))
-            writer.skip(decode_text(batch.path[0]), "truncated")
-        manifest = manifest.commit(writer.entry)
-    return manifest, paths
-
-
-def test_the_first_removed_and_added_file_are_named(
-    files_of: tuple[Manifest, list[str]],
-) -> None:
-    manifest, paths = files_of
-
-    def message(now: list[str], digest: FilesDigest | None = None) -> str:
-        with pytest.raises(ManifestMismatch) as caught:
-            open_manifest(manifest.folder, manifest.header, digest or digest_of(now))
-        return str(caught.value)
-
-    assert open_manifest(manifest.folder, manifest.header, digest_of(paths)) == manifest
-    gone = [*paths[:9], *paths[10:]]
-    assert (
-        f"images were 21, now 20 (first in val-00001.h5: {paths[9]} removed, {paths[16]} added)"
-    ) in message(gone)
-    renamed = [*paths[:10], "dog/new.jpg", *paths[11:]]
-    assert (
-        f"images were 21, now 21 (first in val-00001.h5: {paths[10]} removed, dog/new.jpg added)"
-    ) in message(renamed)
-    added = [*paths, "zebra/1.jpg"]
-    assert "now 22 (first in val-00002.h5: zebra/1.jpg added)" in message(added)
-    resized = replace(digest_of(paths), sha256="0" * 64, shards=("1" * 64, "2" * 64, "3" * 64))
-    assert "val-00000.h5 has the same names, but a file's size or label" in message(paths, resized)
-    manifest.shard_path(1).unlink()
-    assert "images were 21, now 20. Choose" in message(gone)
-    assert "21, now 21, with other names, sizes or labels. Choose" in message(renamed)
-
-
-def test_files_added_after_the_last_full_shard(files_of: tuple[Manifest, list[str]]) -> None:
-    manifest, paths = files_of
-    whole = open_manifest(
-        manifest.folder.with_name("whole"), manifest.header, digest_of(paths[:16])
-    )
-    for index in range(2):
-        shutil.copy(manifest.shard_path(index), whole.shard_path(index))
-        whole = whole.commit(manifest.entries[index])
-    with pytest.raises(ManifestMismatch, match=r"16, now 21 \(those after number 16 are new\)"):
-        open_manifest(whole.folder, manifest.header, digest_of(paths))
-
-
-def test_overwrite_with_equal_inputs_continues(tmp_path: Path) -> None:
-    manifest, _ = make_split(tmp_path / "val")
-    files = FilesDigest(21, "f0" * 32, ())
-    assert open_manifest(manifest.folder, manifest.header, files, overwrite=True) == manifest
-    assert manifest.pending() == []
-
-
-def test_overwrite_removes_what_is_ours_and_nothing_else(tmp_path: Path) -> None:
-    manifest, _ = make_split(tmp_path / "val")
-    ours = {"val-00000.h5", "val-00001.h5", "val-00002.h5"}
-    others = {"notes.txt", "val-1.h5", "val-00000.h5.bak", "train-00000.h5", "my-val-00000.h5"}
-    for name in others:
-        (manifest.folder / name).write_text("not ours")
-    other = make_header(iou_threshold=0.8)
-    begun = open_manifest(manifest.folder, other, digest_of(["a"]), overwrite=True)
-    names = {p.name for p in manifest.folder.iterdir()}
-    assert names & ours == set()
-    assert names >= others
-    assert (begun.header, begun.entries, begun.pending()) == (other, (), [0])
 
 
 @pytest.mark.parametrize(
@@ -357,33 +141,6 @@ def test_fields_of_another_kind_are_a_damaged_manifest(
         read_manifest(tmp_path)
 
 
-def test_overwrite_mends_a_truncated_manifest_but_spares_a_foreign_one(tmp_path: Path) -> None:
-    path = tmp_path / "manifest.json"
-    path.write_text('{"format": "anchorp')
-    open_manifest(tmp_path, make_header(), digest_of(["a"]), overwrite=True)
-    assert read_manifest(tmp_path).files_count == 1
-    path.write_text('{"name": "site"}')
-    with pytest.raises(ShardError, match="--overwrite does not touch"):
-        open_manifest(tmp_path, make_header(), digest_of(["a"]), overwrite=True)
-    assert path.read_text() == '{"name": "site"}'
-
-
-def test_shards_without_a_manifest_are_not_overwritten(tmp_path: Path) -> None:
-    manifest, _ = make_split(tmp_path / "val")
-    (manifest.folder / "manifest.json").unlink()
-    with pytest.raises(ShardError, match=r"holds 3 shards \(val-00000.h5, ...\) but no manifest"):
-        open_manifest(manifest.folder, manifest.header, digest_of(["a"]))
-    assert manifest.shard_path(0).exists()
-
-
-def test_a_folder_begun_anew_refuses_old_entries(tmp_path: Path) -> None:
-    old = open_manifest(tmp_path, make_header(), digest_of(["a"]))
-    new = open_manifest(tmp_path, make_header(codec="jpeg"), digest_of(["a"]), overwrite=True)
-    with pytest.raises(ManifestMismatch, match="another run began this folder anew"):
-        old.commit(entry(0))
-    assert new.commit(entry(0)).entries == (entry(0),)
-
-
 def test_manifests_of_earlier_versions_lack_the_checksum_and_are_read(tmp_path: Path) -> None:
     manifest, _ = make_split(tmp_path / "val")
     edit_manifest(manifest.folder, lambda data: None)
@@ -401,44 +158,6 @@ def test_forgotten_shards_are_pending(tmp_path: Path) -> None:
     )
     assert manifest.pending() == [1]
     assert manifest.shard_path(1).exists()
-
-
-def test_shards_that_a_process_is_writing_are_not_overwritten(tmp_path: Path) -> None:
-    manifest, _ = make_split(tmp_path / "val")
-    other = make_header(iou_threshold=0.8)
-    before = {p.name: p.read_bytes() for p in manifest.folder.iterdir()}
-    with ShardWriter(manifest.folder / "val-00007.h5", manifest.header) as writer:
-        with pytest.raises(ShardBusy, match=r"val-00007\.h5: another process is writing"):
-            open_manifest(manifest.folder, other, digest_of(["a"]), overwrite=True)
-        writer.abort()
-    assert {p.name: p.read_bytes() for p in manifest.folder.iterdir()} == before
-
-
-def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
-    other, files = make_header(iou_threshold=0.8), digest_of(["a"])
-    assert open_manifest(tmp_path / "new", other, files, dry_run=True).missing() == [0]
-    assert not (tmp_path / "new").exists()
-    manifest, _ = make_split(tmp_path / "val")
-    before = {p.name: p.read_bytes() for p in manifest.folder.iterdir()}
-    with pytest.raises(ManifestMismatch):
-        open_manifest(manifest.folder, other, files, dry_run=True)
-    again = open_manifest(manifest.folder, other, files, overwrite=True, dry_run=True)
-    assert (again.header, again.missing()) == (other, [0])
-    assert {p.name: p.read_bytes() for p in manifest.folder.iterdir()} == before
-
-
-def test_old_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
-    manifest, _ = make_split(tmp_path / "val")
-    old = [".val-00000.h5.0123456789ab.tmp", ".manifest.json.0123456789ab.tmp", "val-00001.h5.tmp"]
-    kept = [".val-00002.h5.0123456789ab.tmp", ".notes.tmp"]
-    for name in (*old, *kept):
-        (manifest.folder / name).touch()
-    for name in (*old, ".notes.tmp"):
-        os.utime(manifest.folder / name, (0, 0))
-    open_manifest(manifest.folder, manifest.header, FilesDigest(21, "f0" * 32, ()))
-    names = {p.name for p in manifest.folder.iterdir()}
-    assert names.isdisjoint(old)
-    assert names.issuperset(kept)
 
 
 def _commit_some(folder: Path, header: ShardHeader, start: int) -> None:
@@ -461,3 +180,33 @@ def test_processes_commit_at_the_same_time(tmp_path: Path) -> None:
     names = [e.name for e in read_manifest(tmp_path).entries]
     assert names == [f"val-{i:05d}.h5" for i in range(40)]
     assert {p.name for p in tmp_path.iterdir()} == {"manifest.json", ".manifest.lock"}
+
+
+def test_facts_are_the_sums_over_what_was_written(tmp_path: Path) -> None:
+    manifest, batches = make_split(tmp_path / "val", store_images=True)
+    facts = split_facts(manifest)
+    scale = np.concatenate([batch.scale for batch in batches])
+    counts = np.concatenate([batch.counts for batch in batches])
+    for theta, found in facts.scales.items():
+        assert found.images == int((scale == theta).sum())
+        assert found.patches == int(counts[scale == theta].sum())
+        assert found.mean_patches == found.patches / found.images
+    assert (facts.images, facts.shards, facts.total_shards) == (21, 3, 3)
+    assert facts.bytes == sum(path.stat().st_size for path in tmp_path.glob("val/*.h5"))
+    # The network knows a class more than there are folders.
+    assert (facts.same_classes, facts.top1) == (False, None)
+
+    next(tmp_path.glob("val/*.h5")).unlink()
+    assert split_facts(read_manifest(tmp_path / "val")).shards == 2
+
+
+def test_accuracy_has_a_meaning_where_the_classes_are_the_same(tmp_path: Path) -> None:
+    images = [Drawn(scale, 0, [[1, 0]]) for scale in (63, 63, 95)]
+    folder = write_shards(tmp_path / "val", images, classes_of(2))
+    facts = split_facts(read_manifest(folder))
+    assert (facts.same_classes, facts.top1) == (True, 1.0)
+    assert facts.scales[111].mean_patches is None
+    document = facts.to_json()
+    assert document["scales"]["63"] == {"images": 2, "patches": 2}
+    assert document["settings"]["preset"] == "evaluate"
+    assert document["top1"] == 1.0

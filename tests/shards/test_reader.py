@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 from anchorpatch.errors import CorruptShard, SettingsError, ShardError
 from anchorpatch.settings import CODECS, SCALES
 from anchorpatch.shards import PatchDataset, ShardReader
-from anchorpatch.shards.manifest import FilesDigest, open_manifest
+from anchorpatch.shards.manifest import FilesDigest
 from anchorpatch.shards.reader import _mapped
+from anchorpatch.shards.splits import open_manifest
 from tests.shards.samples import CLASSES, edit_manifest, make_header, make_split
 
 

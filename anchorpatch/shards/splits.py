@@ -1,0 +1,479 @@
+"""The folder of a split: begun, continued with the same inputs, or joined from several.
+
+What a run is asked for and what the folder holds are compared first; where they differ, every
+message says how.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from anchorpatch import storage
+from anchorpatch.errors import CorruptShard, ManifestMismatch, ShardBusy, ShardError, reason_of
+from anchorpatch.shards.layout import (
+    MANIFEST_NAME,
+    ShardHeader,
+    decode_text,
+    find_dataset,
+    find_group,
+    open_shard,
+    shard_name,
+)
+from anchorpatch.shards.manifest import (
+    LEFTOVERS,
+    LOCK_NAME,
+    MANIFEST_FORMAT,
+    FilesDigest,
+    Manifest,
+    ShardEntry,
+    read_manifest,
+    write_manifest,
+)
+
+__all__ = [
+    "Merged",
+    "extract_options",
+    "header_differences",
+    "merge_split",
+    "open_manifest",
+]
+
+#: Half-written files are removed when they are so old.
+_LEFTOVER_SECONDS: Final = 3600
+
+#: Settings that a preset decides.
+_OF_A_PRESET: Final = ("max_patches", "iou_threshold", "coverage")
+
+#: Settings that no option of the same name decides.
+_NOT_OPTIONS = {"precision": "precision (--amp)", "crop_mode": "crop mode (of the weights)"}
+
+
+def open_manifest(
+    folder: Path,
+    header: ShardHeader,
+    files: FilesDigest,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Manifest:
+    """Begin a split's folder, or continue one that was begun with the same inputs.
+
+    The version of anchorpatch may differ; the version of the format may not. Where there is no
+    shard yet, other inputs than those of the manifest simply take their place.
+
+    Args:
+        folder: the split's folder. It is made if need be.
+        header: what the shards are made with.
+        files: what they are made from.
+        overwrite: where the inputs differ, or the manifest is damaged, remove the shards that
+            are made from other inputs, and nothing else: all of them if the header differs, those
+            whose part of the file list differs if only that has changed. With equal inputs it
+            does nothing, so a run that may begin anew can also be resumed, and several processes
+            that work together can all say so.
+        dry_run: change nothing on disk; return the manifest as it would be.
+
+    Raises:
+        ManifestMismatch: the inputs differ from those of the shards that are there; says how.
+        ShardBusy: shards are to be removed, and another process is writing one.
+        ShardError: the manifest is damaged, or there are shards without one.
+        StorageError: the disk refuses.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_NAME
+    if dry_run:
+        return _next(folder, header, files, overwrite)[1]
+    with storage.refusals(path):
+        folder.mkdir(parents=True, exist_ok=True)
+    with storage.locked(folder / LOCK_NAME):
+        with storage.refusals(folder):
+            _clear_leftovers(folder)
+        found, manifest = _next(folder, header, files, overwrite)
+        if manifest is found:
+            return manifest
+        _check_idle(folder, header.split)
+        # A crash in between leaves the old inputs without the shards that are gone, and the same
+        # command goes on from there; never an entry of other inputs, or one without its shard.
+        if found is None:
+            with storage.refusals(path):
+                path.unlink(missing_ok=True)
+        else:
+            write_manifest(replace(found, entries=manifest.entries))
+        kept = {entry.name for entry in manifest.entries}
+        with storage.refusals(folder):
+            for shard in _shards(folder, header.split):
+                if shard.name not in kept:
+                    shard.unlink()
+        write_manifest(manifest)
+        return manifest
+
+
+def _next(
+    folder: Path, header: ShardHeader, files: FilesDigest, overwrite: bool
+) -> tuple[Manifest | None, Manifest]:
+    """Return the manifest that is there, if it is of use, and the one to go on with."""
+    path = folder / MANIFEST_NAME
+    found = None
+    if path.exists():
+        try:
+            found = read_manifest(folder)
+        except ShardError:
+            if not overwrite:
+                raise
+            _spare_foreign(path)
+    shards = _shards(folder, header.split)
+    begun = Manifest(folder, header, files.count, files.sha256)
+    if found is None:
+        if shards and not overwrite:
+            raise ShardError(
+                f"{folder} holds {len(shards)} shards ({shards[0].name}, ...) but no "
+                f"{MANIFEST_NAME} that says what they are: choose another --out, or --overwrite"
+            )
+        return None, begun
+    differences = header_differences(found.header, header)
+    same_files = (found.files_count, found.files_sha256) == (files.count, files.sha256)
+    if same_files and not differences:
+        return found, found
+    if shards and not overwrite:
+        if not same_files:
+            differences.append(_changed_files(found, files, header.settings.shard_size))
+        raise ManifestMismatch(
+            f"{folder} holds shards made from other inputs: {'; '.join(differences)}. "
+            "Choose another --out, or --overwrite to replace what differs"
+        )
+    if differences:
+        return found, begun
+    parts = {shard_name(header.split, i): part for i, part in enumerate(files.shards)}
+    kept = tuple(e for e in found.entries if parts.get(e.name) == e.files_sha256)
+    return found, replace(begun, header=found.header if kept else header, entries=kept)
+
+
+def _shards(folder: Path, split: str, suffix: str = "") -> list[Path]:
+    pattern = re.compile(rf"{re.escape(split)}-\d{{5,}}\.h5{suffix}")
+    return sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
+
+
+def _spare_foreign(path: Path) -> None:
+    """Raise ShardError for whole JSON of another program."""
+    with suppress(ValueError, OSError):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or data.get("format") != MANIFEST_FORMAT:
+            raise ShardError(
+                f"{path}: expected a manifest of anchorpatch, found other JSON, "
+                "which --overwrite does not touch: choose another --out"
+            )
+
+
+def _check_idle(folder: Path, split: str) -> None:
+    """Raise ShardBusy if another process is writing a shard of the folder."""
+    for path in _shards(folder, split, r"\.lock"):
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            if not storage.try_lock(file, wait=False):
+                raise ShardBusy(
+                    f"{path.with_suffix('')}: another process is writing this shard from other "
+                    "inputs: wait for it or end it, or choose another --out"
+                )
+
+
+def _clear_leftovers(folder: Path) -> None:
+    for path in folder.iterdir():
+        if LEFTOVERS.fullmatch(path.name):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                    path.unlink()
+
+
+# --- comparing -----------------------------------------------------------------------------------
+
+
+def extract_options(header: ShardHeader) -> list[str]:
+    """Return the options of ``anchorpatch extract`` that a split was made with.
+
+    What is as by default is left out, and so are the data and the weights, whose place a header
+    does not know.
+
+    Example:
+        >>> from anchorpatch.shards.layout import ShardSettings
+        >>> settings = ShardSettings((6, 3, 2), 0.3, (0.3, 0.3, 0.3), codec="jpeg", preset=None)
+        >>> " ".join(extract_options(ShardHeader("val", (), (), settings, "")))
+        '--split val --max-patches 6,3,2 --iou-threshold 0.3 --coverage 0.3,0.3,0.3 --codec jpeg'
+    """
+    settings = header.settings
+    values = settings.to_json()
+    if settings.preset is not None:
+        values = {k: v for k, v in values.items() if k not in _OF_A_PRESET}
+    if settings.codec == "image":
+        del values["store_images"]  # implied
+    defaults = {field.name: field.default for field in fields(settings)}
+    words = ["--split", header.split]
+    for name, value in values.items():
+        if value == defaults[name] or name == "crop_mode":
+            continue
+        if name == "precision":
+            words.append("--amp")
+        elif value is True:
+            words.append(_option(name))
+        else:
+            words += [_option(name), _shown(value)]
+    return words
+
+
+def header_differences(old: ShardHeader, new: ShardHeader) -> list[str]:
+    """Say what differs in two headers, one phrase each; the version of anchorpatch may.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from anchorpatch.shards.layout import ShardSettings
+        >>> settings = ShardSettings((1, 1, 1), 0.3, (0.1, 0.1, 0.1))
+        >>> old = ShardHeader("val", ("cat",), ("cat",), settings, weights_sha256="0" * 64)
+        >>> header_differences(old, replace(old, settings=replace(settings, iou_threshold=0.8)))
+        ['--iou-threshold was 0.3, now 0.8']
+    """
+    found = []
+    then, now = old.settings.to_json(), new.settings.to_json()
+    if then["device"] is None and now["device"] == "cpu":
+        # Not recorded by older versions, whose bytes on a CPU are the same. On a GPU they are not:
+        # convolutions were rounded to TF32.
+        then["device"] = "cpu"
+    if then["device"] != now["device"]:
+        then["device"] = then["device"] or "not recorded"
+        then["batch_size"] = now["batch_size"]  # goes with the device
+    for name, before in then.items():
+        if before != now[name]:
+            option = _NOT_OPTIONS.get(name) or _option(name)
+            found.append(f"{option} was {_shown(before)}, now {_shown(now[name])}")
+    if old.split != new.split:
+        found.append(f"--split was {old.split}, now {new.split}")
+    if old.weights_sha256 != new.weights_sha256:
+        was, is_now = old.weights_sha256[:12], new.weights_sha256[:12]
+        found.append(f"--weights had SHA-256 {was}..., now {is_now}...")
+    for what, was_list, now_list in (
+        ("classes of the folder", old.classes, new.classes),
+        ("classes of the weights", old.network_classes, new.network_classes),
+    ):
+        if was_list != now_list:
+            counts = f"{what} were {len(was_list)}, now {len(now_list)}"
+            found.append(f"{counts} ({_first_difference(was_list, now_list)})")
+    return found
+
+
+def _first_changed_path(shard: Path, paths: Sequence[str]) -> str:
+    """Say the first file in which a shard and the present file list differ.
+
+    Args:
+        shard: the shard that is there.
+        paths: what its part of the file list is now, in order.
+
+    Returns:
+        A phrase; empty when the shard cannot be read.
+    """
+    try:
+        stored = _stored_paths(shard)
+    except ShardError:
+        return ""
+    # Images and skipped ones were one list, sorted by bytes.
+    was = [decode_text(path) for path in sorted(stored)]
+    if sorted(was) == sorted(paths):
+        return f"{shard.name} has the same names, but a file's size or label changed"
+    return f"first in {shard.name}: {_first_difference(was, paths)}"
+
+
+def _stored_paths(path: Path) -> list[bytes]:
+    """Return the paths in a shard that may not be what the manifest says, the skipped ones too.
+
+    Raises:
+        ShardError: they cannot be read.
+    """
+    with open_shard(path) as file:
+        size = path.stat().st_size
+        groups = [find_group(file, name) for name in ("images", "skipped")]
+        found = [find_dataset(group, f"{group.name}/path", "S", (None,), size) for group in groups]
+        return [stored for dataset in found for stored in dataset[:].tolist()]
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+def _first_difference(was: Sequence[str], now: Sequence[str]) -> str:
+    """Say the first of each list that the other one lacks."""
+    known, present = set(was), set(now)
+    gone = next((x for x in was if x not in present), None)
+    come = next((x for x in now if x not in known), None)
+    parts = [f"{gone} removed"] if gone is not None else []
+    parts += [f"{come} added"] if come is not None else []
+    return ", ".join(parts) or "in another order"
+
+
+def _changed_files(manifest: Manifest, files: FilesDigest, shard_size: int) -> str:
+    """Say how the file list has changed, with the first change if a shard knows its names."""
+    said = f"images were {manifest.files_count}, now {files.count}"
+    unnamed = f"{said}, with other names, sizes or labels"
+    if manifest.files_count != files.count:
+        unnamed = said
+    entries = {entry.name: entry for entry in manifest.entries}
+    # Parts of lists that are cut into shards of different sizes cannot be compared.
+    if manifest.header.settings.shard_size != shard_size:
+        return unnamed
+    for index in range(manifest.shard_count):
+        path = manifest.shard_path(index)
+        entry = entries.get(path.name)
+        if entry is None or files.paths is None:
+            return unnamed
+        if (entry.files_sha256,) != files.shards[index : index + 1]:
+            start, stop = index * shard_size, min((index + 1) * shard_size, files.count)
+            first = _first_changed_path(path, files.paths(start, stop))
+            return f"{said} ({first})" if first else unnamed
+    return f"{said} (those after number {manifest.files_count} are new)"
+
+
+# --- joining -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge has come to.
+
+    Attributes:
+        folder: of the joined split.
+        copied: names of the shards that were copied.
+        shards: shards of the complete split.
+        missing: names of the shards that no folder has.
+        problems: shards that could not be copied, a line for each.
+    """
+
+    folder: Path
+    copied: tuple[str, ...]
+    shards: int
+    missing: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return {**vars(self), "folder": str(self.folder)}
+
+
+def merge_split(
+    sources: Sequence[Path], out: Path, done: Callable[[int], object] | None = None
+) -> Merged:
+    """Copy the shards of several folders into one, verifying their SHA-256 on the way.
+
+    Shards that ``out`` has already stay, so a merge that was interrupted goes on.
+
+    Args:
+        sources: folders of the same split, made from the same images, weights and settings.
+        out: the folder of the joined split. It is made if need be, and may be one of the sources.
+        done: called with the images of each shard that is copied or cannot be.
+
+    Raises:
+        ManifestMismatch: the folders are not parts of one split; says what differs.
+        ShardError: a manifest cannot be read, or two folders have different bytes for a shard.
+        StorageError: the disk refuses. Shards that are copied stay.
+    """
+    parts = [read_manifest(folder) for folder in sources]
+    targets = [read_manifest(out)] if (out / MANIFEST_NAME).exists() else []
+    first = (targets + parts)[0]
+    for other in (targets + parts)[1:]:
+        _compare(first, other)
+    found = _candidates(targets + parts)
+    files = FilesDigest(first.files_count, first.files_sha256, ())
+    target = open_manifest(out, first.header, files)
+    copied: list[str] = []
+    problems: list[str] = []
+    for path in map(target.shard_path, target.missing()):
+        failed = []
+        for entry, folder in found.get(path.name, []):
+            try:
+                _copy(folder / path.name, path, entry)
+            except CorruptShard as error:
+                failed.append(str(error))
+                continue
+            target = target.commit(entry)
+            copied.append(path.name)
+            break
+        else:
+            problems += failed
+        if done is not None and path.name in found:
+            done(found[path.name][0][0].images)
+    missing = tuple(target.shard_path(i).name for i in target.missing())
+    return Merged(out, tuple(copied), target.shard_count, missing, tuple(problems))
+
+
+def _compare(a: Manifest, b: Manifest) -> None:
+    differences = header_differences(a.header, b.header)
+    if (a.files_count, a.files_sha256) != (b.files_count, b.files_sha256):
+        counts = f"{a.files_count} and {b.files_count} images"
+        differences.append(counts if a.files_count != b.files_count else "other lists of images")
+    if differences:
+        raise ManifestMismatch(
+            f"{a.folder} and {b.folder} are not parts of one split: {'; '.join(differences)}"
+        )
+
+
+def _candidates(parts: Sequence[Manifest]) -> dict[str, list[tuple[ShardEntry, Path]]]:
+    """Return who has each shard, by its name.
+
+    Raises:
+        ShardError: two folders disagree.
+    """
+    found: dict[str, list[tuple[ShardEntry, Path]]] = {}
+    for part in parts:
+        absent = {part.shard_path(i).name for i in part.missing()}
+        for entry in part.entries:
+            if entry.name in absent:
+                continue
+            others = found.setdefault(entry.name, [])
+            if others and others[0][0].sha256 != entry.sha256:
+                raise ShardError(
+                    f"{others[0][1] / entry.name} and {part.folder / entry.name} have different "
+                    "bytes, as if made on other devices: remove one of them and merge again"
+                )
+            others.append((entry, part.folder))
+    return found
+
+
+def _copy(source: Path, path: Path, entry: ShardEntry) -> None:
+    """Copy a shard.
+
+    Raises:
+        CorruptShard: it cannot be read, or is not as its entry says; nothing is copied then.
+    """
+
+    def write(file: BinaryIO) -> None:
+        digest = hashlib.sha256()
+        for chunk in _chunks(source):
+            digest.update(chunk)
+            file.write(chunk)
+        if digest.hexdigest() != entry.sha256:
+            raise CorruptShard(
+                f"{source}: expected SHA-256 {entry.sha256[:12]}..., found "
+                f"{digest.hexdigest()[:12]}...: its bytes have changed"
+            )
+
+    storage.write_atomically(path, write, needed=entry.bytes)
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                yield chunk
+    except OSError as error:
+        raise CorruptShard(f"{path}: cannot read: {reason_of(error)}") from error
