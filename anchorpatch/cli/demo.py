@@ -28,12 +28,12 @@ _PICTURE = "patches.png"
 
 @click.command(cls=Command)
 @click.argument("folder", metavar="[DIR]", type=PATH, default=Path("anchorpatch-demo"))
-@click.option("--images", type=click.IntRange(min=1), default=300, help="Pictures to draw.")
+@click.option("--images", type=click.IntRange(min=1), default=300, help="Number of scenes to draw.")
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
     default=1,
-    help="Of the pictures; the bundled weights were trained with 0.",
+    help="Random seed for the scenes; the bundled weights were trained on those of seed 0.",
 )
 @click.option(
     "--weights",
@@ -55,11 +55,11 @@ def demo(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    r"""Show the whole way on drawn pictures whose objects are known.
+    r"""Run the pipeline on drawn scenes whose objects are known.
 
-    Draws scenes to DIR/scenes, extracts their patches into DIR/shards, verifies the shards,
-    compares the patches with the true boxes, and frames some in DIR/patches.png. Takes about a
-    minute. The same command again goes on where it stopped.
+    Draws scenes in DIR/scenes, extracts their patches to DIR/shards, verifies the shards,
+    compares the patches with the true boxes, and draws some of them in DIR/patches.png. Takes
+    about a minute. Run the same command again to resume it.
 
     \b
     anchorpatch demo

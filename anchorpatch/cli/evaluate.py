@@ -69,50 +69,56 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
     "--protocol",
     type=click.Choice(["patches", "rescale"]),
     default="patches",
-    help="All patches against whole images (Table 3), or the strongest patch against the image "
+    help="Compare all patches with whole images (Table 3), or the strongest patch with the image "
     "rescaled to its size (Table 4).",
 )
 @click.option(
     "--scale",
     type=click.Choice([str(scale) for scale in SCALES]),
-    help="Only images that chose this scale.",
+    help="Evaluate only images that chose this scale.",
 )
 @click.option(
     "--per-scale",
     is_flag=True,
-    help="One network per scale: RUNS/NETWORK-63, -95 and -111.  [default: where these exist and "
+    help="Use one network per scale: RUNS/NETWORK-63, -95 and -111.  [default: if these exist and "
     "RUNS/NETWORK does not]",
 )
 @click.option(
     "--whole-weights",
     metavar="FILE|default",
     help="Weights for whole images, and for --protocol rescale.  [default: "
-    "RUNS/NETWORK-baseline/best.safetensors where it exists, else --weights unless fine-tuned on "
-    "patches, else the published ones where they fit]",
+    "RUNS/NETWORK-baseline/best.safetensors if it exists, else --weights unless fine-tuned on "
+    "patches, else the published ones if they fit]",
 )
-@click.option("--whole/--no-whole", default=True, help="Evaluate whole images too.")
+@click.option("--whole/--no-whole", default=True, help="Evaluate whole images as well.")
 @click.option(
     "--anchornet-weights",
     metavar="FILE|demo",
-    help="AnchorNet weights, for speed.  [default: RUNS/anchornet/best.safetensors]",
+    help="AnchorNet weights, to measure speed.  [default: RUNS/anchornet/best.safetensors]",
 )
-@click.option("--speed/--no-speed", default=True, help="Measure images a second.")
-@click.option("--predictions", type=PATH, help="Write each image's decision to FILE.csv or .npz.")
+@click.option("--speed/--no-speed", default=True, help="Measure images per second.")
+@click.option(
+    "--predictions",
+    type=PATH,
+    help="Write the prediction for each image to this .csv or .npz file.",
+)
 @batch_size_option("32 on CPU (anchornet: 16), 256 on a GPU", "patches or images")
 @workers_option
 @threads_option
 @device_option
-@click.option("--amp", is_flag=True, help="Compute in bfloat16.")
+@click.option("--amp", is_flag=True, help="Compute in bfloat16 (mixed precision).")
 @limit_option
 @max_bad_option
 @click.option(
     "--format",
     type=click.Choice(["table", "markdown", "csv", "json"]),
     default="table",
-    help="How the result is printed.",
+    help="Output format.",
 )
 @click.option(
-    "--result", type=PATH, help="Also write the result to FILE.json, for `anchorpatch report`."
+    "--result",
+    type=PATH,
+    help="Also write the result to this .json file, for `anchorpatch report`.",
 )
 @json_option
 @click.pass_context
@@ -125,20 +131,21 @@ def evaluate(
     threads: int | None,
     **options: Any,
 ) -> None:
-    """Measure a network: an ordinary one on patches, or anchornet on images.
+    """Evaluate a classifier on patches, or anchornet on images.
 
-    NETWORK is one of `anchorpatch models`. It is evaluated on the shards of a split: top-1 and
-    top-5 by the sum of the softmaxes of an image's patches, cost and speed, beside whole images.
+    NETWORK is one of `anchorpatch models`. A classifier is evaluated on the shards of a split:
+    top-1 and top-5 accuracy by the sum of the softmax outputs of an image's patches, MACs and
+    speed, compared with whole images.
 
-    For anchornet, on a labelled folder: top-1 and top-5 of every branch and of the decision of
-    Eq. 7, the share of images that each branch is chosen for, patches an image for each preset,
-    and the cost. --labels and --max-bad are for anchornet alone; --shards, --protocol, --scale,
-    --per-scale, --whole-weights, --whole, --anchornet-weights, --speed and --predictions for the
-    others.
+    anchornet is evaluated on a labeled folder: top-1 and top-5 accuracy of every branch and of
+    the decision of Eq. 7, the share of images that choose each branch, patches per image for each
+    preset, and MACs. --labels and --max-bad are only for anchornet; --shards, --protocol,
+    --scale, --per-scale, --whole-weights, --whole, --anchornet-weights, --speed and --predictions
+    only for classifiers.
 
-    Whole images (row 224) and --protocol rescale ask a network that was not trained on patches,
-    as in the paper: RUNS/NETWORK-baseline, or the published weights where they are for the
-    classes of the shards. The result names the weights behind each row.
+    Whole images (row 224) and --protocol rescale use a network that was not trained on patches,
+    as in the paper: RUNS/NETWORK-baseline, or the published weights if they are for the classes
+    of the shards. The result names the weights of each row.
 
     \b
     anchorpatch evaluate resnet50

@@ -121,12 +121,12 @@ def extract(
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Write the semantic patches of a folder of images into HDF5 shards.
+    r"""Write the semantic patches of a folder of images to HDF5 shards.
 
-    Images are DATA/SPLIT/CLASS/*.JPEG (also PNG, WebP, BMP, GIF, TIFF, AVIF), or lie flat in
-    DATA/SPLIT with --labels. How they become crops of 224 px is taken from the weights. A run
-    that was interrupted goes on when it is started again; the shards come out the same, whatever
-    the number of workers, processes or interruptions.
+    The images are DATA/SPLIT/CLASS/*.JPEG (also PNG, WebP, BMP, GIF, TIFF, AVIF), or with
+    --labels DATA/SPLIT/*.JPEG. How they are cropped to 224 px is recorded in the weights. Run an
+    interrupted command again to resume it. The shards do not depend on the number of workers,
+    processes or interruptions.
 
     \b
     anchorpatch extract --split val --data imagenet --weights demo --out shards

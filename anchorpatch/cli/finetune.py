@@ -101,13 +101,13 @@ def finetune(
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Fine-tune NETWORK on the patches in SHARDS/train, measured on SHARDS/val.
+    r"""Fine-tune NETWORK on the patches in SHARDS/train and validate on SHARDS/val.
 
     NETWORK is resnet50, resnext50, densenet169, hcgnet_b, hcgnet_c, any classifier of
-    torchvision, or timm:NAME. An image is decided by the sum of the softmax distributions of
-    its patches. RUNS/NETWORK gets best.safetensors, last.safetensors, log.jsonl, config.json
-    and last.pt (RUNS/NETWORK-63 with --scale 63, RUNS/NETWORK-baseline with --baseline). A run
-    that was stopped goes on when it is started again, a finished one with more --epochs.
+    torchvision, or timm:NAME. An image is classified by the sum of the softmax outputs of its
+    patches. Writes best.safetensors, last.safetensors, log.jsonl, config.json and last.pt to
+    RUNS/NETWORK (RUNS/NETWORK-63 with --scale 63, RUNS/NETWORK-baseline with --baseline). Run the
+    same command again to resume a stopped run, or with more --epochs to extend a finished one.
 
     \b
     anchorpatch finetune resnet50 --amp

@@ -46,7 +46,7 @@ class _Program(Group):
     """The commands, whose modules are imported when they are asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of use, not of the alphabet."""
+        """Return the names in the order of use."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -82,23 +82,23 @@ class _Program(Group):
 @click.option(
     "--config",
     type=click.Path(dir_okay=False),
-    help="Settings file, a table per command. [default: ./anchorpatch.toml where it exists]",
+    help="Settings file with a table per command.  [default: ./anchorpatch.toml, if it exists]",
 )
 @click.pass_context
 def cli(ctx: click.Context, config: str | None) -> None:
-    r"""Localize multi-scale semantic patches of images and train classifiers on them.
+    r"""Localize multi-scale semantic patches in images and train classifiers on them.
 
     \b
-    anchorpatch train                 train the localiser, AnchorNet
-    anchorpatch extract --split val   write the patches of a folder into HDF5 shards
-    anchorpatch finetune resnet50     train an ordinary network on the patches
-    anchorpatch predict dog.jpg       classify pictures by their patches
+    anchorpatch train                 train AnchorNet, which localizes the patches
+    anchorpatch extract --split val   write the patches of a folder of images to HDF5 shards
+    anchorpatch finetune resnet50     fine-tune a classifier on the patches
+    anchorpatch predict dog.jpg       classify images by their patches
 
-    Every option may also stand in ./anchorpatch.toml or in an environment variable
+    Every option can also be set in ./anchorpatch.toml or in an environment variable
     ANCHORPATCH_<COMMAND>_<OPTION>. Results go to stdout, progress and messages to stderr.
-    Exit status: 0 done, 1 failed, 2 wrong usage, 128 + N ended by signal N (130: Ctrl-C).
+    Exit status: 0 success, 1 failure, 2 usage error, 128 + N ended by signal N (130: Ctrl-C).
 
-    Shell completion: eval "$(_ANCHORPATCH_COMPLETE=bash_source anchorpatch)", also zsh, fish.
+    Shell completion: eval "$(_ANCHORPATCH_COMPLETE=bash_source anchorpatch)"; also zsh, fish.
     """
     if ctx.resilient_parsing:
         return

@@ -20,8 +20,10 @@ __all__ = ["models"]
 @click.option(
     "--size", type=click.IntRange(min=32), default=CROP, help="Side of a whole image in px."
 )
-@click.option("--table3", is_flag=True, help="Compute the GMACs of Table 3, beside those printed.")
-@click.option("--names", "only_names", is_flag=True, help="Print every name, and no figures.")
+@click.option(
+    "--table3", is_flag=True, help="Compare computed GMACs with those printed in Table 3."
+)
+@click.option("--names", "only_names", is_flag=True, help="Print all names and nothing else.")
 @json_option
 def models(
     names: tuple[str, ...],
@@ -33,19 +35,20 @@ def models(
 ) -> None:
     r"""List networks with their parameters and their GMACs for whole images and for patches.
 
-    NAME is anchornet, bagnet33, bagnet77, saccader, hcgnet_b, hcgnet_c, resnext50, any classifier
-    of torchvision by its name there, or timm:NAME where timm is installed. Without one, the
-    networks of the paper.
+    NAME is anchornet, bagnet33, bagnet77, saccader, hcgnet_b, hcgnet_c, resnext50, the name of
+    any classifier of torchvision, or timm:NAME if timm is installed. The default is the networks
+    of the paper.
 
     \b
     anchorpatch models
     anchorpatch models resnet18 timm:mobilenetv4_conv_small
     anchorpatch models --table3
 
-    All figures are computed from the networks. GMACs count convolutions and matrix products of
-    one image or patch; "-" stands where a network cannot take one of that side. AnchorNet
-    appears as trained, with the full class maps F, and as `extract` runs it, which builds the
-    map of one class only. The BagNets and Saccader count their maps of all classes too.
+    All numbers are computed from the networks. GMACs count the convolutions and matrix products
+    for one image or patch; "-" means that a network does not accept one of that size. AnchorNet
+    is listed as it is trained, with the full class maps F, and as `extract` runs it, which
+    computes the map of one class only. The counts of the BagNets and Saccader include the maps of
+    all classes.
     """
     if table3 or only_names:
         if names or (table3 and only_names):

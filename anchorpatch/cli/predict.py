@@ -37,8 +37,8 @@ __all__ = ["predict"]
 @click.option(
     "--network",
     metavar="NAME|FILE",
-    help="Network that decides: its name as in `anchorpatch models`, or weights that `anchorpatch "
-    "finetune` wrote.  [required]",
+    help="Network that classifies: a name from `anchorpatch models`, or a weights file of "
+    "`anchorpatch finetune`.  [required]",
 )
 @click.option(
     "--weights",
@@ -49,14 +49,18 @@ __all__ = ["predict"]
 @click.option(
     "--classes",
     type=PATH,
-    help="Text file with the classes of --weights, one per line in the order of the outputs.  "
+    help="Text file with the classes of --weights, one per line, in the order of its outputs.  "
     "[default: as the weights say, else those of AnchorNet]",
 )
 @anchornet_weights_option
 @runs_option
 @lsp_options("evaluate")
-@click.option("--top", type=click.IntRange(min=1), default=5, help="Classes to tell of an image.")
-@click.option("--out", type=PATH, help="Folder for a picture of each image with its patches.")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=5, help="Number of classes to print per image."
+)
+@click.option(
+    "--out", type=PATH, help="Write a picture of each image and its patches to this folder."
+)
 @device_option
 @json_option
 def predict(
@@ -73,18 +77,18 @@ def predict(
     device: str,
     as_json: bool,
 ) -> int:
-    r"""Classify pictures by their patches: files in, classes out, without shards.
+    r"""Classify images by their patches, directly from image files.
 
-    AnchorNet finds the patches of each IMAGE and the network decides by the sum of their softmax
-    distributions, as `extract` and `evaluate` do for a whole split. Corners are pixels (y, x) of
-    the 224 px centre crop. An IMAGE of - reads names from stdin, one per line.
+    AnchorNet localizes the patches of each IMAGE, and the network classifies it by the sum of
+    their softmax outputs, as `extract` and `evaluate` do for a whole split. Corners are pixels
+    (y, x) in the 224 px crop. Use - as IMAGE to read file names from stdin, one per line.
 
     \b
     anchorpatch predict dog.jpg --network resnet50
     anchorpatch predict dog.jpg --network resnet50 --weights own.pth --classes names.txt
     find photos -name '*.jpg' | anchorpatch predict - --network best.safetensors --json
 
-    A file that is no picture is named on stderr, the others go on, and the status is 1.
+    Files that cannot be read as images are named on stderr and skipped; the exit status is then 1.
     """
     if network is None:
         raise click.UsageError(

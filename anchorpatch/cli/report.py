@@ -20,33 +20,33 @@ __all__ = ["report"]
 
 @click.command(cls=Command)
 @click.argument("folder", metavar="[DIR]", type=PATH, default=Path())
-@click.option("--out", type=PATH, help="The page.  [default: DIR/report.html]")
-@click.option("--runs", type=PATH, help="Folder of training runs.  [default: DIR/runs]")
+@click.option("--out", type=PATH, help="Page to write.  [default: DIR/report.html]")
+@click.option("--runs", type=PATH, help="Folder of the training runs.  [default: DIR/runs]")
 @click.option("--shards", type=PATH, help="Folder of the shards.  [default: DIR/shards]")
 @click.option("--figures", type=PATH, help="Folder of the figures.  [default: DIR/figures]")
 @click.option(
     "--weights",
     metavar="FILE|demo",
-    help="AnchorNet weights that made the shards, for the figures that are not there yet.  "
-    "[default: those of the runs or the bundled ones, where they did]",
+    help="AnchorNet weights that made the shards, for missing figures.  [default: those of the "
+    "runs or the bundled ones, if they made the shards]",
 )
-@click.option("--no-figures", is_flag=True, help="Make no figure; show only those that are there.")
+@click.option("--no-figures", is_flag=True, help="Do not draw missing figures.")
 @json_option
 def report(
     folder: Path, as_json: bool, weights: str | None, no_figures: bool, **options: Any
 ) -> int:
-    r"""Put a whole run on one page: an HTML file that needs no other file and no network.
+    r"""Write a report on everything in DIR: one self-contained HTML page.
 
-    Shows what DIR holds: training runs (runs/*/log.jsonl) as curves, results of `anchorpatch
-    evaluate --result` (results/*.json, runs/NETWORK/*.json) as Tables 3 and 4, figures
-    (figures/*.json), shards (shards/SPLIT), settings and versions. DIR is . by default.
+    Shows training runs (runs/*/log.jsonl) as curves, results of `anchorpatch evaluate --result`
+    (results/*.json, runs/NETWORK/*.json) as Tables 3 and 4, figures (figures/*.json), shards
+    (shards/SPLIT), settings and versions. DIR defaults to the current directory.
 
-    Figures of example images that are not there are made on the way, where the shards store
-    their crops and the weights that made them are at hand.
+    Missing figures of example images are drawn if the shards store their crops and the weights
+    that made the shards can be found.
 
-    What is there and cannot be read is named on the page and on stderr, and the status is 1
-    then; the rest of the page is written all the same. With $SOURCE_DATE_EPOCH for its date,
-    the same folder gives the same bytes.
+    Files that cannot be read are named on the page and on stderr, and the exit status is then 1;
+    the rest of the page is written all the same. If $SOURCE_DATE_EPOCH sets the date, the same
+    folder gives the same bytes.
 
     \b
     anchorpatch report

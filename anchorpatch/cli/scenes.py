@@ -12,23 +12,27 @@ from anchorpatch.cli.output import print_json
 
 @click.command(cls=Command)
 @click.argument("folder", metavar="DIR", type=PATH)
-@click.option("--train", type=click.IntRange(min=0), default=4000, help="Pictures in DIR/train.")
-@click.option("--val", type=click.IntRange(min=0), default=1000, help="Pictures in DIR/val.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="Another seed gives other pictures."
+    "--train", type=click.IntRange(min=0), default=4000, help="Number of images in DIR/train."
 )
 @click.option(
-    "--jobs", type=click.IntRange(min=1), help="Drawing processes.  [default: one a CPU core]"
+    "--val", type=click.IntRange(min=0), default=1000, help="Number of images in DIR/val."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Random seed for the images.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Number of processes that draw.  [default: one per CPU core]",
 )
 @json_option
 def scenes(folder: Path, train: int, val: int, seed: int, jobs: int | None, as_json: bool) -> None:
-    r"""Draw the sample set of textured shapes, with the true boxes of the objects.
+    r"""Draw a sample data set of textured shapes, with the true boxes of the objects.
 
-    Ten classes, each small, medium and large, in ImageNet's layout: DIR/train/CLASS/*.JPEG,
-    DIR/val/CLASS/*.JPEG. DIR/boxes.csv holds each object's size and box in pixels of the 256 px
-    picture; subtract 16 for the 224 px crop. A picture depends on the seed, its split and its
-    number alone. A folder that holds anything else is refused; the same command again completes
-    an interrupted one.
+    There are ten classes, each with small, medium and large objects, in the layout of ImageNet:
+    DIR/train/CLASS/*.JPEG, DIR/val/CLASS/*.JPEG. DIR/boxes.csv holds the size and the box of each
+    object, in pixels of the 256 px image; subtract 16 for the 224 px crop. An image depends only
+    on the seed, its split and its number. DIR must be new or hold nothing else; run the same
+    command again to complete an interrupted one.
 
     \b
     anchorpatch scenes data --train 4000 --val 1000

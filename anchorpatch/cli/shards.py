@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.options import PATH, Command, did_you_mean, json_option
-from anchorpatch.cli.output import bytes_text, print_json, print_table
+from anchorpatch.cli.options import PATH, Command, Group, did_you_mean, json_option
+from anchorpatch.cli.output import bytes_text, print_json, print_scales
 from anchorpatch.errors import ShardError, WeightsError
 from anchorpatch.text import counted
 
@@ -28,11 +28,11 @@ _AS_BEFORE = (
 _folder = click.argument("folder", metavar="DIR", type=PATH)
 
 
-@click.group()
+@click.group(cls=Group)
 def shards() -> None:
-    """Inspect, verify and show shards.
+    """Inspect, verify, merge and show shards.
 
-    DIR is the folder of one split, such as ./shards/val, or the folder that holds several.
+    DIR is the folder of one split, such as ./shards/val, or a folder with several of them.
     """
 
 
@@ -40,9 +40,9 @@ def shards() -> None:
 @_folder
 @json_option
 def inspect(folder: Path, as_json: bool) -> None:
-    """Tell what shards hold: images, patches, classes, bytes, settings, skipped images.
+    """Print what shards contain: images, patches, classes, bytes, settings, skipped images.
 
-    All of it stands in the manifest; the shards themselves are not opened.
+    This is read from the manifest; the shards themselves are not opened.
     """
     from anchorpatch.shards.manifest import read_manifest, split_facts
 
@@ -58,13 +58,15 @@ def inspect(folder: Path, as_json: bool) -> None:
 
 @shards.command(cls=Command)
 @_folder
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes.  [default: one a CPU core]")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Number of processes.  [default: one per CPU core]"
+)
 @json_option
 def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
     """Verify shards: checksums, sizes, counts, and the bounds of every corner.
 
-    Names each bad shard with what is wrong and the command that writes it again, and then ends
-    with status 1.
+    Prints what is wrong with each bad shard and the command that writes it again. The exit status
+    is then 1.
     """
     from anchorpatch.runtime.progress import Reporter, reporter
     from anchorpatch.shards.manifest import read_manifest
@@ -119,15 +121,15 @@ def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
     "--out",
     type=PATH,
     required=True,
-    help="Folder for the joined shards, OUT/SPLIT/...; may be a DIR.",
+    help="Folder for the merged shards, OUT/SPLIT/...; may be one of DIR.",
 )
 @json_option
 def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
-    """Join shards of the same splits that were written to several folders.
+    """Merge shards of the same splits that were written to several folders.
 
-    For example with `extract --task I/N` on the disks of several machines. Sizes and SHA-256 are
-    verified while the shards are copied. Shards that OUT has already are kept. Ends with status 1
-    if a shard could not be copied.
+    For example by `extract --task I/N` on several machines. Sizes and SHA-256 checksums are
+    verified while the shards are copied. Shards that OUT already has are kept. The exit status is
+    1 if a shard could not be copied.
     """
     from anchorpatch.runtime.progress import Reporter, reporter
     from anchorpatch.shards.manifest import read_manifest
@@ -204,12 +206,13 @@ def _extract_command(manifest: Manifest, *options: str) -> str:
 @shards.command(cls=Command)
 @_folder
 @click.argument("image")
-@click.option("--out", type=PATH, required=True, help="The picture to write, such as patches.png.")
+@click.option("--out", type=PATH, required=True, help="Picture to write, such as patches.png.")
 def show(folder: Path, image: str, out: Path) -> None:
-    """Draw the patches of one image, the strongest first, with their scores.
+    """Draw the patches of one image in descending order of their scores.
 
     IMAGE is its path within the split, such as n01440764/ILSVRC2012_val_00000293.JPEG, or its
-    number from 0. Where the shards store images, the image with framed patches stands beside.
+    number, starting from 0. If the shards store images, the image is drawn too, with the patches
+    framed.
     """
     from anchorpatch.figures.files import picture_kind, save_picture
     from anchorpatch.figures.frames import patch_figure
@@ -259,18 +262,10 @@ def _splits(folder: Path) -> list[Path]:
 
 def _print_facts(facts: SplitFacts) -> None:
     images = facts.images
-    print_table(
-        ["scale", "images", "share", "patches", "mean patches"],
-        [
-            [
-                f"{scale} px",
-                f"{found.images:,}",
-                f"{found.images / images:.1%}" if images else "-",
-                f"{found.patches:,}",
-                "-" if found.mean_patches is None else f"{found.mean_patches:.2f}",
-            ]
-            for scale, found in facts.scales.items()
-        ],
+    scales = facts.scales.items()
+    print_scales(
+        {scale: found.images for scale, found in scales},
+        {scale: found.patches for scale, found in scales},
         title=facts.folder,
     )
     s = facts.settings

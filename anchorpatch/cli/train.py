@@ -109,16 +109,16 @@ def train(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train AnchorNet, or a peer to compare it with, on DATA/train, measured on DATA/val.
+    """Train AnchorNet, or a peer to compare it with, on DATA/train and validate on DATA/val.
 
-    RUNS/ARCH gets best.safetensors (for anchornet what `extract` takes), last.safetensors,
-    log.jsonl, config.json and last.pt. A run that was stopped goes on when it is started again,
-    a finished one with more --epochs.
+    Writes best.safetensors (which `extract` uses), last.safetensors, log.jsonl, config.json and
+    last.pt to RUNS/ARCH. Run the same command again to resume a stopped run, or with more
+    --epochs to extend a finished one.
 
-    Saccader is trained in three stages, each with all --epochs and in a folder of its own below
-    RUNS/saccader: 1-bagnet (the BagNet-77 under it), 2-location (to look where the true class has
-    its highest logits) and 3-reinforce (sampled places, at a tenth of the rate). RUNS/saccader
-    gets best.safetensors of the last one.
+    Saccader is trained in three stages of --epochs each, in subfolders of RUNS/saccader: 1-bagnet
+    (the BagNet-77 that it builds on), 2-location (to look where the true class has its highest
+    logits) and 3-reinforce (sampled locations, at a tenth of the learning rate). RUNS/saccader
+    gets the best.safetensors of the last stage.
 
     \b
     anchorpatch train --data imagenet --amp --compile
