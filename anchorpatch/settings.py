@@ -116,11 +116,19 @@ class LspSettings:
 
     Raises:
         SettingsError: a value outside its range.
+
+    Example:
+        >>> print(LspSettings((5, 3, 2), 0.3, (0.05, 0.04, 0.03)))
+        K 5/3/2, T 0.3, P 0.05/0.04/0.03
     """
 
     max_patches: tuple[int, int, int]
     iou_threshold: float
     coverage: tuple[float, float, float]
+
+    def __str__(self) -> str:
+        k, p = "/".join(map(str, self.max_patches)), "/".join(map(str, self.coverage))
+        return f"K {k}, T {self.iou_threshold}, P {p}"
 
     def __post_init__(self) -> None:
         if len(self.max_patches) != len(SCALES) or min(self.max_patches) < 1:

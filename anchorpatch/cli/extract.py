@@ -195,13 +195,11 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
         print_json({**fields, "settings": forecast.settings.to_json()})
         return
     settings = forecast.settings
-    per_scale = "/".join(str(k) for k in settings.max_patches)
     click.echo(
         f"would write {forecast.pending:,} of {counted(forecast.shards, 'shard')} to "
         f"{forecast.folder}: "
         f"{counted(forecast.images, 'image')} of {counted(forecast.classes, 'class', 'classes')}\n"
-        f"settings: preset {settings.preset or 'none'}, K {per_scale}, T {settings.iou_threshold}, "
-        f"P {'/'.join(str(p) for p in settings.coverage)}, codec {settings.codec}\n"
-        f"about {bytes_text(forecast.bytes)} in all, {bytes_text(forecast.bytes_per_image)} an "
-        f"image (from {counted(forecast.sample, 'image')})"
+        f"settings: preset {settings.preset or 'none'}, {settings.lsp}, codec {settings.codec}\n"
+        f"about {bytes_text(forecast.bytes)} in all, {bytes_text(forecast.bytes_per_image)} per "
+        f"image (estimated from {counted(forecast.sample, 'image')})"
     )

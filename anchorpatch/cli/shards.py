@@ -279,8 +279,7 @@ def _print_facts(facts: SplitFacts) -> None:
         f"images: {images:,} in {bytes_text(facts.bytes)}{each}",
         f"skipped: {sum(facts.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
         f"classes: {facts.classes:,}{same} the network's {facts.network_classes:,}",
-        f"settings: preset {s.preset or 'none'}, K {'/'.join(map(str, s.max_patches))}, "
-        f"T {s.iou_threshold}, P {'/'.join(map(str, s.coverage))}, {s.precision}"
+        f"settings: preset {s.preset or 'none'}, {s.lsp}, {s.precision}"
         + (f" on {s.device}" if s.device else "")
         + (f" in batches of {s.batch_size}" if s.batch_size else "")
         + (", compiled" if s.compile else ""),

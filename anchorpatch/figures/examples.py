@@ -23,7 +23,7 @@ from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.localizer import Localized, Localizer, Pending
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import SCALES, LspSettings
+from anchorpatch.settings import SCALES
 from anchorpatch.text import counted
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "ShownImages",
     "Survey",
     "look_at",
-    "settings_text",
     "spread",
 ]
 
@@ -369,14 +368,3 @@ class ShownImages(ABC):
             "unreadable": self.looked.unreadable,
             **facts,
         }
-
-
-def settings_text(lsp: LspSettings) -> str:
-    """Write the settings of Algorithm 1 in one line.
-
-    Example:
-        >>> settings_text(LspSettings((5, 3, 2), 0.3, (0.05, 0.04, 0.03)))
-        'K 5/3/2, T 0.3, P 0.05/0.04/0.03'
-    """
-    k, p = "/".join(map(str, lsp.max_patches)), "/".join(map(str, lsp.coverage))
-    return f"K {k}, T {lsp.iou_threshold}, P {p}"

@@ -16,7 +16,6 @@ from anchorpatch.figures.examples import (
     LookedAt,
     ShownImages,
     look_at,
-    settings_text,
     spread,
 )
 from anchorpatch.figures.files import to_json
@@ -88,7 +87,7 @@ class PatchExamples(ShownImages):
         return (
             f"Of {self.looked}, AnchorNet chose for {shares}. Each is "
             f"shown with its patches framed, numbered from the strongest on, and cut out "
-            f"({settings_text(self.config.lsp)}).{right}"
+            f"({self.config.lsp}).{right}"
         )
 
     @property

@@ -50,7 +50,7 @@ from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, keep_freed_memory, resolve_device
 from anchorpatch.runtime.distributed import World, process_group
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import CROP, SCALES, LspSettings
+from anchorpatch.settings import CROP, SCALES
 from anchorpatch.shards.reader import ShardReader
 
 __all__ = ["Costs", "EvaluateConfig", "run", "run_rescale", "table_3_rows", "table_4_rows"]
@@ -427,13 +427,12 @@ class _Evaluation:
         if not self.world.is_main:
             return None
         self.report.message("measuring speed")
-        on_gpu, settings = self.device.type == "cuda", self.reader.settings
+        on_gpu, lsp = self.device.type == "cuda", self.reader.settings.lsp
         rows = self.rows(SCALES)
         n = min(len(rows), _SPEED_IMAGES[self.device.type])
         some = rows[spread_rows(len(rows), n)]
         pixels = torch.cat([batch.pixels for batch in whole.batches(some, self.batch_size)])
         amp = self.config.amp
-        lsp = LspSettings(settings.max_patches, settings.iou_threshold, settings.coverage)
         with Localizer(weights, lsp, self.device, batch_size=self.batch_size, amp=amp) as localizer:
             return measure_speed(
                 self._distributions(networks),

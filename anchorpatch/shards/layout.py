@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 
 import anchorpatch
 from anchorpatch.errors import CorruptShard, SettingsError, ShardError, reason_of
-from anchorpatch.settings import CODECS, CROP, PRECISIONS, SCALES, CropSettings
+from anchorpatch.settings import CODECS, CROP, PRECISIONS, SCALES, CropSettings, LspSettings
 from anchorpatch.storage import from_json
 
 __all__ = [
@@ -138,6 +138,11 @@ class ShardSettings:
     device: str | None = None
     batch_size: int | None = None
     compile: bool = False
+
+    @property
+    def lsp(self) -> LspSettings:
+        """The parameters of Algorithm 1."""
+        return LspSettings(self.max_patches, self.iou_threshold, self.coverage)
 
     @property
     def crop(self) -> CropSettings:
