@@ -22,6 +22,7 @@ __all__ = [
     "decimal",
     "facts_table",
     "named",
+    "scale_table",
     "share",
     "shown_value",
     "text",
@@ -178,3 +179,30 @@ def facts_table(
         for thing, facts in rows.items()
     )
     return Table(caption, columns, cells, folded=folded)
+
+
+def scale_table(images: Mapping[int, int], patches: Mapping[int, int]) -> Table:
+    """Return images and patches by chosen scale.
+
+    Args:
+        images: that chose each scale.
+        patches: of these images.
+    """
+    total, most = sum(images.values()), max(images.values(), default=0)
+
+    def row(name: Cell, n: Cell, of: int, found: int) -> tuple[Cell, ...]:
+        mean = decimal(found / of if of else None)
+        return name, n, share(of / total if total else None, 1), count(found), mean
+
+    rows = tuple(
+        row(
+            Cell(f"{scale} px", scale),
+            Cell(f"{n:,}", n, n / most if most else None),
+            n,
+            patches[scale],
+        )
+        for scale, n in images.items()
+    )
+    foot = row(text("all"), count(total), total, sum(patches.values()))
+    columns = named("scale", "images", "share", "patches", "patches per image")
+    return Table("Images and patches by chosen scale", columns, rows, (foot,))

@@ -16,12 +16,11 @@ from anchorpatch.cli.options import (
     json_option,
     workers_option,
 )
-from anchorpatch.cli.output import print_json, print_table
-from anchorpatch.settings import SCALES
+from anchorpatch.cli.output import print_json, print_tables
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
-    from anchorpatch.demo.score import SceneScore
+    pass
 
 _PICTURE = "patches.png"
 
@@ -113,41 +112,9 @@ def demo(
         return
     print_summary(extracted, as_json=False)
     click.echo(f"all {counted(extracted.shards, 'shard')} verified\n")
-    _print_score(score)
+    print_tables(score.tables())
     click.echo(f"\npicture: {folder / _PICTURE}")
     progress.message(f"anchorpatch report {folder} puts all of it on one page")
-
-
-def _print_score(score: SceneScore) -> None:
-    print_table(
-        ["patch", "centre in the object's box", "box covered"],
-        [
-            [name, f"{fit.hit:.1%}", f"{fit.covered:.1%}"]
-            for name, fit in (
-                ("strongest", score.strongest),
-                ("random, same scale", score.random),
-                ("middle, same scale", score.centre),
-            )
-        ],
-    )
-    click.echo()
-    means = ["-" if mean is None else f"{mean:.1f} px" for mean in score.mean_scale.values()]
-    print_table(
-        ["object", *(f"{scale} px" for scale in SCALES), "mean scale"],
-        [
-            [size, *(f"{n:,}" for n in row.values()), mean]
-            for (size, row), mean in zip(score.counts.items(), means, strict=True)
-        ],
-    )
-    click.echo(
-        f"the mean scale {'grows' if score.grows else 'does not grow'} with the object; "
-        f"{score.matched:.1%} of the images chose the scale of their size"
-    )
-    if score.ordered is not None:
-        click.echo(
-            f"of two objects of different size the larger has the larger scale in "
-            f"{score.ordered:.1%} (chance 50 %, equal scales count one half)"
-        )
 
 
 def _write_picture(shards: Path, boxes_csv: Path, picture: Path, per_size: int = 3) -> None:

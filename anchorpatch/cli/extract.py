@@ -28,8 +28,9 @@ from anchorpatch.cli.options import (
     weights_option,
     workers_option,
 )
-from anchorpatch.cli.output import bytes_text, print_json, print_scales
+from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.settings import CODECS, DAMAGED
+from anchorpatch.tables import scale_table
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def print_summary(summary: ExtractSummary, as_json: bool) -> None:
         print_json(summary.to_json())
         return
     images = summary.images
-    print_scales(summary.images_by_scale, summary.patches_by_scale)
+    print_tables([scale_table(summary.images_by_scale, summary.patches_by_scale)])
     reasons = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.items())
     lines = [
         f"{counted(images, 'image')} in {counted(summary.shards, 'shard')}, "

@@ -25,8 +25,8 @@ __all__ = [
     "print_markdown",
     "print_records",
     "print_result",
-    "print_scales",
     "print_table",
+    "print_tables",
 ]
 
 
@@ -147,22 +147,29 @@ def print_result(result: Mapping[str, Any], tables: Sequence[Table], form: str) 
     if form == "json":
         print_json(result)
         return
-    notes = [f"{c.name}: {c.help}." for table in tables for c in table.columns if c.help]
-    notes += [note for table in tables for note in table.notes]
     if form == "csv":
         print_csv(result["rows"])
-        for note in notes:
+        for note in _notes(tables):
             click.echo(note, err=True)
         return
+    print_tables(tables, form)
+
+
+def print_tables(tables: Sequence[Table], form: str = "table") -> None:
+    """Print tables as "table" or "markdown", and below them their notes."""
     write, dash = (print_markdown, "- ") if form == "markdown" else (print_table, "")
     for i, table in enumerate(tables):
         if i:
             click.echo(f"\n{table.caption}:\n")
         rows = [[_plain(cell.text) for cell in row] for row in (*table.rows, *table.foot)]
         write([column.name for column in table.columns], rows)
-    click.echo()
-    for note in notes:
-        click.echo(dash + note)
+    if notes := _notes(tables):
+        click.echo("\n" + "\n".join(dash + note for note in notes))
+
+
+def _notes(tables: Sequence[Table]) -> list[str]:
+    helps = [f"{c.name}: {c.help}." for table in tables for c in table.columns if c.help]
+    return helps + [note for table in tables for note in table.notes]
 
 
 def _plain(text: str) -> str:
@@ -196,27 +203,6 @@ def print_records(records: Mapping[str, Mapping[str, Any]]) -> None:
             ]
             for name, record in records.items()
         ],
-    )
-
-
-def print_scales(
-    images: Mapping[int, int], patches: Mapping[int, int], *, title: str | None = None
-) -> None:
-    """Print how many images chose each scale, and how many patches they have."""
-    total = sum(images.values())
-    print_table(
-        ["scale", "images", "share", "patches", "mean patches"],
-        [
-            [
-                f"{scale} px",
-                f"{count:,}",
-                f"{count / total:.1%}" if total else "-",
-                f"{patches[scale]:,}",
-                f"{patches[scale] / count:.2f}" if count else "-",
-            ]
-            for scale, count in images.items()
-        ],
-        title=title,
     )
 
 

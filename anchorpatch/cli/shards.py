@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from anchorpatch.cli.options import PATH, Command, Group, did_you_mean, json_option
-from anchorpatch.cli.output import bytes_text, print_json, print_scales
+from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.errors import ShardError, WeightsError
 from anchorpatch.text import counted
 
@@ -262,12 +262,8 @@ def _splits(folder: Path) -> list[Path]:
 
 def _print_facts(facts: SplitFacts) -> None:
     images = facts.images
-    scales = facts.scales.items()
-    print_scales(
-        {scale: found.images for scale, found in scales},
-        {scale: found.patches for scale, found in scales},
-        title=facts.folder,
-    )
+    click.echo(facts.folder)
+    print_tables([facts.table()])
     s = facts.settings
     each = f", {bytes_text(facts.bytes / images)} an image" if images else ""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts.skipped.items())

@@ -21,6 +21,8 @@ from anchorpatch.errors import DataError
 from anchorpatch.lsp import grid_size
 from anchorpatch.settings import CROP, SCALES, STRIDE
 from anchorpatch.shards.reader import ShardReader
+from anchorpatch.tables import Cell, Table, decimal, named, share, text
+from anchorpatch.text import counted, percent
 
 __all__ = ["PatchFit", "SceneScore", "score_scenes"]
 
@@ -83,6 +85,50 @@ class SceneScore:
             size: {str(scale): n for scale, n in row.items()} for size, row in self.counts.items()
         }
         return {**asdict(self), "counts": counts, "grows": self.grows}
+
+    def tables(self) -> tuple[Table, Table]:
+        """Return how well patches fit, beside chance, and the chosen scales by object size."""
+        fits = tuple(
+            (text(name), share(fit.hit, 1), share(fit.covered, 1))
+            for name, fit in (
+                ("strongest", self.strongest),
+                ("random, same scale", self.random),
+                ("middle, same scale", self.centre),
+            )
+        )
+        most = max(max(row.values()) for row in self.counts.values())
+        sizes = tuple(
+            (
+                Cell(size, i),
+                *(Cell(f"{n:,}", n, n / most if n else None) for n in row.values()),
+                decimal(self.mean_scale[size], 1),
+            )
+            for i, (size, row) in enumerate(self.counts.items())
+        )
+        notes = [
+            f"{counted(self.images, 'image')}; the mean scale "
+            f"{'grows' if self.grows else 'does not grow'} with the object; "
+            f"{percent(self.matched, 1)} of the images chose the scale of their size."
+        ]
+        if self.ordered is not None:
+            notes.append(
+                "Of two objects of different size the larger has the larger scale in "
+                f"{percent(self.ordered, 1)} (chance 50 %, equal scales count one half)."
+            )
+        scales = (f"{scale} px" for scale in next(iter(self.counts.values())))
+        return (
+            Table(
+                "Patches against the true boxes",
+                named("patch", "centre in the object's box", "box covered"),
+                fits,
+            ),
+            Table(
+                "Chosen scale by the object's size",
+                named("object", *scales, "mean scale, px"),
+                sizes,
+                notes=tuple(notes),
+            ),
+        )
 
 
 def score_scenes(shards_folder: Path, boxes_csv: Path) -> SceneScore:

@@ -44,11 +44,8 @@ from anchorpatch.report.pictures import MAKERS, Embedded, Made, embed, make_figu
 from anchorpatch.report.tables import (
     coverage_table,
     epoch_table,
-    fit_table,
     histogram_table,
     run_table,
-    scale_table,
-    size_table,
     skipped_table,
 )
 from anchorpatch.runtime.checkpoint import versions
@@ -388,7 +385,7 @@ def _plate(figure: FigureFile) -> Plate:
 
 
 def _scenes(scenes: Scenes) -> Section:
-    blocks: list[Any] = [fit_table(scenes.score), size_table(scenes.score)]
+    blocks: list[Any] = [*scenes.score.tables()]
     if scenes.picture is not None:
         blocks.append(_plate(scenes.picture))
     return Section("scenes", "Scenes", tuple(blocks), {"images": scenes.score.images})
@@ -414,7 +411,7 @@ def _split_blocks(split: Split) -> Iterable[Any]:
         f"{of}{counted(facts.total_shards, 'shard')}.{top1} "
         f"Skipped: {skipped:,}{f' ({reasons})' if reasons else ''}."
     )
-    yield scale_table(split)
+    yield split.facts.table()
     if any(split.histogram.values()):
         yield histogram_table(split)
     if split.skipped:

@@ -1,11 +1,10 @@
-"""Tables of training runs, Figure 6, shards and scenes."""
+"""Tables of training runs, Figure 6 and shards."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anchorpatch.demo.score import SceneScore
 from anchorpatch.figures.coverage_curves import AUC_FIGURES, LABELS, auc_texts
 from anchorpatch.jobs.training.runlog import best_record
 from anchorpatch.report.collect import Run, Split, number
@@ -21,16 +20,12 @@ from anchorpatch.tables import (
     text,
     written,
 )
-from anchorpatch.text import counted
 
 __all__ = [
     "coverage_table",
     "epoch_table",
-    "fit_table",
     "histogram_table",
     "run_table",
-    "scale_table",
-    "size_table",
     "skipped_table",
 ]
 
@@ -142,32 +137,6 @@ def coverage_table(
 # --- shards -------------------------------------------------------------------------------
 
 
-def scale_table(split: Split) -> Table:
-    """Return images and patches of a split by scale."""
-    facts = split.facts
-    columns = named("scale", "images", "share", "patches", "patches per image")
-    most = max((found.images for found in facts.scales.values()), default=0)
-    rows = tuple(
-        (
-            Cell(f"{scale} px", scale),
-            Cell(f"{found.images:,}", found.images, found.images / most if most else None),
-            share(found.images / facts.images if facts.images else None, 1),
-            count(found.patches),
-            decimal(found.mean_patches),
-        )
-        for scale, found in facts.scales.items()
-    )
-    patches = sum(found.patches for found in facts.scales.values())
-    total = (
-        text("all"),
-        count(facts.images),
-        share(1.0 if facts.images else None, 1),
-        count(patches),
-        decimal(patches / facts.images if facts.images else None),
-    )
-    return Table("Images and patches by chosen scale", columns, rows, (total,))
-
-
 def histogram_table(split: Split) -> Table:
     """Return how many images have how many patches, a column for each scale."""
     longest = max(map(len, split.histogram.values()))
@@ -199,37 +168,3 @@ def skipped_table(split: Split) -> Table:
     columns = (Column("image", numeric=False), Column("reason", numeric=False))
     rows = tuple((text(path), text(reason)) for path, reason in split.skipped)
     return Table("Skipped images", columns, rows, notes=notes, folded=len(rows) > 8)
-
-
-# --- scenes -------------------------------------------------------------------------------
-
-
-def fit_table(score: SceneScore) -> Table:
-    """Return how often patches hit the object, beside what chance gives."""
-    rows = tuple(
-        (text(name), share(fit.hit, 1), share(fit.covered, 1))
-        for name, fit in (
-            ("strongest", score.strongest),
-            ("random, same scale", score.random),
-            ("middle, same scale", score.centre),
-        )
-    )
-    columns = named("patch", "centre in the object's box", "box covered")
-    return Table("Patches against the true boxes", columns, rows)
-
-
-def size_table(score: SceneScore) -> Table:
-    """Return the chosen scales by the size of the object."""
-    scales = list(next(iter(score.counts.values())))
-    most = max(max(row.values()) for row in score.counts.values())
-    rows = tuple(
-        (
-            Cell(size, i),
-            *(Cell(f"{n:,}", n, n / most if n else None) for n in row.values()),
-            decimal(score.mean_scale[size], 1),
-        )
-        for i, (size, row) in enumerate(score.counts.items())
-    )
-    columns = named("object", *(f"{scale} px" for scale in scales), "mean scale, px")
-    notes = (f"{counted(score.images, 'image')}.",)
-    return Table("Chosen scale by the object's size", columns, rows, notes=notes)

@@ -34,6 +34,7 @@ from anchorpatch.shards.layout import (
     ShardSettings,
     shard_name,
 )
+from anchorpatch.tables import Table, scale_table
 
 __all__ = [
     "LEFTOVERS",
@@ -424,6 +425,11 @@ class SplitFacts:
             "settings": self.settings.to_json(),
             "top1": self.top1,
         }
+
+    def table(self) -> Table:
+        """Return images and patches by chosen scale."""
+        scales = self.scales.items()
+        return scale_table({s: f.images for s, f in scales}, {s: f.patches for s, f in scales})
 
 
 def split_facts(manifest: Manifest) -> SplitFacts:

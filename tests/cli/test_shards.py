@@ -29,11 +29,11 @@ def test_inspect_prints_a_plain_table_into_a_pipe(program: Program, out: Path) -
     assert (result.returncode, result.stderr) == (0, "")
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert lines[0] == str(out / "val")
-    assert lines[1].split() == ["scale", "images", "share", "patches", "mean", "patches"]
-    assert [line.split()[0] for line in lines[2:5]] == ["63", "95", "111"]
-    assert lines[5] == "shards: 3 of 3, 8 images each"
-    assert lines[6].startswith("images: 21 in ")
-    assert lines[7:] == [
+    assert lines[1].split() == ["scale", "images", "share", "patches", *("patches", "per", "image")]
+    assert [line.split()[0] for line in lines[2:6]] == ["63", "95", "111", "all"]
+    assert lines[6] == "shards: 3 of 3, 8 images each"
+    assert lines[7].startswith("images: 21 in ")
+    assert lines[8:] == [
         "skipped: 0",
         "classes: 4; other than the network's 5",
         "settings: preset figure, K 5/3/2, T 0.3, P 0.05/0.04/0.03, float32",

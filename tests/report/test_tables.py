@@ -14,7 +14,6 @@ from anchorpatch.report.tables import (
     epoch_table,
     histogram_table,
     run_table,
-    scale_table,
     skipped_table,
 )
 from anchorpatch.settings import SCALES
@@ -48,7 +47,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 
 def test_shards_by_scale(split: Split) -> None:
-    table = scale_table(split)
+    table = split.facts.table()
     for row, scale in zip(table.rows, SCALES, strict=True):
         found = split.facts.scales[scale]
         assert [cell.key for cell in row] == [
