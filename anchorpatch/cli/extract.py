@@ -136,7 +136,7 @@ def extract(
     anchorpatch extract --split train --task 0/8
     """
     from anchorpatch.jobs.extract import ExtractConfig, forecast, run
-    from anchorpatch.jobs.extract_summary import wait_for_ranks
+    from anchorpatch.jobs.extract_summary import wait_for_ranks, what_is_there
     from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.distributed import rank_and_size, resolve_task
     from anchorpatch.runtime.progress import Reporter, reporter
@@ -152,11 +152,12 @@ def extract(
         click.echo(f"extract: part {part.index} of {part.total} ({part.source})", err=True)
     elif part.job is not None:
         click.echo(f"extract: sharing the work with other jobs ({part.source})", err=True)
+    before = what_is_there(config.out / config.split)
     summary = run(config, reporter() if rank == 0 else Reporter())
     if rank == 0:
         # Shards may be those of other jobs, which this one need not wait for.
         if ranks > 1 and part.job is None:
-            summary = wait_for_ranks(summary, part, ranks)
+            summary = wait_for_ranks(summary, part, ranks, before)
         print_summary(summary, as_json)
 
 

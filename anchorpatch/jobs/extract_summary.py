@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from anchorpatch.shards.manifest import read_manifest
 from anchorpatch.signals import waiting_for
 from anchorpatch.text import counted
 
-__all__ = ["ExtractSummary", "mean_patches", "summarize", "wait_for_ranks"]
+__all__ = ["ExtractSummary", "mean_patches", "summarize", "wait_for_ranks", "what_is_there"]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,11 @@ def summarize(
 
 
 def wait_for_ranks(
-    summary: ExtractSummary, task: Task, ranks: int, patience: float = 3600.0
+    summary: ExtractSummary,
+    task: Task,
+    ranks: int,
+    before: Collection[tuple[str, int, int]],
+    patience: float = 3600.0,
 ) -> ExtractSummary:
     """Wait until the other ranks of ``torchrun`` are done too, and sum up all of them.
 
@@ -154,6 +158,7 @@ def wait_for_ranks(
         summary: of this rank.
         task: of this rank.
         ranks: how many there are.
+        before: what was in the folder when they began; new files are this run's.
         patience: seconds without a change in the folder after which the others count as gone.
 
     Raises:
@@ -170,10 +175,10 @@ def wait_for_ranks(
                 return replace(
                     whole,
                     seconds=seconds,
-                    images_run=summary.images_run * ranks,
+                    images_run=_images_since(summary.folder, together, before),
                     ignored=summary.ignored,
                 )
-            there = _what_is_there(summary.folder)
+            there = what_is_there(summary.folder)
             if there != seen:
                 seen, since = there, now
             elif now - since > patience:
@@ -186,11 +191,20 @@ def wait_for_ranks(
             time.sleep(0.2)
 
 
-def _what_is_there(folder: Path) -> list[tuple[str, int, int]]:
+def what_is_there(folder: Path) -> list[tuple[str, int, int]]:
     """Return name, size and time of each file: they change while somebody writes."""
     found = []
-    for entry in os.scandir(folder):
-        with suppress(FileNotFoundError):  # just renamed
-            info = entry.stat()
-            found.append((entry.name, info.st_size, info.st_mtime_ns))
+    with suppress(FileNotFoundError):
+        for entry in os.scandir(folder):
+            with suppress(FileNotFoundError):  # just renamed
+                info = entry.stat()
+                found.append((entry.name, info.st_size, info.st_mtime_ns))
     return sorted(found)
+
+
+def _images_since(folder: Path, task: Task, before: Collection[tuple[str, int, int]]) -> int:
+    """Return the images of those shards of a task that were not there before."""
+    manifest = read_manifest(folder)
+    new = {name for name, _, _ in set(what_is_there(folder)).difference(before)}
+    made = [i for i in range(manifest.shard_count) if manifest.shard_path(i).name in new]
+    return sum(len(range(*manifest.shard_range(i))) for i in made if task.owns(i))

@@ -17,7 +17,7 @@ from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError, TooManyB
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.jobs import extract
 from anchorpatch.jobs.extract import ExtractConfig, files_digest, shard_ranges
-from anchorpatch.jobs.extract_summary import wait_for_ranks
+from anchorpatch.jobs.extract_summary import wait_for_ranks, what_is_there
 from anchorpatch.runtime.distributed import Task
 from anchorpatch.shards.layout import ShardHeader
 from anchorpatch.shards.manifest import Manifest, read_manifest
@@ -196,9 +196,28 @@ def test_ranks_that_no_longer_write_are_not_waited_for(
     )
     summary = extract.run(config)
     with pytest.raises(ShardError, match="1 shard is missing, and no rank has written for 0 s"):
-        wait_for_ranks(summary, task, 2, patience=0.0)
+        wait_for_ranks(summary, task, 2, (), patience=0.0)
     extract.run(replace(config, task=Task(1, 2)))
-    assert wait_for_ranks(summary, task, 2, patience=0.0).complete
+    assert wait_for_ranks(summary, task, 2, (), patience=0.0).complete
+
+
+def test_the_images_of_all_ranks_are_counted(tmp_path: Path, image_folder: Path, weights: Path):
+    tasks = Task(0, 2), Task(1, 2)
+    config = ExtractConfig(
+        image_folder, "val", weights, tmp_path, limit=10, shard_size=4, workers=0, task=tasks[0]
+    )
+    before = what_is_there(tmp_path / "val")
+    summary = extract.run(config)
+    extract.run(replace(config, task=tasks[1]))
+    assert summary.images_run == 6
+    assert wait_for_ranks(summary, tasks[0], 2, before).images_run == 10
+    # One rank has nothing to do, the other has.
+    (tmp_path / "val" / "val-00001.h5").unlink()
+    before = what_is_there(tmp_path / "val")
+    summary = extract.run(config)
+    extract.run(replace(config, task=tasks[1]))
+    assert summary.images_run == 0
+    assert wait_for_ranks(summary, tasks[0], 2, before).images_run == 4
 
 
 def test_a_shard_that_another_process_writes_is_left_to_it(
