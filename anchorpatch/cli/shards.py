@@ -135,6 +135,12 @@ def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
     from anchorpatch.shards.manifest import read_manifest
     from anchorpatch.shards.splits import merge_split
 
+    if (out / "manifest.json").exists():
+        above = (out if out.name else out.resolve()).parent
+        raise click.BadParameter(
+            f"{out} holds the shards of one split: give the folder above it, {above}",
+            param_hint="'--out'",
+        )
     parts = [
         {read_manifest(split).header.split: split for split in _splits(folder)}
         for folder in folders

@@ -216,8 +216,8 @@ def build_cache(
     """Open the cache of a folder; make it first where it is missing.
 
     Its name carries the digest of the folder's paths and sizes: other files, another cache.
-    Pictures that could not be decoded are tried again each time, as their files may have been
-    restored at the same size; what can be decoded now is added.
+    Pictures that could not be decoded, or with damage only, are tried again each time, as their
+    files may have been restored at the same size; what can be decoded now gets in.
 
     Args:
         folder: the images.
@@ -232,7 +232,7 @@ def build_cache(
     pixels, index = _files(folder, where, background)
     if index.is_file():
         cache = open_cache(folder, where, background)
-        if not cache.bad or not os.access(where, os.W_OK):
+        if not (cache.bad or cache.damaged) or not os.access(where, os.W_OK):
             return cache
     try:
         where.mkdir(parents=True, exist_ok=True)
@@ -310,11 +310,20 @@ def _add(
 ) -> None:
     """Add what can be decoded by now to a cache.
 
-    Appended, since other runs may have the cache open: nothing moves that they know of.
+    Appended, or in place of the same picture with damage, since other runs may have the cache
+    open: nothing moves that they know of.
     """
     content = json.loads(index.read_text(encoding="utf-8"))
     found = False
     with open(cache.file, "r+b") as file:
+        for row, item in _pictures(folder, sorted(cache.damaged), threads, background):
+            if isinstance(item, str) or item.damaged:
+                continue
+            if [item.image.height, item.image.width] == cache.shapes[row].tolist():
+                found = True
+                file.seek(int(cache.offsets[row]))
+                file.write(item.image.tobytes())
+                content["damaged"].remove(row)
         # What a run that was killed here has left behind the end is overwritten.
         file.seek(int(cache.shapes.astype(np.int64).prod(1).sum()) * 3)
         for row, item in _pictures(folder, sorted(cache.bad), threads, background):

@@ -150,6 +150,9 @@ def test_parts_made_on_two_disks_are_merged(program: Program, tmp_path: Path) ->
     assert (tmp_path / "out/val/manifest.json").read_bytes() == (
         (whole.folder / "manifest.json").read_bytes()
     )
+    refused = program("shards", "merge", "a/val", "b/val", "--out", "out/val")
+    assert refused.returncode == 2
+    assert "out/val holds the shards of one split: give the folder above it, out" in refused.stderr
     make_split(tmp_path / "c" / "train", shards=1, per_shard=1, last=1)
     refused = program("shards", "merge", "a", "c", "--out", "other")
     assert (refused.returncode, refused.stdout) == (1, "")

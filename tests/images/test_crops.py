@@ -262,6 +262,25 @@ def test_damage_is_known_from_files_and_from_the_cache(tmp_path: Path):
         assert (batch.index.tolist(), batch.damaged) == ([1, 0], [1])
 
 
+def test_a_damaged_picture_restored_at_the_same_size_gets_into_the_cache(tmp_path: Path):
+    data = encoded(picture(300, 300), "JPEG")
+    start = data.index(b"\xff\xda") + 200
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for name in ("0", "1", "2"):
+        path = tmp_path / "train" / "a" / f"{name}.jpg"
+        path.write_bytes(data[:start] + bytes(40) + data[start + 40 :])
+    folder = scan_folder(tmp_path, "train")
+    before = build_cache(folder, tmp_path / "cache", 1)
+    assert before.damaged == {0, 1, 2}
+    path.with_name("1.jpg").write_bytes(data)
+    after = build_cache(folder, tmp_path / "cache", 1)
+    assert after.damaged == {0, 2}
+    for row in range(3):
+        intact = decode_picture((folder.root / folder.path(row)).read_bytes()).image
+        shrunk = intact.resize((SHORT_SIDE, SHORT_SIDE), Image.Resampling.BILINEAR)
+        assert np.array_equal(after[row].image, shrunk)
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_crops_show_the_background(tmp_path: Path, cached: bool):
     (tmp_path / "train" / "a").mkdir(parents=True)
