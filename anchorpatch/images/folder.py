@@ -35,7 +35,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from anchorpatch.errors import DataError, TooManyBadImages, reason_of
+from anchorpatch.errors import DataError, SettingsError, TooManyBadImages, reason_of
 from anchorpatch.storage import patiently
 from anchorpatch.text import counted, few
 
@@ -208,6 +208,7 @@ def scan_folder(
 
     Raises:
         DataError: the folder or the labels file is not as expected.
+        SettingsError: the split is no name of a folder.
     """
     data = Path(data)
     root = data / split
@@ -349,6 +350,9 @@ def _class_names(root: Path) -> list[str]:
 
 def _check_layout(data: Path, split: str) -> None:
     """Raise the most helpful error where there is no folder DATA/SPLIT."""
+    # The name of a split is one of files too, which must not end up elsewhere.
+    if "/" in split or split in (".", ".."):
+        raise SettingsError(f"--split: expected the name of a folder below --data, got {split!r}")
     if not data.is_dir():
         what = "is not a folder" if data.exists() else "no such folder"
         raise DataError(f"{data}: {what}; {_LAYOUT}: give DATA with --data")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorpatch import storage
-from anchorpatch.errors import DataError
+from anchorpatch.errors import DataError, SettingsError
 from anchorpatch.images.folder import EXTENSIONS, ImageFolder, scan_folder, spread_rows
 
 
@@ -215,6 +215,13 @@ def test_missing_split_names_those_that_exist(tmp_path: Path) -> None:
     assert "did you mean --split valid?" in message
     assert "choose one with --split" in error_of(tmp_path, "xyz")
     assert "nor any other" in error_of(tmp_path / "train" / "a")
+
+
+@pytest.mark.parametrize("split", [".", "..", "../data/val", "val/", "/val"])
+def test_a_split_is_the_name_of_a_folder(tmp_path: Path, split: str) -> None:
+    (tmp_path / "data" / "val" / "a").mkdir(parents=True)
+    with pytest.raises(SettingsError, match="--split: expected the name of a folder below --data"):
+        scan_folder(tmp_path / "data", split)
 
 
 def test_data_that_is_itself_a_split(tmp_path: Path) -> None:
