@@ -147,7 +147,7 @@ def decide(probabilities: Tensor | NDArray[Any]) -> Decision:
 
 
 class Patches(NamedTuple):
-    """Selected patches of N images, the strongest first; rows from ``counts`` on are zero.
+    """Selected patches of N images, strongest first; rows from ``counts`` on are zero.
 
     Attributes:
         counts: patches of each image (N,), int64, at least 1.
@@ -180,7 +180,7 @@ def localize_one(
         coverage: P.
 
     Returns:
-        Top-left (y, x) of each patch in pixels, the strongest first.
+        Top-left (y, x) of each patch in pixels, strongest first.
 
     Example:
         >>> heatmap = torch.arange(441.0).view(21, 21).tolist()

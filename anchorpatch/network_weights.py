@@ -75,7 +75,7 @@ class Found(NamedTuple):
 
     Attributes:
         tensors: a state dict.
-        source: where they came from, for people.
+        source: where they came from, for messages.
         classes: names of the outputs; None where nothing says them.
         mean: that the network's input is normalised with; None where nothing says it.
         std: the same.

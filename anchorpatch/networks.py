@@ -52,7 +52,7 @@ class Network:
     Attributes:
         module: in evaluation mode, on the CPU.
         meta: its name, the classes of its outputs and the normalisation of its input.
-        source: where the weights came from, for people.
+        source: where the weights came from, for messages.
         trained_on: "whole images", "patches", or "" where nothing says it.
     """
 
@@ -63,7 +63,7 @@ class Network:
 
     @property
     def asked(self) -> str:
-        """Where the weights came from and what they were trained on, for people."""
+        """Where the weights came from and what they were trained on, in words."""
         return asked_text(self.source, self.trained_on)
 
 
@@ -96,7 +96,7 @@ class Normalization:
 
 
 def asked_text(source: str, trained_on: str) -> str:
-    """Return which network was asked, for people.
+    """Return which network was asked, in words.
 
     Example:
         >>> asked_text("best.safetensors", "patches"), asked_text("own.pth", "")

@@ -14,7 +14,7 @@ Two decoders do the work, and each file takes one of two paths:
   a PIL image.
 
 Which decoder is first was settled by measurement: `tests/benchmarks/bench_decode.py`, CPU time
-an image on one thread, decode and transform, 200 ImageNet photographs at their real sizes
+per image on one thread, decode and transform, 200 ImageNet photographs at their real sizes
 (0.21 Mpx in the mean), best of 5 interleaved rounds, 2026-11-25, AMD EPYC, torch 2.14.1,
 torchvision 0.29.1, simplejpeg 1.9.0, Pillow 13.0.0:
 

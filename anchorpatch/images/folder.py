@@ -282,7 +282,7 @@ class _Listing:
 
 
 def _listing(root: Path, name: str) -> _Listing:
-    """List the images below ``root/name``: one scan a folder, one stat an image."""
+    """List the images below ``root/name``: one scan per folder, one stat per image."""
     listing = _Listing(name, [], [], Counter())
     info = patiently(root / name, (root / name).stat)
     _walk(os.fsencode(root), os.fsencode(name), listing, ((info.st_dev, info.st_ino),))
@@ -500,7 +500,7 @@ def _kaggle_class(boxes: str, file: Path, line: int) -> str:
     numbers = [token for i, token in enumerate(tokens) if i % 5]
     if not tokens or len(tokens) % 5 or not all(token.isdecimal() for token in numbers):
         raise DataError(
-            f"{file}:{line}: expected a class and four whole numbers a box, found {boxes!r}"
+            f"{file}:{line}: expected a class and four whole numbers per box, found {boxes!r}"
         )
     return tokens[0]
 

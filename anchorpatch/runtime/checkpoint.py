@@ -78,7 +78,7 @@ class WeightsMeta:
         background: colour behind transparent pixels that the network was trained with.
         mean: of the three channels, pixels in [0, 1].
         std: of the three channels, above 0, pixels in [0, 1].
-        training: how the weights came about and how good they are, for people: JSON values.
+        training: how the weights came about and how good they are, as JSON values.
         versions: of the software that wrote the file.
 
     Raises:

@@ -131,7 +131,7 @@ def keep_freed_memory() -> None:
 
     A training step frees and takes the same hundreds of megabytes again and again. glibc maps
     and unmaps every large block, and clearing fresh pages costs more than some layers: AnchorNet
-    on two cores trains 16 images a step at 29 instead of 21 images/s. Other C libraries are
+    on two cores trains 16 images per step at 29 instead of 21 images/s. Other C libraries are
     left alone.
     """
     if sys.platform != "linux":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from typing import TextIO
 
 __all__ = ["LineReporter", "Reporter", "TerminalReporter", "reporter"]
@@ -41,7 +42,7 @@ class TerminalReporter(Reporter):
             transient=True,
             speed_estimate_period=30,
         )
-        self._counts: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
 
     def start(self, description: str, total: int, done: int = 0, unit: str = "images") -> None:
         """Show the bar."""
@@ -51,7 +52,7 @@ class TerminalReporter(Reporter):
 
     def advance(self, n: int, **counts: int) -> None:
         """Move the bar."""
-        _add(self._counts, counts)
+        self._counts.update(counts)
         self._progress.update(self._task, advance=n)
         speed = self._progress.tasks[self._task].speed
         notes = [f"{speed:,.0f} {self._unit}/s"] if speed else []
@@ -72,7 +73,7 @@ class LineReporter(Reporter):
 
     def __init__(self, stream: TextIO, interval: float = 10.0) -> None:
         self._stream, self._interval = stream, interval
-        self._counts: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
 
     def start(self, description: str, total: int, done: int = 0, unit: str = "images") -> None:
         """Begin to count."""
@@ -82,7 +83,7 @@ class LineReporter(Reporter):
 
     def advance(self, n: int, **counts: int) -> None:
         """Count, and say a line when it is time."""
-        _add(self._counts, counts)
+        self._counts.update(counts)
         self._done += n
         now = time.monotonic()
         if now - self._last < self._interval:
@@ -100,11 +101,6 @@ class LineReporter(Reporter):
     def message(self, text: str) -> None:
         """Print a line."""
         print(text, file=self._stream, flush=True)
-
-
-def _add(counts: dict[str, int], more: dict[str, int]) -> None:
-    for name, value in more.items():
-        counts[name] = counts.get(name, 0) + value
 
 
 def reporter(stream: TextIO | None = None) -> Reporter:

@@ -4,7 +4,7 @@
 
     SPLIT-00000.h5            attributes: format_version, anchorpatch_version, split, classes,
     │                         network_classes, settings (JSON), weights_sha256, files_sha256
-    ├── images/               one row an image, in the order of the sorted relative paths
+    ├── images/               one row per image, in the order of the sorted relative paths
     │   ├── path              bytes (n,), UTF-8, relative to the split folder
     │   ├── label, predicted  int32 (n,)
     │   ├── scale             uint8 (n,): 63, 95 or 111
@@ -13,7 +13,7 @@
     │   ├── first, count      int32 (n,): the image's rows in patches/SCALE
     │   ├── size              int32 (n, 2): height, width of the source image
     │   └── pixels            uint8 (n, 224, 224, 3), with stored images only
-    ├── patches/63, 95, 111/  one row a patch, image-major, the strongest first
+    ├── patches/63, 95, 111/  one row per patch, image-major, strongest first
     │   ├── corner            int16 (m, 2): top-left (y, x) in the 224 crop
     │   ├── score             float32 (m,): activation
     │   ├── image             int32 (m,): row in images

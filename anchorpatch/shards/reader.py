@@ -45,7 +45,7 @@ _AGAIN: Final = "run the same extract again with --repair"
 
 
 class ImagePatches(NamedTuple):
-    """The patches of one image, the strongest first.
+    """The patches of one image, strongest first.
 
     Attributes:
         scale: side theta of the patches in pixels.

@@ -322,7 +322,7 @@ def _patch_problems(images: _Table, patches: _Table, scale: int) -> Iterator[str
         yield f"patches/{scale}/score: expected numbers, found NaN or infinity"
     same_image = patches["image"][1:] == patches["image"][:-1]
     if (same_image & (score[1:] > score[:-1])).any():
-        yield f"patches/{scale}/score: expected the strongest first, found others"
+        yield f"patches/{scale}/score: expected to fall within each image, found others"
 
 
 def decode_patch(data: bytes, scale: int) -> NDArray[np.uint8]:

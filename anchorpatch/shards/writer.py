@@ -71,7 +71,7 @@ class PatchBatch(NamedTuple):
         size: height and width of the source image in pixels, int32 (n, 2).
         pixels: the crops that AnchorNet saw, uint8 (n, 224, 224, 3).
         counts: patches of each image, int32 (n,).
-        corners: top-left (y, x) of each patch in pixels, the strongest first, int (n, K, 2).
+        corners: top-left (y, x) of each patch in pixels, strongest first, int (n, K, 2).
         scores: activation of each patch, float32 (n, K).
     """
 
@@ -102,7 +102,7 @@ def _check_batch(batch: PatchBatch) -> None:
     if not np.isin(batch.scale, SCALES).all():
         raise ValueError(f"expected scales of {SCALES}, got {np.unique(batch.scale).tolist()}")
     if n and not 0 <= batch.counts.min() <= batch.counts.max() <= batch.corners.shape[1]:
-        raise ValueError(f"expected 0 to {batch.corners.shape[1]} patches an image")
+        raise ValueError(f"expected 0 to {batch.corners.shape[1]} patches per image")
 
 
 def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:

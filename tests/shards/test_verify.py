@@ -182,7 +182,7 @@ CHANGES = [
     ("patches/95/corner", (0, 1), 130, "patches/95/corner: expected 0 to 129, found others"),
     ("patches/63/score", 0, np.nan, "patches/63/score: expected numbers, found NaN"),
     ("patches/63/score", 0, np.inf, "patches/63/score: expected numbers, found NaN"),
-    ("patches/63/score", 0, -99.0, "patches/63/score: expected the strongest first"),
+    ("patches/63/score", 0, -99.0, "patches/63/score: expected to fall within each image"),
 ]
 
 
