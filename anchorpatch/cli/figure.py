@@ -28,7 +28,7 @@ from anchorpatch.cli.options import (
     weights_option,
     workers_option,
 )
-from anchorpatch.cli.output import print_json, print_table
+from anchorpatch.cli.output import print_json, print_table, print_tables
 from anchorpatch.settings import SCALES, LspSettings
 from anchorpatch.text import counted
 
@@ -387,9 +387,10 @@ def coverage(
     """
     from anchorpatch.figures import coverage_figure
     from anchorpatch.figures.coverage import CoverageConfig, measure_coverage
-    from anchorpatch.figures.coverage_curves import LABELS, LOCALIZERS, write_points
+    from anchorpatch.figures.coverage_curves import LOCALIZERS, write_points
     from anchorpatch.figures.files import picture_kind, save_figure
     from anchorpatch.jobs.crops import ImageSource
+    from anchorpatch.report.tables import coverage_table
     from anchorpatch.runtime.checkpoint import read_meta
     from anchorpatch.runtime.progress import reporter
 
@@ -415,22 +416,14 @@ def coverage(
     if as_json:
         print_json({**facts, "picture": str(out)})
         return
-    print_table(
-        ["localizer", "covered", "±", "gain", "masked", "±", "gain"],
-        [
-            [LABELS[curve.localizer], *curve.covered.texts, *curve.masked.texts]
-            for curve in result.curves
-        ],
-        title="Area under the curve of top-1 by area: covered the larger is better, masked the "
-        "smaller",
+    click.echo(
+        "Area under the curve of top-1 by area: covered the larger is better, masked the smaller"
     )
+    print_tables([coverage_table("Figure 6", result.summary(), result.left_out)])
     lines = [
-        f"\n{counted(result.images, 'image')} of {result.source}; ±: standard error over the "
-        "images, in brackets standard deviation over the seeds; gain: better than AnchorNet by so "
-        "much",
+        f"\n{counted(result.images, 'image')} of {result.source}",
         f"asked: {result.settings['asked']}",
         *result.winners(),
-        *(f"left out: {text}" for text in result.left_out),
         f"{out}, {out.with_suffix('.csv')}, {out.with_suffix('.json')}",
     ]
     click.echo("\n".join(lines))

@@ -47,7 +47,7 @@ def test_it_draws_tells_and_writes_every_point(
     ]
     for line, name in zip(lines[2:10], listed, strict=True):
         assert line.startswith(f"{LABELS[name]} ")
-    assert "left out: BagNet-33: no" in done.stdout
+    assert "Left out: BagNet-33: no" in done.stdout
     assert "`anchorpatch train --arch saccader` makes it" in done.stdout
     with Image.open(tmp_path / "figures" / "coverage.png") as picture:
         assert picture.width > 1000
