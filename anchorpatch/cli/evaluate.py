@@ -155,15 +155,15 @@ def evaluate(
     """  # noqa: D301 (click reads the character)
     form = "json" if as_json else format
     if network == "anchornet":
-        _refuse(ctx, _OF_NETWORKS, "is for networks on patches, not for anchornet")
+        _refuse(ctx, _OF_NETWORKS, "is only for classifiers, not for anchornet")
         if form in ("markdown", "csv"):
-            raise click.UsageError(f"--format {form} is for networks on patches.", ctx)
+            raise click.UsageError(f"--format {form} is only for classifiers.", ctx)
     else:
-        _refuse(ctx, _OF_ANCHORNET, "is for anchornet alone")
+        _refuse(ctx, _OF_ANCHORNET, "is only for anchornet")
         if options["protocol"] == "rescale":
-            _refuse(ctx, _OF_TABLE_3, "goes with --protocol patches")
+            _refuse(ctx, _OF_TABLE_3, "needs --protocol patches")
         if options["per_scale"] and options["weights"] is not None:
-            raise click.UsageError("--per-scale and --weights exclude each other.", ctx)
+            raise click.UsageError("--per-scale and --weights are mutually exclusive.", ctx)
     from anchorpatch.runtime.device import use_threads  # torch is slow to import
 
     use_threads(threads)

@@ -149,7 +149,8 @@ def print_forecast(plan: Mapping[str, Any], as_json: bool) -> None:
         for side, n in cost["rows_an_epoch"].items()
     ]
     rows.append(["all", f"{sum(cost['rows_an_epoch'].values()):,}", ""])
-    print_table(["size", f"{unit} an epoch", f"GMACs of {_a(unit)}"], rows)
+    one = "patch" if unit == "patches" else "image"
+    print_table(["size", f"{unit} per epoch", f"GMACs per {one}"], rows)
     train, val = plan["images"]
     click.echo(
         f"{plan['network']} from {_weights_text(plan['weights'])}, on {plan['source']}: "
@@ -158,18 +159,14 @@ def print_forecast(plan: Mapping[str, Any], as_json: bool) -> None:
     )
     click.echo(
         f"{counted(cost['epochs'], 'epoch')} of {counted(cost['steps_an_epoch'], 'step')} of "
-        f"{plan['batch_size']} {unit}: {cost['macs'] / 1e9:,.1f} GMACs forward, about three "
-        f"times as many in all"
+        f"{plan['batch_size']} {unit}: {cost['macs'] / 1e9:,.1f} GMACs for the forward passes, "
+        f"about three times as many in total"
     )
     if "budget" in cost:
         click.echo(
-            f"budget: {cost['budget']['macs'] / 1e9:,.1f} GMACs, those of {cost['budget']['of']}"
+            f"budget: {cost['budget']['macs'] / 1e9:,.1f} GMACs, as many as {cost['budget']['of']}"
         )
     click.echo(f"would write {plan['folder']}")
-
-
-def _a(unit: str) -> str:
-    return {"patches": "one patch", "images": "one image"}[unit]
 
 
 def _weights_text(weights: str) -> str:
@@ -186,7 +183,7 @@ def print_summary(summary: FinetuneSummary, as_json: bool) -> None:
     if by_scale:
         click.echo()
         print_table(
-            ["best, by scale", "images", "patches an image", "top-1", "top-5"],
+            ["best, by scale", "images", "patches per image", "top-1", "top-5"],
             [
                 [
                     f"{scale} px",

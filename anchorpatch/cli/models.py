@@ -53,7 +53,7 @@ def models(
     if table3 or only_names:
         if names or (table3 and only_names):
             flag = "--table3" if table3 else "--names"
-            raise click.UsageError(f"{flag} stands alone, without NAME and other lists")
+            raise click.UsageError(f"{flag} cannot be combined with NAME or another list")
         (_print_table_3 if table3 else _print_names)(as_json)
         return
     rows = _rows(names, classes, size)
@@ -188,7 +188,7 @@ def _print_table_3(as_json: bool) -> None:
         )
         return
     print_table(
-        ["network", "scale", "GMACs an image", "printed", "deviation"],
+        ["network", "scale", "GMACs per image", "printed", "deviation"],
         [
             [
                 cell.network,
@@ -203,4 +203,7 @@ def _print_table_3(as_json: bool) -> None:
     )
     means = ", ".join(f"{mean} of {scale} px" for scale, mean in MEAN_PATCHES.items())
     images = ", ".join(f"{count:,}" for count in IMAGES.values())
-    click.echo(f"patches an image: {means}; overall by {images} images; without AnchorNet's own")
+    click.echo(
+        f"patches per image: {means}; overall weighted by {images} images; "
+        "without the GMACs of AnchorNet"
+    )

@@ -531,7 +531,7 @@ def find_weights(weights: str | None, runs: Path, option: str = "--weights") -> 
     trained = runs / "anchornet" / "best.safetensors"
     if not trained.is_file():
         raise WeightsError(
-            f"{trained} does not exist: train a network with `anchorpatch train`, name a file "
-            f"with {option}, or take the bundled ones of the sample set with {option} demo"
+            f"{trained} does not exist: train AnchorNet with `anchorpatch train`, pass a weights "
+            f"file with {option}, or use the bundled demo weights with {option} demo"
         )
     return trained

@@ -104,7 +104,7 @@ def predict(
             "--weights FILE, or AnchorNet's weights with --anchornet-weights."
         )
     if classes is not None and weights is None:
-        raise click.UsageError("--classes goes with --weights.")
+        raise click.UsageError("--classes needs --weights.")
     config = PredictConfig(
         network=network,
         anchornet_weights=find_weights(anchornet_weights, runs, "--anchornet-weights"),

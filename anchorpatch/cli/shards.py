@@ -271,7 +271,7 @@ def _print_facts(facts: SplitFacts) -> None:
     click.echo(facts.folder)
     print_tables([facts.table()])
     s = facts.settings
-    each = f", {bytes_text(facts.bytes / images)} an image" if images else ""
+    each = f", {bytes_text(facts.bytes / images)} per image" if images else ""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts.skipped.items())
     stored = "images stored" if s.store_images else "images not stored"
     quality = f" of quality {s.jpeg_quality}" if s.codec == "jpeg" else ""

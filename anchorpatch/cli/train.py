@@ -153,7 +153,7 @@ def _refuse_options_of_anchornet(arch: str) -> None:
         given = ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
         if name in ("se", "weighted_mean", "attention_loss") and given:
             flags = "/".join((*param.opts, *param.secondary_opts))
-            raise click.UsageError(f"{flags}: only anchornet has it; leave it out for {arch}")
+            raise click.UsageError(f"{flags}: only for anchornet, not for {arch}")
 
 
 def print_summary(summary: TrainSummary, as_json: bool) -> None:
@@ -163,7 +163,7 @@ def print_summary(summary: TrainSummary, as_json: bool) -> None:
         return
     print_records({**summary.earlier, "best": summary.best, "last": summary.last})
     train_images, val_images = summary.images
-    stages = " of each stage" if summary.earlier else ""
+    stages = " per stage" if summary.earlier else ""
     lines = [
         f"{counted(summary.epochs, 'epoch')}{stages} on {counted(train_images, 'image')} of "
         f"{counted(summary.classes, 'class', 'classes')}, measured on {val_images:,}: "

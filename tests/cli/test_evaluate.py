@@ -96,12 +96,12 @@ def test_errors_and_wrong_usage(program: Program, root: Path, tmp_path: Path):
     assert missing.stderr.count("\n") == 1
     assert "anchorpatch extract --split val --out shards" in missing.stderr
     for wrong, why in (
-        (("evaluate", "anchornet", "--scale", 63), "--scale is for networks on patches"),
-        (("evaluate", NETWORK, "--labels", "x"), "--labels is for anchornet alone"),
-        (("evaluate", "anchornet", "--format", "csv"), "--format csv is for networks on patches"),
+        (("evaluate", "anchornet", "--scale", 63), "--scale is only for classifiers"),
+        (("evaluate", NETWORK, "--labels", "x"), "--labels is only for anchornet"),
+        (("evaluate", "anchornet", "--format", "csv"), "--format csv is only for classifiers"),
         (
             ("evaluate", NETWORK, "--protocol", "rescale", "--no-speed"),
-            "Error: --no-speed goes with",
+            "Error: --no-speed needs",
         ),
         (("evaluate", NETWORK, "--per-scale", "--weights", "default"), "--per-scale and --weights"),
     ):

@@ -92,7 +92,7 @@ def test_names_are_one_a_line(program: Program) -> None:
     ("arguments", "message"),
     [
         (["resnet5O"], "no network is named 'resnet5O': did you mean 'resnet50'?"),
-        (["--table3", "resnet50"], "--table3 stands alone"),
+        (["--table3", "resnet50"], "--table3 cannot be combined"),
         (["--size", "8"], "8 is not in the range x>=32"),
     ],
 )
