@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -18,9 +17,6 @@ from anchorpatch.cli.options import (
 )
 from anchorpatch.cli.output import print_json, print_tables
 from anchorpatch.text import counted
-
-if TYPE_CHECKING:
-    pass
 
 _PICTURE = "patches.png"
 

@@ -11,7 +11,7 @@ from tests.conftest import Program
 
 def test_a_table_of_networks(program: Program) -> None:
     result = program("models", "anchornet", "resnet50", "hcgnet_b")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.returncode == 0, result.stderr  # which tells progress on a slow machine
     lines = result.stdout.splitlines()
     assert lines[0].split() == [
         *("network", "parameters", "GMACs", "at", "224", "px"),
@@ -30,7 +30,7 @@ def test_a_table_of_networks(program: Program) -> None:
 
 def test_the_peers_of_anchornet(program: Program) -> None:
     result = program("models", "bagnet33", "bagnet77", "saccader")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.returncode == 0, result.stderr  # which tells progress on a slow machine
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split() for line in lines[1:4]] == [
@@ -47,7 +47,7 @@ def test_the_peers_of_anchornet(program: Program) -> None:
 
 def test_named_networks_for_other_classes_and_sizes(program: Program) -> None:
     result = program("models", "vit_b_32", "resnet18", "--classes", 10, "--size", 160, "--json")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.returncode == 0, result.stderr  # which tells progress on a slow machine
     report = json.loads(result.stdout)
     vit, resnet = report["networks"]
     assert (report["classes"], report["size"]) == (10, 160)
