@@ -284,7 +284,7 @@ class _Scores:
         return found
 
     def curves(self, source: str) -> tuple[Curve, ...]:
-        """Sum up.
+        """Return the curves of all images so far.
 
         Raises:
             DataError: no image could be decoded.

@@ -32,7 +32,7 @@ __all__ = [
 #: Localizers with weights of their own.
 PEERS: Final = ("bagnet33", "bagnet77", "saccader")
 
-#: All localizers of Figure 6 with their names for people, in the order of the summary.
+#: All localizers of Figure 6 with the names that tables show, in the order of the summary.
 LABELS: Final = {
     "anchornet": "AnchorNet",
     "branch63": "branch 63 px alone",
@@ -193,7 +193,7 @@ class CoverageResult:
         return " ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON knows it, as a report reads it."""
+        """Return everything as JSON, as a report reads it."""
         facts = asdict(self)
         facts["weights_sha256"] = facts.pop("anchornet_sha256")
         return {
@@ -246,7 +246,7 @@ def write_points(result: CoverageResult, path: Path) -> None:
 def curves_of(
     localizers: list[str], right: NDArray[np.bool_], areas: tuple[float, ...]
 ) -> tuple[Curve, ...]:
-    """Sum up what the network was right about.
+    """Return the curves from what the network was right about.
 
     Args:
         localizers: names (L,); several of one name are seeds of it.
@@ -276,7 +276,7 @@ def curves_of(
 
 
 def _series(right: Floats, under: Floats, anchornet: Floats | None, sign: float) -> Series:
-    """Sum up one way: ``right`` (seeds, A, n), ``under`` (seeds, n), AnchorNet's (n,)."""
+    """Summarize one way: ``right`` (seeds, A, n), ``under`` (seeds, n), AnchorNet's (n,)."""
     several = len(right) > 1
     by_seed, of_images = right.mean(-1), under.mean(0)
     better = None if anchornet is None else sign * (of_images - anchornet)

@@ -118,7 +118,7 @@ class ReportSummary:
     left_out: tuple[LeftOut, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the summary as JSON knows it."""
+        """Return the summary as JSON."""
         return {
             "report": str(self.report),
             "bytes": self.bytes,
