@@ -136,7 +136,7 @@ def pretrained(
     Args:
         name: of a network of torchvision or "timm:NAME".
         classes: that the network is wanted for: the folders of ImageNet are known by their names.
-        message: is told of a download.
+        message: called with downloads.
         instead: what the user can do without the set.
 
     Raises:

@@ -128,7 +128,7 @@ def load_network(
             "none" for random weights, or a file: our safetensors, another program's, or a torch
             file of a state dict. A file that names no classes is taken to have the right ones
             when their number is right.
-        message: is told what takes long or is not as a user may think.
+        message: called with what takes long, and with what users may not expect.
         otherwise: classes for weights that name none, if their number is right.
         replace_head: give the network a new last layer where the weights are for other classes;
             otherwise that is an error.
@@ -140,7 +140,7 @@ def load_network(
     """
     if name == "anchornet":
         raise SettingsError(
-            "anchornet localises patches and does not classify them: name another network, such "
+            "anchornet localizes patches and does not classify them: name another network, such "
             "as resnet50"
         )
     check_name(name)
@@ -221,7 +221,7 @@ def load_for_whole_images(
         name: as `load_network` takes it.
         classes: names of the outputs, in their order.
         runs: folder of training runs.
-        message: is told of a download, and warned of a network that was fine-tuned on patches.
+        message: called with downloads, and warned of a network that was fine-tuned on patches.
         at_hand: the network that decides on patches; None for RUNS/NETWORK where it exists.
         option: that names other weights.
 
@@ -325,7 +325,7 @@ def _fill(
     if wrong or (found.classes is not None and found.classes != meta.classes):
         _refuse_head_unless(replace_head, found, meta, tensors, head)
         message(
-            f"{found.source}: its head for {_classes_text(found, tensors, head)} gives way to a "
+            f"{found.source}: replacing its head for {_classes_text(found, tensors, head)} with a "
             f"new one for {len(meta.classes):,} ({few(meta.classes)})"
         )
         tensors = {key: value for key, value in tensors.items() if key not in head}

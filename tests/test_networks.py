@@ -92,7 +92,7 @@ def test_our_file_for_other_classes(tmp_path: Path, other: tuple[str, ...]) -> N
     for key, value in state.items():
         assert own[key].shape != value.shape or own[key].equal(value) != key.startswith("fc.")
     assert messages == [
-        f"{path}: its head for 3 (ape, bee, cat) gives way to a new one for {len(other)} "
+        f"{path}: replacing its head for 3 (ape, bee, cat) with a new one for {len(other)} "
         f"({', '.join(other[:3])}{', ...' if len(other) > 3 else ''})"
     ]
 
@@ -145,7 +145,9 @@ def test_files_of_other_programs(tmp_path: Path, name: str, wrapped: str) -> Non
     head = "fc" if name == LINEAR else "classifier.1"
     changed = {k for k, v in network.module.state_dict().items() if v.shape != state[k].shape}
     assert changed == {f"{head}.weight", f"{head}.bias"}
-    assert messages == [f"{path}: its head for 3 gives way to a new one for 4 (ape, bee, cat, ...)"]
+    assert messages == [
+        f"{path}: replacing its head for 3 with a new one for 4 (ape, bee, cat, ...)"
+    ]
 
 
 def test_what_a_file_holds_beside_tensors_is_named(tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_files_without_a_head_or_counters(tmp_path: Path) -> None:
     torch.save({k: v for k, v in kept.items() if not k.endswith("num_batches_tracked")}, path)
     network, messages = load(LINEAR, THREE, path, replace_head=True)
     assert_same(network.module, state, without="fc.")
-    assert "its head for no classes gives way" in messages[0]
+    assert "replacing its head for no classes with" in messages[0]
     assert "found no classes" in error_of(LINEAR, THREE, path)
 
 
@@ -387,13 +389,13 @@ def test_pretrained_sets_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert messages == []
     network, messages = load(name, THREE, file, replace_head=True)
     assert network.module.conv1[0].weight.equal(state["conv1.0.weight"])
-    assert "its head for 1,000 gives way" in messages[0]
+    assert "replacing its head for 1,000 with" in messages[0]
 
 
 def test_names_are_checked_before_files(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="did you mean 'resnet50'"):
         load_network("resnet5O", THREE, "missing file")
-    with pytest.raises(SettingsError, match="anchornet localises patches"):
+    with pytest.raises(SettingsError, match="anchornet localizes patches"):
         load_network("anchornet", THREE)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingDependency, match="timm"):

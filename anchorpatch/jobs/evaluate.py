@@ -79,7 +79,7 @@ class EvaluateConfig:
         data: folder of the images, for shards that hold no whole images.
         anchornet_weights: of AnchorNet, to measure speed; None for
             RUNS/anchornet/best.safetensors where it exists.
-        speed: measure images a second.
+        speed: measure images per second.
         scales: the images that chose one of these are counted.
         predictions: file for the decision on each image, .csv or .npz.
         batch_size: patches or images in a batch; None for 32 on CPU and 256 on a GPU.
@@ -216,7 +216,7 @@ class _Evaluation:
         reader: of the shards.
         device: where it computes.
         world: the processes.
-        report: is told what is done.
+        report: called with what is done.
     """
 
     config: EvaluateConfig
@@ -454,7 +454,7 @@ class Costs:
 
     Attributes:
         network: of the network, by the side of its input in pixels; 224 is there.
-        anchornet: of localising one image.
+        anchornet: of localizing one image.
     """
 
     network: Mapping[int, float]

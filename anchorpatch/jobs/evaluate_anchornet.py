@@ -189,7 +189,7 @@ class _MeanPatches:
             self._sums[row] += found.counts.double() @ chosen
 
     def result(self) -> dict[str, dict[str, float | None]]:
-        """Return the mean patches of an image by preset and scale.
+        """Return the mean patches per image by preset and scale.
 
         Raises:
             NonFiniteError: heatmaps held NaN or infinity.

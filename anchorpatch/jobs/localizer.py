@@ -40,7 +40,7 @@ __all__ = [
     "normalize",
 ]
 
-#: Images in a chunk on CPU. Of 4 to 64 the one that needs the least CPU time an image: larger
+#: Images in a chunk on CPU. Of 4 to 64 the one that needs the least CPU time per image: larger
 #: chunks spend it on fresh memory, smaller ones on the overhead of each operator.
 CPU_CHUNK = 16
 
@@ -284,7 +284,7 @@ class Localizer(Runner):
             return [tensor.cpu().numpy() for tensor in out]
 
     def _filled(self, chunk: Tensor) -> Tensor:
-        """Copy a chunk to the device and fill it up there: no longer copy, from pinned memory."""
+        """Copy a chunk to the device, from pinned memory, and pad it there: fewer bytes to copy."""
         chunk = chunk.to(self.device, non_blocking=True)
         missing = self.chunk - len(chunk)
         return torch.cat((chunk, chunk[:1].expand(missing, *chunk.shape[1:]))) if missing else chunk

@@ -104,7 +104,7 @@ class Prediction:
     patches: NDArray[np.uint8]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the prediction as JSON knows it, without pixels."""
+        """Return the prediction for JSON, without pixels."""
         return {
             "path": self.path,
             "size": list(self.size),
@@ -139,7 +139,7 @@ class Predictor:
 
     Args:
         config: what decides.
-        message: is told what takes long or is not as a user may think.
+        message: called with what takes long, and with what users may not expect.
 
     Raises:
         WeightsError: a file cannot be used.

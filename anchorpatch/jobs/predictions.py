@@ -1,4 +1,4 @@
-"""The decision on each image as a file: CSV for people, NPZ for programs."""
+"""The decision on each image as a file: CSV to read, NPZ for programs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What evaluations find: Tables 3 and 4 of the paper, and the figures of AnchorNet.
 
-Table 3: patches against whole images, accuracy and cost. Table 4: one patch, localised, against
+Table 3: patches against whole images, accuracy and cost. Table 4: one patch, localized, against
 the whole image rescaled to the same size.
 """
 
@@ -40,9 +40,9 @@ class AnchorNetFigures:
         top1_by_output: by output, such as "localization_63".
         top5_by_output: the same.
         branch_share: images by chosen scale.
-        mean_patches: patches of an image by preset and scale, over the images that chose the
+        mean_patches: patches per image by preset and scale, over the images that chose the
             scale; "all" over all images. None where no image chose it.
-        gmacs: multiply-accumulates of localising one image, 1e9.
+        gmacs: multiply-accumulates of localizing one image, 1e9.
         images_per_second: of network, decision and heatmaps, without decoding and LSP.
         damaged: images that were decoded with damage.
         ignored: files of the folder that were passed over, by extension.
@@ -100,10 +100,10 @@ class Speed:
     Attributes:
         images: of a turn.
         rounds: turns of each way that were timed; the rates are of their medians.
-        whole: images a second of the network on whole images.
-        patches: images a second of AnchorNet, LSP, cropping and the network on the patches.
+        whole: images per second of the network on whole images.
+        patches: images per second of AnchorNet, LSP, cropping and the network on the patches.
         ratio: patches / whole.
-        mean_patches: patches an image of these images.
+        mean_patches: patches per image of these images.
     """
 
     images: int
@@ -121,7 +121,7 @@ class Table3Row:
     Attributes:
         scale: "224", "63", "95", "111", or "all" for the images of all scales.
         images: that chose the scale.
-        mean_patches: patches an image; None without images, and for whole images.
+        mean_patches: patches per image; None without images, and for whole images.
         gmacs: of the network for one image, as in the paper.
         saved: share of the network's cost at 224 px that this leaves out.
         gmacs_with_anchornet: the same with AnchorNet's own cost.
@@ -156,7 +156,7 @@ class Table3:
         whole_weights: what the network on whole images was loaded from; None without.
         whole_source: where the whole images came from; None without.
         gmacs_whole: of the network at 224 px, 1e9.
-        gmacs_anchornet: of localising one image, 1e9.
+        gmacs_anchornet: of localizing one image, 1e9.
         rows: of the table.
         speed: measured; None where it was not.
         left_out: what could not be had, and why.

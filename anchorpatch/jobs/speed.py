@@ -1,4 +1,4 @@
-"""Images a second of a network on whole images, and on the patches that AnchorNet finds."""
+"""Images per second of a network on whole images, and on the patches that AnchorNet finds."""
 
 from __future__ import annotations
 
