@@ -16,6 +16,7 @@ import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -31,6 +32,7 @@ __all__ = [
     "refusals",
     "replace",
     "sha256_of",
+    "to_json",
     "try_lock",
     "write_atomically",
 ]
@@ -103,6 +105,28 @@ def patiently(path: str | bytes | Path, read: Callable[[], _T]) -> _T:
 
 
 _WORDS: Final = {str: "text", bool: "true or false", int: "an integer", float: "a finite number"}
+
+
+def to_json(value: Any) -> Any:
+    """Return a result for JSON: a dataclass by its fields, but for ``pixels``.
+
+    Keys and paths become text, arrays and tuples lists.
+
+    Example:
+        >>> to_json({63: (Path("val"), None)})
+        {'63': ['val', None]}
+    """
+    if is_dataclass(value):
+        names = [f.name for f in fields(value) if f.name != "pixels"]
+        return {name: to_json(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    # Not asked for by type: numpy is slow to import.
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def from_json(cls: type[_T], document: object) -> _T:

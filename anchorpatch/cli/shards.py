@@ -134,6 +134,7 @@ def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
     from anchorpatch.runtime.progress import Reporter, reporter
     from anchorpatch.shards.manifest import read_manifest
     from anchorpatch.shards.splits import merge_split
+    from anchorpatch.storage import to_json
 
     if (out / "manifest.json").exists():
         above = (out if out.name else out.resolve()).parent
@@ -162,7 +163,7 @@ def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
             report.stop()
     failed = any(merged.problems for merged in splits)
     if as_json:
-        print_json({"ok": not failed, "splits": [merged.to_json() for merged in splits]})
+        print_json({"ok": not failed, "splits": [to_json(merged) for merged in splits]})
         return int(failed)
     for merged in splits:
         for problem in merged.problems:

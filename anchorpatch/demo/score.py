@@ -8,7 +8,7 @@ expectation, no sampling) and the grid's middle.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from anchorpatch.errors import DataError
 from anchorpatch.lsp import grid_size
 from anchorpatch.settings import CROP, SCALES, STRIDE
 from anchorpatch.shards.reader import ShardReader
+from anchorpatch.storage import to_json
 from anchorpatch.tables import Cell, Table, decimal, named, share, text
 from anchorpatch.text import counted, percent
 
@@ -80,11 +81,8 @@ class SceneScore:
         return len(means) > 1 and all(a < b for a, b in pairwise(means))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the score for JSON, whose keys are text."""
-        counts = {
-            size: {str(scale): n for scale, n in row.items()} for size, row in self.counts.items()
-        }
-        return {**asdict(self), "counts": counts, "grows": self.grows}
+        """Return the score for JSON."""
+        return {**to_json(self), "grows": self.grows}
 
     def tables(self) -> tuple[Table, Table]:
         """Return how well patches fit, beside chance, and the chosen scales by object size."""

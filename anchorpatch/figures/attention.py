@@ -19,13 +19,13 @@ from PIL import Image
 from anchorpatch.errors import SettingsError
 from anchorpatch.figures.canvas import fitted, font, rounded
 from anchorpatch.figures.examples import Choice, Example, LookedAt, ShownImages, look_at, spread
-from anchorpatch.figures.files import to_json
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import CROP, PRESETS, SCALES, STRIDE
+from anchorpatch.storage import to_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

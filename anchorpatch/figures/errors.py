@@ -23,7 +23,6 @@ from anchorpatch.figures.canvas import (
     written,
 )
 from anchorpatch.figures.examples import Choice, LookedAt, ShownImages, Survey, look_at, spread
-from anchorpatch.figures.files import to_json
 from anchorpatch.figures.frames import (
     MARK,
     Mark,
@@ -42,6 +41,7 @@ from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import PRESETS, SCALES, STRIDE, LspSettings
+from anchorpatch.storage import to_json
 from anchorpatch.text import counted, few
 
 __all__ = [

@@ -7,11 +7,10 @@ import io
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -30,7 +29,6 @@ __all__ = [
     "read_figure",
     "save_figure",
     "save_picture",
-    "to_json",
 ]
 
 #: Kind of picture by the ending of its name.
@@ -134,23 +132,6 @@ def drawable(figure: Figure) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         yield
-
-
-def to_json(value: Any) -> Any:
-    """Return a result as JSON: a dataclass by its fields, an array as a list, without pixels.
-
-    Example:
-        >>> to_json({63: (np.arange(2), None)})
-        {'63': [[0, 1], None]}
-    """
-    if is_dataclass(value):
-        names = [f.name for f in fields(value) if f.name != "pixels"]
-        return {name: to_json(getattr(value, name)) for name in names}
-    if isinstance(value, Mapping):
-        return {str(key): to_json(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(inner) for inner in value]
-    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 # --- reading ------------------------------------------------------------------------------

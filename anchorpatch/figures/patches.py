@@ -18,7 +18,6 @@ from anchorpatch.figures.examples import (
     look_at,
     spread,
 )
-from anchorpatch.figures.files import to_json
 from anchorpatch.figures.frames import heading, localized_picture
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.localizer import Localizer
@@ -26,6 +25,7 @@ from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import PRESETS, SCALES, LspSettings
+from anchorpatch.storage import to_json
 from anchorpatch.text import counted
 
 __all__ = [

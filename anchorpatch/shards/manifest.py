@@ -419,12 +419,9 @@ class SplitFacts:
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts for JSON, with the accuracy where it has a meaning."""
-        return {
-            **{k: v for k, v in vars(self).items() if k != "correct"},
-            "scales": {str(scale): vars(found) for scale, found in self.scales.items()},
-            "settings": self.settings.to_json(),
-            "top1": self.top1,
-        }
+        found = {**storage.to_json(self), "top1": self.top1}
+        del found["correct"]
+        return found
 
     def table(self) -> Table:
         """Return images and patches by chosen scale."""

@@ -365,10 +365,6 @@ class Merged:
     missing: tuple[str, ...]
     problems: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return {**vars(self), "folder": str(self.folder)}
-
 
 def merge_split(
     sources: Sequence[Path], out: Path, done: Callable[[int], object] | None = None
