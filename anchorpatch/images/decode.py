@@ -377,6 +377,12 @@ def _resized(image: Image.Image, mode: str) -> npt.NDArray[np.uint8]:
 
 
 def _as_rgb_or_grey(image: Image.Image, background: str) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey; convert() would clip it at 255 instead of scaling it.
+        deep, transparency = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray((deep >> 8).astype(np.uint8))
+        if transparency is not None:
+            image.putalpha(Image.fromarray(deep != transparency).convert("L"))
     if image.has_transparency_data:
         # Premultiplied grey has no way to RGBA of its own.
         layers = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
@@ -384,9 +390,6 @@ def _as_rgb_or_grey(image: Image.Image, background: str) -> Image.Image:
         return Image.alpha_composite(ground, layers).convert("RGB")
     if image.mode in ("L", "RGB"):
         return image
-    if image.mode.startswith("I"):
-        # 16-bit grey; convert() would clip it at 255 instead of scaling it.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("L" if image.mode == "1" else "RGB")
 
 

@@ -238,6 +238,13 @@ def test_a_transparent_grey_is_that_of_the_files_own_scale(depth: int) -> None:
     assert (pixels[:, 1::2] == (255, 0, 0)).all()
 
 
+def test_16_bit_grey_keeps_its_shades_beside_a_transparent_one() -> None:
+    row = b"\0" + struct.pack(">4H", 0x1234, 0x1235, 0x8000, 0xFFFF)
+    data = png(4, 1, 16, 0, row, transparency=struct.pack(">H", 0x1234))
+    pixels = np.asarray(decode_picture(data, "#ff0000").image)
+    assert pixels.tolist() == [[[255, 0, 0], [0x12] * 3, [0x80] * 3, [255] * 3]]
+
+
 def test_a_transparent_colour_of_16_bits() -> None:
     row = b"\0" + struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x4321, 0x5678, 0x9ABC)
     data = png(2, 1, 16, 2, row, transparency=struct.pack(">3H", 0x1234, 0x5678, 0x9ABC))
