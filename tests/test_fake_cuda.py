@@ -18,19 +18,11 @@ from anchorpatch.jobs import extract, finetune
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.evaluate_anchornet import _Meter
 from anchorpatch.jobs.finetune import FinetuneConfig
-from anchorpatch.jobs.finetuning.plan import Request
+from anchorpatch.jobs.finetune_data import Request
 from anchorpatch.jobs.localizer import Localizer
-from anchorpatch.jobs.metrics import Accuracy
 from anchorpatch.jobs.patch_scores import Distributions, Part, added_by_image, score_images
-from anchorpatch.jobs.training import image_task
-from anchorpatch.jobs.training.anchornet import AnchorNetTask
-from anchorpatch.jobs.training.bagnet import BagNetTask
-from anchorpatch.jobs.training.config import TrainConfig
-from anchorpatch.jobs.training.image_task import open_images
-from anchorpatch.jobs.training.runlog import RunLog
-from anchorpatch.jobs.training.saccader import LocationTask, ReinforceTask
-from anchorpatch.jobs.training.trainer import Trainer
 from anchorpatch.lsp import _parameters
+from anchorpatch.metrics import Accuracy
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights, save_weights
 from anchorpatch.runtime.device import exact_float32, resolve_device
@@ -38,6 +30,11 @@ from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import PRESETS
 from anchorpatch.shards.dataset import Loaded
+from anchorpatch.training import image_tasks
+from anchorpatch.training.config import TrainConfig
+from anchorpatch.training.image_tasks import AnchorNetTask, BagNetTask, open_images
+from anchorpatch.training.loop import Trainer
+from anchorpatch.training.saccader import LocationTask, ReinforceTask
 from tests.fake_cuda import FakeGpu, why_not
 from tests.shards.samples import make_settings
 
@@ -245,8 +242,8 @@ def test_training_never_waits(
         for part in parts:
             yield batch_of(np.array(part))
 
-    monkeypatch.setattr(image_task, "load_training_batches", batches)
-    monkeypatch.setattr(image_task, "load_batches", val_batches)
+    monkeypatch.setattr(image_tasks, "load_training_batches", batches)
+    monkeypatch.setattr(image_tasks, "load_batches", val_batches)
     gpu = request.getfixturevalue("gpu")
     task = kind(config, images)
     trainer = new_trainer(task, config)
@@ -280,15 +277,14 @@ def test_fine_tuning_never_waits(
     setup = mock.Mock(config=config)
     setup.data.load, setup.data.min_area, setup.data.unit = load, min_area, "patches"
     setup.train.classes, setup.train.settings = CLASSES, make_settings()
-    setup.plan.steps_an_epoch, setup.plan.rows_an_epoch = 9, 9 * 8
+    setup.plan.steps_per_epoch, setup.plan.rows_per_epoch = 9, 9 * 8
     with mock.patch.object(finetune, "_digest_of_shards", return_value={}):
         task = finetune._FinetuneTask(setup, GPU, World(), print)
     assert waits_of_a_step(gpu, new_trainer(task, config)) == {}
 
 
 def new_trainer(task: Any, config: Any) -> Trainer:
-    log = RunLog(config.folder, main=True, tensorboard=False)
-    return Trainer(task, config, config.folder, GPU, World(), Reporter(), log)
+    return Trainer(task, Reporter())
 
 
 def waits_of_a_step(gpu: FakeGpu, trainer: Trainer) -> dict[str, int]:

@@ -23,7 +23,6 @@ from anchorpatch.errors import DataError, WeightsError
 from anchorpatch.images.folder import spread_rows, without_images
 from anchorpatch.jobs.crops import Crops, ImageSource
 from anchorpatch.jobs.localizer import Localizer
-from anchorpatch.jobs.metrics import Figures, PatchFigures
 from anchorpatch.jobs.patch_scores import (
     Distributions,
     Keep,
@@ -34,6 +33,7 @@ from anchorpatch.jobs.patch_scores import (
 from anchorpatch.jobs.predictions import Predictions, check_predictions_path
 from anchorpatch.jobs.results import Speed, Table3, Table3Row, Table4, Table4Row
 from anchorpatch.jobs.speed import measure_speed
+from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build_on_meta, check_name

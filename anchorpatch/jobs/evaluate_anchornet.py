@@ -14,9 +14,9 @@ from anchorpatch.errors import NonFiniteError
 from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
 from anchorpatch.images.loader import load_batches
 from anchorpatch.jobs.localizer import Runner
-from anchorpatch.jobs.metrics import AnchorNetAccuracy, per_branch
 from anchorpatch.jobs.results import AnchorNetFigures
 from anchorpatch.lsp import localize
+from anchorpatch.metrics import AnchorNetAccuracy, per_branch
 from anchorpatch.models.complexity import macs
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import (

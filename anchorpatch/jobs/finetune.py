@@ -8,62 +8,60 @@ distributions of an image's patches.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from anchorpatch.errors import WeightsError, reason_of
-from anchorpatch.jobs.finetuning.config import FREE, SCRATCH, FinetuneConfig
-from anchorpatch.jobs.finetuning.setup import Setup, prepare
-from anchorpatch.jobs.training.augment import Augmentation
-from anchorpatch.jobs.training.runlog import RunLog, alone_in, best_record, write_config
-from anchorpatch.jobs.training.task import Batch, Piece, Waiting
-from anchorpatch.jobs.training.trainer import Trainer
+from anchorpatch.errors import DataError, SettingsError, WeightsError, reason_of
+from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.finetune_data import (
+    SCRATCH,
+    Data,
+    FinetuneConfig,
+    PatchData,
+    Plan,
+    WholeData,
+)
+from anchorpatch.jobs.patch_scores import open_shards
+from anchorpatch.models.complexity import macs
+from anchorpatch.models.registry import build_on_meta
 from anchorpatch.network_weights import OR_NONE, find_pretrained
-from anchorpatch.networks import load_network
-from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
-from anchorpatch.runtime.device import resolve_device, to_device
+from anchorpatch.networks import check_sides, load_network
+from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import World, process_group
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.settings import SCALES
+from anchorpatch.shards.dataset import visited
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.storage import sha256_of
-from anchorpatch.text import counted
+from anchorpatch.text import counted, differing
+from anchorpatch.training.augment import Augmentation
+from anchorpatch.training.loop import Batch, Task, Trainer
+from anchorpatch.training.run_folder import BEST, RunSummary, alone_in, best_record
 
-__all__ = ["SCRATCH", "FinetuneConfig", "FinetuneSummary", "forecast", "run"]
+__all__ = ["SCRATCH", "FinetuneConfig", "FinetuneSummary", "forecast", "prepare", "run"]
 
 
-@dataclass(frozen=True)
-class FinetuneSummary:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSummary(RunSummary):
     """What a run came to.
 
     Attributes:
         network: its name.
-        weights: the best weights file.
         source: where the pixels came from.
-        epochs: trained, all starts together.
-        classes: number of classes.
-        images: training and validation images.
-        cost: steps, patches and multiply-accumulates, see `finetune_setup.Cost`.
-        best: record of the epoch with the best top-1, as in log.jsonl.
-        last: record of the last epoch.
+        cost: steps, patches and multiply-accumulates, see `Cost`.
     """
 
     network: str
-    weights: Path
     source: str
-    epochs: int
-    classes: int
-    images: tuple[int, int]
     cost: dict[str, Any]
-    best: dict[str, Any]
-    last: dict[str, Any]
 
 
 def run(config: FinetuneConfig, progress: Reporter | None = None) -> FinetuneSummary:
@@ -88,25 +86,19 @@ def run(config: FinetuneConfig, progress: Reporter | None = None) -> FinetuneSum
                 f"{config.shards}: the AnchorNet that made the shards of val is not the one that "
                 "made those of train; the figures will be those of a mixture"
             )
+        if setup.cost.budget:
+            report.message(_budget_text(setup.cost, *setup.cost.budget))
         task = _FinetuneTask(setup, device, world, report.message)
-        log = RunLog(config.folder, main=world.is_main, tensorboard=config.tensorboard)
-        trainer = Trainer(task, config, config.folder, device, world, report, log)
-        trainer.resume(overwrite=config.overwrite)
-        if world.is_main:
-            write_config(config.folder, config, cost=setup.cost.to_json())
-            if setup.cost.budget:
-                report.message(_budget_text(setup))
-        records = trainer.run()
-        best = dict(best_record(records))
+        records = Trainer(task, report).run(cost=setup.cost.to_json())
         return FinetuneSummary(
             network=config.network,
-            weights=config.folder / "best.safetensors",
+            weights=config.folder / BEST,
             source=setup.data.source,
             epochs=len(records),
             classes=len(setup.train.classes),
             images=(len(setup.train), len(setup.val)),
             cost=setup.cost.to_json(),
-            best=best,
+            best=best_record(records),
             last=records[-1],
         )
 
@@ -134,35 +126,204 @@ def forecast(config: FinetuneConfig) -> dict[str, Any]:
     }
 
 
-def _budget_text(setup: Setup) -> str:
-    cost = setup.cost
-    assert cost.budget is not None
-    macs, of = cost.budget
+def _budget_text(cost: Cost, macs: int, of: str) -> str:
     return (
         f"the budget of {of}: {macs / 1e9:,.1f} GMACs; {counted(cost.epochs, 'epoch')} of "
         f"{cost.steps:,} steps over whole images take {cost.macs / 1e9:,.1f} GMACs"
     )
 
 
-class _FinetuneTask:
-    """What the training loop needs to know about fine-tuning; see `task.Task`."""
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes.
 
+    Multiply-accumulates are those of the forward passes in training. The backward passes take
+    about twice as many, for patches and whole images alike.
+
+    Attributes:
+        epochs: of the run.
+        steps: optimiser steps of an epoch.
+        rows: patches of an epoch by scale; for a baseline, images by 224.
+        macs_by_side: of the network on one of them.
+        macs: of the whole run.
+        budget: what a baseline may spend, and by which run; None for other runs.
+    """
+
+    epochs: int
+    steps: int
+    rows: dict[int, int]
+    macs_by_side: dict[int, int]
+    macs: int
+    budget: tuple[int, str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the cost as JSON knows it."""
+        document: dict[str, Any] = {
+            "epochs": self.epochs,
+            "steps_an_epoch": self.steps,
+            "rows_an_epoch": {str(side): n for side, n in self.rows.items()},
+            "macs_by_side": {str(side): n for side, n in self.macs_by_side.items()},
+            "macs": self.macs,
+        }
+        if self.budget:
+            document["budget"] = {"macs": self.budget[0], "of": self.budget[1]}
+        return document
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that can begin.
+
+    Attributes:
+        config: with the epochs that a baseline's budget gives.
+        train: reader of the training shards.
+        val: reader of the validation shards.
+        data: what the network is trained and measured on.
+        plan: the steps.
+        cost: of the run.
+    """
+
+    config: FinetuneConfig
+    train: ShardReader
+    val: ShardReader
+    data: Data
+    plan: Plan
+    cost: Cost
+
+
+def prepare(config: FinetuneConfig, world: World) -> Setup:
+    """Look shards, network and settings over, and plan the run.
+
+    Raises:
+        ShardError: the shards of a split are missing, damaged or without patches.
+        DataError: train and val hold other classes, too few patches, or whole images that a
+            baseline needs are missing.
+        SettingsError: the network cannot take the patches, or the batch is too small.
+    """
+    train, val = (open_shards(config.shards, split) for split in ("train", "val"))
+    _same_classes(config.shards, train, val)
+    data = _data(config, train, val)
+    counts = data.counts()
+    _enough(config, train, counts, world)
+    module = build_on_meta(config.network, len(train.classes)).eval()
+    sides = tuple(counts)
+    check_sides(config.network, module, sides)
+    per_row = {side: macs(module, side) for side in sides}
+    plan = Plan(data.draw, counts, config, world)
+    budget = None
+    if config.baseline and config.like is not None:
+        budget = _budget(config, train, module)
+        steps, epochs = _affordable(budget[0], plan.steps_per_pass, _total(counts, per_row))
+        config = replace(config, epochs=epochs)
+        plan = replace(plan, config=config, steps=steps)
+    part = plan.steps_per_epoch / plan.steps_per_pass
+    cost = Cost(
+        epochs=config.epochs,
+        steps=plan.steps_per_epoch,
+        rows={side: round(n * part) for side, n in counts.items()},
+        macs_by_side=per_row,
+        macs=round(config.epochs * part * _total(counts, per_row)),
+        budget=budget,
+    )
+    return Setup(config, train, val, data, plan, cost)
+
+
+def _same_classes(shards: Path, train: ShardReader, val: ShardReader) -> None:
+    if train.classes == val.classes:
+        return
+    raise DataError(
+        f"{shards}: expected train and val shards of the same classes, found "
+        f"{differing(train.classes, val.classes)}; extract the split val again, from a folder in "
+        "which train lies beside it and has all of its classes"
+    )
+
+
+def _data(config: FinetuneConfig, train: ShardReader, val: ShardReader) -> Data:
+    if not config.baseline:
+        return PatchData(config, train, val)
+    whole = [
+        ImageSource.of_shards(reader, config.data, split=split, workers=config.workers)
+        for reader, split in ((train, "train"), (val, "val"))
+    ]
+    return WholeData(config, *whole)
+
+
+def _enough(
+    config: FinetuneConfig, train: ShardReader, counts: Mapping[int, int], world: World
+) -> None:
+    parts, total = world.size * config.accumulate, sum(counts.values())
+    if config.batch_size < 2 * parts:
+        raise SettingsError(
+            f"batch size {config.batch_size} is too small for {world.size} processes x "
+            f"{config.accumulate} pieces of at least 2; choose --batch-size {2 * parts} or more"
+        )
+    if not total:
+        raise DataError(
+            f"{train.folder}: expected patches of {config.scale} px, found none; "
+            "choose another --scale"
+        )
+    if total < config.batch_size:
+        unit = "images" if config.baseline else "patches"
+        raise DataError(
+            f"{train.folder}: {total} {unit} an epoch are too few for a batch of "
+            f"{config.batch_size}; choose a smaller --batch-size"
+        )
+
+
+def _total(counts: Mapping[int, int], macs_by_side: Mapping[int, int]) -> int:
+    return sum(n * macs_by_side[side] for side, n in counts.items())
+
+
+def _budget(config: FinetuneConfig, train: ShardReader, module: nn.Module) -> tuple[int, str]:
+    """Return what a baseline may spend in MACs, and the run on patches that spends as much."""
+    assert config.like is not None
+    path = config.like / "config.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        cost = document["cost"]
+        return int(cost["macs"]), f"{config.like}, {counted(cost['epochs'], 'epoch')}"
+    except FileNotFoundError:
+        counts = visited(train, SCALES)
+        per_row = {scale: macs(module, scale) for scale in counts}
+        of = f"{counted(config.epochs, 'epoch')} of all patches"
+        return config.epochs * _total(counts, per_row), of
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: expected the settings of a run on patches, whose cost a baseline takes, "
+            f"found something else ({type(error).__name__}); give --epochs, or remove that run"
+        ) from error
+
+
+def _affordable(budget: int, steps_a_pass: int, macs_a_pass: int) -> tuple[int, int]:
+    """Return steps of an epoch and epochs that cost the budget, but at least one pass.
+
+    Example:
+        >>> _affordable(budget=250, steps_a_pass=10, macs_a_pass=100)
+        (12, 2)
+        >>> _affordable(budget=30, steps_a_pass=10, macs_a_pass=100)
+        (10, 1)
+    """
+    total = max(steps_a_pass, round(budget / macs_a_pass * steps_a_pass))
+    epochs = max(1, round(total / steps_a_pass))
+    return round(total / epochs), epochs
+
+
+class _FinetuneTask(Task):
+    """A network that learns from the rows of a `Setup`."""
+
+    config: FinetuneConfig
     kind = "finetune"
 
     def __init__(
         self, setup: Setup, device: torch.device, world: World, message: Callable[[str], None]
     ) -> None:
-        self.setup, self.config, self.plan = setup, setup.config, setup.plan
-        self.device, self.world, self.message = device, world, message
+        super().__init__(setup.config, device, world)
+        self.setup, self.message = setup, message
         self.unit = setup.data.unit
-        self.steps, self.size = self.plan.steps_an_epoch, self.plan.rows_an_epoch
-        self.waiting = Waiting()
+        self.steps, self.size = setup.plan.steps_per_epoch, setup.plan.rows_per_epoch
         self.augment = Augmentation(self.config.jitter, self.config.flip, setup.data.min_area)
-        settings = {
-            f.name: getattr(self.config, f.name) for f in fields(self.config) if f.name not in FREE
-        }
         self.identity = {
-            **settings,
+            **self.config.decisive(),
             "weights": _digest_of_weights(self.config.weights),
             "processes": world.size,
             "steps": self.steps,
@@ -180,42 +341,25 @@ class _FinetuneTask:
             replace_head=True,
         )
         of_shards = self.setup.train.settings
-        self.meta: WeightsMeta = replace(
+        self.meta = replace(
             found.meta, crop_mode=of_shards.crop_mode, background=of_shards.background
         )
-        self._mean = torch.tensor(self.meta.mean, device=self.device)[:, None, None]
-        self._std = torch.tensor(self.meta.std, device=self.device)[:, None, None]
         return found.module.to(self.device)
 
     def batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
-        pieces = self.plan.pieces(epoch, step)
+        pieces = self.setup.plan.pieces(epoch, step)
         loaded = self.setup.data.load(pieces, self.device.type == "cuda")
         with closing(loaded):
             for request, (pixels, labels) in self.waiting.watch(loaded):
                 rng = np.random.default_rng(request.key)
                 inputs = self.augment(pixels.to(self.device, non_blocking=True), rng)
-                inputs = (inputs - self._mean) / self._std
-                if not self.config.channels_last:
-                    inputs = inputs.contiguous()
-                yield Piece(inputs, to_device(labels, self.device), request.share)
-
-    def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        logits = module(batch.inputs).float()
-        loss = functional.cross_entropy(
-            logits, batch.labels, label_smoothing=self.config.label_smoothing
-        )
-        return loss, {"top1": (logits.detach().argmax(1) == batch.labels).float().mean()}
+                yield self.batch(inputs.permute(0, 2, 3, 1), labels, request.share)
 
     def evaluate(self, module: nn.Module, check: Callable[[], object]) -> dict[str, Any]:
         return self.setup.data.evaluate(module, self.meta, self.world, self.device, check)
 
-    def save(self, path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        training = {
-            "settings": self.identity,
-            "cost": self.setup.cost.to_json(),
-            "record": dict(record),
-        }
-        save_weights(path, tensors, replace(self.meta, training=training))
+    def training(self) -> dict[str, Any]:
+        return {"settings": self.identity, "cost": self.setup.cost.to_json()}
 
 
 def _digest_of_weights(weights: str) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from anchorpatch.errors import CorruptShard, DataError, ShardError, WeightsError
 from anchorpatch.images.folder import spread_rows
 from anchorpatch.jobs.crops import Crops
-from anchorpatch.jobs.metrics import Accuracy, Figures, PatchFigures, probability_losses
+from anchorpatch.metrics import Accuracy, Figures, PatchFigures, probability_losses
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.device import exact_float32, to_device

@@ -8,54 +8,43 @@ other, in folders below its own.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any
 
-from anchorpatch.jobs.training.anchornet import AnchorNetTask
-from anchorpatch.jobs.training.bagnet import BagNetTask
-from anchorpatch.jobs.training.config import RECIPES, TrainConfig
-from anchorpatch.jobs.training.image_task import ImageTask, TrainingImages, open_images
-from anchorpatch.jobs.training.runlog import RunLog, alone_in, best_record, write_config
-from anchorpatch.jobs.training.saccader import Stage, stages
-from anchorpatch.jobs.training.trainer import Trainer, refuse_foreign
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import process_group
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.storage import write_atomically
+from anchorpatch.training.config import RECIPES, TrainConfig
+from anchorpatch.training.image_tasks import AnchorNetTask, BagNetTask, open_images
+from anchorpatch.training.loop import Trainer
+from anchorpatch.training.run_folder import (
+    BEST,
+    RunSummary,
+    alone_in,
+    best_record,
+    refuse_foreign,
+)
+from anchorpatch.training.saccader import Stage, stages
 
 __all__ = ["RECIPES", "TrainConfig", "TrainSummary", "run"]
 
-_BEST: Final = "best.safetensors"
 
-
-@dataclass(frozen=True)
-class TrainSummary:
-    """What a run came to.
+@dataclass(frozen=True, kw_only=True)
+class TrainSummary(RunSummary):
+    """What a run came to; of several stages, the epochs and records are those of the last.
 
     Attributes:
-        weights: the best weights file.
-        epochs: trained, all starts together; of the last stage.
-        classes: number of classes.
-        images: training and validation images.
         bad: training images that could not be decoded, by reason, in this start.
-        best: record of the epoch with the best top-1, as in log.jsonl; of the last stage.
-        last: record of the last epoch.
-        earlier: of the stages before the last, by name: the best record.
         damaged: training images that were decoded with damage, in this start.
         ignored: files of train and val that were passed over, by extension.
+        earlier: of the stages before the last, by name: the best record.
     """
 
-    weights: Path
-    epochs: int
-    classes: int
-    images: tuple[int, int]
     bad: dict[str, int]
-    best: dict[str, Any]
-    last: dict[str, Any]
-    earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
-    damaged: int = 0
-    ignored: dict[str, int] = field(default_factory=dict)
+    damaged: int
+    ignored: dict[str, int]
+    earlier: dict[str, dict[str, Any]]
 
 
 def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
@@ -72,9 +61,10 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
     with process_group(device) as world, alone_in(config.folder, world, device):
         report = progress if progress is not None and world.is_main else Reporter()
         images = open_images(config, device, world, report)
-        planned = _plan(config, images)
+        planned = _plan(config, images.train.classes)
+        last = planned[-1].config.folder
         if not config.overwrite:
-            refuse_foreign(config.folder, planned[-1].config.folder)
+            refuse_foreign(config.folder, last)
         world.wait("the other processes to open the run")
         bad: dict[int, str] = {}
         damaged: set[int] = set()
@@ -82,13 +72,15 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
         for number, stage in enumerate(planned, start=1):
             if len(planned) > 1:
                 report.message(f"stage {number} of {len(planned)}, {stage.name}")
-            records = _train(stage, images, report, bad, damaged)
-            best = dict(best_record(records))
+            task = stage.task(stage.config, images)
+            records = Trainer(task, report).run()
+            bad.update(task.bad)
+            damaged.update(task.damaged)
             if number < len(planned):
-                earlier[stage.name] = best
-        weights = config.folder / _BEST
-        if stage.config.folder != config.folder and world.is_main:
-            content = (stage.config.folder / _BEST).read_bytes()
+                earlier[stage.name] = best_record(records)
+        weights = config.folder / BEST
+        if last != config.folder and world.is_main:
+            content = (last / BEST).read_bytes()
             write_atomically(weights, lambda file: file.write(content))
         world.wait()
         return TrainSummary(
@@ -96,50 +88,17 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
             epochs=len(records),
             classes=len(images.train.classes),
             images=(len(images.train), len(images.val)),
+            best=best_record(records),
+            last=records[-1],
             bad=dict(Counter(bad.values())),
             damaged=len(damaged),
             ignored=dict(Counter(images.train.ignored) + Counter(images.val.ignored)),
-            best=best,
-            last=records[-1],
             earlier=earlier,
         )
 
 
-def _plan(config: TrainConfig, images: TrainingImages) -> list[Stage]:
+def _plan(config: TrainConfig, classes: tuple[str, ...]) -> list[Stage]:
     """Return the runs of the trainer, in order."""
     if config.arch == "saccader":
-        return stages(config, images.train.classes)
-    task: type[ImageTask] = AnchorNetTask if config.arch == "anchornet" else BagNetTask
-    return [Stage(config.arch, task, config)]
-
-
-def _train(
-    stage: Stage,
-    images: TrainingImages,
-    report: Reporter,
-    bad: dict[int, str],
-    damaged: set[int],
-) -> list[dict[str, Any]]:
-    """Train one stage, or go on with it.
-
-    Args:
-        stage: what is trained.
-        images: on what.
-        report: where progress is shown.
-        bad: takes the training images that could not be decoded.
-        damaged: takes those that were decoded with damage.
-
-    Returns:
-        The records of all epochs.
-    """
-    config = stage.config
-    task = stage.task(config, images)
-    log = RunLog(config.folder, main=images.world.is_main, tensorboard=config.tensorboard)
-    trainer = Trainer(task, config, config.folder, images.device, images.world, report, log)
-    trainer.resume(overwrite=config.overwrite)
-    if images.world.is_main:
-        write_config(config.folder, config)
-    records = trainer.run()
-    bad.update(task.bad)
-    damaged.update(task.damaged)
-    return records
+        return stages(config, classes)
+    return [Stage(config.arch, AnchorNetTask if config.arch == "anchornet" else BagNetTask, config)]

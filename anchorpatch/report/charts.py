@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from anchorpatch.figures.files import drawable
-from anchorpatch.jobs.metrics import OUTPUTS
+from anchorpatch.metrics import OUTPUTS
 from anchorpatch.report.collect import Run, number
 from anchorpatch.text import clean
 

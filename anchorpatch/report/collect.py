@@ -70,7 +70,7 @@ class Run:
     Attributes:
         name: its folder below the folder of runs.
         folder: of the run.
-        records: of its epochs, as `anchorpatch.jobs.training.trainer` writes them.
+        records: of its epochs, as `anchorpatch.training.loop` writes them.
         config: of ``config.json``; empty without one.
     """
 

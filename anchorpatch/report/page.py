@@ -26,7 +26,6 @@ import anchorpatch
 from anchorpatch.errors import SettingsError
 from anchorpatch.figures.files import FigureFile
 from anchorpatch.jobs.results import Table3, Table3Row, Table4
-from anchorpatch.jobs.training.runlog import best_record
 from anchorpatch.report.charts import Chart, comparison, draw, run_charts
 from anchorpatch.report.collect import (
     Contents,
@@ -53,6 +52,7 @@ from anchorpatch.runtime.progress import Reporter
 from anchorpatch.storage import write_atomically
 from anchorpatch.tables import Table, decimal, facts_table, share, shown_value
 from anchorpatch.text import clean, counted, percent
+from anchorpatch.training.run_folder import best_record
 
 __all__ = [
     "Charts",

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anchorpatch.figures.coverage_curves import AUC_FIGURES, LABELS, auc_texts
-from anchorpatch.jobs.training.runlog import best_record
 from anchorpatch.report.collect import Run, Split, number
 from anchorpatch.tables import (
     NO_VALUE,
@@ -20,6 +19,7 @@ from anchorpatch.tables import (
     text,
     written,
 )
+from anchorpatch.training.run_folder import best_record
 
 __all__ = [
     "coverage_table",

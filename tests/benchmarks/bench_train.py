@@ -28,7 +28,7 @@ from torchvision import datasets, transforms
 from anchorpatch.images.crops import RandomCrop, build_cache, epoch_order, load_training_batches
 from anchorpatch.images.folder import scan_folder
 from anchorpatch.jobs.localizer import normalize
-from anchorpatch.jobs.metrics import six_losses
+from anchorpatch.metrics import six_losses
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.device import keep_freed_memory

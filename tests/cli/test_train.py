@@ -16,7 +16,7 @@ from anchorpatch.jobs.train import TrainSummary
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.settings import ARCHITECTURES
 from tests.conftest import Program
-from tests.jobs.training_runs import TRAIN, VAL, make_pictures
+from tests.training.runs import TRAIN, VAL, make_pictures
 
 OPTIONS = ("--epochs", 1, "--batch-size", 4, "--crop-size", 111, "--device", "cpu", "--workers", 0)
 
@@ -100,7 +100,19 @@ def test_the_stages_before_the_last_have_rows(capsys: pytest.CaptureFixture[str]
     record = {"epoch": 2, "train": {"loss": 0.5}, "val": {"top1": 0.25, "top5": 1.0, "loss": 0.75}}
     stages = {"BagNet-77": record, "places": {**record, "epoch": 1}}
     best = Path("runs/saccader/best.safetensors")
-    print_summary(TrainSummary(best, 2, 10, (40, 8), {}, record, record, stages), False)
+    summary = TrainSummary(
+        weights=best,
+        epochs=2,
+        classes=10,
+        images=(40, 8),
+        best=record,
+        last=record,
+        bad={},
+        damaged=0,
+        ignored={},
+        earlier=stages,
+    )
+    print_summary(summary, False)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[1:5]] == ["BagNet-77", "places", "best", "last"]
     assert lines[2].split() == ["places:", "epoch", "1", "25.00%", "100.00%", "0.750", "0.500"]

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,18 @@ from anchorpatch.errors import (
     StorageError,
     WeightsError,
 )
-from anchorpatch.jobs.finetune import FinetuneConfig, FinetuneSummary, forecast, run
-from anchorpatch.jobs.finetuning import setup as finetune_setup
-from anchorpatch.jobs.finetuning.setup import prepare
+from anchorpatch.jobs import finetune
+from anchorpatch.jobs.finetune import FinetuneConfig, FinetuneSummary, forecast, prepare, run
 from anchorpatch.jobs.patch_scores import Distributions, score_patches
-from anchorpatch.jobs.training.runlog import alone_in
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import load_into, load_weights, save_state
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import SCALES
 from anchorpatch.shards import ShardReader
+from anchorpatch.training.run_folder import alone_in
 from tests.jobs.finetune_runs import CLASSES, FEW, TRAIN, VAL, register, tiny, write_shards
-from tests.jobs.training_runs import StopAt, state_of
+from tests.training.runs import StopAt, state_of
 
 WEIGHTS = ("best.safetensors", "last.safetensors")
 PATCHES = {63: 26, 95: 12, 111: 7}
@@ -224,12 +223,12 @@ import sys
 from pathlib import Path
 import torch
 from anchorpatch.jobs import finetune
-from anchorpatch.jobs.training.trainer import Trainer
+from anchorpatch.training.loop import Trainer
 from tests.jobs.finetune_runs import tiny
 torch.set_num_threads(1)
 class Kept(Trainer):
-    def run(self):
-        records = super().run()
+    def run(self, **more):
+        records = super().run(**more)
         state = {**self.module.state_dict(), **self.average.state_dict()}
         torch.save(state, f"{sys.argv[2]}-rank{self.world.rank}.pt")
         return records
@@ -268,9 +267,9 @@ def test_two_processes_end_with_the_same_weights(tmp_path: Path):
     assert found["images"] == len(VAL)
     assert found["top1"] == alone.top1
     assert found["loss"] == pytest.approx(alone.loss, rel=1e-6)
-    assert found["by_scale"].keys() == alone.to_json()["by_scale"].keys()
-    for scale, figures in alone.to_json()["by_scale"].items():
-        assert found["by_scale"][scale] == pytest.approx(figures, rel=1e-6)
+    assert found["by_scale"].keys() == {str(scale) for scale in alone.by_scale}
+    for scale, figures in alone.by_scale.items():
+        assert found["by_scale"][str(scale)] == pytest.approx(asdict(figures), rel=1e-6)
 
 
 def test_one_scale_alone(shards: Path, tmp_path: Path):
@@ -355,7 +354,7 @@ def test_a_forecast_looks_at_the_weights(shards: Path, whole: Path, tmp_path: Pa
     ("budget", "expected"), [(0, (10, 1)), (100, (10, 1)), (140, (14, 1)), (333, (11, 3))]
 )
 def test_what_is_affordable(budget: int, expected: tuple[int, int]):
-    assert finetune_setup._affordable(budget, 10, 100) == expected
+    assert finetune._affordable(budget, 10, 100) == expected
 
 
 def test_epochs_of_a_baseline_are_passes_where_they_are_given(shards: Path, tmp_path: Path):

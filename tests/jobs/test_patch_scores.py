@@ -15,12 +15,12 @@ from torch import nn
 
 from anchorpatch.errors import CorruptShard, DataError, NonFiniteError, ShardError, WeightsError
 from anchorpatch.jobs.crops import Crops
-from anchorpatch.jobs.metrics import Figures, PatchFigures
 from anchorpatch.jobs.patch_scores import (
     Distributions,
     score_images,
     score_patches,
 )
+from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import SCALES
 from anchorpatch.shards import ShardReader

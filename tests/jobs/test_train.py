@@ -27,11 +27,12 @@ from anchorpatch.errors import (
 )
 from anchorpatch.jobs import evaluate_anchornet
 from anchorpatch.jobs.train import RECIPES, TrainConfig, run
-from anchorpatch.jobs.training.runlog import alone_in
 from anchorpatch.runtime.checkpoint import load_weights, save_weights
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import CropSettings
-from tests.jobs.training_runs import (
+from anchorpatch.training.run_folder import alone_in
+from tests.oddities import encoded, picture
+from tests.training.runs import (
     TRAIN,
     VAL,
     WEIGHTS,
@@ -42,7 +43,6 @@ from tests.jobs.training_runs import (
     state_of,
     tiny,
 )
-from tests.oddities import encoded, picture
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,7 +120,7 @@ def test_a_signal_stops_and_the_same_run_goes_on(
 def test_a_signal_during_evaluation(
     data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from anchorpatch.jobs.metrics import AnchorNetAccuracy
+    from anchorpatch.metrics import AnchorNetAccuracy
 
     update = AnchorNetAccuracy.update
 
@@ -142,7 +142,7 @@ from pathlib import Path
 import torch
 from anchorpatch.jobs.train import run
 torch.set_num_threads(1)
-from tests.jobs.training_runs import StopAt, tiny
+from tests.training.runs import StopAt, tiny
 run(tiny(Path(sys.argv[1]), Path(sys.argv[2])), StopAt(int(sys.argv[3]), 9))
 """
 
@@ -165,7 +165,7 @@ def test_killed_between_log_and_checkpoint(
     def die(*args: object) -> None:
         raise Killed
 
-    monkeypatch.setattr("anchorpatch.jobs.training.image_task.save_weights", die)
+    monkeypatch.setattr("anchorpatch.training.loop.save_weights", die)
     with pytest.raises(Killed):
         run(tiny(data, tmp_path))
     assert len(records(tmp_path)) == 1
@@ -179,12 +179,12 @@ import sys
 from pathlib import Path
 import torch
 from anchorpatch.jobs import train
-from anchorpatch.jobs.training.trainer import Trainer
-from tests.jobs.training_runs import tiny
+from anchorpatch.training.loop import Trainer
+from tests.training.runs import tiny
 torch.set_num_threads(1)
 class Kept(Trainer):
-    def run(self):
-        records = super().run()
+    def run(self, **more):
+        records = super().run(**more)
         state = {**self.module.state_dict(), **self.average.state_dict()}
         torch.save(state, f"{sys.argv[2]}-rank{self.world.rank}.pt")
         return records

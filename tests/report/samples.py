@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from anchorpatch.jobs.metrics import OUTPUTS
 from anchorpatch.jobs.results import AnchorNetFigures, Speed, Table3, Table3Row, Table4, Table4Row
+from anchorpatch.metrics import OUTPUTS
 from anchorpatch.tables import Table
 from tests.conftest import draw_photo
 from tests.shards.samples import edit_manifest, make_split

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from anchorpatch.figures.coverage_curves import CoverageResult, curves_of
-from anchorpatch.jobs.training.runlog import best_record
 from anchorpatch.report.collect import Run, Split, collect
 from anchorpatch.report.tables import (
     coverage_table,
@@ -17,6 +16,7 @@ from anchorpatch.report.tables import (
     skipped_table,
 )
 from anchorpatch.settings import SCALES
+from anchorpatch.training.run_folder import best_record
 from tests.report.samples import DASH, records, texts, write_all
 
 

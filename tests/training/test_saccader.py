@@ -15,8 +15,6 @@ from torch.nn import functional
 
 from anchorpatch.errors import Interrupted, SettingsError, WeightsError
 from anchorpatch.jobs.train import TrainConfig, run
-from anchorpatch.jobs.training.image_task import open_images
-from anchorpatch.jobs.training.saccader import LocationTask, ReinforceTask, best_places
 from anchorpatch.models.bagnet import BagNet
 from anchorpatch.models.registry import NETWORKS
 from anchorpatch.models.saccader import GLIMPSES, Saccader
@@ -25,8 +23,10 @@ from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import ARCHITECTURES
-from tests.jobs.peer_runs import NARROW, STAGES, peer
-from tests.jobs.training_runs import (
+from anchorpatch.training.image_tasks import open_images
+from anchorpatch.training.saccader import LocationTask, ReinforceTask, best_places
+from tests.training.peer_runs import NARROW, STAGES, peer
+from tests.training.runs import (
     TRAIN,
     VAL,
     WEIGHTS,
@@ -132,8 +132,8 @@ from pathlib import Path
 import torch
 from anchorpatch.jobs.train import run
 from anchorpatch.models.registry import NETWORKS
-from tests.jobs.peer_runs import NARROW, peer
-from tests.jobs.training_runs import StopAt
+from tests.training.peer_runs import NARROW, peer
+from tests.training.runs import StopAt
 torch.set_num_threads(1)
 NETWORKS.update(NARROW)
 run(peer("saccader", Path(sys.argv[1]), Path(sys.argv[2])), StopAt(int(sys.argv[3]), 9))

@@ -21,14 +21,22 @@ import json
 import signal
 import time
 import warnings
-from collections.abc import Generator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from anchorpatch.errors import (
     Interrupted,
@@ -37,48 +45,205 @@ from anchorpatch.errors import (
     WeightsError,
     reason_of,
 )
-from anchorpatch.jobs.training.averaging import MovingAverage
-from anchorpatch.jobs.training.loop_config import LoopConfig, build_optimizer, rate_factor
-from anchorpatch.jobs.training.place import Place, check_identity
-from anchorpatch.jobs.training.runlog import RunLog
-from anchorpatch.jobs.training.task import Batch, Task
-from anchorpatch.runtime.checkpoint import load_state, save_state
-from anchorpatch.runtime.device import computing_on, keep_freed_memory, peak_memory
+from anchorpatch.metrics import hits
+from anchorpatch.networks import Normalization
+from anchorpatch.runtime.checkpoint import WeightsMeta, load_state, save_state, save_weights
+from anchorpatch.runtime.device import computing_on, keep_freed_memory, peak_memory, to_device
 from anchorpatch.runtime.distributed import World, any_rank, average_buffers
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.signals import StopRequested, StopSignals
+from anchorpatch.training.config import LoopConfig, rate_factor
+from anchorpatch.training.run_folder import (
+    BEST,
+    CHECKPOINT,
+    LAST,
+    Place,
+    RunLog,
+    check_identity,
+    refuse_foreign,
+    write_config,
+)
 
-__all__ = ["Trainer", "refuse_foreign"]
+__all__ = ["Batch", "MovingAverage", "Task", "Trainer", "Waiting"]
+
+_T = TypeVar("_T")
 
 #: On a GPU, reading a loss waits for it: steps between two looks, and between two questions to
 #: the other processes whether to stop.
 _LOOK_EVERY = 20
-
-_WEIGHTS = ("last.safetensors", "best.safetensors")
-_CHECKPOINT = "last.pt"
 
 #: A val loss is far above the train loss from so many times it on; running statistics are young
 #: before so many steps: of where they began, 0.9 ** 100 is left, but the weights move too.
 _FAR, _FEW_STEPS = 1.5, 100
 
 
-def refuse_foreign(folder: Path, run: Path) -> None:
-    """Raise WeightsError where a folder holds results that no run here has left.
+class Waiting:
+    """Measures how long a run waits for its data.
+
+    Example:
+        >>> waiting = Waiting()
+        >>> list(waiting.watch(iter("ab")))
+        ['a', 'b']
+        >>> waiting.take() > 0, waiting.take()
+        (True, 0.0)
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def watch(self, items: Iterator[_T]) -> Iterator[_T]:
+        """Yield the items, and note the time until each is there."""
+        while True:
+            began = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self._seconds += time.perf_counter() - began
+            yield item
+            del item  # or it would live on while the next one is waited for
+
+    def take(self) -> float:
+        """Return the seconds since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class Batch(NamedTuple):
+    """A piece of a step, on the device.
+
+    Attributes:
+        inputs: what the network reads (n, 3, H, W).
+        labels: class index (n,), int64.
+        share: weight of its mean loss in the step's; those of all pieces of a step sum to 1. A
+            piece of share 0 stands in for a missing one: it is computed and not counted.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    share: float
+
+
+class Task(ABC):
+    """What is trained, on what, towards what. By default, a classifier by its cross-entropy.
 
     Args:
-        folder: that is about to get results.
-        run: folder of the run that gives them, whose checkpoint vouches for them.
+        config: of the run.
+        device: where the network is.
+        world: the processes of the run.
     """
-    found = [name for name in (*_WEIGHTS, "log.jsonl") if _size(folder / name)]
-    if found and not (run / _CHECKPOINT).is_file():
-        raise WeightsError(
-            f"{folder} holds {' and '.join(found)}, but no {_CHECKPOINT} to go on from: move them "
-            "away, give another --runs, or replace them with --overwrite"
+
+    #: Name in the training state.
+    kind: str
+    #: Optimizer steps per epoch.
+    steps: int
+    #: What is counted, in the plural: "images", "patches".
+    unit: str
+    #: How many of them an epoch has, over all processes.
+    size: int
+    #: What must be equal for a run to be resumed, as JSON values.
+    identity: dict[str, Any]
+    #: What the weights files say about themselves, once the network is built.
+    meta: WeightsMeta
+
+    def __init__(self, config: LoopConfig, device: torch.device, world: World) -> None:
+        self.config, self.device, self.world = config, device, world
+        #: Time that `batches` has spent waiting for data.
+        self.waiting = Waiting()
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Return the network with its initial weights, on the device."""
+
+    @abstractmethod
+    def batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
+        """Yield the pieces from a step of an epoch to the end of the run."""
+
+    @abstractmethod
+    def evaluate(self, module: nn.Module, check: Callable[[], object]) -> dict[str, Any]:
+        """Return figures of the validation images, "top1" among them; calls check() at times."""
+
+    @abstractmethod
+    def training(self) -> dict[str, Any]:
+        """Return what weights files say of how they came about, as JSON values."""
+
+    def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the loss, a mean over the piece, and parts to log, means too."""
+        logits = module(batch.inputs).float()
+        loss = functional.cross_entropy(
+            logits, batch.labels, label_smoothing=self.config.label_smoothing
         )
+        return loss, {"top1": hits(logits.detach(), batch.labels, 1).mean()}
+
+    def save(self, path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write a weights file."""
+        training = {**self.training(), "record": dict(record)}
+        save_weights(path, tensors, replace(self.meta, training=training))
+
+    @cached_property
+    def _normalize(self) -> Normalization:
+        return Normalization(self.meta, self.device)
+
+    def batch(self, pixels: Tensor, labels: Tensor | NDArray[np.int64], share: float) -> Batch:
+        """Move a piece to the device and normalize its pixels (see `Normalization`)."""
+        inputs = self._normalize(pixels)
+        if not self.config.channels_last:
+            inputs = inputs.contiguous()
+        return Batch(inputs, to_device(labels, self.device), share)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def build_optimizer(module: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
+    """Return the optimiser of all parameters, at the rate for this batch size."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            module.parameters(), lr=config.rate, weight_decay=config.weight_decay
+        )
+    return torch.optim.SGD(
+        module.parameters(),
+        lr=config.rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+
+
+class MovingAverage(AveragedModel):
+    """An exponential average of a network's weights and buffers.
+
+    Args:
+        module: the network.
+        decay: weight of the past in each step, once the average is old enough.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__(module, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take a step towards the network's weights.
+
+        As `AveragedModel` does, whose own method makes the host wait for a GPU four times.
+        """
+        n = int(self.n_averaged)  # lies on the host
+        # A young average leaves its random beginning behind faster.
+        weight = 1 - min(self.decay, (1 + n) / (10 + n))
+        averages, currents = [], []
+        pairs = zip(
+            chain(self.module.parameters(), self.module.buffers()),
+            chain(model.parameters(), model.buffers()),
+            strict=True,
+        )
+        for average, current in pairs:
+            if n and average.is_floating_point():
+                averages.append(average)
+                currents.append(current)
+            else:  # the beginning, and counters
+                average.copy_(current)
+        if averages:
+            torch._foreach_lerp_(averages, currents, weight)
+        self.n_averaged += 1
 
 
 def _synchronized(module: nn.Module) -> nn.Module:
@@ -90,27 +255,20 @@ class Trainer:
     """Runs a `Task` to its end, or until a signal.
 
     Args:
-        task: what is trained.
-        config: how.
-        folder: of the run: last.pt, best.safetensors, last.safetensors, log.jsonl.
-        device: CPU or GPU.
-        world: the processes of the run.
+        task: what is trained, how and where.
         report: where progress is shown.
-        log: takes the record of each epoch.
+
+    Raises:
+        MissingDependency: TensorBoard is wanted and not installed.
+        SettingsError: ``sync_batchnorm`` without a GPU.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        config: LoopConfig,
-        folder: Path,
-        device: torch.device,
-        world: World,
-        report: Reporter,
-        log: RunLog,
-    ) -> None:
-        self.task, self.config, self.folder = task, config, folder
-        self.device, self.world, self.report, self.log = device, world, report, log
+    def __init__(self, task: Task, report: Reporter) -> None:
+        config, device = task.config, task.device
+        self.task, self.config, self.report = task, config, report
+        self.device, self.world = device, task.world
+        self.folder = config.folder
+        self.log = RunLog(self.folder, main=self.world.is_main, tensorboard=config.tensorboard)
         if device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(config.seed)
@@ -119,7 +277,7 @@ class Trainer:
             self.module = self.module.to(memory_format=torch.channels_last)
         if config.sync_batchnorm and device.type != "cuda":
             raise SettingsError("sync_batchnorm: torch synchronises on GPUs only; leave it out")
-        if config.sync_batchnorm and world.size > 1:
+        if config.sync_batchnorm and self.world.size > 1:
             self.module = _synchronized(self.module)
         self.wrapped = self._wrap(self.module)
         self.average = MovingAverage(self.module, config.ema_decay) if config.ema_decay else None
@@ -132,17 +290,10 @@ class Trainer:
 
     # --- the run ------------------------------------------------------------------------------
 
-    def resume(self, *, overwrite: bool = False) -> None:
-        """Take up the run that the folder holds, if it holds one. Call it before `run`.
+    def _resume(self) -> None:
+        """Take up the run that the folder holds, if it holds one.
 
         It may go on with more epochs and with another number of processes, which is said.
-
-        Args:
-            overwrite: where that run is another one or damaged, throw it away.
-
-        Raises:
-            WeightsError: last.pt cannot be read, or belongs to another configuration; or there
-                are results without it.
         """
         state, notes = None, list[str]()
         if self._checkpoint.is_file():
@@ -154,10 +305,10 @@ class Trainer:
                     json.loads(json.dumps(self.task.identity)),
                 )
             except WeightsError:
-                if not overwrite:
+                if not self.config.overwrite:
                     raise
                 state = None
-        elif not overwrite:
+        elif not self.config.overwrite:
             refuse_foreign(self.folder, self.folder)
         self.world.wait("the other processes to open the run")
         if state is not None:
@@ -166,21 +317,29 @@ class Trainer:
             self._restore(state)
             return
         if self.world.is_main:
-            for path in (self._checkpoint, *(self.folder / name for name in _WEIGHTS)):
-                path.unlink(missing_ok=True)
+            for name in (CHECKPOINT, LAST, BEST):
+                (self.folder / name).unlink(missing_ok=True)
         self.log.cut(0)
 
-    def run(self) -> list[dict[str, Any]]:
-        """Train from where the run stands to the end.
+    def run(self, **more: Any) -> list[dict[str, Any]]:
+        """Train to the end, from where the run in the folder stands if there is one.
+
+        Args:
+            more: JSON values for config.json, beside the settings.
 
         Returns:
             The records of all epochs.
 
         Raises:
+            WeightsError: last.pt cannot be read, or belongs to another configuration; or there
+                are results without it.
             Interrupted: a signal came; the checkpoint is written.
             NonFiniteError: the loss is NaN or infinite; the last good checkpoint is kept.
             StorageError: the disk refused.
         """
+        self._resume()
+        if self.world.is_main:
+            write_config(self.folder, self.config, **more)
         epochs, batches = self.config.epochs, None
         with self.stop:
             if self.place.epoch < epochs:
@@ -294,7 +453,7 @@ class Trainer:
         place.best = max(place.best, validation["top1"])
         self.log.append(record)
         if self.world.is_main:
-            for name in _WEIGHTS if better else _WEIGHTS[:1]:
+            for name in (LAST, BEST) if better else (LAST,):
                 task.save(self.folder / name, module.state_dict(), record)
         self.place = Place(place.epoch + 1, best=place.best)
         self._save()
@@ -387,7 +546,7 @@ class Trainer:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.folder / _CHECKPOINT
+        return self.folder / CHECKPOINT
 
     def _save(self, *, check: bool = False) -> None:
         if check:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from anchorpatch.jobs.training.augment import Augmentation, adjust_colours, crop_boxes
+from anchorpatch.training.augment import Augmentation, adjust_colours, crop_boxes
 
 
 def pictures(n: int = 4, side: int = 24) -> torch.Tensor:

@@ -22,18 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anchorpatch.jobs.metrics import Accuracy, hits
-from anchorpatch.jobs.training.bagnet import BagNetTask
-from anchorpatch.jobs.training.config import ANCHORNET_ONLY, TrainConfig
-from anchorpatch.jobs.training.image_task import ImageTask
-from anchorpatch.jobs.training.task import Batch
+from anchorpatch.metrics import hits
 from anchorpatch.models.registry import build
 from anchorpatch.models.saccader import Saccader
-from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_into, load_weights
+from anchorpatch.runtime.checkpoint import Weights, load_into, load_weights
+from anchorpatch.training.config import TrainConfig
+from anchorpatch.training.image_tasks import BagNetTask, ImageTask
+from anchorpatch.training.loop import Batch
+from anchorpatch.training.run_folder import BEST
 
 __all__ = ["LocationTask", "ReinforceTask", "Stage", "best_places", "stages"]
-
-_BEST: Final = "best.safetensors"
 
 #: Of the third stage's rate in the others'.
 _REFINE: Final = 0.1
@@ -43,7 +41,7 @@ class Stage(NamedTuple):
     """One run of the trainer.
 
     Attributes:
-        name: for people.
+        name: as messages call it.
         task: what is trained.
         config: how, and in which folder.
     """
@@ -69,9 +67,9 @@ def stages(config: TrainConfig, classes: tuple[str, ...]) -> list[Stage]:
     found, bagnet = [], config.init
     if config.init is None or load_weights(config.init, "bagnet77").meta.classes != classes:
         found.append(Stage("BagNet-77", BagNetTask, replace(config, arch="bagnet77", folder=first)))
-        bagnet = first / _BEST
+        bagnet = first / BEST
     location = replace(config, folder=second, init=bagnet)
-    reinforce = replace(config, folder=third, init=second / _BEST, lr=_REFINE * config.lr)
+    reinforce = replace(config, folder=third, init=second / BEST, lr=_REFINE * config.lr)
     return [
         *found,
         Stage("places", LocationTask, location),
@@ -81,17 +79,6 @@ def stages(config: TrainConfig, classes: tuple[str, ...]) -> list[Stage]:
 
 class _SaccaderTask(ImageTask):
     """What the second and the third stage share."""
-
-    at_once = (4, 64)
-    meaningless = ANCHORNET_ONLY
-
-    def describe(self) -> WeightsMeta:
-        """Return what the weights files say about themselves."""
-        return WeightsMeta("saccader", self.train.classes)
-
-    def figures(self) -> Accuracy:
-        """Return new sums for an evaluation."""
-        return Accuracy(self.device)
 
     def outputs(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Return the mean logits of the best places."""
@@ -106,9 +93,7 @@ class _SaccaderTask(ImageTask):
 class LocationTask(_SaccaderTask):
     """The second stage: where to look, from a BagNet that rests."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.kind = "saccader-location"
+    kind = "saccader-location"
 
     def open_start(self) -> Weights | None:
         """Return the weights of the BagNet."""
@@ -135,9 +120,7 @@ class LocationTask(_SaccaderTask):
 class ReinforceTask(_SaccaderTask):
     """The third stage: sampled places, rewarded for the class."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.kind = "saccader-reinforce"
+    kind = "saccader-reinforce"
 
     def build(self) -> nn.Module:
         """Return the network with its initial weights, on the device."""

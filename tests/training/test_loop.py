@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +13,54 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from anchorpatch.errors import StorageError, WeightsError
-from anchorpatch.jobs.training.averaging import MovingAverage
-from anchorpatch.jobs.training.loop_config import LoopConfig, rate_factor
-from anchorpatch.jobs.training.runlog import RunLog, alone_in, best_record
-from anchorpatch.jobs.training.task import Piece, Waiting
-from anchorpatch.jobs.training.trainer import Trainer
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.training.config import LoopConfig, rate_factor
+from anchorpatch.training.loop import Batch, MovingAverage, Task, Trainer
+from anchorpatch.training.run_folder import alone_in, best_record
 
 IMAGES, BATCH = 24, 8
 CPU = torch.device("cpu")
 
 
-@dataclass
-class Linear:
+class Linear(Task):
     """Classify points by a linear map, in the order of their rows."""
 
-    config: LoopConfig
     kind = "linear"
     steps = IMAGES // BATCH
     unit = "images"
     size = IMAGES
-    waiting = Waiting()
 
-    processes: int = 1
+    def __init__(self, config: LoopConfig, processes: int = 1) -> None:
+        super().__init__(config, CPU, World())
+        settings = {name: getattr(config, name) for name in ("lr", "epochs", "schedule")}
+        self.identity = {**settings, "processes": processes}
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        settings = {name: getattr(self.config, name) for name in ("lr", "epochs", "schedule")}
-        return {**settings, "processes": self.processes}
-
-    def points(self) -> Piece:
+    def points(self) -> Batch:
         generator = torch.Generator().manual_seed(1)
         inputs = torch.randn(IMAGES, 4, generator=generator, dtype=torch.float64)
-        return Piece(inputs, (inputs[:, 0] > 0).long(), 1.0)
+        return Batch(inputs, (inputs[:, 0] > 0).long(), 1.0)
 
     def build(self) -> nn.Module:
         return nn.Linear(4, 2, dtype=torch.float64)
 
-    def batches(self, epoch: int, step: int) -> Generator[Piece, None, None]:
+    def batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
         inputs, labels, _ = self.points()
         for now in range(epoch, self.config.epochs):
             for start in range(step * BATCH if now == epoch else 0, IMAGES, BATCH):
                 for rows in torch.arange(start, start + BATCH).tensor_split(self.config.accumulate):
-                    yield Piece(inputs[rows], labels[rows], len(rows) / BATCH)
+                    yield Batch(inputs[rows], labels[rows], len(rows) / BATCH)
 
-    def loss(self, module: nn.Module, batch: Piece) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         return nn.functional.cross_entropy(module(batch.inputs), batch.labels), {}
 
     def evaluate(self, module: nn.Module, check: Any) -> dict[str, Any]:
         inputs, labels, _ = self.points()
         top1 = float((module(inputs).argmax(-1) == labels).double().mean())
         return {"top1": top1, "top5": 1.0, "loss": 0.0}
+
+    def training(self) -> dict[str, Any]:
+        return {}
 
     def save(self, path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         save_file(dict(tensors), path)
@@ -81,6 +76,10 @@ class Lines(Reporter):
         self.lines.append(text)
 
 
+def configured(folder: Path = Path(), **settings: Any) -> LoopConfig:
+    return LoopConfig(**{"folder": folder, "epochs": 3, "batch_size": BATCH, "lr": 8.0, **settings})
+
+
 def train(
     folder: Path,
     *,
@@ -89,13 +88,9 @@ def train(
     report: Reporter | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    config = LoopConfig(**{"epochs": 3, "batch_size": BATCH, "lr": 8.0, **settings})
+    config = configured(folder, overwrite=overwrite, **settings)
     folder.mkdir(exist_ok=True)
-    task = Linear(config, processes)
-    log = RunLog(folder)
-    trainer = Trainer(task, config, folder, CPU, World(), report or Reporter(), log)
-    trainer.resume(overwrite=overwrite)
-    records = trainer.run()
+    records = Trainer(Linear(config, processes), report or Reporter()).run()
     return load_file(folder / "last.safetensors"), records
 
 
@@ -123,7 +118,7 @@ def oracle(config: LoopConfig, begun: LoopConfig | None = None) -> Tensor:
 def test_steps_are_those_of_the_whole_batch(tmp_path: Path, accumulate: int, schedule: str):
     settings: dict[str, Any] = {"schedule": schedule, "step_epochs": 2, "warmup_epochs": 1.0}
     tensors, records = train(tmp_path, accumulate=accumulate, **settings)
-    config = LoopConfig(epochs=3, batch_size=BATCH, lr=8.0, **settings)
+    config = configured(**settings)
     assert torch.allclose(tensors["weight"], oracle(config), rtol=1e-12)
     assert records[-1]["train"]["loss"] < records[0]["train"]["loss"]
 
@@ -158,8 +153,8 @@ def test_the_average_is_that_of_torch_bit_for_bit():
 
 
 def test_adamw_scales_its_rate_by_the_square_root():
-    assert LoopConfig(optimizer="adamw", lr=1.0, batch_size=64).rate == 0.5
-    assert LoopConfig(optimizer="sgd", lr=1.0, batch_size=64).rate == 0.25
+    assert configured(optimizer="adamw", lr=1.0, batch_size=64).rate == 0.5
+    assert configured(optimizer="sgd", lr=1.0, batch_size=64).rate == 0.25
 
 
 def test_the_best_weights_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -200,7 +195,7 @@ def test_a_finished_run_goes_on_with_more_epochs(tmp_path: Path, schedule: str):
             "from the start would give"
         )
     assert report.lines[0] == note
-    one, three = (LoopConfig(epochs=n, batch_size=BATCH, lr=8.0, schedule=schedule) for n in (1, 3))
+    one, three = (configured(epochs=n, schedule=schedule) for n in (1, 3))
     assert torch.allclose(tensors["weight"], oracle(three, begun=one), rtol=1e-12)
     assert [record["epoch"] for record in records] == [1, 2, 3]
     if schedule == "step":  # whose rates do not depend on the end

@@ -8,7 +8,7 @@ from typing import Any
 from anchorpatch.jobs.train import TrainConfig
 from anchorpatch.models.bagnet import BagNet
 from anchorpatch.models.saccader import Saccader
-from tests.jobs.training_runs import tiny
+from tests.training.runs import tiny
 
 WIDTH = 4
 STAGES = ("1-bagnet", "2-location", "3-reinforce")

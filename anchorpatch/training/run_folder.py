@@ -1,4 +1,4 @@
-"""The log of a training run: one JSON line an epoch, and TensorBoard on request."""
+"""The folder of a training run: who may write into it, what stands there, and where the run is."""
 
 from __future__ import annotations
 
@@ -7,19 +7,63 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from anchorpatch.errors import DataError, MissingDependency, StorageError, reason_of
-from anchorpatch.jobs.training.loop_config import LoopConfig
+from anchorpatch.errors import (
+    DataError,
+    MissingDependency,
+    StorageError,
+    WeightsError,
+    reason_of,
+)
 from anchorpatch.runtime.checkpoint import versions
-from anchorpatch.runtime.distributed import World, any_rank
+from anchorpatch.runtime.distributed import World, any_rank, sum_ranks
 from anchorpatch.storage import lock_file, refusals, write_atomically
+from anchorpatch.training.config import LoopConfig
 
-__all__ = ["RunLog", "alone_in", "best_record", "write_config"]
+__all__ = [
+    "BEST",
+    "CHECKPOINT",
+    "LAST",
+    "Place",
+    "RunLog",
+    "RunSummary",
+    "alone_in",
+    "best_record",
+    "check_identity",
+    "refuse_foreign",
+    "write_config",
+]
+
+#: Files of a run: the weights of its best and last epoch, and its training state.
+BEST: Final = "best.safetensors"
+LAST: Final = "last.safetensors"
+CHECKPOINT: Final = "last.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What a run came to.
+
+    Attributes:
+        weights: the best weights file.
+        epochs: trained, all starts together.
+        classes: number of classes.
+        images: training and validation images.
+        best: record of the epoch with the best top-1, as in log.jsonl.
+        last: record of the last epoch.
+    """
+
+    weights: Path
+    epochs: int
+    classes: int
+    images: tuple[int, int]
+    best: dict[str, Any]
+    last: dict[str, Any]
 
 
 class RunLog:
@@ -113,7 +157,7 @@ class RunLog:
         )
 
 
-def best_record(records: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+def best_record(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the record of the epoch with the best top-1; {} where none has one.
 
     Of equal ones it is the first, whose weights ``best.safetensors`` holds.
@@ -127,7 +171,8 @@ def best_record(records: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
         return value if math.isfinite(value) else None
 
     known = (record for record in records if top1(record) is not None)
-    return max(known, key=lambda record: top1(record) or 0.0, default={})
+    best: Mapping[str, Any] = max(known, key=lambda record: top1(record) or 0.0, default={})
+    return dict(best)
 
 
 @contextmanager
@@ -184,3 +229,116 @@ def write_config(folder: Path, config: LoopConfig, **more: Any) -> None:
     document = {**asdict(config), **more, "versions": versions()}
     text = json.dumps(document, default=str, indent=2) + "\n"
     write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
+
+
+@dataclass
+class Place:
+    """Where a run stands.
+
+    Attributes:
+        epoch: epochs that are done.
+        step: steps of this one that are done.
+        images: or patches, of the epoch so far, in this process.
+        seconds: of the epoch so far.
+        waited: seconds of these that passed without data.
+        best: top-1 of the best epoch.
+        sums: of the epoch so far, in this process: each part of the loss times its images.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    best: float = -1.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        state = {each.name: getattr(self, each.name) for each in fields(self)}
+        return state | {"sums": dict(self.sums)}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], *, is_main: bool) -> Place:
+        """Return the place that a checkpoint keeps; version 0.1 did not keep ``waited``."""
+        place = cls(**{each.name: state[each.name] for each in fields(cls) if each.name in state})
+        if not is_main:  # its share of the sums is lost; those of the first process count
+            place.images, place.sums = 0, dict.fromkeys(place.sums, 0.0)
+        return place
+
+    def totals(self, device: torch.device) -> tuple[float, dict[str, float], float]:
+        """Return the epoch of all processes: its images, mean losses, and share of waiting."""
+        names = sorted(self.sums)
+        mine = [float(self.images), self.waited, self.seconds, *(self.sums[n] for n in names)]
+        all_ranks = sum_ranks(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()
+        images, waited, seconds = all_ranks[:3]
+        losses = {name: v / images for name, v in zip(names, all_ranks[3:], strict=True)}
+        return images, losses, waited / max(seconds, 1e-9)
+
+
+def check_identity(path: Path, identity: Any, expected: Mapping[str, Any]) -> list[str]:
+    """Check that a checkpoint is of the same run, but for what a run may go on with.
+
+    Args:
+        path: of the checkpoint.
+        identity: what it says of its run, a JSON object as text.
+        expected: what this run says, as JSON has it.
+
+    Returns:
+        For each thing that differs and may, what comes of it: a line for the user.
+
+    Raises:
+        WeightsError: something else differs; it is named.
+    """
+    try:
+        found = dict(json.loads(identity))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{path}: expected training state of a run, found state that does not say of which; "
+            "start again with --overwrite, or restore it from a copy"
+        ) from error
+    different, notes = [], []
+    for name in sorted(expected.keys() | found.keys()):
+        there, here = found.get(name), expected.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            there = {key: there.get(key) for key in here}  # older versions told more
+        if there == here:
+            continue
+        if name == "epochs" and isinstance(there, int) and there < expected[name]:
+            note = f"{here} epochs instead of {there}"
+            if found.get("schedule") == "cosine":
+                note += (
+                    f": the rate follows the schedule of {here} epochs from here on, which is not "
+                    f"what {here} epochs from the start would give"
+                )
+            notes.append(note)
+        elif name == "processes":
+            notes.append(
+                f"begun with {there} processes, goes on with {here}: the result will not be the "
+                "same bit for bit"
+            )
+        else:
+            different.append(f"{name} {there} there, {here} here")
+    if different:
+        raise WeightsError(
+            f"{path}: a run of another configuration ({'; '.join(different)}); "
+            "give the same options (--epochs may be more), or another --runs, or start again "
+            "with --overwrite"
+        )
+    return [f"{path}: {note}" for note in notes]
+
+
+def refuse_foreign(folder: Path, run: Path) -> None:
+    """Raise WeightsError where a folder holds results that no run here has left.
+
+    Args:
+        folder: that is about to get results.
+        run: folder of the run that gives them, whose checkpoint vouches for them.
+    """
+    paths = (folder / name for name in (LAST, BEST, "log.jsonl"))
+    found = [path.name for path in paths if path.is_file() and path.stat().st_size]
+    if found and not (run / CHECKPOINT).is_file():
+        raise WeightsError(
+            f"{folder} holds {' and '.join(found)}, but no {CHECKPOINT} to go on from: move them "
+            "away, give another --runs, or replace them with --overwrite"
+        )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from anchorpatch.errors import NonFiniteError
-from anchorpatch.jobs.metrics import (
+from anchorpatch.metrics import (
     OUTPUTS,
     Accuracy,
     AnchorNetAccuracy,

@@ -2,20 +2,22 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchorpatch.jobs.finetuning.plan import Plan, Request
-from anchorpatch.jobs.training.loop_config import LoopConfig
+from anchorpatch.jobs.finetune_data import Plan, Request
 from anchorpatch.runtime.distributed import World
+from anchorpatch.training.config import LoopConfig
 
 COUNTS = st.dictionaries(st.sampled_from((63, 95, 111)), st.integers(1, 60), min_size=1)
 
 
-def make_plan(counts: dict[int, int], world: World, steps: int | None = None, **loop: int) -> Plan:
-    config = LoopConfig(**{"epochs": 3, "batch_size": 16, **loop})
+def make_plan(counts: dict[int, int], world: World, steps: int | None = None, **loop: Any) -> Plan:
+    config = LoopConfig(**{"folder": Path(), "epochs": 3, "batch_size": 16, **loop})
 
     def draw(rng: np.random.Generator) -> dict[int, np.ndarray]:
         return {scale: rng.permutation(n) for scale, n in counts.items()}
@@ -32,7 +34,7 @@ def flat(requests: list[Request]) -> list[tuple]:
 def test_processes_share_the_steps(counts: dict[int, int], size: int, accumulate: int):
     plans = [make_plan(counts, World(rank, size), accumulate=accumulate) for rank in range(size)]
     ranks = [list(plan.pieces(0, 0)) for plan in plans]
-    steps, epochs = plans[0].steps_an_epoch, plans[0].config.epochs
+    steps, epochs = plans[0].steps_per_epoch, plans[0].config.epochs
     assert [len(requests) for requests in ranks] == [steps * epochs * accumulate] * size
     visited: list[Counter] = [Counter() for _ in range(epochs)]
     for step in range(steps * epochs):
@@ -55,13 +57,13 @@ def test_a_plan_goes_on_where_it_stopped(counts: dict[int, int], done: int, step
     plan = make_plan(counts, World(), steps)
     whole = list(plan.pieces(0, 0))
     done = min(done, len(whole) - 1)
-    rest = list(plan.pieces(*divmod(done, plan.steps_an_epoch)))
+    rest = list(plan.pieces(*divmod(done, plan.steps_per_epoch)))
     assert flat(rest) == flat(whole[done:])
 
 
 def test_epochs_that_are_no_passes():
     plan = make_plan({224: 40}, World(), steps=5, batch_size=10)
-    assert (plan.steps_a_pass, plan.rows_an_epoch) == (4, 50)
+    assert (plan.steps_per_pass, plan.rows_per_epoch) == (4, 50)
     requests = list(plan.pieces(0, 0))
     assert [request.visit for request in requests] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 3
     for visit in (0, 1, 2):

@@ -1,1 +1,0 @@
-"""The parts of fine-tuning: settings, plan, data and budget (section 4.3)."""

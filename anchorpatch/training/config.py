@@ -1,0 +1,246 @@
+"""How networks are trained: the settings of any run, those of whole images, and the recipes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from anchorpatch.errors import SettingsError
+from anchorpatch.runtime.distributed import World
+from anchorpatch.settings import ARCHITECTURES, CropSettings
+
+__all__ = ["ANCHORNET_ONLY", "RECIPES", "LoopConfig", "TrainConfig", "rate_factor"]
+
+#: Settings that only AnchorNet has.
+ANCHORNET_ONLY: Final = frozenset({"se", "weighted_mean", "attention_loss"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How any network is trained; the defaults are those of section 4.1.
+
+    Attributes:
+        folder: of the run, by convention RUNS/NETWORK.
+        epochs: passes over the training images.
+        batch_size: images of one step, over all processes and pieces.
+        accumulate: pieces in which a process works on its part of a step.
+        optimizer: "sgd" or "adamw".
+        lr: rate for a batch of 256. It scales linearly with the batch size for SGD, with its
+            square root for AdamW.
+        momentum: of SGD.
+        nesterov: take Nesterov's momentum.
+        weight_decay: of all parameters.
+        schedule: "step" divides the rate by 10 every ``step_epochs``, "cosine" lets it fall to 0.
+        step_epochs: see ``schedule``.
+        warmup_epochs: the rate rises linearly from 0 over these, may be a fraction.
+        label_smoothing: share of the target that all classes get.
+        ema_decay: of the moving average of weights, which is then what is evaluated and saved;
+            0 for none.
+        amp: compute in bfloat16 where that is safe.
+        channels_last: memory format; faster on CPU and GPU.
+        compile: pass the network through ``torch.compile``.
+        sync_batchnorm: normalise over the pieces of all processes.
+        checkpoint_minutes: time between checkpoints within an epoch; each epoch ends with one.
+        seed: of initial weights, order and augmentation.
+        workers: processes or threads that load; 0 loads in the main one.
+        device: auto, cpu or cuda.
+        tensorboard: write event files.
+        overwrite: replace a run of other settings or data in ``folder``, and weights without a
+            checkpoint; the same run is resumed all the same.
+    """
+
+    #: Settings that change nothing about the result, so that a resumed run may differ in them.
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"folder", "checkpoint_minutes", "workers", "device", "tensorboard", "overwrite"}
+    )
+
+    folder: Path
+    epochs: int = 100
+    batch_size: int = 256
+    accumulate: int = 1
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    schedule: str = "step"
+    step_epochs: int = 30
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0
+    amp: bool = False
+    channels_last: bool = True
+    compile: bool = False
+    sync_batchnorm: bool = False
+    checkpoint_minutes: float = 10.0
+    seed: int = 0
+    workers: int = 0
+    device: str = "auto"
+    tensorboard: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "step_epochs"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise SettingsError(f"lr: expected a number above 0, got {self.lr}")
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingsError(
+                    f"{name}: expected a number from 0 to below 1, got {getattr(self, name)}"
+                )
+        for name in ("weight_decay", "warmup_epochs", "checkpoint_minutes", "seed", "workers"):
+            if not getattr(self, name) >= 0:
+                raise SettingsError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.nesterov and not self.momentum:
+            raise SettingsError("nesterov: needs a momentum above 0")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise SettingsError(f"optimizer: expected sgd or adamw, got {self.optimizer!r}")
+        if self.schedule not in ("step", "cosine"):
+            raise SettingsError(f"schedule: expected step or cosine, got {self.schedule!r}")
+
+    @property
+    def rate(self) -> float:
+        """The rate at this batch size, before the schedule."""
+        share = self.batch_size / 256
+        return self.lr * (share if self.optimizer == "sgd" else math.sqrt(share))
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that decide the result: all but the `FREE` ones."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.FREE}
+
+    def piece(self, world: World) -> int:
+        """Return the images of one piece.
+
+        Raises:
+            SettingsError: the batch does not divide evenly.
+        """
+        parts = world.size * self.accumulate
+        if self.batch_size % parts:
+            raise SettingsError(
+                f"batch size {self.batch_size} does not divide into {world.size} processes x "
+                f"{self.accumulate} pieces; choose a multiple of {parts}"
+            )
+        return self.batch_size // parts
+
+
+def rate_factor(config: LoopConfig, step: int, steps: int) -> float:
+    """Return the rate of a step as a multiple of the base rate.
+
+    Args:
+        config: schedule and warm-up.
+        step: number of the step, from the start of the run.
+        steps: of one epoch.
+
+    Example:
+        >>> config = LoopConfig(folder=Path())
+        >>> [round(rate_factor(config, 10 * epoch, 10), 6) for epoch in (0, 29, 30, 60, 90)]
+        [1.0, 1.0, 0.1, 0.01, 0.001]
+        >>> cosine = LoopConfig(folder=Path(), schedule="cosine", epochs=10, warmup_epochs=2)
+        >>> [round(rate_factor(cosine, step, 1), 2) for step in (0, 1, 2, 6, 9)]
+        [0.5, 1.0, 1.0, 0.5, 0.04]
+    """
+    warmup = round(config.warmup_epochs * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "step":
+        return float(0.1 ** (step // steps // config.step_epochs))
+    share = (step - warmup) / max(1, config.epochs * steps - warmup)
+    return (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """How a network is trained on whole images; see `LoopConfig` for the rest.
+
+    Attributes:
+        data: folder with ``train/`` and ``val/``.
+        arch: the network, of `anchorpatch.settings.ARCHITECTURES`.
+        labels: CSV with the labels of a flat ``val/``.
+        recipe: name under which the settings are recorded.
+        crop_size: side of the training crops in pixels; validation always takes 224.
+        min_area: smallest share of the picture that a training crop shows.
+        crop_mode: how validation images become crops, see `anchorpatch.settings.CropSettings`;
+            recorded in the weights, for what is done with them later.
+        background: colour behind transparent pixels; recorded likewise.
+        allow_empty: accept training classes without images.
+        se: AnchorNet: build the squeeze-and-excitation blocks.
+        weighted_mean: AnchorNet: multiply S by H * W.
+        attention_loss: AnchorNet: add the three losses of the attention branches.
+        init: weights to start from; classifiers of other classes start anew.
+        image_cache: folder for decoded training pictures; None decodes files each epoch.
+        max_bad: share of unreadable images above which the run fails.
+    """
+
+    #: A checkpoint notes ``arch`` as its kind, and what the paths hold.
+    FREE: ClassVar[frozenset[str]] = LoopConfig.FREE | set(
+        ("data", "labels", "init", "max_bad", "allow_empty", "image_cache", "recipe", "arch")
+    )
+
+    data: Path
+    arch: str = "anchornet"
+    labels: Path | None = None
+    recipe: str = "paper"
+    crop_size: int = 224
+    min_area: float = 0.08
+    crop_mode: str = "center"
+    background: str = "#ffffff"
+    allow_empty: bool = False
+    se: bool = True
+    weighted_mean: bool = True
+    attention_loss: bool = True
+    init: Path | None = None
+    image_cache: Path | None = None
+    max_bad: float = 0.01
+
+    @property
+    def crop(self) -> CropSettings:
+        """How validation images become crops."""
+        return CropSettings(self.crop_mode, self.background)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipe not in RECIPES:
+            raise SettingsError(f"recipe: expected {' or '.join(RECIPES)}, got {self.recipe!r}")
+        if self.arch not in ARCHITECTURES:
+            raise SettingsError(
+                f"arch: expected one of {', '.join(ARCHITECTURES)}, got {self.arch!r}"
+            )
+        largest = ARCHITECTURES[self.arch]
+        if self.crop_size < largest:
+            raise SettingsError(
+                f"crop_size: the largest patch of {self.arch} needs {largest} px, "
+                f"got {self.crop_size}"
+            )
+        for name in sorted(ANCHORNET_ONLY):
+            if self.arch != "anchornet" and not getattr(self, name):
+                raise SettingsError(
+                    f"{name}: only anchornet has it, {self.arch} has nothing like it"
+                )
+        object.__setattr__(self, "background", self.crop.background)
+        if not 0 < self.min_area <= 1:
+            raise SettingsError(f"min_area: expected a share above 0, got {self.min_area}")
+
+
+#: What each recipe sets. ``paper`` is section 4.1, the defaults. ``small`` is for a few thousand
+#: images: small batches give many steps, crops of 176 px are half the work and show objects at
+#: about the size that validation does (magnified crops of 224 px do not).
+RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "paper": {},
+    "small": {
+        "epochs": 30,
+        "batch_size": 32,
+        "lr": 0.3,
+        "nesterov": True,
+        "weight_decay": 2e-4,
+        "schedule": "cosine",
+        "warmup_epochs": 0.5,
+        "ema_decay": 0.99,
+        "crop_size": 176,
+        "min_area": 0.35,
+    },
+}

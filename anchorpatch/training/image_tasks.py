@@ -1,0 +1,295 @@
+"""What networks learn from whole images: folders, random crops, evaluation and weights files.
+
+AnchorNet learns from six cross-entropies (section 4.1), a BagNet from one; for Saccader's stages
+see `anchorpatch.training.saccader`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from anchorpatch.errors import DataError, WeightsError
+from anchorpatch.images.crops import (
+    PictureCache,
+    RandomCrop,
+    build_cache,
+    epoch_order,
+    load_training_batches,
+    open_cache,
+)
+from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
+from anchorpatch.images.loader import load_batches
+from anchorpatch.metrics import OUTPUTS, Accuracy, AnchorNetAccuracy, six_losses
+from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.models.registry import build
+from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_into, load_weights
+from anchorpatch.runtime.device import exact_float32
+from anchorpatch.runtime.distributed import World
+from anchorpatch.runtime.progress import Reporter
+from anchorpatch.text import counted
+from anchorpatch.training.config import ANCHORNET_ONLY, TrainConfig
+from anchorpatch.training.loop import Batch, Task
+
+__all__ = ["AnchorNetTask", "BagNetTask", "ImageTask", "TrainingImages", "open_images"]
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """What a run learns from, where it computes, and with whom.
+
+    Attributes:
+        train: the training images.
+        val: the validation images, of the same classes.
+        cache: decoded training pictures; None decodes files each epoch.
+        device: CPU or GPU.
+        world: the processes of the run.
+    """
+
+    train: ImageFolder
+    val: ImageFolder
+    cache: PictureCache | None
+    device: torch.device
+    world: World
+
+
+def open_images(
+    config: TrainConfig, device: torch.device, world: World, report: Reporter
+) -> TrainingImages:
+    """Scan the folders, and fill the cache where one is wanted.
+
+    Raises:
+        DataError: the folders do not fit together, or hold too few images.
+        SettingsError: the batch does not divide evenly.
+    """
+    train = scan_folder(config.data, "train", allow_empty=config.allow_empty)
+    val = scan_folder(
+        config.data, "val", config.labels, classes=train.classes, classes_of=str(train.root)
+    )
+    if len(train) < config.batch_size:
+        raise DataError(
+            f"{train.root}: {len(train)} images are too few for a batch of {config.batch_size}; "
+            "choose a smaller --batch-size, or --recipe small"
+        )
+    for folder in (train, val):
+        absent = without_images(folder.labels, folder.classes)
+        for remark in (folder.passed_over(), absent and f"{folder.root}: {absent}"):
+            if remark:
+                report.message(remark)
+    config.piece(world)
+    cache = None
+    if config.image_cache is not None:
+        if world.is_main:
+            report.message(f"decoding {counted(len(train), 'image')} into {config.image_cache}")
+            threads = max(1, config.workers)
+            build_cache(train, config.image_cache, threads, config.background)
+        world.wait(f"rank 0 to decode {counted(len(train), 'image')} into {config.image_cache}")
+        cache = open_cache(train, config.image_cache, config.background)
+    return TrainingImages(train, val, cache, device, world)
+
+
+class ImageTask(Task):
+    """What the tasks on whole images share. They bring `build`, and more where they differ.
+
+    Args:
+        config: of the run.
+        images: of `open_images`.
+
+    Attributes:
+        bad: training images that could not be decoded, with the reason.
+        damaged: training images that were decoded with damage.
+    """
+
+    config: TrainConfig
+    kind = ""  # that of the architecture
+    unit = "images"
+
+    #: Validation images of a batch on CPU, the fastest size, and on a GPU.
+    at_once: ClassVar[tuple[int, int]] = (4, 64)
+
+    #: Settings that mean nothing to the network.
+    meaningless: ClassVar[frozenset[str]] = ANCHORNET_ONLY
+
+    def __init__(self, config: TrainConfig, images: TrainingImages) -> None:
+        super().__init__(config, images.device, images.world)
+        self.images, self.train, self.val = images, images.train, images.val
+        self.steps = len(self.train) // config.batch_size
+        self.size = self.steps * config.batch_size
+        self.bad: dict[int, str] = {}
+        self.damaged: set[int] = set()
+        self.meta = WeightsMeta(
+            config.arch,
+            self.train.classes,
+            config.se,
+            config.weighted_mean,
+            crop_mode=config.crop_mode,
+            background=config.background,
+        )
+        self.kind = self.kind or config.arch
+        self.start = self.open_start()
+        settings = {k: v for k, v in config.decisive().items() if k not in self.meaningless}
+        for name in ("crop_mode", "background"):
+            # By default these say nothing, so that checkpoints from before them are continued.
+            if settings[name] == getattr(TrainConfig, name):
+                del settings[name]
+        self.identity = {
+            **settings,
+            "image_cache": config.image_cache is not None,
+            "processes": self.world.size,
+            "classes": list(self.train.classes),
+            "train_images": self.train.digest(),
+            "val_images": self.val.digest(),
+            "init": self.start.sha256 if self.start else None,
+        }
+
+    def open_start(self) -> Weights | None:
+        """Return the weights to start from, if there are any."""
+        return load_weights(self.config.init, self.config.arch) if self.config.init else None
+
+    def accuracy(self) -> Accuracy | AnchorNetAccuracy:
+        """Return new sums over `outputs`, for an evaluation."""
+        return Accuracy(self.device)
+
+    def outputs(self, module: nn.Module, inputs: Tensor) -> Any:
+        """Return what `accuracy` counts, of validation images."""
+        return module(inputs)
+
+    def training(self) -> dict[str, Any]:
+        """Return what weights files say of how they came about, as JSON values."""
+        settings = {k: v for k, v in self.identity.items() if k != "classes"}
+        return {"recipe": self.config.recipe, "settings": settings}
+
+    def batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
+        """Yield the pieces of random crops from a step of an epoch to the end of the run."""
+        config = self.config
+        loaded = load_training_batches(
+            self.train,
+            self._pieces(epoch, step),
+            RandomCrop(
+                config.crop_size, config.min_area, seed=config.seed, background=config.background
+            ),
+            workers=config.workers,
+            cache=self.images.cache,
+            pin_memory=self.device.type == "cuda",
+        )
+        share = 1 / self.world.size / config.accumulate
+        with closing(loaded):
+            for batch in self.waiting.watch(loaded):
+                self.damaged.update(batch.damaged)
+                if batch.bad:
+                    self._note_bad(dict(batch.bad), len(batch.index))
+                yield self.batch(batch.pixels, self._labels(self.train, batch.index), share)
+
+    def _pieces(self, epoch: int, step: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield epoch and rows of each piece of this process."""
+        config, world = self.config, self.world
+        shape = config.accumulate * world.size, config.piece(world)
+        for now in range(epoch, config.epochs):
+            order = epoch_order(len(self.train), config.seed, now)
+            for start in range(step if now == epoch else 0, self.steps):
+                batch = order[start * config.batch_size :][: config.batch_size]
+                for rows in batch.reshape(shape)[world.rank :: world.size]:
+                    yield now, rows
+
+    def evaluate(self, module: nn.Module, check: Callable[[], object]) -> dict[str, Any]:
+        """Return the figures of the validation images; calls check() at times."""
+        rows = list(self.world.share(len(self.val)))
+        size = self.at_once[self.device.type != "cpu"]
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        accuracy, bad = self.accuracy(), 0
+        loaded = load_batches(
+            self.val,
+            batches,
+            workers=min(self.config.workers, len(batches)),
+            crop=self.config.crop,
+            pin_memory=self.device.type == "cuda",
+        )
+        with (
+            closing(loaded),
+            torch.inference_mode(),
+            exact_float32(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp),
+        ):
+            for batch in loaded:
+                check()
+                bad += len(batch.bad)
+                if len(batch.index):
+                    labels = self._labels(self.val, batch.index)
+                    piece = self.batch(batch.pixels, labels, 1.0)
+                    accuracy.update(self.outputs(module, piece.inputs), piece.labels)
+        if bad > self.config.max_bad * len(rows):
+            raise self.val.too_many_bad(bad, len(rows), self.config.max_bad)
+        return accuracy.result()
+
+    def _note_bad(self, bad: Mapping[int, str], good: int) -> None:
+        self.bad.update(bad)
+        total, max_bad = len(self.train), self.config.max_bad
+        if len(self.bad) > max_bad * total or not good:
+            row, reason = next(iter(bad.items()))
+            such_as = f", such as {self.train.path(row)} ({reason})"
+            raise self.train.too_many_bad(len(self.bad), total, max_bad, such_as)
+
+    @staticmethod
+    def _labels(folder: ImageFolder, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return folder.labels[rows].astype(np.int64)
+
+
+class AnchorNetTask(ImageTask):
+    """Learns from six losses, and is measured by branch and by Eq. 7."""
+
+    at_once = (16, 256)
+    meaningless = frozenset()
+
+    def build(self) -> nn.Module:
+        """Return the network with its initial weights, on the device."""
+        config, classes = self.config, self.train.classes
+        net = AnchorNet(len(classes), se=config.se, weighted_mean=config.weighted_mean)
+        try:
+            _fill(net, self.start, classes)
+        except WeightsError as error:
+            raise WeightsError(f"{error}; --init needs weights of the same --se") from error
+        return net.to(self.device)
+
+    def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the sum of six losses, and each of them."""
+        losses = six_losses(module(batch.inputs), batch.labels, self.config.label_smoothing)
+        # A factor of 0 keeps every parameter in the graph, as several processes need it.
+        attention = float(self.config.attention_loss)
+        total = losses[:3].sum() + attention * losses[3:].sum()
+        return total, dict(zip(OUTPUTS, losses, strict=True))
+
+    def accuracy(self) -> AnchorNetAccuracy:
+        """Return new sums over `outputs`, for an evaluation."""
+        return AnchorNetAccuracy(self.device)
+
+
+class BagNetTask(ImageTask):
+    """Learns from one cross-entropy; ``config.arch`` names the network."""
+
+    def build(self) -> nn.Module:
+        """Return the network with its initial weights, on the device."""
+        classes = self.train.classes
+        net = build(self.config.arch, len(classes))
+        _fill(net, self.start, classes)
+        return net.to(self.device)
+
+
+def _fill(net: nn.Module, weights: Weights | None, classes: tuple[str, ...]) -> None:
+    """Load weights if there are any; classifiers of other classes keep their random start.
+
+    Raises:
+        WeightsError: the tensors are not those of the network.
+    """
+    if weights is None:
+        return
+    if weights.meta.classes != classes:
+        kept = {k: v for k, v in net.state_dict().items() if "classifier" in k}
+        weights = replace(weights, tensors={**weights.tensors, **kept})
+    load_into(net, weights)
