@@ -116,7 +116,7 @@ def test_the_stages_before_the_last_have_rows(capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[1:5]] == ["BagNet-77", "places", "best", "last"]
     assert lines[2].split() == ["places:", "epoch", "1", "25.00%", "100.00%", "0.750", "0.500"]
-    assert lines[5].startswith("2 epochs of each stage on 40 images of 10 classes, measured on 8")
+    assert lines[5].startswith("2 epochs per stage on 40 images of 10 classes, measured on 8")
 
 
 def test_other_classes_are_one_clear_line(
