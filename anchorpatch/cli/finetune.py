@@ -174,7 +174,7 @@ def _weights_text(weights: str) -> str:
 
 
 def print_summary(summary: FinetuneSummary, as_json: bool) -> None:
-    """Print what a run came to."""
+    """Print the result of a run."""
     if as_json:
         print_json({**vars(summary), "weights": str(summary.weights)})
         return

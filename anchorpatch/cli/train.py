@@ -157,7 +157,7 @@ def _refuse_options_of_anchornet(arch: str) -> None:
 
 
 def print_summary(summary: TrainSummary, as_json: bool) -> None:
-    """Print what a run came to."""
+    """Print the result of a run."""
     if as_json:
         print_json({**vars(summary), "weights": str(summary.weights)})
         return

@@ -1,6 +1,6 @@
 """The main job: folder -> decode -> AnchorNet -> decide -> LSP -> crop -> shards.
 
-Four things overlap: worker processes decode, the localiser computes, one thread cuts patches
+Four things overlap: worker processes decode, the localizer computes, one thread cuts patches
 and writes shards, and this thread hands batches on. Batches never cross a shard, and only
 a few of them are on their way, and a shard goes to disk as it grows, so memory does not
 depend on the number of images.
@@ -131,7 +131,7 @@ class Forecast:
         classes: of the split.
         shards: that the split will have.
         pending: shards of this task that are not done yet.
-        sample: images that were extracted to foretell the bytes.
+        sample: number of images extracted to estimate the size.
         bytes_per_image: of the sample.
         bytes: of the whole split, foretold.
         settings: of the shards.

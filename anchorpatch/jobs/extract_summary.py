@@ -71,7 +71,7 @@ class ExtractSummary:
         return self.images_run / self.seconds if self.images_run else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the summary as JSON knows it, shares and means included."""
+        """Return a JSON object, with shares and means."""
         scales = {
             str(scale): {
                 "images": self.images_by_scale[scale],

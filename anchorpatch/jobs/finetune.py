@@ -51,7 +51,7 @@ __all__ = ["SCRATCH", "FinetuneConfig", "FinetuneSummary", "forecast", "prepare"
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSummary(RunSummary):
-    """What a run came to.
+    """Result of a fine-tuning run.
 
     Attributes:
         network: its name.
@@ -157,7 +157,7 @@ class Cost:
     budget: tuple[int, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the cost as JSON knows it."""
+        """Return a JSON object."""
         document: dict[str, Any] = {
             "epochs": self.epochs,
             "steps_an_epoch": self.steps,

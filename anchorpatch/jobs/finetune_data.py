@@ -50,7 +50,7 @@ class FinetuneConfig(LoopConfig):
 
     The paper says no more than "fine-tuned on training patches". The defaults are what is usual
     for pretrained networks: a tenth of the rate that they were trained with, falling to 0 by a
-    cosine over a few epochs, after a short warm-up for heads that start anew. An epoch over all
+    cosine over a few epochs, after a short warm-up for heads with random weights. An epoch over all
     patches shows each image many times, so 5 epochs are not few.
 
     Attributes:
@@ -58,7 +58,7 @@ class FinetuneConfig(LoopConfig):
         shards: folder with ``train/`` and ``val/``.
         weights: to start from: "default" (torchvision's), "none" (random) or a file.
         scale: train and measure on the patches of one scale alone; None takes all three.
-        patches_per_image: of each image in an epoch, drawn anew each time; None takes all.
+        patches_per_image: of each image in an epoch, drawn again each time; None takes all.
         baseline: train on whole images instead, at the same cost (see `like`).
         data: folder with the images, for a baseline where the shards hold no crops.
         like: folder of the run whose multiply-accumulates a baseline may spend, by convention
@@ -204,7 +204,7 @@ class Data(Protocol):
 
     @property
     def source(self) -> str:
-        """Where the pixels come from, for people."""
+        """Where the pixels come from, in words."""
 
     @property
     def min_area(self) -> float:
@@ -242,7 +242,7 @@ class PatchData:
     """Patches of the shards.
 
     Attributes:
-        config: scales, patches an image, threads.
+        config: scales, patches per image, threads.
         train: reader of the training shards.
         val: reader of the validation shards.
     """
@@ -255,7 +255,7 @@ class PatchData:
 
     @property
     def source(self) -> str:
-        """Where the pixels come from, for people."""
+        """Where the pixels come from, in words."""
         return f"the patches in {self.train.folder}"
 
     def counts(self) -> dict[int, int]:
@@ -311,7 +311,7 @@ class WholeData:
 
     @property
     def source(self) -> str:
-        """Where the pixels come from, for people."""
+        """Where the pixels come from, in words."""
         return self.train.description
 
     @property

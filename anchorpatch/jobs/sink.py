@@ -51,7 +51,7 @@ class ShardSink:
             False for a shard that another process is writing, or has made meanwhile.
 
         Raises:
-            ManifestMismatch: the folder was begun anew with other inputs meanwhile.
+            ManifestMismatch: another run has replaced the folder's inputs meanwhile.
             StorageError: the disk refuses.
         """
         path, header = self.manifest.shard_path(shard), self.manifest.header

@@ -32,7 +32,7 @@ __all__ = ["RECIPES", "TrainConfig", "TrainSummary", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSummary(RunSummary):
-    """What a run came to; of several stages, the epochs and records are those of the last.
+    """Result of a training run; of several stages, the epochs and records are those of the last.
 
     Attributes:
         bad: training images that could not be decoded, by reason, in this start.

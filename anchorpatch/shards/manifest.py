@@ -10,7 +10,7 @@ Several processes, also on several hosts, commit entries to one manifest. Each c
 the lock ``.manifest.lock``, reads the manifest again, adds its entry and replaces the file.
 Where a filesystem has no locks (Lustre without ``-o flock``, some FUSE mounts), two commits
 in the same moment may lose one of the entries. That shard is then pending again, and the next
-run of the same command makes it anew.
+run of the same command writes it again.
 """
 
 from __future__ import annotations
@@ -204,12 +204,12 @@ class Manifest:
         """Return the manifest as it is on the disk right now.
 
         Raises:
-            ManifestMismatch: the folder was begun anew with other inputs meanwhile.
+            ManifestMismatch: another run has replaced the folder's inputs meanwhile.
         """
         now = read_manifest(self.folder)
         if (now.header, now.files_sha256) != (self.header, self.files_sha256):
             raise ManifestMismatch(
-                f"{self.folder / MANIFEST_NAME}: another run began this folder anew with "
+                f"{self.folder / MANIFEST_NAME}: another run has started this folder over with "
                 "other inputs: choose another --out for one of them"
             )
         return now
@@ -221,7 +221,7 @@ class Manifest:
             The manifest as it is now, with what others committed meanwhile.
 
         Raises:
-            ManifestMismatch: the folder was begun anew with other inputs meanwhile.
+            ManifestMismatch: another run has replaced the folder's inputs meanwhile.
             StorageError: the disk refuses; the manifest is as it was.
         """
         with storage.locked(self.folder / LOCK_NAME):
@@ -250,7 +250,7 @@ def read_manifest(folder: Path) -> Manifest:
         ShardError: it is missing, damaged, of another program or of another format version.
     """
     path = Path(folder) / MANIFEST_NAME
-    again = "restore it, or make it and its shards anew with --overwrite"
+    again = "restore it, or write it and its shards again with --overwrite"
     try:
         text = path.read_bytes().decode()
         data = json.loads(text)

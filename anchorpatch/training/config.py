@@ -171,7 +171,7 @@ class TrainConfig(LoopConfig):
         se: AnchorNet: build the squeeze-and-excitation blocks.
         weighted_mean: AnchorNet: multiply S by H * W.
         attention_loss: AnchorNet: add the three losses of the attention branches.
-        init: weights to start from; classifiers of other classes start anew.
+        init: weights to start from; classifiers of other classes start from random weights.
         image_cache: folder for decoded training pictures; None decodes files each epoch.
         max_bad: share of unreadable images above which the run fails.
     """

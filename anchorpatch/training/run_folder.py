@@ -47,7 +47,7 @@ CHECKPOINT: Final = "last.pt"
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What a run came to.
+    """Result of a run.
 
     Attributes:
         weights: the best weights file.
@@ -96,7 +96,7 @@ class RunLog:
             self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def cut(self, epochs: int) -> None:
-        """Keep the records of the first ``epochs`` epochs; those behind are trained anew.
+        """Keep the records of the first ``epochs`` epochs; later ones will be trained again.
 
         Raises:
             DataError: the log is damaged.

@@ -113,8 +113,8 @@ def test_a_damaged_manifest_is_named_beside_other_splits(program: Program, tmp_p
     result = program("shards", "verify", tmp_path, "--jobs", 1)
     assert (result.returncode, result.stderr) == (1, "")
     assert result.stdout.splitlines() == [
-        f"{path}: damaged (its bytes are not those of its own checksum): restore it, or make it "
-        "and its shards anew with --overwrite",
+        f"{path}: damaged (its bytes are not those of its own checksum): restore it, or write "
+        "it and its shards again with --overwrite",
         f"{tmp_path / 'train'}: 1 bad",
         f"{tmp_path / 'val'}: 1 shard, all good",
     ]

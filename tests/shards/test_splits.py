@@ -229,7 +229,7 @@ def test_shards_without_a_manifest_are_not_overwritten(tmp_path: Path) -> None:
 def test_a_folder_begun_anew_refuses_old_entries(tmp_path: Path) -> None:
     old = open_manifest(tmp_path, make_header(), digest_of(["a"]))
     new = open_manifest(tmp_path, make_header(codec="jpeg"), digest_of(["a"]), overwrite=True)
-    with pytest.raises(ManifestMismatch, match="another run began this folder anew"):
+    with pytest.raises(ManifestMismatch, match="another run has started this folder over"):
         old.commit(entry(0))
     assert new.commit(entry(0)).entries == (entry(0),)
 
