@@ -34,7 +34,7 @@ def test_runs_are_summed_up() -> None:
     ]
     found[3]["val"]["top1"] = found[1]["val"]["top1"] = 0.9
     # best.safetensors holds the first of equal epochs.
-    assert best_record(found) is found[1]
+    assert best_record(found) == found[1]
     (tied,) = texts(run_table([Run("a", Path(), tuple(found), {})]))
     assert tied[2:4] == ["90.00%", "2"]
     (bare,) = texts(run_table([Run("b", Path(), ({"epoch": 1},), {})]))
