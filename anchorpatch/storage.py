@@ -37,8 +37,13 @@ __all__ = [
     "write_atomically",
 ]
 
-#: A disk without room in its several ways: full, over quota, over the file size limit.
-_NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: What to do about a write that the system refused; otherwise the folder is not for writing.
+_ADVICE: Final = {
+    errno.ENOSPC: "free space and run the same command again",
+    errno.EDQUOT: "free space and run the same command again",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f) and run the same command again",
+    errno.EIO: "check the disk and run the same command again",
+}
 
 #: What a filesystem answers that has no locks.
 _NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, ENOTSUPP}
@@ -214,13 +219,7 @@ def refusals(path: Path, needed: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         size = f" ({needed:,} bytes are needed)" if needed else ""
-        advice = (
-            "free space and run the same command again"
-            if error.errno in _NO_ROOM
-            else "make the folder writable, or choose another one"
-        )
-        if error.errno == errno.EIO:
-            advice = "check the disk and run the same command again"
+        advice = _ADVICE.get(error.errno or 0, "make the folder writable, or choose another one")
         raise StorageError(f"{path}: cannot write: {reason_of(error)}{size}: {advice}") from error
 
 

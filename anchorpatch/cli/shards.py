@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from anchorpatch.shards.manifest import Manifest, SplitFacts
     from anchorpatch.shards.reader import ShardReader
 
-#: What no manifest knows of the command that wrote it.
-_AS_BEFORE = (
-    "(DATA and WEIGHTS-SHA256 stand for the images and the weights; add --labels, --limit and "
-    "--allow-empty as they were given)"
-)
-
 _folder = click.argument("folder", metavar="DIR", type=PATH)
 
 
@@ -111,7 +105,7 @@ def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
             verdict = f"{counted(of_split['shards'], 'shard')}, {verdict}"
         click.echo(f"{of_split['folder']}: {verdict}")
         if of_split["repair"]:
-            click.echo(f"to write them again: {of_split['repair']}\n{_AS_BEFORE}")
+            click.echo(f"to write them again: {of_split['repair']}\n{_unknown(of_split['repair'])}")
     return int(bool(bad))
 
 
@@ -176,7 +170,7 @@ def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
         if merged.missing:
             command = _extract_command(read_manifest(merged.folder))
             names = ", ".join(merged.missing[:4]) + (", ..." if len(merged.missing) > 4 else "")
-            click.echo(f"missing: {names}\nto write them: {command}\n{_AS_BEFORE}")
+            click.echo(f"missing: {names}\nto write them: {command}\n{_unknown(command)}")
     return int(failed)
 
 
@@ -208,6 +202,15 @@ def _extract_command(manifest: Manifest, *options: str) -> str:
     words = [*options, "--data", str(data) if (data / split).is_dir() else "DATA"]
     words += ["--weights", weights, "--out", str(folder.parent) if folder.name == split else "OUT"]
     return f"anchorpatch extract {shlex.join([*words, *extract_options(manifest.header)])}"
+
+
+def _unknown(command: str) -> str:
+    """Return a line about what no manifest knows of the command that wrote the shards."""
+    words = command.split()
+    notes = ["DATA stands for the images"] if "DATA" in words else []
+    notes += [f"{w} for the weights with this SHA-256" for w in words if w.startswith("WEIGHTS-")]
+    notes += ["add --labels, --limit and --allow-empty as they were given"]
+    return f"({'; '.join(notes)})"
 
 
 @shards.command(cls=Command)

@@ -96,7 +96,10 @@ def test_verify_names_each_bad_shard_and_fails(program: Program, tmp_path: Path)
         "--split val --shard-size 8 --preset figure"
     )
     assert advice == f"to write them again: {command}"
-    assert note.startswith("(DATA and WEIGHTS-SHA256 stand for the images and the weights; ")
+    assert note == (
+        "(DATA stands for the images; WEIGHTS-abababababab for the weights with this SHA-256; "
+        "add --labels, --limit and --allow-empty as they were given)"
+    )
     result = program("shards", "verify", tmp_path, "--json", "--jobs", 1)
     assert result.returncode == 1
     found = json.loads(result.stdout)

@@ -257,7 +257,8 @@ def test_a_full_disk_leaves_no_temporary_file(tmp_path: Path, size: int, jobs: i
     folder = tmp_path / "set"
     command = [sys.executable, "-c", LIMITED, folder, size, jobs]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert result.stdout.startswith(f"StorageError {folder}: cannot write: File too large: free")
+    message = f"StorageError {folder}: cannot write: File too large: raise the limit of file sizes"
+    assert result.stdout.startswith(message)
     assert not [path for path in contents(folder) if path.endswith(".tmp")]
     assert make_scenes(folder, train=0, val=60, jobs=1).val == 60
 
