@@ -294,17 +294,17 @@ def _budget(config: FinetuneConfig, train: ShardReader, module: nn.Module) -> tu
         ) from error
 
 
-def _affordable(budget: int, steps_a_pass: int, macs_a_pass: int) -> tuple[int, int]:
+def _affordable(budget: int, steps_per_pass: int, macs_per_pass: int) -> tuple[int, int]:
     """Return steps of an epoch and epochs that cost the budget, but at least one pass.
 
     Example:
-        >>> _affordable(budget=250, steps_a_pass=10, macs_a_pass=100)
+        >>> _affordable(budget=250, steps_per_pass=10, macs_per_pass=100)
         (12, 2)
-        >>> _affordable(budget=30, steps_a_pass=10, macs_a_pass=100)
+        >>> _affordable(budget=30, steps_per_pass=10, macs_per_pass=100)
         (10, 1)
     """
-    total = max(steps_a_pass, round(budget / macs_a_pass * steps_a_pass))
-    epochs = max(1, round(total / steps_a_pass))
+    total = max(steps_per_pass, round(budget / macs_per_pass * steps_per_pass))
+    epochs = max(1, round(total / steps_per_pass))
     return round(total / epochs), epochs
 
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models._utils import _make_divisible
 from torchvision.ops import SqueezeExcitation
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.models.anchornet import AnchorNet, spatial_attention
+from anchorpatch.models.anchornet import BRANCHES, HEAD, AnchorNet, spatial_attention
 from anchorpatch.models.complexity import anchornet_receptive_fields, macs, parameters
 from anchorpatch.models.registry import build
 from anchorpatch.settings import SCALES
@@ -34,6 +35,18 @@ def test_parameters_and_macs_are_the_papers(net: AnchorNet) -> None:
     assert round(macs(net, forward=net.full) / 1e9, 4) == 0.4853
     assert round(macs(net, forward=net.localize) / 1e9, 4) == 0.3939
     assert anchornet_receptive_fields(net) == SCALES
+
+
+def test_squeeze_and_excitation_of_expanded_features_would_be_too_large(net: AnchorNet) -> None:
+    def expanded(n: int) -> int:  # squeezed to a multiple of 8, as in MobileNetV3
+        return parameters(SqueezeExcitation(n, _make_divisible(n / 4, 8)))
+
+    def projected(n: int) -> int:
+        return parameters(SqueezeExcitation(n, n // 4))
+
+    rows = [*HEAD, *(row for branch in BRANCHES.values() for row in branch)]
+    more = sum(expanded(row.expand) - projected(row.out) for row in rows if row.se)
+    assert parameters(net) + more == 2_529_443
 
 
 def test_maps_are_those_of_table_2(net: AnchorNet) -> None:
