@@ -127,7 +127,7 @@ class Accuracy:
             ],
             -1,
         ).sum(0)
-        columns[..., _Sum.PATCHES] = patches
+        columns[..., _Sum.PATCHES].fill_(patches)  # assigning may copy from the host
         rows = slice(None) if group is None else slice(group, group + 1)
         self._sums[rows] += columns
 

@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections import Counter
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,12 +22,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+import anchorpatch
+
 try:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 except ImportError:  # a private module
     FakeTensorMode = None  # type: ignore[assignment,misc]
 
 __all__ = ["FakeGpu", "why_not"]
+
+_PACKAGE = Path(anchorpatch.__file__).parent
 
 aten = torch.ops.aten
 
@@ -241,9 +246,9 @@ def _may_round(func: Any, result: Tensor) -> bool:
 def _line() -> str:
     """Return the innermost line of anchorpatch that is running."""
     for frame in reversed(traceback.extract_stack()):
-        _, found, name = frame.filename.rpartition("/anchorpatch/")
-        if found and "/tests/" not in frame.filename:
-            return f"{name}:{frame.lineno}"
+        # Not by a folder's name: a checkout, and what is installed in it, may have it too.
+        if (path := Path(frame.filename)).is_relative_to(_PACKAGE):
+            return f"{path.relative_to(_PACKAGE)}:{frame.lineno}"
     return "elsewhere"
 
 
