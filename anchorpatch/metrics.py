@@ -17,19 +17,6 @@ from anchorpatch.models.anchornet import Logits
 from anchorpatch.runtime.distributed import sum_ranks
 from anchorpatch.settings import SCALES
 
-__all__ = [
-    "OUTPUTS",
-    "Accuracy",
-    "AnchorNetAccuracy",
-    "Figures",
-    "PatchFigures",
-    "hits",
-    "per_branch",
-    "places",
-    "probability_losses",
-    "six_losses",
-]
-
 #: The six supervised outputs of AnchorNet, in the order of `six_losses`.
 OUTPUTS: Final = tuple(f"{part}_{s}" for part in ("localization", "attention") for s in SCALES)
 

@@ -35,18 +35,6 @@ from anchorpatch.runtime.checkpoint import (
     refused_object,
 )
 
-__all__ = [
-    "NAME_A_FILE",
-    "OR_NONE",
-    "Found",
-    "find_pretrained",
-    "has_pretrained",
-    "of_another_program",
-    "of_checkpoint",
-    "pretrained",
-    "read_file",
-]
-
 #: Seconds that a download may be silent.
 _TIMEOUT: Final = 30.0
 

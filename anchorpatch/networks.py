@@ -28,19 +28,6 @@ from anchorpatch.runtime.checkpoint import WeightsMeta, check_tensors, load_weig
 from anchorpatch.settings import SCALES
 from anchorpatch.text import few
 
-__all__ = [
-    "Network",
-    "Normalization",
-    "asked_text",
-    "best_weights",
-    "check_sides",
-    "load_checkpoint",
-    "load_for_whole_images",
-    "load_network",
-    "load_tuned",
-    "run_folder",
-]
-
 #: Classifiers that inception_v3 and googlenet have in training only; they are built without.
 _AUXILIARY: Final = ("AuxLogits.", "aux1.", "aux2.")
 

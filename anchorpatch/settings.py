@@ -8,22 +8,6 @@ from typing import Final
 
 from anchorpatch.errors import SettingsError
 
-__all__ = [
-    "ARCHITECTURES",
-    "CODECS",
-    "CROP",
-    "CROP_MODES",
-    "DAMAGED",
-    "PRECISIONS",
-    "PRESETS",
-    "RESIZE",
-    "SCALES",
-    "STRIDE",
-    "CropSettings",
-    "LspSettings",
-    "default_preset",
-]
-
 #: Side theta of the patches of each branch, in pixels: the receptive fields of Table 2.
 SCALES: Final = (63, 95, 111)
 

@@ -27,17 +27,6 @@ from anchorpatch.errors import AnchorpatchError
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-__all__ = [
-    "STOP_SIGNALS",
-    "StopRequested",
-    "StopSignals",
-    "answers",
-    "ending",
-    "shut_down",
-    "waiting_for",
-    "watch_waits",
-]
-
 #: What asks a run to stop: Ctrl-C, ``kill``, a closed terminal, and what batch systems send
 #: ahead of the end of a job (``sbatch --signal=USR1@60``).
 STOP_SIGNALS: Final = tuple(

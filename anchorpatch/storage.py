@@ -23,20 +23,6 @@ from typing import Any, BinaryIO, Final, TypeVar, Union, get_args, get_origin, g
 from anchorpatch.errors import ENOTSUPP, DataError, StorageError, reason_of
 from anchorpatch.signals import waiting_for
 
-__all__ = [
-    "allocate",
-    "from_json",
-    "lock_file",
-    "locked",
-    "patiently",
-    "refusals",
-    "replace",
-    "sha256_of",
-    "to_json",
-    "try_lock",
-    "write_atomically",
-]
-
 #: What to do about a write that the system refused; otherwise the folder is not for writing.
 _ADVICE: Final = {
     errno.ENOSPC: "free space and run the same command again",

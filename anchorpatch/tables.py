@@ -13,23 +13,6 @@ from typing import Any, ClassVar, Final
 from anchorpatch.text import decimal as decimal_text
 from anchorpatch.text import percent
 
-__all__ = [
-    "NO_VALUE",
-    "Cell",
-    "Column",
-    "Table",
-    "count",
-    "decimal",
-    "facts_table",
-    "named",
-    "scale_table",
-    "share",
-    "shown_value",
-    "text",
-    "with_total",
-    "written",
-]
-
 NO_VALUE: Final = "–"  # noqa: RUF001 (an en dash)
 
 

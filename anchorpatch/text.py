@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final
 
-__all__ = ["clean", "counted", "decimal", "differing", "few", "percent"]
-
 #: What no HTML may hold: control characters, and halves of surrogate pairs, which stand for
 #: bytes of file names that are no UTF-8.
 _UNFIT: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")

@@ -32,8 +32,6 @@ from anchorpatch.storage import write_atomically
 if TYPE_CHECKING:
     from anchorpatch.jobs.results import AnchorNetFigures, Table3, Table4
 
-__all__ = ["evaluate"]
-
 #: Options that only one of the two kinds of evaluation has.
 _OF_ANCHORNET = ("labels", "max_bad")
 _OF_NETWORKS = (

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from anchorpatch.jobs.crops import ImageSource
     from anchorpatch.runtime.checkpoint import Weights
 
-__all__ = ["figure"]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 

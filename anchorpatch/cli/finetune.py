@@ -24,8 +24,6 @@ from anchorpatch.text import counted
 if TYPE_CHECKING:
     from anchorpatch.jobs.finetune import FinetuneSummary
 
-__all__ = ["DEFAULTS", "finetune"]
-
 #: What the help says; the values are those of `FinetuneConfig`, as a test makes sure.
 DEFAULTS = {
     "epochs": "5; 30 with --weights none",
@@ -114,7 +112,8 @@ def finetune(
     anchorpatch finetune resnet50 --baseline --data imagenet --amp
     torchrun --nproc-per-node 8 -m anchorpatch finetune densenet169 --amp --sync-batchnorm
     """
-    from anchorpatch.jobs.finetune import SCRATCH, FinetuneConfig, forecast, run
+    from anchorpatch.jobs.finetune import forecast, run
+    from anchorpatch.jobs.finetune_data import SCRATCH, FinetuneConfig
     from anchorpatch.networks import run_folder
     from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.distributed import is_main

@@ -33,8 +33,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["cli", "load_config", "main", "unknown_variables"]
-
 #: Command -> module of this package that holds a click command of the same name.
 _COMMANDS = (
     *("train", "extract", "finetune", "evaluate", "predict"),

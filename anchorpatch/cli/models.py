@@ -11,8 +11,6 @@ from anchorpatch.cli.output import print_json, print_table
 from anchorpatch.settings import CROP, SCALES
 from anchorpatch.text import percent
 
-__all__ = ["models"]
-
 
 @click.command(cls=Command)
 @click.argument("names", metavar="[NAME]...", nargs=-1)

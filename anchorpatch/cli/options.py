@@ -17,41 +17,6 @@ from click.core import ParameterSource
 from anchorpatch.errors import OutOfMemory, WeightsError
 from anchorpatch.settings import PRESETS, default_preset
 
-__all__ = [
-    "PATH",
-    "Command",
-    "Group",
-    "Names",
-    "NumberList",
-    "Share",
-    "SharedOption",
-    "allow_empty_option",
-    "anchornet_weights_option",
-    "background_option",
-    "batch_size_option",
-    "data_option",
-    "debug_option",
-    "device_option",
-    "did_you_mean",
-    "find_weights",
-    "grouped",
-    "json_option",
-    "labels_option",
-    "limit_option",
-    "lsp_options",
-    "max_bad_option",
-    "options_of",
-    "runs_option",
-    "shards_option",
-    "split_option",
-    "threads_option",
-    "training_options",
-    "variable_name",
-    "weights_option",
-    "with_layout",
-    "workers_option",
-]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 

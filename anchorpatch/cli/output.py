@@ -16,19 +16,6 @@ import click
 from anchorpatch.errors import StorageError, reason_of
 from anchorpatch.tables import NO_VALUE, Table
 
-__all__ = [
-    "ReaderGone",
-    "bytes_text",
-    "open_streams",
-    "print_csv",
-    "print_json",
-    "print_markdown",
-    "print_records",
-    "print_result",
-    "print_table",
-    "print_tables",
-]
-
 
 class ReaderGone(BrokenPipeError):
     """The reader of stdout has all it wanted, as in ``anchorpatch ... | head``."""

@@ -29,8 +29,6 @@ from anchorpatch.text import counted
 if TYPE_CHECKING:
     from anchorpatch.jobs.predict import Prediction
 
-__all__ = ["predict"]
-
 
 @click.command(cls=Command)
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)

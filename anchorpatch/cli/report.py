@@ -15,8 +15,6 @@ from anchorpatch.text import counted
 if TYPE_CHECKING:
     from anchorpatch.report.page import ReportSummary
 
-__all__ = ["report"]
-
 
 @click.command(cls=Command)
 @click.argument("folder", metavar="[DIR]", type=PATH, default=Path())

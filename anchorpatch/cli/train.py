@@ -28,8 +28,6 @@ from anchorpatch.text import counted
 if TYPE_CHECKING:
     from anchorpatch.jobs.train import TrainSummary
 
-__all__ = ["train"]
-
 
 @click.command(cls=Command)
 @click.option(
@@ -129,10 +127,11 @@ def train(
     torchrun --nproc-per-node 8 -m anchorpatch train --data imagenet --sync-batchnorm
     """  # noqa: D301 (click reads the character)
     _refuse_options_of_anchornet(arch)
-    from anchorpatch.jobs.train import RECIPES, TrainConfig, run
+    from anchorpatch.jobs.train import run
     from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.distributed import is_main
     from anchorpatch.runtime.progress import reporter
+    from anchorpatch.training.config import RECIPES, TrainConfig
 
     use_threads(threads)
     given = {name: value for name, value in options.items() if value is not None}

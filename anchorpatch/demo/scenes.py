@@ -47,20 +47,6 @@ from anchorpatch.settings import CROP, RESIZE
 from anchorpatch.signals import answers
 from anchorpatch.storage import refusals
 
-__all__ = [
-    "CLASSES",
-    "SIDE",
-    "SIZES",
-    "SPLITS",
-    "Box",
-    "ScenesSummary",
-    "draw_scene",
-    "make_scenes",
-    "read_boxes",
-    "scene_box",
-    "scene_path",
-]
-
 #: Side of a source picture in pixels.
 SIDE: Final = RESIZE
 

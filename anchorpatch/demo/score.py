@@ -25,8 +25,6 @@ from anchorpatch.storage import to_json
 from anchorpatch.tables import Cell, Table, decimal, named, share, text
 from anchorpatch.text import counted, percent
 
-__all__ = ["PatchFit", "SceneScore", "score_scenes"]
-
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 

@@ -30,15 +30,6 @@ from anchorpatch.storage import to_json
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = [
-    "AttentionConfig",
-    "AttentionExample",
-    "AttentionExamples",
-    "attention_figure",
-    "find_attention",
-    "map_extent",
-]
-
 
 @dataclass(frozen=True)
 class AttentionConfig:

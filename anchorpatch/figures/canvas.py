@@ -19,24 +19,6 @@ from anchorpatch.text import clean, decimal
 if TYPE_CHECKING:
     from matplotlib.font_manager import FontEntry
 
-__all__ = [
-    "BLACK",
-    "GAP",
-    "GREY",
-    "PAPER",
-    "Color",
-    "Font",
-    "beside",
-    "bordered",
-    "fallbacks",
-    "fitted",
-    "font",
-    "rounded",
-    "stacked",
-    "tiled",
-    "written",
-]
-
 Color = tuple[int, int, int]
 
 BLACK: Final = (0, 0, 0)

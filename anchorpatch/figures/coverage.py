@@ -55,8 +55,6 @@ from anchorpatch.runtime.progress import Reporter
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["CoverageConfig", "CoverageResult", "coverage_figure", "measure_coverage"]
-
 
 @dataclass(frozen=True)
 class CoverageConfig:

@@ -16,19 +16,6 @@ from numpy.typing import NDArray
 from anchorpatch.storage import write_atomically
 from anchorpatch.text import counted, decimal
 
-__all__ = [
-    "AUC_FIGURES",
-    "LABELS",
-    "LOCALIZERS",
-    "PEERS",
-    "CoverageResult",
-    "Curve",
-    "Series",
-    "auc_texts",
-    "curves_of",
-    "write_points",
-]
-
 #: Localizers with weights of their own.
 PEERS: Final = ("bagnet33", "bagnet77", "saccader")
 

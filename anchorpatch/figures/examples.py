@@ -26,16 +26,6 @@ from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import SCALES
 from anchorpatch.text import counted
 
-__all__ = [
-    "Choice",
-    "Example",
-    "LookedAt",
-    "ShownImages",
-    "Survey",
-    "look_at",
-    "spread",
-]
-
 _T = TypeVar("_T")
 
 #: Images that are decoded and submitted at once.

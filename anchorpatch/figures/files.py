@@ -20,17 +20,6 @@ from anchorpatch.figures.canvas import fallbacks
 from anchorpatch.images.decode import decode_picture
 from anchorpatch.storage import write_atomically
 
-__all__ = [
-    "FigureFile",
-    "drawable",
-    "encoded",
-    "figure_of",
-    "picture_kind",
-    "read_figure",
-    "save_figure",
-    "save_picture",
-]
-
 #: Kind of picture by the ending of its name.
 _KINDS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP", ".pdf": "PDF"}
 

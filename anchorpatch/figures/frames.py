@@ -31,27 +31,6 @@ from anchorpatch.figures.canvas import (
     written,
 )
 
-__all__ = [
-    "COLORS",
-    "MARK",
-    "TRUTH",
-    "Box",
-    "Mark",
-    "Tile",
-    "badge",
-    "contact_sheet",
-    "cross",
-    "cut_out",
-    "draw_frames",
-    "heading",
-    "localized_picture",
-    "number",
-    "patch_figure",
-    "patch_sheet",
-    "rank_color",
-    "tick",
-]
-
 #: Left, top, right, bottom in pixels; right and bottom lie outside.
 Box = tuple[int, int, int, int]
 

@@ -15,8 +15,6 @@ from torch.nn import functional
 from anchorpatch.errors import SettingsError
 from anchorpatch.models.complexity import refusal
 
-__all__ = ["FeatureMap", "GradCam", "last_feature_map"]
-
 #: Layers that take and give (N, C, H, W) by definition.
 _PLANAR: Final = (
     *(nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d),

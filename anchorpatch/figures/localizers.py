@@ -33,25 +33,6 @@ from anchorpatch.runtime.checkpoint import Weights, WeightsMeta
 from anchorpatch.runtime.device import exact_float32
 from anchorpatch.settings import SCALES, STRIDE
 
-__all__ = [
-    "SIDE",
-    "Localize",
-    "See",
-    "Seen",
-    "anchornet_localizers",
-    "arrival",
-    "centre",
-    "chance",
-    "edges",
-    "gradcam",
-    "mask_of_area",
-    "patch_ranks",
-    "peer",
-    "pixel_positions",
-    "sobel_energy",
-    "squares_from_centre",
-]
-
 #: Side of the images in pixels.
 SIDE: Final = 224
 

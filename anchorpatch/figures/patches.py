@@ -28,13 +28,6 @@ from anchorpatch.settings import PRESETS, SCALES, LspSettings
 from anchorpatch.storage import to_json
 from anchorpatch.text import counted
 
-__all__ = [
-    "PatchExamples",
-    "PatchesConfig",
-    "find_patches",
-    "patches_figure",
-]
-
 
 @dataclass(frozen=True)
 class PatchesConfig:

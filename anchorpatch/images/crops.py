@@ -32,18 +32,6 @@ from anchorpatch.images.loader import Batch, fill_batch, read_image, serve_batch
 from anchorpatch.signals import shut_down, waiting_for
 from anchorpatch.storage import locked, write_atomically
 
-__all__ = [
-    "SHORT_SIDE",
-    "PictureCache",
-    "RandomCrop",
-    "build_cache",
-    "epoch_order",
-    "load_training_batches",
-    "open_cache",
-    "random_box",
-    "random_crop",
-]
-
 #: Longer short sides of cached pictures are shrunk to this, in pixels.
 SHORT_SIDE: Final = 256
 

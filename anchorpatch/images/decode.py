@@ -55,16 +55,6 @@ from torchvision.transforms.v2 import functional as F
 from anchorpatch.errors import ImageError
 from anchorpatch.settings import CROP, RESIZE, CropSettings
 
-__all__ = [
-    "MAX_PIXELS",
-    "Decoded",
-    "Geometry",
-    "Picture",
-    "decode",
-    "decode_picture",
-    "geometry",
-]
-
 _T = TypeVar("_T")
 
 #: Images of more pixels are refused unread: Pillow's own limit for decompression bombs. One of

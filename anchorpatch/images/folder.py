@@ -39,8 +39,6 @@ from anchorpatch.errors import DataError, SettingsError, TooManyBadImages, reaso
 from anchorpatch.storage import patiently
 from anchorpatch.text import counted, few
 
-__all__ = ["EXTENSIONS", "ImageFolder", "scan_folder", "spread_rows", "without_images"]
-
 #: What an image's name ends with, in any case.
 EXTENSIONS: Final = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),

@@ -53,8 +53,6 @@ from anchorpatch.settings import CROP, CropSettings
 from anchorpatch.signals import STOP_SIGNALS, waiting_for
 from anchorpatch.storage import patiently
 
-__all__ = ["MAX_BYTES", "Batch", "fill_batch", "load_batches", "read_image", "serve_batches"]
-
 #: Files of more bytes are not read: an uncompressed image of `MAX_PIXELS` fits.
 MAX_BYTES: Final = 1 << 30
 

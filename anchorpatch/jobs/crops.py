@@ -20,8 +20,6 @@ from anchorpatch.shards.dataset import load_rows
 from anchorpatch.shards.layout import decode_text
 from anchorpatch.shards.reader import ShardReader
 
-__all__ = ["Crops", "ImageSource"]
-
 
 class Crops(NamedTuple):
     """Whole images.

@@ -53,8 +53,6 @@ from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import CROP, SCALES
 from anchorpatch.shards.reader import ShardReader
 
-__all__ = ["Costs", "EvaluateConfig", "run", "run_rescale", "table_3_rows", "table_4_rows"]
-
 #: Images on which speed is measured: some seconds for a ResNet-50.
 _SPEED_IMAGES: Final = {"cpu": 32, "cuda": 2048}
 

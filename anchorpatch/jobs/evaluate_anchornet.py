@@ -31,8 +31,6 @@ from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import PRESETS, SCALES
 from anchorpatch.text import counted
 
-__all__ = ["EvaluateAnchorNetConfig", "run"]
-
 
 @dataclass(frozen=True)
 class EvaluateAnchorNetConfig:

@@ -47,15 +47,6 @@ from anchorpatch.shards.verify import verify_shards
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 from anchorpatch.text import counted
 
-__all__ = [
-    "ExtractConfig",
-    "Forecast",
-    "files_digest",
-    "forecast",
-    "run",
-    "shard_ranges",
-]
-
 #: Images that a forecast looks at.
 _SAMPLE = 64
 

@@ -18,8 +18,6 @@ from anchorpatch.shards.manifest import read_manifest
 from anchorpatch.signals import waiting_for
 from anchorpatch.text import counted
 
-__all__ = ["ExtractSummary", "mean_patches", "summarize", "wait_for_ranks", "what_is_there"]
-
 
 @dataclass(frozen=True)
 class ExtractSummary:

@@ -22,7 +22,6 @@ from torch import nn
 from anchorpatch.errors import DataError, SettingsError, WeightsError, reason_of
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.finetune_data import (
-    SCRATCH,
     Data,
     FinetuneConfig,
     PatchData,
@@ -45,8 +44,6 @@ from anchorpatch.text import counted, differing
 from anchorpatch.training.augment import Augmentation
 from anchorpatch.training.loop import Batch, Task, Trainer
 from anchorpatch.training.run_folder import BEST, RunSummary, alone_in, best_record
-
-__all__ = ["SCRATCH", "FinetuneConfig", "FinetuneSummary", "forecast", "prepare", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,8 +37,6 @@ from anchorpatch.shards.dataset import (
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.training.config import LoopConfig
 
-__all__ = ["SCRATCH", "Data", "FinetuneConfig", "PatchData", "Plan", "Request", "WholeData"]
-
 #: What replaces the defaults where a network starts from random weights: the rate that such
 #: networks are usually trained with, and more epochs.
 SCRATCH: Final[dict[str, Any]] = {"epochs": 30, "lr": 0.1}

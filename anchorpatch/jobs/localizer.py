@@ -28,18 +28,6 @@ from anchorpatch.runtime.device import exact_float32
 from anchorpatch.settings import SCALES, LspSettings
 from anchorpatch.signals import shut_down, waiting_for
 
-__all__ = [
-    "CPU_CHUNK",
-    "Localized",
-    "Localizer",
-    "Maps",
-    "Pending",
-    "Run",
-    "Runner",
-    "load_anchornet",
-    "normalize",
-]
-
 #: Images in a chunk on CPU. Of 4 to 64 the one that needs the least CPU time per image: larger
 #: chunks spend it on fresh memory, smaller ones on the overhead of each operator.
 CPU_CHUNK = 16

@@ -33,19 +33,6 @@ from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.text import few
 
-__all__ = [
-    "Distributions",
-    "Keep",
-    "Part",
-    "ScalePlan",
-    "added_by_image",
-    "check_classes",
-    "check_tables",
-    "open_shards",
-    "score_images",
-    "score_patches",
-]
-
 #: Takes rows of images (n,), int64, and their mean distributions (n, C), float64.
 Keep: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.float64]], None]
 

@@ -40,8 +40,6 @@ from anchorpatch.runtime.device import cpu_count, resolve_device
 from anchorpatch.settings import PRESETS, SCALES, CropSettings, LspSettings
 from anchorpatch.signals import shut_down, waiting_for
 
-__all__ = ["PredictConfig", "Prediction", "Predictor", "Unreadable", "names_file"]
-
 #: Images in a batch on a GPU; few, since a batch is always filled up.
 _GPU_IMAGES: Final = 32
 

@@ -18,8 +18,6 @@ from anchorpatch.runtime.distributed import World, sum_ranks
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.storage import refusals, write_atomically
 
-__all__ = ["Predictions", "check_predictions_path"]
-
 _TOP: Final = 5
 
 

@@ -24,8 +24,6 @@ from anchorpatch.tables import (
 )
 from anchorpatch.text import counted
 
-__all__ = ["AnchorNetFigures", "Speed", "Table3", "Table3Row", "Table4", "Table4Row"]
-
 
 @dataclass(frozen=True)
 class AnchorNetFigures:

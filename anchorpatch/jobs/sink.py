@@ -13,8 +13,6 @@ from anchorpatch.shards.manifest import Manifest
 from anchorpatch.shards.writer import ShardWriter
 from anchorpatch.signals import shut_down, waiting_for
 
-__all__ = ["ShardSink"]
-
 #: Batches between decoding and the disk: enough to keep every stage busy.
 _IN_FLIGHT = 3
 

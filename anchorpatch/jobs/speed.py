@@ -16,8 +16,6 @@ from anchorpatch.lsp import crop
 from anchorpatch.runtime.device import to_device
 from anchorpatch.settings import SCALES
 
-__all__ = ["measure_speed"]
-
 
 @torch.inference_mode()
 def measure_speed(

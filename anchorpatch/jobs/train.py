@@ -15,7 +15,7 @@ from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import process_group
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.storage import write_atomically
-from anchorpatch.training.config import RECIPES, TrainConfig
+from anchorpatch.training.config import TrainConfig
 from anchorpatch.training.image_tasks import AnchorNetTask, BagNetTask, open_images
 from anchorpatch.training.loop import Trainer
 from anchorpatch.training.run_folder import (
@@ -26,8 +26,6 @@ from anchorpatch.training.run_folder import (
     refuse_foreign,
 )
 from anchorpatch.training.saccader import Stage, stages
-
-__all__ = ["RECIPES", "TrainConfig", "TrainSummary", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)

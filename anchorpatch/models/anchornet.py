@@ -23,8 +23,6 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 from anchorpatch.errors import SettingsError
 from anchorpatch.settings import SCALES
 
-__all__ = ["BRANCHES", "HEAD", "STEM", "AnchorNet", "Logits", "Row"]
-
 HS, RE = nn.Hardswish, nn.ReLU
 
 

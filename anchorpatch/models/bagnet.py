@@ -19,8 +19,6 @@ from anchorpatch.errors import SettingsError
 from anchorpatch.lsp import grid_size
 from anchorpatch.settings import STRIDE
 
-__all__ = ["WIDTH", "BagNet", "bagnet33", "bagnet77"]
-
 #: Channels of the stem, and planes of the first group.
 WIDTH: Final = 64
 

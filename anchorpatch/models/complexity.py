@@ -23,22 +23,6 @@ from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.registry import build_on_meta
 from anchorpatch.settings import SCALES
 
-__all__ = [
-    "IMAGES",
-    "MEAN_PATCHES",
-    "PRINTED",
-    "WHOLE",
-    "Cell",
-    "anchornet_receptive_fields",
-    "cells",
-    "macs",
-    "macs_at",
-    "parameters",
-    "receptive_field",
-    "refusal",
-    "table_3_costs",
-]
-
 #: Side of a whole image in pixels.
 WHOLE: Final = 224
 

@@ -17,8 +17,6 @@ from torch.nn import functional as F
 
 from anchorpatch.errors import SettingsError
 
-__all__ = ["HCGNet", "hcgnet_b", "hcgnet_c"]
-
 #: Channels behind the stem.
 _STEM: Final = 64
 

@@ -18,18 +18,6 @@ from anchorpatch.models.bagnet import bagnet33, bagnet77
 from anchorpatch.models.hcgnet import hcgnet_b, hcgnet_c
 from anchorpatch.models.saccader import saccader
 
-__all__ = [
-    "NETWORKS",
-    "TIMM",
-    "build",
-    "build_on_meta",
-    "check_name",
-    "run_name",
-    "timm_module",
-    "torchvision_name",
-    "torchvision_names",
-]
-
 #: What the name of a network of timm begins with.
 TIMM: Final = "timm:"
 

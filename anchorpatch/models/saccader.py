@@ -29,8 +29,6 @@ from anchorpatch.errors import SettingsError
 from anchorpatch.lsp import first_argmax
 from anchorpatch.models.bagnet import WIDTH, BagNet
 
-__all__ = ["GLIMPSES", "Cell", "Glimpses", "Maps", "Saccader", "saccader"]
-
 #: Places that an image is judged by.
 GLIMPSES: Final = 6
 

@@ -25,8 +25,6 @@ from anchorpatch.metrics import OUTPUTS
 from anchorpatch.report.collect import Run, number
 from anchorpatch.text import clean
 
-__all__ = ["Chart", "Series", "comparison", "draw", "run_charts"]
-
 #: Stand-in colour -> the variable of style.css that takes its place.
 _INK: Final = "#a20001"
 _RULE: Final = "#a20002"

@@ -25,23 +25,6 @@ from anchorpatch.shards.manifest import SplitFacts, read_manifest, split_facts
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.storage import sha256_of
 
-__all__ = [
-    "BOXES",
-    "PICTURE",
-    "Contents",
-    "LeftOut",
-    "Result",
-    "Run",
-    "Scenes",
-    "Split",
-    "WeightsFacts",
-    "collect",
-    "number",
-    "read_result",
-    "read_scenes",
-    "read_weights_facts",
-]
-
 _LOG: Final = "log.jsonl"
 
 #: Skipped images that the page names; the reasons of all are counted.

@@ -54,22 +54,6 @@ from anchorpatch.tables import Table, decimal, facts_table, share, shown_value
 from anchorpatch.text import clean, counted, percent
 from anchorpatch.training.run_folder import best_record
 
-__all__ = [
-    "Charts",
-    "Key",
-    "Part",
-    "Plate",
-    "ReportConfig",
-    "ReportSummary",
-    "Section",
-    "Words",
-    "key_figures",
-    "page_date",
-    "render",
-    "run",
-    "sections",
-]
-
 
 @dataclass(frozen=True)
 class ReportConfig:

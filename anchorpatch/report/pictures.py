@@ -28,8 +28,6 @@ from anchorpatch.runtime.progress import Reporter
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.storage import sha256_of
 
-__all__ = ["MAKERS", "Embedded", "Made", "embed", "make_figures"]
-
 #: A file up to here goes in as it is: making it smaller would not be seen in the page's size.
 _SMALL: Final = 120_000
 

@@ -21,15 +21,6 @@ from anchorpatch.tables import (
 )
 from anchorpatch.training.run_folder import best_record
 
-__all__ = [
-    "coverage_table",
-    "epoch_table",
-    "histogram_table",
-    "run_table",
-    "skipped_table",
-]
-
-
 # --- training runs ------------------------------------------------------------------------
 
 

@@ -33,21 +33,6 @@ from anchorpatch.errors import SettingsError, WeightsError, reason_of
 from anchorpatch.settings import CropSettings
 from anchorpatch.storage import from_json, write_atomically
 
-__all__ = [
-    "Weights",
-    "WeightsMeta",
-    "check_tensors",
-    "load_into",
-    "load_state",
-    "load_weights",
-    "read_meta",
-    "reading_safetensors",
-    "refused_object",
-    "save_state",
-    "save_weights",
-    "versions",
-]
-
 _KEY: Final = "anchorpatch"
 _FORMAT: Final = 1
 

@@ -23,17 +23,6 @@ from anchorpatch.errors import SettingsError
 from anchorpatch.runtime.distributed import environment_number
 from anchorpatch.text import counted
 
-__all__ = [
-    "computing_on",
-    "cpu_count",
-    "exact_float32",
-    "keep_freed_memory",
-    "peak_memory",
-    "resolve_device",
-    "to_device",
-    "use_threads",
-]
-
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 

@@ -24,19 +24,6 @@ from torch.distributed.rendezvous import rendezvous
 from anchorpatch.errors import AnchorpatchError, SettingsError
 from anchorpatch.signals import waiting_for
 
-__all__ = [
-    "Task",
-    "World",
-    "any_rank",
-    "average_buffers",
-    "environment_number",
-    "is_main",
-    "process_group",
-    "rank_and_size",
-    "resolve_task",
-    "sum_ranks",
-]
-
 #: For one exchange between the processes: writing a checkpoint to a slow disk is well within.
 #: What one process does alone for longer, the others wait for in `World.wait`.
 _TIMEOUT: Final = timedelta(hours=1)

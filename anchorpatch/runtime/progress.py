@@ -7,8 +7,6 @@ import time
 from collections import Counter
 from typing import TextIO
 
-__all__ = ["LineReporter", "Reporter", "TerminalReporter", "reporter"]
-
 
 class Reporter:
     """Takes note of a job's progress and shows nothing; what a job talks to by default."""

@@ -30,17 +30,6 @@ from anchorpatch.settings import CROP, SCALES
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.signals import shut_down, waiting_for
 
-__all__ = [
-    "Loaded",
-    "PatchDataset",
-    "Rows",
-    "batches_of",
-    "epoch_rows",
-    "load_rows",
-    "pieces_of",
-    "visited",
-]
-
 
 class PatchDataset(Dataset[tuple[Tensor, int]]):
     """All patches of one scale, each with the label of its image.

@@ -45,25 +45,6 @@ from anchorpatch.errors import CorruptShard, SettingsError, ShardError, reason_o
 from anchorpatch.settings import CODECS, CROP, PRECISIONS, SCALES, CropSettings, LspSettings
 from anchorpatch.storage import from_json
 
-__all__ = [
-    "FORMAT_VERSION",
-    "IMAGE_TABLE",
-    "MANIFEST_NAME",
-    "PATCH_TABLE",
-    "ShardHeader",
-    "ShardSettings",
-    "cut_patches",
-    "decode_text",
-    "encode_text",
-    "expected_datasets",
-    "find_dataset",
-    "find_group",
-    "open_shard",
-    "read_attributes",
-    "shard_name",
-    "write_attributes",
-]
-
 FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 

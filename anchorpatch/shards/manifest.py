@@ -36,20 +36,6 @@ from anchorpatch.shards.layout import (
 )
 from anchorpatch.tables import Table, scale_table
 
-__all__ = [
-    "LEFTOVERS",
-    "LOCK_NAME",
-    "MANIFEST_FORMAT",
-    "FilesDigest",
-    "Manifest",
-    "ScaleFacts",
-    "ShardEntry",
-    "SplitFacts",
-    "read_manifest",
-    "split_facts",
-    "write_manifest",
-]
-
 LOCK_NAME: Final = ".manifest.lock"
 MANIFEST_FORMAT: Final = "anchorpatch shards"
 _FIELDS: Final = (

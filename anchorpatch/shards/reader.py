@@ -25,8 +25,6 @@ from anchorpatch.shards.manifest import read_manifest
 from anchorpatch.shards.verify import ShardFile, check_size, decode_patch, survey
 from anchorpatch.text import counted
 
-__all__ = ["ImagePatches", "ShardReader"]
-
 #: Attributes of a reader that are columns of the image table.
 _IMAGE_COLUMNS: Final = {
     "path": "path",

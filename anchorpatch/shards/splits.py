@@ -38,14 +38,6 @@ from anchorpatch.shards.manifest import (
     write_manifest,
 )
 
-__all__ = [
-    "Merged",
-    "extract_options",
-    "header_differences",
-    "merge_split",
-    "open_manifest",
-]
-
 #: Half-written files are removed when they are so old.
 _LEFTOVER_SECONDS: Final = 3600
 

@@ -34,18 +34,6 @@ from anchorpatch.shards.layout import (
 from anchorpatch.shards.manifest import LEFTOVERS, Manifest, ShardEntry, read_manifest
 from anchorpatch.signals import answers
 
-__all__ = [
-    "ShardFile",
-    "ShardProblem",
-    "Survey",
-    "check_size",
-    "decode_patch",
-    "survey",
-    "verify_folder",
-    "verify_shard",
-    "verify_shards",
-]
-
 _Table = dict[str, NDArray[Any]]
 
 #: No fault: later runs clear these away.

@@ -45,8 +45,6 @@ from anchorpatch.shards.layout import (
 )
 from anchorpatch.shards.manifest import ShardEntry
 
-__all__ = ["PatchBatch", "ShardWriter", "encode_jpeg"]
-
 #: Threads that encode JPEG; Pillow releases the interpreter lock. torchvision makes files of the
 #: same mean size at four fifths of the speed, as it wants the colours in planes.
 _JPEG_THREADS: Final = min(4, os.cpu_count() or 1)

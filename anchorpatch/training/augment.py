@@ -18,8 +18,6 @@ from torch.nn import functional
 from anchorpatch.images.crops import RandomCrop, random_box
 from anchorpatch.runtime.device import to_device
 
-__all__ = ["Augmentation", "adjust_colours", "crop_boxes"]
-
 #: Weights of red, green and blue in the grey of ITU-R BT.601, as in torchvision and Pillow.
 _GREY = (0.2989, 0.587, 0.114)
 

@@ -12,8 +12,6 @@ from anchorpatch.errors import SettingsError
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import ARCHITECTURES, CropSettings
 
-__all__ = ["ANCHORNET_ONLY", "RECIPES", "LoopConfig", "TrainConfig", "rate_factor"]
-
 #: Settings that only AnchorNet has.
 ANCHORNET_ONLY: Final = frozenset({"se", "weighted_mean", "attention_loss"})
 

@@ -38,8 +38,6 @@ from anchorpatch.text import counted
 from anchorpatch.training.config import ANCHORNET_ONLY, TrainConfig
 from anchorpatch.training.loop import Batch, Task
 
-__all__ = ["AnchorNetTask", "BagNetTask", "ImageTask", "TrainingImages", "open_images"]
-
 
 @dataclass(frozen=True)
 class TrainingImages:

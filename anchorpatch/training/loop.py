@@ -64,8 +64,6 @@ from anchorpatch.training.run_folder import (
     write_config,
 )
 
-__all__ = ["Batch", "MovingAverage", "Task", "Trainer", "Waiting"]
-
 _T = TypeVar("_T")
 
 #: On a GPU, reading a loss waits for it: steps between two looks, and between two questions to

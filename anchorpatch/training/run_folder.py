@@ -25,20 +25,6 @@ from anchorpatch.runtime.distributed import World, any_rank, sum_ranks
 from anchorpatch.storage import lock_file, refusals, write_atomically
 from anchorpatch.training.config import LoopConfig
 
-__all__ = [
-    "BEST",
-    "CHECKPOINT",
-    "LAST",
-    "Place",
-    "RunLog",
-    "RunSummary",
-    "alone_in",
-    "best_record",
-    "check_identity",
-    "refuse_foreign",
-    "write_config",
-]
-
 #: Files of a run: the weights of its best and last epoch, and its training state.
 BEST: Final = "best.safetensors"
 LAST: Final = "last.safetensors"

@@ -31,8 +31,6 @@ from anchorpatch.training.image_tasks import BagNetTask, ImageTask
 from anchorpatch.training.loop import Batch
 from anchorpatch.training.run_folder import BEST
 
-__all__ = ["LocationTask", "ReinforceTask", "Stage", "best_places", "stages"]
-
 #: Of the third stage's rate in the others'.
 _REFINE: Final = 0.1
 
