@@ -116,11 +116,6 @@ def load_anchornet(weights: Weights) -> AnchorNet:
     return net.eval()
 
 
-def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Turn uint8 pixels (n, H, W, 3) into the network's input (n, 3, H, W), channels last."""
-    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-
-
 @dataclass(frozen=True)
 class _OnDevice:
     """A chunk whose results the GPU copies to host memory."""

@@ -27,9 +27,9 @@ from torchvision import datasets, transforms
 
 from anchorpatch.images.crops import RandomCrop, build_cache, epoch_order, load_training_batches
 from anchorpatch.images.folder import scan_folder
-from anchorpatch.jobs.localizer import normalize
 from anchorpatch.metrics import six_losses
 from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.device import keep_freed_memory
 
@@ -57,14 +57,14 @@ def our_batches(args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
     cache = build_cache(folder, args.cache, 2) if args.way == "ours-cache" else None
     order = epoch_order(len(folder), 0, 0)
     plan = [(0, order[i : i + args.batch]) for i in range(0, len(order) - args.batch, args.batch)]
-    mean, std = (torch.tensor(v, device=args.device) for v in (META.mean, META.std))
+    normalize = Normalization(META, torch.device(args.device))
     cuda = args.device != "cpu"
     for rows, pixels, *_ in load_training_batches(
         folder, plan, RandomCrop(), workers=args.workers, cache=cache, pin_memory=cuda
     ):
         labels = torch.from_numpy(folder.labels[rows].astype(np.int64))
         yield (
-            normalize(pixels.to(args.device, non_blocking=True), mean, std),
+            normalize(pixels),
             labels.to(args.device, non_blocking=True),
         )
 

@@ -22,7 +22,8 @@ from anchorpatch.figures.attention import (
 )
 from anchorpatch.figures.examples import Choice, Example, LookedAt
 from anchorpatch.jobs.crops import ImageSource
-from anchorpatch.jobs.localizer import Localizer, load_anchornet, normalize
+from anchorpatch.jobs.localizer import Localizer, load_anchornet
+from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.settings import PRESETS, SCALES
 
@@ -50,9 +51,8 @@ def found(source: ImageSource, loaded: Weights) -> AttentionExamples:
 
 def full(loaded: Weights, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """F of each branch as the network was trained, nothing folded."""
-    mean, std = torch.tensor(loaded.meta.mean), torch.tensor(loaded.meta.std)
     with torch.inference_mode():
-        return load_anchornet(loaded).full(normalize(pixels, mean, std))
+        return load_anchornet(loaded).full(Normalization(loaded.meta, CPU)(pixels))
 
 
 def test_maps_are_those_of_the_whole_network(source: ImageSource, loaded: Weights):
@@ -84,10 +84,9 @@ def test_attention_averages_one_and_is_the_networks(
     pixels = torch.from_numpy(source.pixels([3, 30]))
     with Localizer(loaded, PRESETS["figure"], CPU) as localizer:
         maps = localizer.maps(pixels, torch.zeros(2, 1, dtype=torch.int64))
-    mean, std = torch.tensor(loaded.meta.mean), torch.tensor(loaded.meta.std)
     net = load_anchornet(loaded)
     with torch.inference_mode():
-        _, features = net.localize(normalize(pixels, mean, std))
+        _, features = net.localize(Normalization(loaded.meta, CPU)(pixels))
     for side, s, network in zip(GRIDS, maps.attention, features.attention, strict=True):
         assert s.shape == (2, side, side)
         assert (s >= 0).all()

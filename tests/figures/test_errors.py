@@ -18,7 +18,8 @@ from anchorpatch.figures.errors import (
 )
 from anchorpatch.figures.examples import Choice
 from anchorpatch.jobs.crops import ImageSource
-from anchorpatch.jobs.localizer import load_anchornet, normalize
+from anchorpatch.jobs.localizer import load_anchornet
+from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.settings import SCALES
 
@@ -37,9 +38,10 @@ def loaded(weights: Path) -> Weights:
 def full(source: ImageSource, loaded: Weights) -> tuple[list[torch.Tensor], np.ndarray]:
     """The whole F of each branch of every image, the slow way, and the labels."""
     (crops,) = source.batches(range(len(source)), len(source))
-    mean, std = (torch.tensor(x) for x in (loaded.meta.mean, loaded.meta.std))
     with torch.inference_mode():
-        f = load_anchornet(loaded).full(normalize(crops.pixels, mean, std))
+        f = load_anchornet(loaded).full(
+            Normalization(loaded.meta, torch.device("cpu"))(crops.pixels)
+        )
     return list(f), crops.labels
 
 

@@ -23,11 +23,11 @@ from anchorpatch.figures.localizers import (
     squares_from_centre,
 )
 from anchorpatch.jobs.crops import Crops, ImageSource
-from anchorpatch.jobs.localizer import load_anchornet, normalize
+from anchorpatch.jobs.localizer import load_anchornet
 from anchorpatch.lsp import grid_size
 from anchorpatch.models.bagnet import BagNet
 from anchorpatch.models.saccader import Saccader
-from anchorpatch.networks import Network
+from anchorpatch.networks import Network, Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights
 from anchorpatch.settings import SCALES, STRIDE
 from tests.lsp_oracle import algorithm_1
@@ -138,9 +138,8 @@ def test_anchornet_takes_the_patches_of_the_whole_f(weights: Path, crops: Crops)
     loaded = load_weights(weights)
     seen = See(loaded, CPU)(crops.rows, crops.pixels)
     net = load_anchornet(loaded)
-    mean, std = (torch.tensor(x) for x in (loaded.meta.mean, loaded.meta.std))
     with torch.inference_mode():
-        full = net.full(normalize(crops.pixels, mean, std))
+        full = net.full(Normalization(loaded.meta, CPU)(crops.pixels))
     localizers = anchornet_localizers(0.3)
     assert list(localizers) == ["anchornet", "branch63", "branch95", "branch111"]
     for i in range(len(crops.rows)):
@@ -196,9 +195,8 @@ def test_a_bagnet_goes_by_the_logits_of_its_class(weights: Path, crops: Crops):
     torch.manual_seed(0)
     net = network(BagNet(33, 3, width=2), "bagnet33")
     seen = See(load_weights(weights), CPU)(crops.rows, crops.pixels)
-    mean, std = (torch.tensor(x) for x in (net.meta.mean, net.meta.std))
     with torch.inference_mode():
-        logits = net.module.logit_map(normalize(crops.pixels, mean, std))
+        logits = net.module.logit_map(Normalization(net.meta, CPU)(crops.pixels))
     mask = first(peer(net, CPU), seen, 0.15)
     for i in range(len(crops.rows)):
         best = logits[i].mean((1, 2)).argmax()
@@ -212,9 +210,8 @@ def test_saccader_takes_its_glimpses_in_their_order(weights: Path, crops: Crops)
     torch.manual_seed(0)
     net = network(Saccader(3, width=2), "saccader")
     seen = See(load_weights(weights), CPU)(crops.rows, crops.pixels)
-    mean, std = (torch.tensor(x) for x in (net.meta.mean, net.meta.std))
     with torch.inference_mode():
-        places = net.module.glimpses(normalize(crops.pixels, mean, std), 1).places
+        places = net.module.glimpses(Normalization(net.meta, CPU)(crops.pixels), 1).places
     mask = first(peer(net, CPU), seen, 77 * 77 / 224**2)
     for i, (place,) in enumerate(places.tolist()):
         y, x = 8 * (place // 19), 8 * (place % 19)

@@ -8,8 +8,9 @@ import torch
 
 from anchorpatch.errors import NonFiniteError, WeightsError
 from anchorpatch.jobs.evaluate_anchornet import _MeanPatches
-from anchorpatch.jobs.localizer import Localized, Localizer, load_anchornet, normalize
+from anchorpatch.jobs.localizer import Localized, Localizer, load_anchornet
 from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights, save_weights
 from anchorpatch.settings import PRESETS, SCALES
 from tests.conftest import draw_photo
@@ -32,9 +33,8 @@ def test_equals_the_straight_way(weights: Path, pixels: torch.Tensor, preset: st
     with Localizer(loaded, s, CPU) as localizer:
         found = localizer.submit(pixels).result()
     net = load_anchornet(loaded)
-    mean, std = torch.tensor(loaded.meta.mean), torch.tensor(loaded.meta.std)
     with torch.no_grad():
-        maps = net.full(normalize(pixels, mean, std))
+        maps = net.full(Normalization(loaded.meta, CPU)(pixels))
     chosen, compared = set(), 0
     for i in range(len(pixels)):
         p = torch.stack([f[i].mean((1, 2)).softmax(0) for f in maps])
