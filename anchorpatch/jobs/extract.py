@@ -34,7 +34,6 @@ from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows, wit
 from anchorpatch.images.loader import Batch, load_batches
 from anchorpatch.jobs.extract_summary import ExtractSummary, summarize
 from anchorpatch.jobs.localizer import Localizer, Pending
-from anchorpatch.jobs.sink import ShardSink
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, cpu_count, resolve_device
 from anchorpatch.runtime.distributed import Task
@@ -44,7 +43,7 @@ from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import FilesDigest, Manifest, ShardEntry
 from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.verify import verify_shards
-from anchorpatch.shards.writer import PatchBatch, ShardWriter
+from anchorpatch.shards.writer import PatchBatch, ShardSink, ShardWriter
 from anchorpatch.text import counted
 
 #: Images that a forecast looks at.
@@ -351,7 +350,7 @@ def _extract(
     total = sum(len(plan.ranges[i]) for i in plan.owned)
     left = sum(len(plan.ranges[i]) for i in shards)
     bad = _BadImages(plan, total)
-    sink = ShardSink(manifest, plan.files.shards, reporter)
+    sink = ShardSink(manifest, plan.files.shards, reporter.advance)
     jobs: deque[_Job] = deque()
     made = 0
     try:

@@ -20,8 +20,9 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -43,7 +44,8 @@ from anchorpatch.shards.layout import (
     encode_text,
     write_attributes,
 )
-from anchorpatch.shards.manifest import ShardEntry
+from anchorpatch.shards.manifest import Manifest, ShardEntry
+from anchorpatch.signals import shut_down, waiting_for
 
 #: Threads that encode JPEG; Pillow releases the interpreter lock. torchvision makes files of the
 #: same mean size at four fifths of the speed, as it wants the colours in planes.
@@ -51,6 +53,9 @@ _JPEG_THREADS: Final = min(4, os.cpu_count() or 1)
 
 #: Patches of one cut: bounds the memory of a batch (37 MB at scale 111).
 _CUT_ROWS: Final = 1024
+
+#: Batches between decoding and the disk: enough to keep every stage busy.
+_IN_FLIGHT: Final = 3
 
 #: Bytes of a page of the skeleton; large datasets start at multiples of it.
 _PAGE: Final = 1 << 12
@@ -382,6 +387,103 @@ class ShardWriter:
                 elif settings.codec == "jpeg":
                     reserve_pixels(f"patches/{scale}/blob", (sum(self._blob_sizes[scale]),))
         return placed
+
+
+class ShardSink:
+    """Fills shards in a thread of its own and passes errors on at the next call.
+
+    Args:
+        manifest: gets the entry of each shard that is done.
+        digests: of each shard's part of the file list.
+        advance: called with the images of each batch that is written, and the keywords ``patches``
+            and ``skipped``.
+
+    Attributes:
+        manifest: as of the last claim.
+    """
+
+    def __init__(
+        self, manifest: Manifest, digests: Sequence[str], advance: Callable[..., object]
+    ) -> None:
+        self.manifest, self._digests, self._advance = manifest, digests, advance
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._queue: deque[tuple[int, int, Future[int]]] = deque()
+        self._writers: dict[int, ShardWriter] = {}
+        self._failed = False
+
+    def claim(self, shard: int) -> bool:
+        """Begin a shard, so that no other process does.
+
+        Returns:
+            False for a shard that another process is writing, or has made meanwhile.
+
+        Raises:
+            ManifestMismatch: another run has replaced the folder's inputs meanwhile.
+            StorageError: the disk refuses.
+        """
+        path, header = self.manifest.shard_path(shard), self.manifest.header
+        try:
+            writer = ShardWriter(path, header, files_sha256=self._digests[shard])
+        except ShardBusy:
+            return False
+        self._writers[shard] = writer
+        self.manifest = self.manifest.refreshed()
+        if self.manifest.has(shard):
+            self._writers.pop(shard).abort()
+            return False
+        return True
+
+    def put(
+        self,
+        shard: int,
+        write: Callable[[ShardWriter], int],
+        images: int,
+        skipped: int,
+        *,
+        last: bool,
+    ) -> None:
+        """Hand a batch over; wait while too many are on their way.
+
+        Args:
+            shard: index of the shard that the batch belongs to, which must have been claimed.
+            write: adds the batch to the shard's writer and returns its number of patches.
+            images: of the batch, the skipped ones included.
+            skipped: of the batch.
+            last: the shard is done with this batch.
+        """
+        patches = self._thread.submit(self._write, shard, write, last)
+        self._queue.append((images, skipped, patches))
+        while len(self._queue) > _IN_FLIGHT:
+            self._pop()
+
+    def drain(self) -> None:
+        """Wait until everything is on disk."""
+        while self._queue:
+            self._pop()
+
+    def close(self) -> None:
+        """End the thread. Shards that are not finished leave nothing behind."""
+        shut_down(self._thread, "the thread that writes shards")
+        for writer in self._writers.values():
+            writer.abort()
+
+    def _pop(self) -> None:
+        images, skipped, written = self._queue.popleft()
+        with waiting_for("the thread that writes shards"):
+            patches = written.result()
+        self._advance(images, patches=patches, skipped=skipped)
+
+    def _write(self, shard: int, write: Callable[[ShardWriter], int], last: bool) -> int:
+        if self._failed:  # or a shard would be closed that lacks a batch
+            return 0
+        self._failed = True
+        writer = self._writers[shard]
+        patches = write(writer)
+        if last:
+            writer.close(self.manifest.commit)
+            del self._writers[shard]
+        self._failed = False
+        return patches
 
 
 def _open_or_create(path: str, flags: int) -> int:
