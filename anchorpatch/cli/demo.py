@@ -85,29 +85,28 @@ def demo(
         overwrite=overwrite,
     )
     extracted = run(config, progress)
-    problems = verify_folder(extracted.folder)
-    if problems:
+    shards, number = folder / "shards" / "val", extracted.facts.shards
+    if problems := verify_folder(shards):
         raise CorruptShard(
-            f"{extracted.folder / problems[0].shard}: {problems[0].problem}; "
-            f"{counted(len(problems), 'problem')} in all: see anchorpatch shards verify "
-            f"{extracted.folder}"
+            f"{shards / problems[0].shard}: {problems[0].problem}; "
+            f"{counted(len(problems), 'problem')} in all: see anchorpatch shards verify {shards}"
         )
     boxes = folder / "scenes" / "boxes.csv"
-    score = score_scenes(extracted.folder, boxes)
-    _write_picture(extracted.folder, boxes, folder / _PICTURE)
+    score = score_scenes(shards, boxes)
+    _write_picture(shards, boxes, folder / _PICTURE)
     if as_json:
         print_json(
             {
                 "scenes": {**vars(drawn), "folder": str(drawn.folder)},
                 "extract": extracted.to_json(),
-                "verified_shards": extracted.shards,
+                "verified_shards": number,
                 "score": score.to_json(),
                 "picture": str(folder / _PICTURE),
             }
         )
         return
     print_summary(extracted, as_json=False)
-    click.echo(f"all {counted(extracted.shards, 'shard')} verified\n")
+    click.echo(f"all {counted(number, 'shard')} verified\n")
     print_tables(score.tables())
     click.echo(f"\npicture: {folder / _PICTURE}")
     progress.message(f"anchorpatch report {folder} puts all of it on one page")

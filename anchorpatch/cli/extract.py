@@ -30,12 +30,10 @@ from anchorpatch.cli.options import (
 )
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.settings import CODECS, DAMAGED
-from anchorpatch.tables import scale_table
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
-    from anchorpatch.jobs.extract import Forecast
-    from anchorpatch.jobs.extract_summary import ExtractSummary
+    from anchorpatch.jobs.extract import ExtractSummary, Forecast
 
 
 @click.command(cls=Command)
@@ -135,8 +133,13 @@ def extract(
     sbatch --array=0-7 --wrap 'anchorpatch extract --split train'
     anchorpatch extract --split train --task 0/8
     """
-    from anchorpatch.jobs.extract import ExtractConfig, forecast, run
-    from anchorpatch.jobs.extract_summary import wait_for_ranks, what_is_there
+    from anchorpatch.jobs.extract import (
+        ExtractConfig,
+        forecast,
+        run,
+        wait_for_ranks,
+        what_is_there,
+    )
     from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.distributed import rank_and_size, resolve_task
     from anchorpatch.runtime.progress import Reporter, reporter
@@ -166,18 +169,18 @@ def print_summary(summary: ExtractSummary, as_json: bool) -> None:
     if as_json:
         print_json(summary.to_json())
         return
-    images = summary.images
-    print_tables([scale_table(summary.images_by_scale, summary.patches_by_scale)])
-    reasons = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.items())
+    facts = summary.facts
+    print_tables([facts.table()])
+    reasons = ", ".join(f"{count} {reason}" for reason, count in facts.skipped.items())
     lines = [
-        f"{counted(images, 'image')} in {counted(summary.shards, 'shard')}, "
-        f"{bytes_text(summary.bytes)}: {summary.folder}",
-        f"skipped: {sum(summary.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
+        f"{counted(facts.images, 'image')} in {counted(facts.shards, 'shard')}, "
+        f"{bytes_text(facts.bytes)}: {facts.folder}",
+        f"skipped: {sum(facts.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
     ]
     if summary.damaged:
         lines.append(f"decoded with damage: {summary.damaged:,}")
-    if summary.top1 is not None:
-        lines.append(f"top-1 of AnchorNet: {summary.top1:.2%}")
+    if facts.top1 is not None:
+        lines.append(f"top-1 of AnchorNet: {facts.top1:.2%}")
     if summary.images_run:
         speed = f"{summary.images_per_second:,.1f} images/s"
         lines.append(f"{counted(summary.images_run, 'image')} in {summary.seconds:,.1f} s: {speed}")
@@ -185,7 +188,7 @@ def print_summary(summary: ExtractSummary, as_json: bool) -> None:
         lines.append("nothing was left to do")
     if summary.pending:
         lines.append(
-            f"{summary.pending} of {summary.split_shards} shards of the split are pending: other "
+            f"{summary.pending} of {facts.total_shards} shards of the split are pending: other "
             "jobs or tasks write them, or the same command without --task"
         )
     click.echo("\n".join(lines))

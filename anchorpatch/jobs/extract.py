@@ -14,36 +14,38 @@ import random
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from anchorpatch.errors import (
-    DataError,
-    NonFiniteError,
-    SettingsError,
-    ShardBusy,
-)
+from anchorpatch.errors import DataError, NonFiniteError, SettingsError, ShardBusy, ShardError
 from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows, without_images
 from anchorpatch.images.loader import Batch, load_batches
-from anchorpatch.jobs.extract_summary import ExtractSummary, summarize
 from anchorpatch.jobs.localizer import Localizer, Pending
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, cpu_count, resolve_device
 from anchorpatch.runtime.distributed import Task
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import PRESETS, CropSettings, LspSettings, default_preset
+from anchorpatch.settings import PRESETS, LspSettings, default_preset
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
-from anchorpatch.shards.manifest import FilesDigest, Manifest, ShardEntry
+from anchorpatch.shards.manifest import (
+    FilesDigest,
+    Manifest,
+    ShardEntry,
+    SplitFacts,
+    read_manifest,
+    split_facts,
+)
 from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.verify import verify_shards
 from anchorpatch.shards.writer import PatchBatch, ShardSink, ShardWriter
+from anchorpatch.signals import waiting_for
 from anchorpatch.text import counted
 
 #: Images that a forecast looks at.
@@ -141,6 +143,69 @@ class Forecast:
 
 
 @dataclass(frozen=True)
+class ExtractSummary:
+    """What the shards of a task hold, and how fast this run made its part of them.
+
+    Attributes:
+        facts: of those of the task's shards that are done.
+        owned: shards of the task.
+        pending: shards of the whole split that are not done.
+        damaged: images decoded with damage, which are stored all the same.
+        seconds: of this run.
+        images_run: images of this run, the skipped ones included.
+        ignored: files of the images' folder that were passed over, by extension.
+    """
+
+    facts: SplitFacts
+    owned: int
+    pending: int
+    damaged: int
+    seconds: float = 0.0
+    images_run: int = 0
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard of the split is done."""
+        return not self.pending
+
+    @property
+    def images_per_second(self) -> float:
+        """Speed of this run; 0 where nothing was left to do."""
+        return self.images_run / self.seconds if self.images_run else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object, with shares and means."""
+        facts = self.facts
+        scales = {
+            str(scale): {
+                "images": of_scale.images,
+                "share": of_scale.images / facts.images if facts.images else 0.0,
+                "patches": of_scale.patches,
+                "mean_patches": of_scale.mean_patches or 0.0,
+            }
+            for scale, of_scale in facts.scales.items()
+        }
+        return {
+            "folder": facts.folder,
+            "complete": self.complete,
+            "pending": self.pending,
+            "split_shards": facts.total_shards,
+            "shards": facts.shards,
+            "total_shards": self.owned,
+            "images": facts.images,
+            "scales": scales,
+            "skipped": facts.skipped,
+            "damaged": self.damaged,
+            "ignored": dict(self.ignored),
+            "top1": facts.top1,
+            "bytes": facts.bytes,
+            "images_per_second": round(self.images_per_second, 2),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True)
 class _Plan:
     """Everything that is known before the first image is decoded."""
 
@@ -148,6 +213,7 @@ class _Plan:
     folder: ImageFolder
     weights: Weights
     device: torch.device
+    batch_size: int
     header: ShardHeader
     files: FilesDigest
     ranges: list[range]
@@ -157,29 +223,19 @@ class _Plan:
         return self.config.out / self.config.split
 
     @property
-    def batch_size(self) -> int:
-        return _batch_size(self.config, self.device)
-
-    @property
     def workers(self) -> int:
         return cpu_count() if self.config.workers is None else self.config.workers
-
-    @property
-    def crop(self) -> CropSettings:
-        return self.header.settings.crop
 
     @property
     def owned(self) -> list[int]:
         return [i for i in range(len(self.ranges)) if self.config.task.owns(i)]
 
-    def load(
-        self, batches: Iterable[Sequence[int]], workers: int | None = None
-    ) -> Generator[Batch, None, None]:
+    def load(self, batches: Iterable[Sequence[int]], workers: int) -> Generator[Batch, None, None]:
         return load_batches(
             self.folder,
             batches,
-            workers=self.workers if workers is None else workers,
-            crop=self.crop,
+            workers=workers,
+            crop=self.header.settings.crop,
             batch_size=self.batch_size,
             pin_memory=self.device.type == "cuda",
         )
@@ -187,7 +243,7 @@ class _Plan:
     def localizer(self) -> Localizer:
         return Localizer(
             self.weights,
-            _lsp_settings(self.config),
+            self.header.settings.lsp,
             self.device,
             batch_size=self.batch_size,
             amp=self.config.amp,
@@ -225,8 +281,12 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
             f"{manifest.shard_path(pending[0])}: another process is writing this shard: "
             "wait for it, or end it and run again"
         )
-    summary = summarize(plan.out, config.task, time.monotonic() - began, images)
-    return replace(summary, ignored=plan.folder.ignored)
+    return replace(
+        _summary(plan.out, config.task),
+        seconds=time.monotonic() - began,
+        images_run=images,
+        ignored=plan.folder.ignored,
+    )
 
 
 def forecast(config: ExtractConfig) -> Forecast:
@@ -245,7 +305,7 @@ def forecast(config: ExtractConfig) -> Forecast:
     sample = spread_rows(n, _SAMPLE).tolist()
     with tempfile.TemporaryDirectory(prefix="anchorpatch-") as name:
         with plan.localizer() as localizer, ShardWriter(Path(name, "0.h5"), plan.header) as writer:
-            for batch in plan.load([sample], workers=0):
+            for batch in plan.load([sample], 0):
                 _append(writer, plan=plan, batch=batch, pending=_submit(localizer, batch))
         entry = writer.entry
     if not entry.images:
@@ -269,23 +329,16 @@ def forecast(config: ExtractConfig) -> Forecast:
     )
 
 
-def _batch_size(config: ExtractConfig, device: torch.device) -> int:
-    return config.batch_size or (256 if device.type == "cuda" else 64)
-
-
-def _lsp_settings(config: ExtractConfig) -> LspSettings:
-    return config.lsp or PRESETS[config.preset or default_preset(config.split)]
-
-
 def _plan(config: ExtractConfig) -> _Plan:
     device = resolve_device(config.device)
     if config.amp and device.type == "cpu":
         raise SettingsError("--amp: expected a GPU, as results on CPU are always float32")
+    batch_size = config.batch_size or (256 if device.type == "cuda" else 64)
     weights = load_weights(config.weights)
     folder = scan_folder(config.data, config.split, config.labels, allow_empty=config.allow_empty)
     folder = folder.limited(config.limit)
-    lsp = _lsp_settings(config)
     preset = config.preset or default_preset(config.split)
+    lsp = config.lsp or PRESETS[preset]
     settings = ShardSettings(
         max_patches=lsp.max_patches,
         iou_threshold=lsp.iou_threshold,
@@ -300,7 +353,7 @@ def _plan(config: ExtractConfig) -> _Plan:
         background=config.background or weights.meta.background,
         damaged=config.damaged,
         device=device.type,
-        batch_size=_batch_size(config, device),
+        batch_size=batch_size,
         compile=config.compile,
     )
     header = ShardHeader(
@@ -311,7 +364,8 @@ def _plan(config: ExtractConfig) -> _Plan:
         weights_sha256=weights.sha256,
     )
     ranges = shard_ranges(len(folder), config.shard_size)
-    return _Plan(config, folder, weights, device, header, files_digest(folder, ranges), ranges)
+    files = files_digest(folder, ranges)
+    return _Plan(config, folder, weights, device, batch_size, header, files, ranges)
 
 
 def files_digest(folder: ImageFolder, ranges: Sequence[range]) -> FilesDigest:
@@ -354,7 +408,7 @@ def _extract(
     jobs: deque[_Job] = deque()
     made = 0
     try:
-        with closing(plan.load(_claimed(plan, sink, shards, jobs, bad))) as loader:
+        with closing(plan.load(_claimed(plan, sink, shards, jobs, bad), plan.workers)) as loader:
             reporter.start(f"extract {plan.config.split}", total, total - left)
             for batch in loader:
                 job = jobs.popleft()
@@ -507,11 +561,84 @@ class _BadImages:
         for row, reason in batch.bad:
             self._reasons[reason] += 1
             if (all_reasons := self._before + self._reasons).total() > self._limit:
-                details = f": {_counted(all_reasons)}; the last is {self._folder.path(row)}"
+                most = ", ".join(f"{n} {reason}" for reason, n in all_reasons.most_common(5))
+                details = f": {most}; the last is {self._folder.path(row)}"
                 raise self._folder.too_many_bad(
                     all_reasons.total(), self._total, self._share, details
                 )
 
 
-def _counted(reasons: Counter[str]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(5))
+# --- the summary --------------------------------------------------------------------------------
+
+
+def _summary(folder: Path, task: Task) -> ExtractSummary:
+    """Sum up the shards that a task owns, from the manifest alone."""
+    manifest = read_manifest(folder)
+    missing = set(manifest.missing())
+    owned = [i for i in range(manifest.shard_count) if task.owns(i)]
+    names = {manifest.shard_path(i).name for i in owned if i not in missing}
+    entries = tuple(entry for entry in manifest.entries if entry.name in names)
+    return ExtractSummary(
+        facts=split_facts(replace(manifest, entries=entries)),
+        owned=len(owned),
+        pending=len(missing),
+        damaged=sum(len(entry.damaged) for entry in entries),
+    )
+
+
+def wait_for_ranks(
+    summary: ExtractSummary,
+    task: Task,
+    ranks: int,
+    before: Collection[tuple[str, int, int]],
+    patience: float = 3600.0,
+) -> ExtractSummary:
+    """Wait until the other ranks of ``torchrun`` are done too, and sum up all of them.
+
+    The manifest tells when; no process talks to another. A rank that fails does not leave this
+    one waiting: torchrun ends the others then. Other launchers may not.
+
+    Args:
+        summary: of this rank.
+        task: of this rank.
+        ranks: how many there are.
+        before: what was in the folder when they began; new files are this run's.
+        patience: seconds without a change in the folder after which the others count as gone.
+
+    Raises:
+        ShardError: shards are missing, and nobody has written for ``patience`` seconds.
+    """
+    began, together = time.monotonic(), Task(task.index // ranks, task.total // ranks)
+    folder, seen, since = Path(summary.facts.folder), None, began
+    with waiting_for("the other ranks to write their shards"):
+        while (whole := _summary(folder, together)).facts.shards < whole.owned:
+            now, there = time.monotonic(), what_is_there(folder)
+            if there != seen:
+                seen, since = there, now
+            elif now - since > patience:
+                missing = counted(whole.owned - whole.facts.shards, "shard is", "shards are")
+                raise ShardError(
+                    f"{folder}: {missing} missing, and no rank has written for {patience:,.0f} s: "
+                    "one has probably failed; run the same command again"
+                )
+            time.sleep(0.2)
+    manifest = read_manifest(folder)
+    new = {name for name, _, _ in set(what_is_there(folder)).difference(before)}
+    made = [i for i in range(manifest.shard_count) if manifest.shard_path(i).name in new]
+    return replace(
+        whole,
+        seconds=summary.seconds + time.monotonic() - began,
+        images_run=sum(len(range(*manifest.shard_range(i))) for i in made if together.owns(i)),
+        ignored=summary.ignored,
+    )
+
+
+def what_is_there(folder: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and time of each file: they change while somebody writes."""
+    found = []
+    with suppress(FileNotFoundError):
+        for entry in os.scandir(folder):
+            with suppress(FileNotFoundError):  # just renamed
+                info = entry.stat()
+                found.append((entry.name, info.st_size, info.st_mtime_ns))
+    return sorted(found)

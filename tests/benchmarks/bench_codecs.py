@@ -46,12 +46,12 @@ def main() -> None:
                     args.data, args.split, weights, Path(out), preset=preset, codec=codec,
                     device="cpu", overwrite=True,
                 )  # fmt: skip
-                summary = run(config)
-                reader = ShardReader(summary.folder)
+                facts = run(config).facts
+                reader = ShardReader(facts.folder)
                 patches_per_second(reader, 0.2)  # warms the cache
                 print(
                     f"{preset:>9} {codec:>6} {reader.counts.mean():14.2f} "
-                    f"{summary.bytes / summary.images:12,.0f} {patches_per_second(reader):10,.0f}"
+                    f"{facts.bytes / facts.images:12,.0f} {patches_per_second(reader):10,.0f}"
                 )
 
 

@@ -465,7 +465,7 @@ def test_a_disk_that_falters_loses_no_image(
     with pytest.raises(DataError, match=r"cat/09\.JPEG: cannot be read: Input/output error"):
         run(config)
     lasting, failures = False, []
-    assert run(config).skipped == {}
+    assert run(config).facts.skipped == {}
     assert len(failures) == 1
     assert contents(tmp_path / "val") == reference
 

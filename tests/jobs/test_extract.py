@@ -16,8 +16,13 @@ from anchorpatch import storage
 from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError, TooManyBadImages
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.jobs import extract
-from anchorpatch.jobs.extract import ExtractConfig, files_digest, shard_ranges
-from anchorpatch.jobs.extract_summary import wait_for_ranks, what_is_there
+from anchorpatch.jobs.extract import (
+    ExtractConfig,
+    files_digest,
+    shard_ranges,
+    wait_for_ranks,
+    what_is_there,
+)
 from anchorpatch.runtime.distributed import Task
 from anchorpatch.shards.layout import ShardHeader
 from anchorpatch.shards.manifest import Manifest, read_manifest
@@ -184,7 +189,7 @@ def test_a_shard_that_lacks_a_batch_is_not_kept(
         extract.run(config)
     assert not list(tmp_path.glob("val/*.h5"))
     monkeypatch.undo()
-    assert extract.run(config).images == 12
+    assert extract.run(config).facts.images == 12
 
 
 def test_ranks_that_no_longer_write_are_not_waited_for(
@@ -224,7 +229,8 @@ def test_a_shard_that_another_process_writes_is_left_to_it(
     tmp_path: Path, image_folder: Path, weights: Path
 ) -> None:
     config = ExtractConfig(image_folder, "val", weights, tmp_path, shard_size=15, workers=0)
-    folder = extract.run(replace(config, task=Task(0, 3))).folder
+    extract.run(replace(config, task=Task(0, 3)))
+    folder = tmp_path / "val"
     with ShardWriter(folder / "val-00001.h5", make_header()) as other:
         with pytest.raises(ShardBusy, match=r"val-00001\.h5: another process is writing this"):
             extract.run(config)
