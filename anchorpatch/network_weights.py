@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import pickle
 import re
 import socket
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,9 +28,9 @@ from anchorpatch.errors import WeightsError, reason_of
 from anchorpatch.models.registry import TIMM, timm_module, torchvision_name
 from anchorpatch.runtime.checkpoint import (
     Weights,
+    load_torch,
     load_weights,
     reading_safetensors,
-    refused_object,
 )
 
 #: Seconds that a download may be silent.
@@ -297,20 +295,9 @@ def of_checkpoint(weights: Weights) -> Found:
 
 def _from_torch(path: Path, advice: str) -> dict[str, Tensor]:
     """Read a state dict from a torch file, without running code from it."""
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
-            warnings.simplefilter("ignore")  # torch warns of old formats
-            document = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path}: expected a torch file of tensors and plain values, found "
-            f"{refused_object(error)}; {advice}, or save its state_dict() alone"
-        ) from error
-    except Exception as error:  # torch raises RuntimeError, EOFError, ValueError, ... by damage
-        raise WeightsError(
-            f"{path}: expected safetensors or a torch file, found a damaged, cut-off or other "
-            f"file of {path.stat().st_size} bytes; {advice}"
-        ) from error
+    what = "safetensors or a torch file of tensors and plain values"
+    advice += ", or save its state_dict() alone"
+    document = load_torch(path, what, advice, harmless=_HARMLESS)
     if isinstance(document, Mapping):
         for key in _WRAPPERS:
             if isinstance(document.get(key), Mapping):

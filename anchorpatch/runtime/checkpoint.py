@@ -16,7 +16,7 @@ import platform
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -263,11 +263,35 @@ def load_into(module: nn.Module, weights: Weights) -> None:
     module.load_state_dict(weights.tensors)
 
 
-def refused_object(error: pickle.UnpicklingError) -> str:
-    """Return what torch refused to build from a file of weights, for the middle of a message."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    what = f"an object of {found[1]}" if found else "a damaged file or a pickle of other objects"
-    return f"{what}, which was not run"
+def load_torch(path: Path, what: str, advice: str, *, harmless: Sequence[Any] = ()) -> Any:
+    """Read a torch file without running code from it.
+
+    Args:
+        path: of the file.
+        what: it is expected to be, for messages.
+        advice: what to do about another file.
+        harmless: classes that it may hold beside tensors and plain values.
+
+    Raises:
+        WeightsError: the file is damaged, or holds objects of other classes.
+    """
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(harmless)):
+            warnings.simplefilter("ignore")  # torch warns of old formats
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = (
+            f"an object of {named[1]}" if named else "a damaged file or a pickle of other objects"
+        )
+        raise WeightsError(
+            f"{path}: expected {what}, found {found}, which was not run; {advice}"
+        ) from error
+    except Exception as error:  # torch raises RuntimeError, EOFError, ValueError, ... by damage
+        raise WeightsError(
+            f"{path}: expected {what}, found a damaged, cut-off or other file of "
+            f"{path.stat().st_size} bytes; {advice}"
+        ) from error
 
 
 def save_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]) -> None:
@@ -305,20 +329,7 @@ def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(f"{path}: expected training state, found no file")
     advice = "remove it to start again, or restore it from a copy"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of old formats; they are refused below
-            document = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path}: expected training state written by anchorpatch, found "
-            f"{refused_object(error)}; {advice}"
-        ) from error
-    except Exception as error:  # torch raises RuntimeError, EOFError, ValueError, ... by damage
-        raise WeightsError(
-            f"{path}: expected training state, found a damaged or cut-off file of "
-            f"{path.stat().st_size} bytes; {advice}"
-        ) from error
+    document = load_torch(path, "training state", advice)
     if not isinstance(document, dict) or document.get(_KEY) != _FORMAT:
         raise WeightsError(
             f"{path}: expected training state of format {_FORMAT}, found another file; {advice}"
