@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from anchorpatch.errors import MissingDependency, SettingsError, WeightsError
+from anchorpatch.models.complexity import check_sides
 from anchorpatch.models.registry import build, build_on_meta
-from anchorpatch.network_weights import read_file
 from anchorpatch.networks import (
     Network,
-    check_sides,
+    _read_file,
     load_checkpoint,
     load_for_whole_images,
     load_network,
@@ -103,7 +103,7 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     assert f"expected weights of {CONV}, found {LINEAR}" in error_of(CONV, THREE, path)
     # The same network by two names.
     save_weights(path, state_of(LINEAR, 3), WeightsMeta("resnext50_32x4d", THREE))
-    assert read_file(path, "resnext50").classes == THREE
+    assert _read_file(path, "resnext50").classes == THREE
     save_weights(path, {}, WeightsMeta("anchornet", THREE))
     with pytest.raises(WeightsError, match="expected a network for patches, found weights of"):
         load_checkpoint(path)
@@ -197,7 +197,7 @@ def test_old_names_of_densenet(tmp_path: Path) -> None:
     torch.save(
         {"features.denseblock1.denselayer2.norm.1.weight": one, "features.norm0.bias": one}, path
     )
-    found = read_file(path, "densenet121").tensors
+    found = _read_file(path, "densenet121").tensors
     assert set(found) == {"features.denseblock1.denselayer2.norm1.weight", "features.norm0.bias"}
 
 
@@ -443,4 +443,5 @@ def test_folders_of_runs() -> None:
     runs = Path("runs")
     assert run_folder(runs, "resnet50") == runs / "resnet50"
     assert run_folder(runs, "timm:x", scale=63) == runs / "timm-x-63"
+    assert run_folder(runs, "timm:hf-hub:a/b.c") == runs / "timm-hf-hub-a-b.c"
     assert run_folder(runs, "resnet50", baseline=True) == runs / "resnet50-baseline"

@@ -44,6 +44,7 @@ from anchorpatch.jobs.crops import Crops, ImageSource
 from anchorpatch.jobs.patch_scores import Distributions
 from anchorpatch.networks import (
     Network,
+    asked_text,
     load_checkpoint,
     load_for_whole_images,
     load_network,
@@ -169,7 +170,7 @@ def measure_coverage(
             "seeds": config.seeds,
             "seed": config.seed,
             "precision": "bfloat16" if config.amp else "float32",
-            "asked": network.asked,
+            "asked": asked_text(network.source, network.trained_on),
         },
     )
 

@@ -35,16 +35,14 @@ from anchorpatch.jobs.results import Speed, Table3, Table3Row, Table4, Table4Row
 from anchorpatch.jobs.speed import measure_speed
 from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.models.anchornet import AnchorNet
-from anchorpatch.models.complexity import macs
+from anchorpatch.models.complexity import check_sides, macs
 from anchorpatch.models.registry import build_on_meta, check_name
 from anchorpatch.networks import (
     Network,
     best_weights,
-    check_sides,
     load_for_whole_images,
     load_network,
     load_tuned,
-    run_folder,
 )
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, keep_freed_memory, resolve_device
@@ -271,8 +269,8 @@ class _Evaluation:
         config, name = self.config, self.config.network
         if config.weights is not None:
             return dict.fromkeys(config.scales, self._load(config.weights))
-        path = best_weights(run_folder(config.runs, name))
-        paths = {s: best_weights(run_folder(config.runs, name, scale=s)) for s in config.scales}
+        path = best_weights(config.runs, name)
+        paths = {s: best_weights(config.runs, name, scale=s) for s in config.scales}
         missing = [scale for scale, file in paths.items() if not file.is_file()]
         if path.is_file() and not config.per_scale:
             return dict.fromkeys(config.scales, self._load_tuned(path))
@@ -398,7 +396,7 @@ class _Evaluation:
     ) -> tuple[Weights | None, str | None]:
         """Return AnchorNet's weights if speed can be measured, or why it cannot."""
         path = self.config.anchornet_weights
-        best = best_weights(run_folder(self.config.runs, "anchornet"))
+        best = best_weights(self.config.runs, "anchornet")
         if not self.config.speed:
             return None, None
         if self.config.scales != SCALES:

@@ -29,10 +29,9 @@ from anchorpatch.jobs.finetune_data import (
     WholeData,
 )
 from anchorpatch.jobs.patch_scores import open_shards
-from anchorpatch.models.complexity import macs
+from anchorpatch.models.complexity import check_sides, macs
 from anchorpatch.models.registry import build_on_meta
-from anchorpatch.network_weights import OR_NONE, find_pretrained
-from anchorpatch.networks import check_sides, load_network
+from anchorpatch.networks import OR_NONE, find_pretrained, load_network
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import World, process_group
 from anchorpatch.runtime.progress import Reporter

@@ -26,14 +26,13 @@ from anchorpatch.images.loader import read_image
 from anchorpatch.jobs.localizer import Localized, Localizer
 from anchorpatch.jobs.patch_scores import Distributions
 from anchorpatch.lsp import crop
+from anchorpatch.models.complexity import check_sides
 from anchorpatch.models.registry import check_name
 from anchorpatch.networks import (
     Network,
     best_weights,
-    check_sides,
     load_checkpoint,
     load_network,
-    run_folder,
 )
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
@@ -275,7 +274,7 @@ def _load(
     if names_file(name):
         return load_checkpoint(name)
     check_name(name)
-    path = best_weights(run_folder(config.runs, name))
+    path = best_weights(config.runs, name)
     if not path.is_file():
         raise WeightsError(
             f"{path} does not exist: run `anchorpatch finetune {name}`, or name weights with "

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from anchorpatch.errors import reason_of
+from anchorpatch.errors import SettingsError, reason_of
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.registry import build_on_meta
 from anchorpatch.settings import SCALES
@@ -127,6 +127,26 @@ def refusal(module: nn.Module, size: int) -> str | None:
     finally:
         module.train(training)
     return None
+
+
+def check_sides(name: str, module: nn.Module, sides: Iterable[int] = SCALES) -> None:
+    """Do nothing where a network takes images of all these sides.
+
+    Args:
+        name: of the network.
+        module: the network; see `refusal`.
+        sides: in pixels.
+
+    Raises:
+        SettingsError: it cannot take a side.
+    """
+    reasons = {side: reason for side in sides if (reason := refusal(module, side)) is not None}
+    if reasons:
+        listed = ", ".join(map(str, reasons))
+        raise SettingsError(
+            f"{name} cannot take images of {listed} px ({next(iter(reasons.values()))}): choose a "
+            "network without a fixed or larger size of input, such as resnet50"
+        )
 
 
 class _Shortened(TorchFunctionMode):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any, Final
@@ -155,13 +154,3 @@ def build_on_meta(name: str, classes: int = 1000) -> nn.Module:
             return build(name, classes)
     except (NotImplementedError, RuntimeError):
         return build(name, classes).to("meta")
-
-
-def run_name(name: str) -> str:
-    """Return the folder name of a network's run.
-
-    Example:
-        >>> run_name("resnet50"), run_name("timm:resnet50.a1_in1k")
-        ('resnet50', 'timm-resnet50.a1_in1k')
-    """
-    return re.sub(r"[^\w.-]", "-", name)

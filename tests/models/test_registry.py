@@ -12,7 +12,6 @@ from anchorpatch.models.registry import (
     build,
     build_on_meta,
     check_name,
-    run_name,
     torchvision_names,
 )
 
@@ -79,8 +78,3 @@ def test_timm_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingDependency, match=r"run pip install 'anchorpatch\[timm\]'"):
         build("timm:resnet18")
-
-
-def test_run_names_are_folder_names() -> None:
-    assert run_name("resnext50") == "resnext50"
-    assert run_name("timm:hf-hub:a/b.c") == "timm-hf-hub-a-b.c"
