@@ -17,10 +17,10 @@ from anchorpatch.images.loader import Batch
 from anchorpatch.jobs import extract, finetune
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.evaluate_anchornet import _Meter
-from anchorpatch.jobs.finetune import FinetuneConfig
-from anchorpatch.jobs.finetune_data import Request
+from anchorpatch.jobs.finetune import FinetuneConfig, Request
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.patch_scores import Distributions, Part, added_by_image, score_images
+from anchorpatch.jobs.train import LocationTask, ReinforceTask
 from anchorpatch.lsp import _parameters
 from anchorpatch.metrics import Accuracy
 from anchorpatch.models.registry import build
@@ -32,11 +32,10 @@ from anchorpatch.settings import PRESETS
 from anchorpatch.shards.dataset import Loaded
 from anchorpatch.training import image_tasks
 from anchorpatch.training.config import TrainConfig
-from anchorpatch.training.image_tasks import AnchorNetTask, BagNetTask, open_images
+from anchorpatch.training.image_tasks import AnchorNetTask, ImageTask, open_images
 from anchorpatch.training.loop import Trainer
-from anchorpatch.training.saccader import LocationTask, ReinforceTask
 from tests.fake_cuda import FakeGpu, why_not
-from tests.shards.samples import make_settings
+from tests.jobs.finetune_runs import write_shards
 
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -193,7 +192,7 @@ def test_networks_are_evaluated_without_waits(gpu: FakeGpu, amp: bool) -> None:
 
 TASKS = {
     "anchornet": (AnchorNetTask, None),
-    "bagnet33": (BagNetTask, None),
+    "bagnet33": (ImageTask, None),
     "location": (LocationTask, "bagnet77"),
     "reinforce": (ReinforceTask, "saccader"),
 }
@@ -255,16 +254,16 @@ def test_training_never_waits(
     assert gpu.rounded == {}
 
 
-@pytest.mark.parametrize(("side", "min_area", "amp"), [(95, 1.0, False), (224, 0.35, True)])
-def test_fine_tuning_never_waits(
-    gpu: FakeGpu, tmp_path: Path, side: int, min_area: float, amp: bool
-) -> None:
-    def load(pieces: Any, pin_memory: bool) -> Iterator[Any]:
+@pytest.mark.parametrize(("side", "amp"), [(95, False), (224, True)])
+def test_fine_tuning_never_waits(gpu: FakeGpu, tmp_path: Path, side: int, amp: bool) -> None:
+    def load(*_: Any, threads: int, pin_memory: bool) -> Iterator[Any]:
         assert pin_memory
         for k in range(9):
             request = Request((0, 0, k, 0), side, np.arange(8), 1.0)
             yield request, Loaded(pixels(8, side), torch.zeros(8, dtype=torch.int64))
 
+    for split in ("train", "val"):
+        write_shards(tmp_path / split, store_images=True)
     config = FinetuneConfig(
         network="resnet18",
         shards=tmp_path,
@@ -273,14 +272,12 @@ def test_fine_tuning_never_waits(
         batch_size=8,
         epochs=1,
         amp=amp,
+        baseline=side == 224,
     )
-    setup = mock.Mock(config=config)
-    setup.data.load, setup.data.min_area, setup.data.unit = load, min_area, "patches"
-    setup.train.classes, setup.train.settings = CLASSES, make_settings()
-    setup.plan.steps_per_epoch, setup.plan.rows_per_epoch = 9, 9 * 8
-    with mock.patch.object(finetune, "_digest_of_shards", return_value={}):
-        task = finetune._FinetuneTask(setup, GPU, World(), print)
-    assert waits_of_a_step(gpu, new_trainer(task, config)) == {}
+    task = finetune.prepare(config, GPU, World())
+    assert task.min_area == (1.0 if side == 95 else 0.35)
+    with mock.patch.object(finetune, "load_rows", load):
+        assert waits_of_a_step(gpu, new_trainer(task, config)) == {}
 
 
 def new_trainer(task: Any, config: Any) -> Trainer:

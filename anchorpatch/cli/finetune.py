@@ -19,24 +19,17 @@ from anchorpatch.cli.options import (
 )
 from anchorpatch.cli.output import print_json, print_records, print_table
 from anchorpatch.settings import SCALES
+from anchorpatch.storage import to_json
 from anchorpatch.text import counted
+from anchorpatch.training.config import SCRATCH, FinetuneConfig
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.finetune import FinetuneSummary
 
-#: What the help says; the values are those of `FinetuneConfig`, as a test makes sure.
-DEFAULTS = {
-    "epochs": "5; 30 with --weights none",
-    "batch_size": "256",
-    "accumulate": "1",
-    "optimizer": "sgd",
-    "lr": "0.01; 0.1 with --weights none",
-    "weight_decay": "0.0001",
-    "schedule": "cosine",
-    "warmup_epochs": "0.5",
-    "label_smoothing": "0.0",
-    "ema_decay": "0.0",
-}
+
+def _default(name: str) -> str:
+    note = f"; {SCRATCH[name]} with --weights none" if name in SCRATCH else ""
+    return f"{getattr(FinetuneConfig, name)}{note}"
 
 
 @click.command(cls=Command)
@@ -45,7 +38,7 @@ DEFAULTS = {
 @runs_option
 @click.option(
     "--weights",
-    default="default",
+    default=FinetuneConfig.weights,
     metavar="default|none|FILE",
     help="Initial weights: the pretrained ones of torchvision or timm, random ones, or a file.",
 )
@@ -66,30 +59,32 @@ DEFAULTS = {
     "or as such a run would take; or for --epochs, if given.",
 )
 @data_option
-@click.option("--flip/--no-flip", default=True, help="Random horizontal flip (p = 0.5).")
+@click.option(
+    "--flip/--no-flip", default=FinetuneConfig.flip, help="Random horizontal flip (p = 0.5)."
+)
 @click.option(
     "--jitter",
     type=float,
-    default=0.2,
+    default=FinetuneConfig.jitter,
     help="Color jitter: brightness, contrast and saturation change by up to this share.",
 )
 @click.option(
     "--min-area",
     type=Share(),
-    default=0.35,
+    default=FinetuneConfig.min_area,
     help="--baseline: smallest share of an image's area that a training crop covers.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
-    default=0,
+    default=FinetuneConfig.seed,
     help="Random seed for new weights, order and augmentation.",
 )
 @workers_option
 @click.option(
     "--dry-run", is_flag=True, help="Show what would be trained and its cost in MACs, then exit."
 )
-@training_options(DEFAULTS, "patches")
+@training_options(_default, "patches")
 def finetune(
     network: str,
     runs: Path,
@@ -113,7 +108,6 @@ def finetune(
     torchrun --nproc-per-node 8 -m anchorpatch finetune densenet169 --amp --sync-batchnorm
     """
     from anchorpatch.jobs.finetune import forecast, run
-    from anchorpatch.jobs.finetune_data import SCRATCH, FinetuneConfig
     from anchorpatch.networks import run_folder
     from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.distributed import is_main
@@ -175,7 +169,7 @@ def _weights_text(weights: str) -> str:
 def print_summary(summary: FinetuneSummary, as_json: bool) -> None:
     """Print the result of a run."""
     if as_json:
-        print_json({**vars(summary), "weights": str(summary.weights)})
+        print_json(to_json(summary))
         return
     print_records({"best": summary.best, "last": summary.last})
     by_scale = summary.best["val"].get("by_scale")

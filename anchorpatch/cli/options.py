@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 from functools import reduce, wraps
 from pathlib import Path
@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from anchorpatch.errors import OutOfMemory, WeightsError
 from anchorpatch.settings import PRESETS, default_preset
+from anchorpatch.training.config import LoopConfig
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -408,20 +409,19 @@ def lsp_options(default: str | None = None, shown: str | None = None) -> Callabl
     return add
 
 
-def training_options(defaults: str | Mapping[str, str], unit: str = "images") -> Callable[[_F], _F]:
+def training_options(default: Callable[[str], str], unit: str = "images") -> Callable[[_F], _F]:
     """Return a decorator that adds how a network is trained, computed and recorded.
 
     Those of the loop are None where they are not given, and the job's own defaults hold.
 
     Args:
-        defaults: what the help says of them: one text, or one for each option, by its name.
+        default: returns what the help says of the default of a setting, by its name.
         unit: what is trained on.
     """
 
     def loop(name: str, kind: Any, text: str) -> Callable[[Any], Any]:
-        note = defaults if isinstance(defaults, str) else defaults[name]
         option = f"--{name.replace('_', '-')}"
-        return click.option(option, type=kind, help=f"{text}  [default: {note}]")
+        return click.option(option, type=kind, help=f"{text}  [default: {default(name)}]")
 
     count = click.IntRange(min=1)
     return grouped(
@@ -456,14 +456,16 @@ def training_options(defaults: str | Mapping[str, str], unit: str = "images") ->
         device_option,
         click.option("--amp", is_flag=True, help="Compute in bfloat16 (mixed precision)."),
         click.option(
-            "--channels-last/--no-channels-last", default=True, help="Use channels-last memory."
+            "--channels-last/--no-channels-last",
+            default=LoopConfig.channels_last,
+            help="Use channels-last memory.",
         ),
         click.option("--compile", "compile", is_flag=True, help="Use torch.compile."),
         click.option("--sync-batchnorm", is_flag=True, help="Synchronize BatchNorm across GPUs."),
         click.option(
             "--checkpoint-minutes",
             type=click.FloatRange(min=0),
-            default=10.0,
+            default=LoopConfig.checkpoint_minutes,
             help="Minutes between checkpoints within an epoch.",
         ),
         click.option("--tensorboard", is_flag=True, help="Write TensorBoard event files too."),

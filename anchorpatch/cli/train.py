@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from anchorpatch.cli.options import (
     PATH,
@@ -23,7 +22,9 @@ from anchorpatch.cli.options import (
 )
 from anchorpatch.cli.output import print_json, print_records
 from anchorpatch.settings import ARCHITECTURES, CROP_MODES
+from anchorpatch.storage import to_json
 from anchorpatch.text import counted
+from anchorpatch.training.config import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.train import TrainSummary
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 @click.option(
     "--arch",
     type=click.Choice(list(ARCHITECTURES)),
-    default="anchornet",
+    default=TrainConfig.arch,
     help="Network to train: AnchorNet, or a peer to compare it with.",
 )
 @data_option
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 @runs_option
 @click.option(
     "--recipe",
-    type=click.Choice(["paper", "small"]),
-    default="paper",
+    type=click.Choice(list(RECIPES)),
+    default=TrainConfig.recipe,
     help="Defaults of the other options: those of section 4.1, or what suits a few thousand "
     "images; explicit options override it.",
 )
@@ -61,22 +62,22 @@ if TYPE_CHECKING:
 @click.option(
     "--crop-mode",
     type=click.Choice(CROP_MODES),
-    default="center",
+    default=TrainConfig.crop_mode,
     help="How validation images become 224 px: short side resized to 256 and center crop, or both "
     "sides resized to 224, as in the paper. Recorded in the weights; every command that uses them "
     "does the same.",
 )
 @background_option("white")
 @allow_empty_option
-@click.option("--se/--no-se", default=True, help="anchornet: use squeeze-and-excitation.")
+@click.option("--se/--no-se", default=TrainConfig.se, help="anchornet: use squeeze-and-excitation.")
 @click.option(
     "--weighted-mean/--no-weighted-mean",
-    default=True,
+    default=TrainConfig.weighted_mean,
     help="anchornet: multiply the attention S by H*W; as printed, it is not.",
 )
 @click.option(
     "--attention-loss/--no-attention-loss",
-    default=True,
+    default=TrainConfig.attention_loss,
     help="anchornet: train the attention branches with losses of their own.",
 )
 @click.option(
@@ -93,12 +94,12 @@ if TYPE_CHECKING:
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
-    default=0,
+    default=TrainConfig.seed,
     help="Random seed for weights, order and crops.",
 )
 @max_bad_option
 @workers_option
-@training_options("by --recipe")
+@training_options(lambda _: "by --recipe")
 def train(
     arch: str,
     runs: Path,
@@ -126,12 +127,10 @@ def train(
         --init runs/bagnet77/best.safetensors
     torchrun --nproc-per-node 8 -m anchorpatch train --data imagenet --sync-batchnorm
     """  # noqa: D301 (click reads the character)
-    _refuse_options_of_anchornet(arch)
     from anchorpatch.jobs.train import run
     from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.distributed import is_main
     from anchorpatch.runtime.progress import reporter
-    from anchorpatch.training.config import RECIPES, TrainConfig
 
     use_threads(threads)
     given = {name: value for name, value in options.items() if value is not None}
@@ -143,22 +142,10 @@ def train(
         print_summary(summary, as_json)
 
 
-def _refuse_options_of_anchornet(arch: str) -> None:
-    if arch == "anchornet":
-        return
-    ctx = click.get_current_context()
-    for param in ctx.command.params:
-        name = param.name or ""
-        given = ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-        if name in ("se", "weighted_mean", "attention_loss") and given:
-            flags = "/".join((*param.opts, *param.secondary_opts))
-            raise click.UsageError(f"{flags}: only for anchornet, not for {arch}")
-
-
 def print_summary(summary: TrainSummary, as_json: bool) -> None:
     """Print the result of a run."""
     if as_json:
-        print_json({**vars(summary), "weights": str(summary.weights)})
+        print_json(to_json(summary))
         return
     print_records({**summary.earlier, "best": summary.best, "last": summary.last})
     train_images, val_images = summary.images

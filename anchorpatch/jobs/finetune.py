@@ -2,47 +2,49 @@
 
 Shards -> patches of one scale a batch -> flip and jitter -> cross-entropy with the label of the
 patch's image -> runs/NETWORK/{best,last}.safetensors, measured by the sum of the softmax
-distributions of an image's patches.
+distributions of an image's patches. A baseline learns from whole images instead, at the same cost.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from itertools import tee
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from anchorpatch.errors import DataError, SettingsError, WeightsError, reason_of
+from anchorpatch.errors import DataError, SettingsError
+from anchorpatch.images.crops import RandomCrop, load_training_batches
 from anchorpatch.jobs.crops import ImageSource
-from anchorpatch.jobs.finetune_data import (
-    Data,
-    FinetuneConfig,
-    PatchData,
-    Plan,
-    WholeData,
-)
-from anchorpatch.jobs.patch_scores import open_shards
+from anchorpatch.jobs.patch_scores import Distributions, open_shards, score_images, score_patches
 from anchorpatch.models.complexity import check_sides, macs
 from anchorpatch.models.registry import build_on_meta
 from anchorpatch.networks import OR_NONE, find_pretrained, load_network
-from anchorpatch.runtime.device import resolve_device
-from anchorpatch.runtime.distributed import World, process_group
+from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import SCALES
-from anchorpatch.shards.dataset import visited
+from anchorpatch.settings import CROP, SCALES
+from anchorpatch.shards.dataset import (
+    Loaded,
+    batches_of,
+    epoch_rows,
+    load_rows,
+    pieces_of,
+    visited,
+)
 from anchorpatch.shards.reader import ShardReader
-from anchorpatch.storage import sha256_of
+from anchorpatch.storage import sha256_of, to_json
 from anchorpatch.text import counted, differing
 from anchorpatch.training.augment import Augmentation
+from anchorpatch.training.config import FinetuneConfig, LoopConfig
 from anchorpatch.training.loop import Batch, Task, Trainer
-from anchorpatch.training.run_folder import BEST, RunSummary, alone_in, best_record
+from anchorpatch.training.run_folder import BEST, RunSummary, best_record, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class FinetuneSummary(RunSummary):
     Attributes:
         network: its name.
         source: where the pixels came from.
-        cost: steps, patches and multiply-accumulates, see `Cost`.
+        cost: steps, patches and multiply-accumulates, see `FinetuneTask`.
     """
 
     network: str
@@ -72,28 +74,29 @@ def run(config: FinetuneConfig, progress: Reporter | None = None) -> FinetuneSum
         NonFiniteError: training diverged.
         StorageError: the disk refused, or another run is at work in the folder.
     """
-    device = resolve_device(config.device)
-    with process_group(device) as world, alone_in(config.folder, world, device):
-        report = progress if progress is not None and world.is_main else Reporter()
-        setup = prepare(config, world)
-        config = setup.config
-        if setup.train.header.weights_sha256 != setup.val.header.weights_sha256:
+    with open_run(config, progress) as (device, world, report):
+        task = prepare(config, device, world, report.message)
+        if task.train.header.weights_sha256 != task.val.header.weights_sha256:
             report.message(
                 f"{config.shards}: the AnchorNet that made the shards of val is not the one that "
                 "made those of train; the figures will be those of a mixture"
             )
-        if setup.cost.budget:
-            report.message(_budget_text(setup.cost, *setup.cost.budget))
-        task = _FinetuneTask(setup, device, world, report.message)
-        records = Trainer(task, report).run(cost=setup.cost.to_json())
+        cost = task.cost
+        if "budget" in cost:
+            report.message(
+                f"the budget of {cost['budget']['of']}: {cost['budget']['macs'] / 1e9:,.1f} GMACs; "
+                f"{counted(cost['epochs'], 'epoch')} of {cost['steps_an_epoch']:,} steps over "
+                f"whole images take {cost['macs'] / 1e9:,.1f} GMACs"
+            )
+        records = Trainer(task, report).run(cost=cost)
         return FinetuneSummary(
             network=config.network,
             weights=config.folder / BEST,
-            source=setup.data.source,
+            source=task.source,
             epochs=len(records),
-            classes=len(setup.train.classes),
-            images=(len(setup.train), len(setup.val)),
-            cost=setup.cost.to_json(),
+            classes=len(task.train.classes),
+            images=(len(task.train), len(task.val)),
+            cost=cost,
             best=best_record(records),
             last=records[-1],
         )
@@ -104,90 +107,30 @@ def forecast(config: FinetuneConfig) -> dict[str, Any]:
 
     Weights of a file are read and tried; a pretrained set must exist, and is not downloaded.
     """
-    setup = prepare(config, World())
+    task = prepare(config, torch.device("cpu"), World())
     if config.weights == "default":
         find_pretrained(config.network, OR_NONE)
     elif config.weights != "none":
-        load_network(config.network, setup.train.classes, config.weights, replace_head=True)
+        load_network(config.network, task.train.classes, config.weights, replace_head=True)
     return {
         "network": config.network,
         "weights": config.weights,
         "folder": str(config.folder),
-        "source": setup.data.source,
-        "unit": setup.data.unit,
-        "classes": len(setup.train.classes),
-        "images": [len(setup.train), len(setup.val)],
+        "source": task.source,
+        "unit": task.unit,
+        "classes": len(task.train.classes),
+        "images": [len(task.train), len(task.val)],
         "batch_size": config.batch_size,
-        "cost": setup.cost.to_json(),
+        "cost": task.cost,
     }
 
 
-def _budget_text(cost: Cost, macs: int, of: str) -> str:
-    return (
-        f"the budget of {of}: {macs / 1e9:,.1f} GMACs; {counted(cost.epochs, 'epoch')} of "
-        f"{cost.steps:,} steps over whole images take {cost.macs / 1e9:,.1f} GMACs"
-    )
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run takes.
-
-    Multiply-accumulates are those of the forward passes in training. The backward passes take
-    about twice as many, for patches and whole images alike.
-
-    Attributes:
-        epochs: of the run.
-        steps: optimiser steps of an epoch.
-        rows: patches of an epoch by scale; for a baseline, images by 224.
-        macs_by_side: of the network on one of them.
-        macs: of the whole run.
-        budget: what a baseline may spend, and by which run; None for other runs.
-    """
-
-    epochs: int
-    steps: int
-    rows: dict[int, int]
-    macs_by_side: dict[int, int]
-    macs: int
-    budget: tuple[int, str] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON object."""
-        document: dict[str, Any] = {
-            "epochs": self.epochs,
-            "steps_an_epoch": self.steps,
-            "rows_an_epoch": {str(side): n for side, n in self.rows.items()},
-            "macs_by_side": {str(side): n for side, n in self.macs_by_side.items()},
-            "macs": self.macs,
-        }
-        if self.budget:
-            document["budget"] = {"macs": self.budget[0], "of": self.budget[1]}
-        return document
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A run that can begin.
-
-    Attributes:
-        config: with the epochs that a baseline's budget gives.
-        train: reader of the training shards.
-        val: reader of the validation shards.
-        data: what the network is trained and measured on.
-        plan: the steps.
-        cost: of the run.
-    """
-
-    config: FinetuneConfig
-    train: ShardReader
-    val: ShardReader
-    data: Data
-    plan: Plan
-    cost: Cost
-
-
-def prepare(config: FinetuneConfig, world: World) -> Setup:
+def prepare(
+    config: FinetuneConfig,
+    device: torch.device,
+    world: World,
+    message: Callable[[str], None] = print,
+) -> FinetuneTask:
     """Look shards, network and settings over, and plan the run.
 
     Raises:
@@ -197,97 +140,352 @@ def prepare(config: FinetuneConfig, world: World) -> Setup:
         SettingsError: the network cannot take the patches, or the batch is too small.
     """
     train, val = (open_shards(config.shards, split) for split in ("train", "val"))
-    _same_classes(config.shards, train, val)
-    data = _data(config, train, val)
-    counts = data.counts()
-    _enough(config, train, counts, world)
-    module = build_on_meta(config.network, len(train.classes)).eval()
-    sides = tuple(counts)
-    check_sides(config.network, module, sides)
-    per_row = {side: macs(module, side) for side in sides}
-    plan = Plan(data.draw, counts, config, world)
-    budget = None
-    if config.baseline and config.like is not None:
-        budget = _budget(config, train, module)
-        steps, epochs = _affordable(budget[0], plan.steps_per_pass, _total(counts, per_row))
-        config = replace(config, epochs=epochs)
-        plan = replace(plan, config=config, steps=steps)
-    part = plan.steps_per_epoch / plan.steps_per_pass
-    cost = Cost(
-        epochs=config.epochs,
-        steps=plan.steps_per_epoch,
-        rows={side: round(n * part) for side, n in counts.items()},
-        macs_by_side=per_row,
-        macs=round(config.epochs * part * _total(counts, per_row)),
-        budget=budget,
-    )
-    return Setup(config, train, val, data, plan, cost)
-
-
-def _same_classes(shards: Path, train: ShardReader, val: ShardReader) -> None:
-    if train.classes == val.classes:
-        return
-    raise DataError(
-        f"{shards}: expected train and val shards of the same classes, found "
-        f"{differing(train.classes, val.classes)}; extract the split val again, from a folder in "
-        "which train lies beside it and has all of its classes"
-    )
-
-
-def _data(config: FinetuneConfig, train: ShardReader, val: ShardReader) -> Data:
-    if not config.baseline:
-        return PatchData(config, train, val)
-    whole = [
-        ImageSource.of_shards(reader, config.data, split=split, workers=config.workers)
-        for reader, split in ((train, "train"), (val, "val"))
-    ]
-    return WholeData(config, *whole)
-
-
-def _enough(
-    config: FinetuneConfig, train: ShardReader, counts: Mapping[int, int], world: World
-) -> None:
-    parts, total = world.size * config.accumulate, sum(counts.values())
-    if config.batch_size < 2 * parts:
-        raise SettingsError(
-            f"batch size {config.batch_size} is too small for {world.size} processes x "
-            f"{config.accumulate} pieces of at least 2; choose --batch-size {2 * parts} or more"
-        )
-    if not total:
+    if train.classes != val.classes:
         raise DataError(
-            f"{train.folder}: expected patches of {config.scale} px, found none; "
-            "choose another --scale"
+            f"{config.shards}: expected train and val shards of the same classes, found "
+            f"{differing(train.classes, val.classes)}; extract the split val again, from a folder "
+            "in which train lies beside it and has all of its classes"
         )
-    if total < config.batch_size:
-        unit = "images" if config.baseline else "patches"
-        raise DataError(
-            f"{train.folder}: {total} {unit} an epoch are too few for a batch of "
-            f"{config.batch_size}; choose a smaller --batch-size"
+    kind = BaselineTask if config.baseline else FinetuneTask
+    return kind(config, train, val, device, world, message)
+
+
+# --- the steps ----------------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """The rows of a piece of a step.
+
+    Attributes:
+        key: seed, pass, step of the pass and number of the piece: what augmentation follows from.
+        scale: side of the pixels.
+        rows: of patches of this scale, or of images (n,).
+        share: of the step's rows; 0 for a piece that stands in for a missing one.
+    """
+
+    key: tuple[int, int, int, int]
+    scale: int
+    rows: NDArray[np.int64]
+    share: float
+
+    @property
+    def visit(self) -> int:
+        """Number of the pass."""
+        return self.key[1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run. All pieces of a step have one scale, on all processes.
+
+    A pass visits every row once. An epoch, after which the network is measured, is a pass over
+    patches. A baseline's epochs are equal parts of its steps, and may be shorter or longer.
+
+    Attributes:
+        draw: returns the rows of a pass by scale, in random order.
+        counts: how many these are.
+        config: batch size, pieces, epochs and seed.
+        world: the processes.
+        steps: optimiser steps of an epoch; None for those of a pass.
+    """
+
+    draw: Callable[[np.random.Generator], Mapping[int, NDArray[np.int64]]]
+    counts: Mapping[int, int]
+    config: LoopConfig
+    world: World
+    steps: int | None = None
+
+    @property
+    def steps_per_pass(self) -> int:
+        """How many batches the rows of a pass make."""
+        return sum(-(-n // self.config.batch_size) for n in self.counts.values())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many steps lie between two measurements."""
+        return self.steps or self.steps_per_pass
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """About how many rows an epoch visits; exact where it is a pass."""
+        return sum(self.counts.values()) * self.steps_per_epoch // self.steps_per_pass
+
+    def pieces(self, epoch: int, step: int) -> Iterator[Request]:
+        """Yield this process's pieces from a step of an epoch to the end of the run."""
+        config, world = self.config, self.world
+        steps, total = self.steps_per_epoch, self.config.epochs * self.steps_per_epoch
+        drawn, batches = -1, []
+        for done in range(epoch * steps + step, total):
+            visit, index = divmod(done, self.steps_per_pass)
+            if visit != drawn:
+                rng = np.random.default_rng((config.seed, visit))
+                drawn, batches = visit, batches_of(self.draw(rng), config.batch_size, rng)
+            scale, rows = batches[index]
+            pieces = pieces_of(rows, world.size * config.accumulate)
+            for number in range(world.rank, len(pieces), world.size):
+                found, counted = pieces[number]
+                key = (config.seed, visit, index, number)
+                yield Request(key, scale, found, counted / len(rows))
+
+
+# --- what is learned from -----------------------------------------------------------------------
+
+
+class FinetuneTask(Task):
+    """A network that learns from the patches of shards.
+
+    Args:
+        config: of the run.
+        train: reader of the training shards.
+        val: reader of the validation shards.
+        device: where the network is.
+        world: the processes of the run.
+        message: called with what users may not expect of the weights.
+
+    Attributes:
+        plan: the steps.
+        cost: what the run takes, as JSON values: its epochs, the steps of each, the patches of an
+            epoch by scale (for a baseline, images by 224), the multiply-accumulates of one of
+            them and of the whole run, and what a baseline may spend, by which run. Those are of
+            the forward passes in training. The backward passes take about twice as many, for
+            patches and whole images alike.
+
+    Raises:
+        DataError: there are too few patches, or the run whose cost counts cannot be read.
+        SettingsError: the network cannot take the patches, or the batch is too small.
+    """
+
+    config: FinetuneConfig
+    kind = "finetune"
+    unit = "patches"
+
+    #: Smallest share of a picture in the crop that is still to be drawn; 1 for none.
+    min_area = 1.0
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        train: ShardReader,
+        val: ShardReader,
+        device: torch.device,
+        world: World,
+        message: Callable[[str], None],
+    ) -> None:
+        super().__init__(config, device, world)
+        self.train, self.val, self.message = train, val, message
+        counts = self.counts()
+        self._refuse_too_few(sum(counts.values()))
+        module = build_on_meta(config.network, len(train.classes)).eval()
+        check_sides(config.network, module, tuple(counts))
+        each = {side: macs(module, side) for side in counts}
+        a_pass = _total(counts, each)
+        plan = Plan(self.draw, counts, config, world)
+        budget = {}
+        if config.baseline and config.like is not None:
+            budget = {"budget": self._budget(module)}
+            steps, epochs = _affordable(budget["budget"]["macs"], plan.steps_per_pass, a_pass)
+            self.config = config = replace(config, epochs=epochs)
+            plan = replace(plan, config=config, steps=steps)
+        self.plan, self.steps, self.size = plan, plan.steps_per_epoch, plan.rows_per_epoch
+        part = plan.steps_per_epoch / plan.steps_per_pass
+        self.cost: dict[str, Any] = {
+            "epochs": config.epochs,
+            "steps_an_epoch": plan.steps_per_epoch,
+            "rows_an_epoch": {str(side): round(n * part) for side, n in counts.items()},
+            "macs_by_side": {str(side): n for side, n in each.items()},
+            "macs": round(config.epochs * part * a_pass),
+            **budget,
+        }
+        self.augment = Augmentation(config.jitter, config.flip, self.min_area)
+
+    def _refuse_too_few(self, rows: int) -> None:
+        config, world = self.config, self.world
+        parts = world.size * config.accumulate
+        if config.batch_size < 2 * parts:
+            raise SettingsError(
+                f"batch size {config.batch_size} is too small for {world.size} processes x "
+                f"{config.accumulate} pieces of at least 2; choose --batch-size {2 * parts} or more"
+            )
+        if not rows:
+            raise DataError(
+                f"{self.train.folder}: expected patches of {config.scale} px, found none; "
+                "choose another --scale"
+            )
+        if rows < config.batch_size:
+            raise DataError(
+                f"{self.train.folder}: {rows} {self.unit} an epoch are too few for a batch of "
+                f"{config.batch_size}; choose a smaller --batch-size"
+            )
+
+    def _budget(self, module: nn.Module) -> dict[str, Any]:
+        """Return what a baseline may spend in MACs, and the run on patches that spends as much."""
+        config = self.config
+        assert config.like is not None
+        path = config.like / "config.json"
+        try:
+            cost = json.loads(path.read_text(encoding="utf-8"))["cost"]
+            of = f"{config.like}, {counted(cost['epochs'], 'epoch')}"
+            return {"macs": int(cost["macs"]), "of": of}
+        except FileNotFoundError:
+            counts = visited(self.train, SCALES)
+            total = _total(counts, {scale: macs(module, scale) for scale in counts})
+            of = f"{counted(config.epochs, 'epoch')} of all patches"
+            return {"macs": config.epochs * total, "of": of}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: expected the settings of a run on patches, whose cost a baseline takes, "
+                f"found something else ({type(error).__name__}); give --epochs, or remove that run"
+            ) from error
+
+    def build(self) -> nn.Module:
+        """Return the network with its initial weights, on the device."""
+        config, settings = self.config, self.train.settings
+        found = load_network(
+            config.network,
+            self.train.classes,
+            config.weights,
+            message=self.message,
+            replace_head=True,
         )
+        self.meta = replace(
+            found.meta, crop_mode=settings.crop_mode, background=settings.background
+        )
+        weights = config.weights
+        if weights not in ("default", "none"):
+            with open(weights, "rb") as file:
+                weights = sha256_of(file)
+        self.identity = {
+            **config.decisive(),
+            "weights": weights,
+            "processes": self.world.size,
+            "steps": self.steps,
+            "files": self.min_area == 1.0 and config.baseline,
+            "train_shards": _digest_of_shards(self.train),
+            "val_shards": _digest_of_shards(self.val),
+        }
+        self.origin = {"settings": self.identity, "cost": self.cost}
+        return found.module.to(self.device)
+
+    def batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
+        """Yield the augmented pieces from a step of an epoch to the end of the run."""
+        loaded = self.load(self.plan.pieces(epoch, step))
+        with closing(loaded):
+            for request, (pixels, labels) in self.waiting.watch(loaded):
+                rng = np.random.default_rng(request.key)
+                inputs = self.augment(pixels.to(self.device, non_blocking=True), rng)
+                yield self.batch(inputs.permute(0, 2, 3, 1), labels, request.share)
+
+    @property
+    def eval_batch(self) -> int:
+        """Images or patches of a batch in evaluation."""
+        # CPU: larger ones spend their time on fresh memory.
+        return 32 if self.device.type == "cpu" else 512
+
+    @property
+    def source(self) -> str:
+        """Where the pixels come from, in words."""
+        return f"the patches in {self.train.folder}"
+
+    def counts(self) -> dict[int, int]:
+        """Return the rows of a pass by the side of their pixels."""
+        return visited(self.train, self.config.scales, self.config.patches_per_image)
+
+    def draw(self, rng: np.random.Generator) -> Mapping[int, NDArray[np.int64]]:
+        """Return the rows of a pass in random order."""
+        return epoch_rows(self.train, rng, self.config.scales, self.config.patches_per_image)
+
+    def load(self, requests: Iterator[Request]) -> Generator[tuple[Request, Loaded], None, None]:
+        """Read the pieces of a run ahead of their use."""
+        pin_memory = self.device.type == "cuda"
+        return load_rows(self.train, requests, threads=self.config.workers, pin_memory=pin_memory)
+
+    def evaluate(self, module: nn.Module, check: Callable[[], object]) -> dict[str, Any]:
+        """Decide on the validation images by the sum of their patches' distributions."""
+        run = Distributions(module, self.device, self.meta, self.config.amp)
+        figures = score_patches(
+            dict.fromkeys(self.config.scales, run),
+            self.val,
+            world=self.world,
+            batch_size=self.eval_batch,
+            scales=self.config.scales,
+            check=check,
+        )
+        found: dict[str, Any] = to_json(figures)
+        return found
 
 
-def _total(counts: Mapping[int, int], macs_by_side: Mapping[int, int]) -> int:
-    return sum(n * macs_by_side[side] for side, n in counts.items())
+class BaselineTask(FinetuneTask):
+    """A network that learns from whole images, at the cost of a run on patches.
+
+    Their pixels are the crops of 224 px in the shards, or else the files they were made from.
+    """
+
+    unit = "images"
+
+    def __init__(
+        self, config: FinetuneConfig, train: ShardReader, val: ShardReader, *more: Any
+    ) -> None:
+        self.images, self.val_images = (
+            ImageSource.of_shards(reader, config.data, split=split, workers=config.workers)
+            for reader, split in ((train, "train"), (val, "val"))
+        )
+        if self.images.folder is None:
+            self.min_area = config.min_area
+        super().__init__(config, train, val, *more)
+
+    @property
+    def source(self) -> str:
+        """Where the pixels come from, in words."""
+        return self.images.description
+
+    def counts(self) -> dict[int, int]:
+        """Return the images of a pass."""
+        return {CROP: len(self.images)}
+
+    def draw(self, rng: np.random.Generator) -> Mapping[int, NDArray[np.int64]]:
+        """Return the images of a pass in random order."""
+        return {CROP: rng.permutation(len(self.images))}
+
+    def load(self, requests: Iterator[Request]) -> Generator[tuple[Request, Loaded], None, None]:
+        """Read or decode the pieces of a run ahead of their use."""
+        config, folder = self.config, self.images.folder
+        if folder is None:
+            yield from super().load(requests)
+            return
+        asked, kept = tee(requests)
+        background = self.images.crop.background
+        loaded = load_training_batches(
+            folder,
+            ((request.visit, request.rows) for request in asked),
+            RandomCrop(CROP, config.min_area, flip=False, seed=config.seed, background=background),
+            workers=config.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        with closing(loaded):
+            for request, batch in zip(kept, loaded, strict=True):
+                if batch.bad:
+                    row, reason = batch.bad[0]
+                    raise DataError(
+                        f"{folder.root / folder.path(row)}: cannot be read any more ({reason}), "
+                        "while the shards hold its patches; restore it, or extract again"
+                    )
+                labels = torch.from_numpy(self.images.labels[request.rows])
+                yield request, Loaded(batch.pixels, labels)
+
+    def evaluate(self, module: nn.Module, check: Callable[[], object]) -> dict[str, Any]:
+        """Decide on the validation images as they are."""
+        device, amp = self.device, self.config.amp
+        rows = self.world.share(len(self.val_images))
+        batches = self.val_images.batches(rows, self.eval_batch, pin_memory=device.type == "cuda")
+        with closing(batches):
+            return asdict(
+                score_images(module, batches, device=device, meta=self.meta, amp=amp, check=check)
+            )
 
 
-def _budget(config: FinetuneConfig, train: ShardReader, module: nn.Module) -> tuple[int, str]:
-    """Return what a baseline may spend in MACs, and the run on patches that spends as much."""
-    assert config.like is not None
-    path = config.like / "config.json"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        cost = document["cost"]
-        return int(cost["macs"]), f"{config.like}, {counted(cost['epochs'], 'epoch')}"
-    except FileNotFoundError:
-        counts = visited(train, SCALES)
-        per_row = {scale: macs(module, scale) for scale in counts}
-        of = f"{counted(config.epochs, 'epoch')} of all patches"
-        return config.epochs * _total(counts, per_row), of
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: expected the settings of a run on patches, whose cost a baseline takes, "
-            f"found something else ({type(error).__name__}); give --epochs, or remove that run"
-        ) from error
+def _total(counts: Mapping[int, int], each: Mapping[int, int]) -> int:
+    """Return the multiply-accumulates of all rows, from those of one by its side."""
+    return sum(n * each[side] for side, n in counts.items())
 
 
 def _affordable(budget: int, steps_per_pass: int, macs_per_pass: int) -> tuple[int, int]:
@@ -304,79 +502,7 @@ def _affordable(budget: int, steps_per_pass: int, macs_per_pass: int) -> tuple[i
     return round(total / epochs), epochs
 
 
-class _FinetuneTask(Task):
-    """A network that learns from the rows of a `Setup`."""
-
-    config: FinetuneConfig
-    kind = "finetune"
-
-    def __init__(
-        self, setup: Setup, device: torch.device, world: World, message: Callable[[str], None]
-    ) -> None:
-        super().__init__(setup.config, device, world)
-        self.setup, self.message = setup, message
-        self.unit = setup.data.unit
-        self.steps, self.size = setup.plan.steps_per_epoch, setup.plan.rows_per_epoch
-        self.augment = Augmentation(self.config.jitter, self.config.flip, setup.data.min_area)
-        self.identity = {
-            **self.config.decisive(),
-            "weights": _digest_of_weights(self.config.weights),
-            "processes": world.size,
-            "steps": self.steps,
-            "files": setup.data.min_area == 1.0 and self.config.baseline,
-            "train_shards": _digest_of_shards(setup.train),
-            "val_shards": _digest_of_shards(setup.val),
-        }
-
-    def build(self) -> nn.Module:
-        found = load_network(
-            self.config.network,
-            self.setup.train.classes,
-            self.config.weights,
-            message=self.message,
-            replace_head=True,
-        )
-        of_shards = self.setup.train.settings
-        self.meta = replace(
-            found.meta, crop_mode=of_shards.crop_mode, background=of_shards.background
-        )
-        return found.module.to(self.device)
-
-    def batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
-        pieces = self.setup.plan.pieces(epoch, step)
-        loaded = self.setup.data.load(pieces, self.device.type == "cuda")
-        with closing(loaded):
-            for request, (pixels, labels) in self.waiting.watch(loaded):
-                rng = np.random.default_rng(request.key)
-                inputs = self.augment(pixels.to(self.device, non_blocking=True), rng)
-                yield self.batch(inputs.permute(0, 2, 3, 1), labels, request.share)
-
-    def evaluate(self, module: nn.Module, check: Callable[[], object]) -> dict[str, Any]:
-        return self.setup.data.evaluate(module, self.meta, self.world, self.device, check)
-
-    def training(self) -> dict[str, Any]:
-        return {"settings": self.identity, "cost": self.setup.cost.to_json()}
-
-
-def _digest_of_weights(weights: str) -> str:
-    """Return what the initial weights are known by: a name, or the SHA-256 of a file."""
-    if weights in ("default", "none"):
-        return weights
-    try:
-        with open(weights, "rb") as file:
-            return sha256_of(file)
-    except OSError as error:
-        raise WeightsError(
-            f"{weights}: expected a weights file, 'default' or 'none', found: {reason_of(error)}"
-        ) from error
-
-
 def _digest_of_shards(reader: ShardReader) -> dict[str, Any]:
     """Return which AnchorNet made the shards, and a digest of their bytes."""
-    digest = hashlib.sha256()
-    for sha256 in reader.sha256:
-        digest.update(sha256.encode())
-    return {
-        "anchornet": reader.header.weights_sha256,
-        "sha256": digest.hexdigest(),
-    }
+    digest = hashlib.sha256("".join(reader.sha256).encode())
+    return {"anchornet": reader.header.weights_sha256, "sha256": digest.hexdigest()}

@@ -1,4 +1,7 @@
-"""How networks are trained: the settings of any run, those of whole images, and the recipes."""
+"""How networks are trained: the settings of any run, of `train` and of `finetune`, and recipes.
+
+Nothing here imports torch, so that the command line can tell the defaults.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.runtime.distributed import World
-from anchorpatch.settings import ARCHITECTURES, CropSettings
+from anchorpatch.settings import ARCHITECTURES, SCALES, CropSettings
+
+if TYPE_CHECKING:
+    from anchorpatch.runtime.distributed import World
 
 #: Settings that only AnchorNet has.
 ANCHORNET_ONLY: Final = frozenset({"se", "weighted_mean", "attention_loss"})
@@ -216,9 +221,7 @@ class TrainConfig(LoopConfig):
             )
         for name in sorted(ANCHORNET_ONLY):
             if self.arch != "anchornet" and not getattr(self, name):
-                raise SettingsError(
-                    f"{name}: only anchornet has it, {self.arch} has nothing like it"
-                )
+                raise SettingsError(f"{name}: only for anchornet, not for {self.arch}")
         object.__setattr__(self, "background", self.crop.background)
         if not 0 < self.min_area <= 1:
             raise SettingsError(f"min_area: expected a share above 0, got {self.min_area}")
@@ -242,3 +245,87 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
         "min_area": 0.35,
     },
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(LoopConfig):
+    """How a network is fine-tuned; see `LoopConfig` for the rest.
+
+    The paper says no more than "fine-tuned on training patches". The defaults are what is usual
+    for pretrained networks: a tenth of the rate that they were trained with, falling to 0 by a
+    cosine over a few epochs, after a short warm-up for heads with random weights. An epoch over all
+    patches shows each image many times, so 5 epochs are not few.
+
+    Attributes:
+        network: its name, see `anchorpatch.models.registry.build`.
+        shards: folder with ``train/`` and ``val/``.
+        weights: to start from: "default" (torchvision's), "none" (random) or a file.
+        scale: train and measure on the patches of one scale alone; None takes all three.
+        patches_per_image: of each image in an epoch, drawn again each time; None takes all.
+        baseline: train on whole images instead, at the same cost (see `like`).
+        data: folder with the images, for a baseline where the shards hold no crops.
+        like: folder of the run whose multiply-accumulates a baseline may spend, by convention
+            that of the same network on patches. Where it holds no run, a run on patches with
+            these settings is taken. None: a baseline makes ``epochs`` passes.
+        flip: random horizontal flip (p = 0.5).
+        jitter: of brightness, contrast and saturation.
+        min_area: smallest share of a whole image that a baseline's training crop shows.
+    """
+
+    #: What the paths and the weights hold is compared instead.
+    FREE: ClassVar[frozenset[str]] = LoopConfig.FREE | {"shards", "data", "like", "weights"}
+
+    network: str
+    shards: Path
+    epochs: int = 5
+    lr: float = 0.01
+    nesterov: bool = True
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.5
+    weights: str = "default"
+    scale: int | None = None
+    patches_per_image: int | None = None
+    baseline: bool = False
+    data: Path = Path("data")
+    like: Path | None = None
+    flip: bool = True
+    jitter: float = 0.2
+    min_area: float = 0.35
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from anchorpatch.models.registry import check_name  # which imports torch
+
+        check_name(self.network)
+        if self.network == "anchornet":
+            raise SettingsError(
+                "anchornet finds the patches; train it with `anchorpatch train`, and fine-tune "
+                "an ordinary network such as resnet50"
+            )
+        if self.scale is not None and self.scale not in SCALES:
+            known = ", ".join(map(str, SCALES))
+            raise SettingsError(f"scale: expected one of {known}, got {self.scale}")
+        if self.baseline and (self.scale or self.patches_per_image):
+            raise SettingsError(
+                "baseline: trains on whole images, so it takes no --scale or --patches-per-image; "
+                "its budget is that of the run on patches"
+            )
+        if self.patches_per_image is not None and self.patches_per_image < 1:
+            raise SettingsError(
+                f"patches_per_image: expected at least 1, got {self.patches_per_image}"
+            )
+        if not 0 <= self.jitter < 1:
+            raise SettingsError(f"jitter: expected a number from 0 to below 1, got {self.jitter}")
+        if not 0 < self.min_area <= 1:
+            raise SettingsError(f"min_area: expected a share above 0, got {self.min_area}")
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Scales of the patches that take part."""
+        return SCALES if self.scale is None else (self.scale,)
+
+
+#: What replaces the defaults where a network starts from random weights: the rate that such
+#: networks are usually trained with, and more epochs.
+SCRATCH: Final[dict[str, Any]] = {"epochs": 30, "lr": 0.1}

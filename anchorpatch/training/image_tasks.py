@@ -1,7 +1,7 @@
 """What networks learn from whole images: folders, random crops, evaluation and weights files.
 
 AnchorNet learns from six cross-entropies (section 4.1), a BagNet from one; for Saccader's stages
-see `anchorpatch.training.saccader`.
+see `anchorpatch.jobs.train`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def open_images(
 
 
 class ImageTask(Task):
-    """What the tasks on whole images share. They bring `build`, and more where they differ.
+    """A network that learns from whole images, by default by one cross-entropy as a BagNet.
 
     Args:
         config: of the run.
@@ -146,10 +146,18 @@ class ImageTask(Task):
             "val_images": self.val.digest(),
             "init": self.start.sha256 if self.start else None,
         }
+        recorded = {k: v for k, v in self.identity.items() if k != "classes"}
+        self.origin = {"recipe": config.recipe, "settings": recorded}
 
     def open_start(self) -> Weights | None:
         """Return the weights to start from, if there are any."""
         return load_weights(self.config.init, self.config.arch) if self.config.init else None
+
+    def build(self) -> nn.Module:
+        """Return the network with its initial weights, on the device."""
+        net = build(self.config.arch, len(self.train.classes))
+        _fill(net, self.start, self.train.classes)
+        return net.to(self.device)
 
     def accuracy(self) -> Accuracy | AnchorNetAccuracy:
         """Return new sums over `outputs`, for an evaluation."""
@@ -158,11 +166,6 @@ class ImageTask(Task):
     def outputs(self, module: nn.Module, inputs: Tensor) -> Any:
         """Return what `accuracy` counts, of validation images."""
         return module(inputs)
-
-    def training(self) -> dict[str, Any]:
-        """Return what weights files say of how they came about, as JSON values."""
-        settings = {k: v for k, v in self.identity.items() if k != "classes"}
-        return {"recipe": self.config.recipe, "settings": settings}
 
     def batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
         """Yield the pieces of random crops from a step of an epoch to the end of the run."""
@@ -266,17 +269,6 @@ class AnchorNetTask(ImageTask):
     def accuracy(self) -> AnchorNetAccuracy:
         """Return new sums over `outputs`, for an evaluation."""
         return AnchorNetAccuracy(self.device)
-
-
-class BagNetTask(ImageTask):
-    """Learns from one cross-entropy; ``config.arch`` names the network."""
-
-    def build(self) -> nn.Module:
-        """Return the network with its initial weights, on the device."""
-        classes = self.train.classes
-        net = build(self.config.arch, len(classes))
-        _fill(net, self.start, classes)
-        return net.to(self.device)
 
 
 def _fill(net: nn.Module, weights: Weights | None, classes: tuple[str, ...]) -> None:

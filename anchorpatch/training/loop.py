@@ -23,7 +23,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -144,6 +144,8 @@ class Task(ABC):
     identity: dict[str, Any]
     #: What the weights files say about themselves, once the network is built.
     meta: WeightsMeta
+    #: What they say of how they came about, as JSON values.
+    origin: dict[str, Any]
 
     def __init__(self, config: LoopConfig, device: torch.device, world: World) -> None:
         self.config, self.device, self.world = config, device, world
@@ -162,10 +164,6 @@ class Task(ABC):
     def evaluate(self, module: nn.Module, check: Callable[[], object]) -> dict[str, Any]:
         """Return figures of the validation images, "top1" among them; calls check() at times."""
 
-    @abstractmethod
-    def training(self) -> dict[str, Any]:
-        """Return what weights files say of how they came about, as JSON values."""
-
     def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss, a mean over the piece, and parts to log, means too."""
         logits = module(batch.inputs).float()
@@ -176,7 +174,7 @@ class Task(ABC):
 
     def save(self, path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Write a weights file."""
-        training = {**self.training(), "record": dict(record)}
+        training = {**self.origin, "record": dict(record)}
         save_weights(path, tensors, replace(self.meta, training=training))
 
     @cached_property
@@ -564,7 +562,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "random": torch.get_rng_state(),
-                **self.place.state(),
+                **asdict(self.place),
             },
         )
 

@@ -21,7 +21,9 @@ from anchorpatch.errors import (
     reason_of,
 )
 from anchorpatch.runtime.checkpoint import versions
-from anchorpatch.runtime.distributed import World, any_rank, sum_ranks
+from anchorpatch.runtime.device import resolve_device
+from anchorpatch.runtime.distributed import World, any_rank, process_group, sum_ranks
+from anchorpatch.runtime.progress import Reporter
 from anchorpatch.storage import lock_file, refusals, write_atomically
 from anchorpatch.training.config import LoopConfig
 
@@ -162,6 +164,24 @@ def best_record(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
+def open_run(
+    config: LoopConfig, progress: Reporter | None
+) -> Iterator[tuple[torch.device, World, Reporter]]:
+    """Join the processes of a run, and keep other runs out of its folder during the block.
+
+    Yields:
+        Device, processes, and where progress is shown, which only the main process does.
+
+    Raises:
+        SettingsError: the device cannot be used.
+        StorageError: another run is at work in the folder, or the disk refuses.
+    """
+    device = resolve_device(config.device)
+    with process_group(device) as world, alone_in(config.folder, world, device):
+        yield device, world, progress if progress is not None and world.is_main else Reporter()
+
+
+@contextmanager
 def alone_in(folder: Path, world: World, device: torch.device) -> Iterator[None]:
     """Keep other runs out of a run's folder during the block.
 
@@ -238,11 +258,6 @@ class Place:
     waited: float = 0.0
     best: float = -1.0
     sums: dict[str, float] = field(default_factory=dict)
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        state = {each.name: getattr(self, each.name) for each in fields(self)}
-        return state | {"sums": dict(self.sums)}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], *, is_main: bool) -> Place:

@@ -83,7 +83,7 @@ def test_a_peer_is_trained_by_the_same_command(program: Program, data: Path, tmp
     assert weights.meta.classes == ("cat", "dog")
 
     for arguments, line in (
-        (("saccader", "--no-se"), "Error: --se/--no-se: only for anchornet, not for"),
+        (("saccader", "--no-se"), "anchorpatch: se: only for anchornet, not for saccader"),
         (("bagnet77", "--crop-size", 64), "anchorpatch: crop_size: the largest patch of bagnet77"),
     ):
         refused = program("train", "--data", data, "--arch", *arguments)

@@ -123,13 +123,10 @@ def test_learning_shows(shards: Path, tmp_path: Path):
 
 def test_pixels_and_labels_of_a_step(shards: Path, tmp_path: Path):
     """The loader, the pieces and the normalisation against the reader, one patch at a time."""
-    from anchorpatch.jobs.finetune import _FinetuneTask
-
     config = tiny(shards, tmp_path, jitter=0.0, flip=False, accumulate=3, epochs=1)
-    setup = prepare(config, World())
-    task = _FinetuneTask(setup, torch.device("cpu"), World(), print)
+    task = prepare(config, torch.device("cpu"), World())
     task.build()
-    requests, reader = list(setup.plan.pieces(0, 0)), setup.train
+    requests, reader = list(task.plan.pieces(0, 0)), task.train
     batches = list(task.batches(0, 0))
     assert len(batches) == len(requests) == 3 * STEPS
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -589,12 +586,9 @@ def test_options_train(shards: Path, tmp_path: Path, changes: dict):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_augments_as_cpu_and_resumes(shards: Path, tmp_path: Path):
-    from anchorpatch.jobs.finetune import _FinetuneTask
-
     inputs = []
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
-        setup = prepare(tiny(shards, tmp_path, baseline=True, epochs=1), World())
-        task = _FinetuneTask(setup, device, World(), print)
+        task = prepare(tiny(shards, tmp_path, baseline=True, epochs=1), device, World())
         task.build()
         inputs.append(torch.cat([batch.inputs.cpu() for batch in task.batches(0, 0)]))
     assert torch.allclose(*inputs, atol=1e-3)

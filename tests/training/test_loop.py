@@ -59,9 +59,6 @@ class Linear(Task):
         top1 = float((module(inputs).argmax(-1) == labels).double().mean())
         return {"top1": top1, "top5": 1.0, "loss": 0.0}
 
-    def training(self) -> dict[str, Any]:
-        return {}
-
     def save(self, path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         save_file(dict(tensors), path)
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from anchorpatch.errors import Interrupted, SettingsError, WeightsError
-from anchorpatch.jobs.train import TrainConfig, run
+from anchorpatch.jobs.train import LocationTask, ReinforceTask, TrainConfig, best_places, run
 from anchorpatch.models.bagnet import BagNet
 from anchorpatch.models.registry import NETWORKS
 from anchorpatch.models.saccader import GLIMPSES, Saccader
@@ -24,8 +24,7 @@ from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import ARCHITECTURES
 from anchorpatch.training.image_tasks import open_images
-from anchorpatch.training.saccader import LocationTask, ReinforceTask, best_places
-from tests.training.peer_runs import NARROW, STAGES, peer
+from tests.jobs.peer_runs import NARROW, STAGES, peer
 from tests.training.runs import (
     TRAIN,
     VAL,
@@ -132,7 +131,7 @@ from pathlib import Path
 import torch
 from anchorpatch.jobs.train import run
 from anchorpatch.models.registry import NETWORKS
-from tests.training.peer_runs import NARROW, peer
+from tests.jobs.peer_runs import NARROW, peer
 from tests.training.runs import StopAt
 torch.set_num_threads(1)
 NETWORKS.update(NARROW)
@@ -213,8 +212,8 @@ def test_bfloat16_and_fewer_places_than_glimpses(data: Path, tmp_path: Path):
         ({"arch": "bagnet77", "crop_size": 76}, "largest patch of bagnet77 needs 77 px, got 76"),
         ({"arch": "saccader", "crop_size": 76}, "largest patch of saccader needs 77 px, got 76"),
         ({"arch": "bagnet33", "crop_size": 32}, "largest patch of bagnet33 needs 33 px, got 32"),
-        ({"arch": "bagnet33", "se": False}, "se: only anchornet has it"),
-        ({"arch": "saccader", "attention_loss": False}, "attention_loss: only anchornet has it"),
+        ({"arch": "bagnet33", "se": False}, "se: only for anchornet"),
+        ({"arch": "saccader", "attention_loss": False}, "attention_loss: only for anchornet"),
     ],
 )
 def test_settings_that_no_run_could_use(changes: dict, message: str):

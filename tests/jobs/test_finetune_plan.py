@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchorpatch.jobs.finetune_data import Plan, Request
+from anchorpatch.jobs.finetune import Plan, Request
 from anchorpatch.runtime.distributed import World
 from anchorpatch.training.config import LoopConfig
 
