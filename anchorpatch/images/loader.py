@@ -30,13 +30,13 @@ import signal
 import stat
 import sys
 import threading
-import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from multiprocessing.reduction import recv_handle, send_handle
 from multiprocessing.util import Finalize
 from typing import Any, Final, NamedTuple
@@ -49,6 +49,7 @@ from torch import Tensor
 from anchorpatch.errors import AnchorpatchError, ImageError, SettingsError, reason_of
 from anchorpatch.images.decode import Decoded, decode
 from anchorpatch.images.folder import ImageFolder
+from anchorpatch.runtime.distributed import environment_number
 from anchorpatch.settings import CROP, CropSettings
 from anchorpatch.signals import STOP_SIGNALS, waiting_for
 from anchorpatch.storage import patiently
@@ -258,22 +259,15 @@ def serve_batches(
     pin_memory = pin_memory and torch.cuda.is_available()
     if workers == 0:
         return _in_this_process(load, requests, pin_memory)
-    share = _IN_FLIGHT // _local_ranks() // (workers * max(1, batch_bytes))
+    room = _IN_FLIGHT // max(1, environment_number("LOCAL_WORLD_SIZE", 1))
+    ahead = min(prefetch, max(1, room // (workers * max(1, batch_bytes))))
     todo = iter(requests)
     pool = _Pool(load, workers)
     pending: deque[_Worker] = deque()
-    for request, worker in zip(
-        islice(todo, workers * min(prefetch, max(1, share))), cycle(pool.workers), strict=False
-    ):
+    for request, worker in zip(islice(todo, workers * ahead), cycle(pool.workers), strict=False):
         worker.ask(request)
         pending.append(worker)
     return _from_workers(pool, pending, todo, pin_memory)
-
-
-def _local_ranks() -> int:
-    """Return how many processes of ``torchrun`` share this machine."""
-    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, int(text)) if text.isdecimal() else 1
 
 
 def _as_batch(item: _Item, pin_memory: bool) -> Batch:
@@ -290,23 +284,15 @@ def _in_this_process(
     load: Callable[[Any], _Item], requests: Iterable[Any], pin_memory: bool
 ) -> Generator[Batch, None, None]:
     for request in requests:
-        with _one_thread():
+        # Images are too small to share out: on two busy cores, two threads took eight times as
+        # long as one.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
             item = load(request)
+        finally:
+            torch.set_num_threads(threads)
         yield _as_batch(item, pin_memory)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch at one thread, as in a worker: images are too small to share out.
-
-    On two busy cores, two threads took eight times as long as one.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # --- the parent's side ------------------------------------------------------------------------
@@ -382,8 +368,8 @@ class _Worker:
         try:
             with waiting_for(f"images from a loading worker (process {self.process.pid})"):
                 found = self._connection.recv()
-                if isinstance(found, _Failure):
-                    raise AnchorpatchError(found.text) from _RemoteError(found.trace)
+                if isinstance(found, AnchorpatchError):
+                    raise found
                 index, shape, size, bad, damaged, in_memory = found
                 pixels = self._mapped(shape) if in_memory else self._received(shape)
         except (EOFError, ConnectionError) as error:
@@ -426,21 +412,9 @@ class _Worker:
             self.process.join(_KILL_TIME)
 
 
-class _Failure(NamedTuple):
-    """What a worker answers that could not do its work."""
-
-    text: str
-    trace: str
-
-
-class _RemoteError(Exception):
-    """Carries the traceback of a worker."""
-
-
 def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return "too many open files; raise the limit (ulimit -n) or use fewer --workers"
-    if isinstance(error, RuntimeError) and "ancdata" in str(error):  # how Python reports EMFILE
+    # Where a descriptor that another process sends is one too many, Python says "ancdata".
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "ancdata" in str(error):
         return "too many open files; raise the limit (ulimit -n) or use fewer --workers"
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
@@ -456,11 +430,12 @@ def _serve(load: Callable[[Any], _Item], connection: Connection) -> None:
         request = requests.get()
         try:
             item = load(request)
-        except AnchorpatchError as error:
-            connection.send(_Failure(str(error), traceback.format_exc()))
         except Exception as error:
-            text = f"a loading worker failed: {_reason(error)}"
-            connection.send(_Failure(text, traceback.format_exc()))
+            known = isinstance(error, AnchorpatchError)
+            text = str(error) if known else f"a loading worker failed: {_reason(error)}"
+            failure = AnchorpatchError(text)
+            failure.__cause__ = error  # --debug shows its traceback
+            connection.send(ExceptionWithTraceback(failure, None))
         else:
             _hand_over(connection, item)
 
