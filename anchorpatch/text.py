@@ -64,14 +64,15 @@ def counted(count: int, noun: str, nouns: str = "") -> str:
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
-def few(names: Sequence[str]) -> str:
-    """Name the first of some things.
+def few(names: Sequence[str], most: int = 3) -> str:
+    """Name the first of some things, and say how many more there are.
 
     Example:
         >>> few(("cat", "dog")), few(("ant", "bee", "cat", "dog"))
-        ('cat, dog', 'ant, bee, cat, ...')
+        ('cat, dog', 'ant, bee, cat and 1 more')
     """
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def differing(train: Sequence[str], val: Sequence[str]) -> str:
@@ -84,5 +85,4 @@ def differing(train: Sequence[str], val: Sequence[str]) -> str:
     ours, theirs = set(train), set(val)
     lacking = [f"{name} only in train" for name in sorted(ours - theirs)]
     lacking += [f"{name} only in val" for name in sorted(theirs - ours)]
-    more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-    return ", ".join(lacking[:5]) + more if lacking else "another order"
+    return few(lacking, 5) or "another order"

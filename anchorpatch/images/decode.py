@@ -41,9 +41,9 @@ from __future__ import annotations
 import re
 import struct
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from io import BytesIO
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,8 +54,6 @@ from torchvision.transforms.v2 import functional as F
 
 from anchorpatch.errors import ImageError
 from anchorpatch.settings import CROP, RESIZE, CropSettings
-
-_T = TypeVar("_T")
 
 #: Images of more pixels are refused unread: Pillow's own limit for decompression bombs. One of
 #: this size takes 0.7 GB while it is decoded.
@@ -154,7 +152,7 @@ def geometry(height: int, width: int, mode: str = "center") -> Geometry:
     return Geometry(h, w, round((h - CROP) / 2), round((w - CROP) / 2))
 
 
-def decode(data: bytes, crop: CropSettings | None = None) -> Decoded:
+def decode(data: bytes, settings: CropSettings | None = None) -> Decoded:
     """Decode one image file and apply the validation transform.
 
     Grey, palette, CMYK and 16-bit pixels become RGB; of 16 bits the upper eight stay. Transparent
@@ -170,7 +168,7 @@ def decode(data: bytes, crop: CropSettings | None = None) -> Decoded:
 
     Args:
         data: the whole file.
-        crop: how the image becomes a crop; None for the defaults.
+        settings: how the image becomes a crop; None for the defaults.
 
     Raises:
         ImageError: the image cannot be decoded. Its reason is "empty file", "not an image"
@@ -178,11 +176,20 @@ def decode(data: bytes, crop: CropSettings | None = None) -> Decoded:
             pixels" or "32-bit pixels". With ``damaged="skip"``, images decoded with damage are
             "damaged" too.
     """
-    settings = crop or CropSettings()
-    decoded = _decoding(lambda intact: _decode(intact, settings), data)
-    if decoded.damaged and settings.damaged == "skip":
+    settings = settings or CropSettings()
+    whole, damaged = _load(data, settings.background)
+    if damaged and settings.damaged == "skip":
         raise ImageError("damaged")
-    return decoded
+    if isinstance(whole, Image.Image):
+        return Decoded(_resized(whole, settings.mode), (whole.height, whole.width), damaged)
+    height, width = whole.shape[:2]
+    if max(height, width) > _LONGEST_ASPECT * min(height, width):
+        pixels = _resized(Image.fromarray(whole), settings.mode)
+        return Decoded(pixels, (height, width), damaged)
+    h, w, top, left = geometry(height, width, settings.mode)
+    resized = F.resize(torch.from_numpy(whole).permute(2, 0, 1), [h, w], antialias=True)
+    crop = resized[:, top : top + CROP, left : left + CROP]
+    return Decoded(crop.permute(1, 2, 0).contiguous().numpy(), (height, width), damaged)
 
 
 def decode_picture(data: bytes, background: str = "#ffffff") -> Picture:
@@ -195,11 +202,18 @@ def decode_picture(data: bytes, background: str = "#ffffff") -> Picture:
     Raises:
         ImageError: as `decode`.
     """
-    return _decoding(lambda intact: _picture(intact, background), data)
+    image, damaged = _load(data, background)
+    return Picture(image if isinstance(image, Image.Image) else Image.fromarray(image), damaged)
 
 
-def _decoding(work: Callable[[bytes], _T], data: bytes) -> _T:
-    """Return ``work(data)``, with whatever Pillow raises on bad files turned into `ImageError`."""
+def _load(data: bytes, background: str) -> tuple[Image.Image | npt.NDArray[np.uint8], bool]:
+    """Return one image, upright, and whether it is damaged.
+
+    Whatever Pillow raises on bad files becomes an `ImageError`.
+
+    Returns:
+        A grey or RGB image, or RGB pixels (H, W, 3) where a JPEG was decoded without Pillow.
+    """
     if not data:
         raise ImageError("empty file")
     # Pillow warns of odd metadata and of big images: neither says anything about this image that
@@ -208,12 +222,12 @@ def _decoding(work: Callable[[bytes], _T], data: bytes) -> _T:
         warnings.simplefilter("ignore")
         try:
             try:
-                return work(data)
+                return _load_intact(data, background)
             except ValueError as error:
                 # Pillow's limits for text guard against decompression bombs, and stay.
                 if "MAX_TEXT_" not in str(error):
                     raise
-                return work(_without_text(data))
+                return _load_intact(_without_text(data), background)
         except (ImageError, MemoryError):
             raise
         except Image.DecompressionBombError:
@@ -224,28 +238,12 @@ def _decoding(work: Callable[[bytes], _T], data: bytes) -> _T:
             raise ImageError(_reason(data, error)) from error
 
 
-def _decode(data: bytes, crop: CropSettings) -> Decoded:
+def _load_intact(data: bytes, background: str) -> tuple[Image.Image | npt.NDArray[np.uint8], bool]:
     with _open(data) as image:
-        if image.format not in _JPEG or image.mode not in ("L", "RGB"):
-            upright = _load_upright(image, crop.background)
-            size = upright.height, upright.width
-            return Decoded(_resized(upright, crop.mode), size, _is_damaged_cmyk(image, data))
-        array, damaged = _load_jpeg(image, data)
-    height, width = array.shape[:2]
-    if max(height, width) > _LONGEST_ASPECT * min(height, width):
-        return Decoded(_resized(Image.fromarray(array), crop.mode), (height, width), damaged)
-    h, w, top, left = geometry(height, width, crop.mode)
-    pixels = torch.from_numpy(array).permute(2, 0, 1)
-    resized = F.resize(pixels, [h, w], antialias=True)[:, top : top + CROP, left : left + CROP]
-    return Decoded(resized.permute(1, 2, 0).contiguous().numpy(), (height, width), damaged)
-
-
-def _picture(data: bytes, background: str) -> Picture:
-    with _open(data) as image:
-        if image.format not in _JPEG or image.mode not in ("L", "RGB"):
-            return Picture(_load_upright(image, background), _is_damaged_cmyk(image, data))
-        array, damaged = _load_jpeg(image, data)
-        return Picture(Image.fromarray(array), damaged)
+        if image.format in _JPEG and image.mode in ("L", "RGB"):
+            return _load_jpeg(image, data)
+        upright = _load_upright(image, background)
+        return upright, image.format in _JPEG and _is_damaged(data, "CMYK")
 
 
 def _open(data: bytes) -> Image.Image:
@@ -283,10 +281,6 @@ def _is_damaged(data: bytes, colors: str = "RGB") -> bool:
     except ValueError:
         return True
     return False
-
-
-def _is_damaged_cmyk(image: Image.Image, data: bytes) -> bool:
-    return image.format in _JPEG and _is_damaged(data, "CMYK")
 
 
 def _without_surroundings(data: bytes) -> bytes:

@@ -21,13 +21,13 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
+import io
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from os.path import splitext
 from pathlib import Path
 from typing import Final
@@ -98,7 +98,7 @@ class ImageFolder:
         if not self.ignored:
             return None
         found = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
-        counts = _some([f"{count:,} {name}" for name, count in found])
+        counts = few([f"{count:,} {name}" for name, count in found], 5)
         return (
             f"{self.root}: {counted(sum(self.ignored.values()), 'file')} passed over ({counts}); "
             f"images are {', '.join(EXTENSIONS)}"
@@ -231,7 +231,7 @@ def scan_folder(
     if classes is None:
         empty = [listing for listing in listings if not listing.paths]
         if empty and not allow_empty:
-            found = _some([listing.describe() for listing in empty])
+            found = few([listing.describe() for listing in empty], 5)
             raise DataError(
                 f"{root}: {len(empty)} of {len(listings)} class folders hold no image ({found}); "
                 f"add images ({', '.join(EXTENSIONS)}), remove the folders, or accept them with "
@@ -241,14 +241,15 @@ def scan_folder(
     elif unknown := sorted(present.difference(classes), key=str.encode):
         raise DataError(
             f"{labels or root}: expected only the {len(classes):,} classes of {classes_of}, found "
-            f"{len(unknown):,} more ({_some(unknown)}); rename or remove them"
+            f"{len(unknown):,} more ({few(unknown, 5)}); rename or remove them"
         )
     index = {name: i for i, name in enumerate(classes)}
     array = np.array([path for listing in listings for path in listing.paths], dtype=np.bytes_)
     order = np.argsort(array, kind="stable")
     values = np.array([index[name] for name in label_of], np.int32)
     sizes = np.array([size for listing in listings for size in listing.sizes], np.int64)
-    ignored = Counter(_outside(root) if labels is None else ())
+    loose = _loose(root) if labels is None else ()
+    ignored = Counter(f"{extension} outside the class folders" for extension in loose)
     for listing in listings:
         ignored.update(listing.others)
     return ImageFolder(
@@ -256,11 +257,11 @@ def scan_folder(
     )
 
 
-def _outside(root: Path) -> list[str]:
-    """Return the extensions of images that lie beside the class folders, not in them."""
-    names = [e.name for e in _entries(os.fsencode(root)) if not e.name.startswith(b".")]
+def _loose(folder: Path) -> list[str]:
+    """Return the extensions of the images that lie directly in a folder."""
+    names = [entry.name for entry in _entries(os.fsencode(folder)) if entry.name[:1] != b"."]
     found = [splitext(name)[1].lower() for name in names]
-    return [f"{ext.decode()} outside the class folders" for ext in found if ext in _EXTENSIONS]
+    return [extension.decode() for extension in found if extension in _EXTENSIONS]
 
 
 @dataclass
@@ -275,7 +276,7 @@ class _Listing:
     def describe(self) -> str:
         """Say why there is no image here."""
         if self.others:
-            return f"{self.name or 'only'}: other files: {_some(sorted(self.others))}"
+            return f"{self.name or 'only'}: other files: {few(sorted(self.others), 5)}"
         return f"{self.name}: empty" if self.name else "it is empty"
 
 
@@ -359,40 +360,29 @@ def _check_layout(data: Path, split: str) -> None:
     splits = _class_names(data)
     if not splits:
         raise DataError(f"{data}: no folder of the split {split!r}, nor any other; {_LAYOUT}")
-    if any(_has_images(data / name) for name in splits[:10]):
+    if any(_loose(data / name) for name in splits[:10]):
         here = data.absolute()
         raise DataError(
             f"{data}: no folder of the split {split!r}, but class folders with images "
-            f"({_some(splits)}): it looks like a split itself; "
+            f"({few(splits, 5)}): it looks like a split itself; "
             f"did you mean --data {here.parent} --split {here.name}?"
         )
     near = difflib.get_close_matches(split, splits, 1)
     hint = f"did you mean --split {near[0]}?" if near else "choose one with --split"
-    raise DataError(f"{data}: no folder of the split {split!r}; there are {_some(splits)}; {hint}")
-
-
-def _has_images(folder: Path) -> bool:
-    return any(
-        splitext(entry.name)[1].lower() in _EXTENSIONS for entry in _entries(os.fsencode(folder))
-    )
+    there = f"there are {few(splits, 5)}; {hint}"
+    raise DataError(f"{data}: no folder of the split {split!r}; {there}")
 
 
 def _why_no_images(root: Path, names: Sequence[str], listings: Sequence[_Listing]) -> str:
-    if _has_images(root):
+    if _loose(root):
         return (
             f"{root}: images lie directly in it, not in class folders; "
             f"{_LAYOUT}, or say which class each has with --labels FILE"
         )
     if not names:
         return f"{root}: no class folder and no image; {_LAYOUT}"
-    found = _some([listing.describe() for listing in listings])
+    found = few([listing.describe() for listing in listings], 5)
     return f"{root}: no image in its {len(names)} class folders ({found}); {_LAYOUT}"
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    """Return the first few of ``names`` and how many follow."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _check_names(root: Path, names: Sequence[bytes]) -> None:
@@ -426,7 +416,12 @@ def _read_labels(file: Path, paths: Sequence[str], root: Path) -> list[str]:
         DataError: the file cannot be read, has a malformed row, names an image twice or one
             that does not exist, or leaves one out. The message has ``file:line``.
     """
-    images = _Images(paths, root)
+    # By id, which is the path without extension, and by path.
+    images: dict[str, list[int]] = {}
+    for i, path in enumerate(paths):
+        images.setdefault(splitext(path)[0], []).append(i)
+    images |= {path: [i] for i, path in enumerate(paths)}
+    extensions = {splitext(path)[1].lower() for path in paths}
     found: dict[int, tuple[str, int]] = {}
     kaggle, header = False, ""
     for number, (line, row) in enumerate(_rows(file)):
@@ -435,9 +430,15 @@ def _read_labels(file: Path, paths: Sequence[str], root: Path) -> list[str]:
                 f"{file}:{line}: expected 2 fields, an image and its class, separated by a comma, "
                 f"tab or semicolon, found {len(row)}"
             )
-        name = row[0] if row[0] in images.by_path else row[0].strip()
-        index = images.find(name)
-        if number == 0 and index is None and not images.is_like_a_path(name):
+        name = row[0] if row[0] in images else row[0].strip()
+        index, *others = images.get(name, (None,))
+        if others:
+            raise DataError(
+                f"{root}: {paths[index or 0]!r} and {paths[others[0]]!r} have the same id "
+                f"{name!r}; name them with their extensions in the labels file"
+            )
+        is_path = "/" in name or splitext(name)[1].lower() in extensions
+        if number == 0 and index is None and not is_path:
             kaggle = [field.strip().lower() for field in row] == _KAGGLE
             header = f"; line {line} was taken for the header"
             continue
@@ -460,38 +461,6 @@ def _read_labels(file: Path, paths: Sequence[str], root: Path) -> list[str]:
     return [found[i][0] for i in range(len(paths))]
 
 
-class _Images:
-    """The images by path, and by id, which is the path without extension."""
-
-    def __init__(self, paths: Sequence[str], root: Path) -> None:
-        self.root, self.paths = root, paths
-        self.by_path = {path: i for i, path in enumerate(paths)}
-        self._by_id: dict[str, list[int]] = {}
-        for i, path in enumerate(paths):
-            self._by_id.setdefault(splitext(path)[0], []).append(i)
-        self._extensions = {splitext(path)[1].lower() for path in paths}
-
-    def find(self, name: str) -> int | None:
-        """Return the row of an image, None where there is none.
-
-        Raises:
-            DataError: two images have this id.
-        """
-        if name in self.by_path:
-            return self.by_path[name]
-        rows = self._by_id.get(name, [])
-        if len(rows) > 1:
-            raise DataError(
-                f"{self.root}: {self.paths[rows[0]]!r} and {self.paths[rows[1]]!r} have the same "
-                f"id {name!r}; name them with their extensions in the labels file"
-            )
-        return rows[0] if rows else None
-
-    def is_like_a_path(self, name: str) -> bool:
-        """Tell whether a name can only be meant as an image's path, not as a header."""
-        return "/" in name or splitext(name)[1].lower() in self._extensions - {""}
-
-
 def _kaggle_class(boxes: str, file: Path, line: int) -> str:
     """Return the class of ``CLASS x1 y1 x2 y2 [CLASS x1 y1 x2 y2 ...]``."""
     tokens = boxes.split()
@@ -506,25 +475,19 @@ def _kaggle_class(boxes: str, file: Path, line: int) -> str:
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows that are not blank with the number of their last line."""
     try:
-        # utf-8-sig: spreadsheets put a byte order mark in front.
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            head = []  # up to the first line that is not blank
-            for line in lines:
-                head.append(line)
-                if line.strip():
-                    break
-            separator = _separator("".join(head[-1:]))
-            reader = csv.reader(chain(head, lines), delimiter=separator, strict=True)
-            try:
-                for row in reader:
-                    if row:
-                        yield reader.line_num, row
-            except csv.Error as error:
-                raise DataError(f"{file}:{reader.line_num}: not CSV: {error}") from error
+        text = file.read_text("utf-8-sig")  # spreadsheets put a byte order mark in front
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text: {error.reason}; save it as UTF-8 CSV") from error
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {reason_of(error)}; check --labels") from error
+    first = next((line for line in io.StringIO(text) if line.strip()), "")
+    reader = csv.reader(io.StringIO(text), delimiter=_separator(first), strict=True)
+    try:
+        for row in reader:
+            if row:
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise DataError(f"{file}:{reader.line_num}: not CSV: {error}") from error
 
 
 def _separator(line: str) -> str:
