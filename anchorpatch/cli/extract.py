@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from anchorpatch.cli.options import (
-    PATH,
     Command,
-    SharedOption,
     allow_empty_option,
     background_option,
     batch_size_option,
     data_option,
     device_option,
     find_weights,
+    folder_option,
     json_option,
     labels_option,
     limit_option,
@@ -42,14 +41,7 @@ if TYPE_CHECKING:
 @labels_option
 @weights_option
 @runs_option
-@click.option(
-    "--out",
-    cls=SharedOption,
-    shared="shards",
-    type=PATH,
-    default=Path("shards"),
-    help="Folder for the shards, OUT/SPLIT/SPLIT-00000.h5, ...; also $ANCHORPATCH_SHARDS.",
-)
+@folder_option("--out", "shards", "Folder for the shards, OUT/SPLIT/SPLIT-00000.h5, ...")
 @lsp_options(shown="finetune for the split train, evaluate for others")
 @click.option(
     "--codec",

@@ -154,12 +154,13 @@ class SharedOption(click.Option):
     for a command overrides it.
 
     Args:
-        shared: name of the setting, such as "data".
+        shared: name of the setting, such as "data"; None: that of the option.
     """
 
-    def __init__(self, *args: Any, shared: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, shared: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.shared, self.variable = shared, f"ANCHORPATCH_{shared.upper()}"
+        self.shared = shared or str(self.name)
+        self.variable = f"ANCHORPATCH_{self.shared.upper()}"
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """Return the command's own variable, else the shared one."""
@@ -235,14 +236,21 @@ def grouped(*options: Callable[[Any], Any]) -> Callable[[_F], _F]:
     return lambda command: reduce(lambda f, option: option(f), reversed(options), command)
 
 
-data_option = click.option(
-    "--data",
-    cls=SharedOption,
-    shared="data",
-    type=PATH,
-    default=Path("data"),
-    help="Folder of the images, SPLIT/CLASS/*.JPEG; also $ANCHORPATCH_DATA.",
-)
+def folder_option(name: str, shared: str, text: str) -> Callable[[_F], _F]:
+    """Return the option of a folder that all commands share, by default ./SHARED."""
+    return click.option(
+        name,
+        cls=SharedOption,
+        shared=shared,
+        type=PATH,
+        default=Path(shared),
+        help=f"{text}; also $ANCHORPATCH_{shared.upper()}.",
+    )
+
+
+data_option = folder_option("--data", "data", "Folder of the images, SPLIT/CLASS/*.JPEG")
+runs_option = folder_option("--runs", "runs", "Folder of the training runs")
+shards_option = folder_option("--shards", "shards", "Folder of the shards, with a folder per split")
 
 split_option = click.option("--split", default="val", help="Name of the split's folder.")
 
@@ -280,28 +288,9 @@ weights_option, anchornet_weights_option = (
     for name in ("--weights", "--anchornet-weights")
 )
 
-runs_option = click.option(
-    "--runs",
-    cls=SharedOption,
-    shared="runs",
-    type=PATH,
-    default=Path("runs"),
-    help="Folder of the training runs; also $ANCHORPATCH_RUNS.",
-)
-
-shards_option = click.option(
-    "--shards",
-    cls=SharedOption,
-    shared="shards",
-    type=PATH,
-    default=Path("shards"),
-    help="Folder of the shards, with a folder per split; also $ANCHORPATCH_SHARDS.",
-)
-
 device_option = click.option(
     "--device",
     cls=SharedOption,
-    shared="device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     help="Device to compute on; auto: a GPU if there is one.",
@@ -317,7 +306,6 @@ def _one_per_core() -> int:
 workers_option = click.option(
     "--workers",
     cls=SharedOption,
-    shared="workers",
     type=click.IntRange(min=0),
     default=_one_per_core,
     show_default=False,
@@ -328,7 +316,6 @@ workers_option = click.option(
 threads_option = click.option(
     "--threads",
     cls=SharedOption,
-    shared="threads",
     type=click.IntRange(min=1),
     help="Number of CPU threads for computing.  [default: $OMP_NUM_THREADS, else one per CPU core]",
 )
@@ -366,15 +353,9 @@ def lsp_options(default: str | None = None, shown: str | None = None) -> Callabl
 
     def add(command: _F) -> _F:
         @wraps(command)
-        def with_settings(
-            *, preset: str | None, max_patches: Any, iou_threshold: Any, coverage: Any, **rest: Any
-        ) -> Any:
+        def with_settings(*, preset: str | None, **rest: Any) -> Any:
             name = preset or default_preset(rest["split"])
-            values = {
-                "max_patches": max_patches,
-                "iou_threshold": iou_threshold,
-                "coverage": coverage,
-            }
+            values = {key: rest.pop(key) for key in ("max_patches", "iou_threshold", "coverage")}
             given = {key: value for key, value in values.items() if value is not None}
             return command(preset=name, lsp=replace(PRESETS[name], **given), **rest)
 
