@@ -72,10 +72,11 @@ def demo(
     network = find_weights(weights, folder)
     load_weights(network)  # a bad file is better found before anything is drawn
     progress = reporter()
-    progress.message(f"drawing {counted(images, 'scene')} in {folder / 'scenes'}")
-    drawn = make_scenes(folder / "scenes", 0, images, seed)
+    scenes = folder / "scenes"
+    progress.message(f"drawing {counted(images, 'scene')} in {scenes}")
+    drawn = make_scenes(scenes, 0, images, seed)
     config = ExtractConfig(
-        data=folder / "scenes",
+        data=scenes,
         split="val",
         weights=network,
         out=folder / "shards",
@@ -91,13 +92,19 @@ def demo(
             f"{shards / problems[0].shard}: {problems[0].problem}; "
             f"{counted(len(problems), 'problem')} in all: see anchorpatch shards verify {shards}"
         )
-    boxes = folder / "scenes" / "boxes.csv"
+    boxes = scenes / "boxes.csv"
     score = score_scenes(shards, boxes)
     _write_picture(shards, boxes, folder / _PICTURE)
     if as_json:
         print_json(
             {
-                "scenes": {**vars(drawn), "folder": str(drawn.folder)},
+                "scenes": {
+                    "folder": str(scenes),
+                    "train": 0,
+                    "val": images,
+                    "seed": seed,
+                    "drawn": drawn,
+                },
                 "extract": extracted.to_json(),
                 "verified_shards": number,
                 "score": score.to_json(),

@@ -39,11 +39,12 @@ def scenes(folder: Path, train: int, val: int, seed: int, jobs: int | None, as_j
     """
     from anchorpatch.demo.scenes import CLASSES, make_scenes
 
-    summary = make_scenes(folder, train, val, seed, jobs)
+    drawn = make_scenes(folder, train, val, seed, jobs)
     if as_json:
-        print_json({**vars(summary), "folder": str(summary.folder), "classes": list(CLASSES)})
+        counts = {"train": train, "val": val, "seed": seed, "drawn": drawn}
+        print_json({"folder": str(folder), **counts, "classes": CLASSES})
         return
     click.echo(
-        f"{summary.train:,} train and {summary.val:,} val pictures of {len(CLASSES)} classes, "
-        f"{summary.drawn:,} of them drawn now: {summary.folder}"
+        f"{train:,} train and {val:,} val pictures of {len(CLASSES)} classes, "
+        f"{drawn:,} of them drawn now: {folder}"
     )

@@ -148,15 +148,6 @@ def _outline(rng: np.random.Generator, name: str, diameter: float) -> Array:
     return points
 
 
-def _place_object(rng: np.random.Generator, class_index: int, size: str) -> _Plate:
-    outline_name, texture = CLASSES[class_index].split("_")
-    diameter = rng.uniform(*SIZES[size])
-    points = _outline(rng, outline_name, diameter)
-    low, high = _MARGIN + 1 - points.min(0), SIDE - _MARGIN - 1 - points.max(0)
-    center = rng.uniform(low, high)
-    return _Plate((center[0], center[1]), diameter, points + center, texture)
-
-
 def _place_distractors(rng: np.random.Generator, class_index: int, target: _Plate) -> list[_Plate]:
     """Place the single cues: close to the object, which covers them, and apart from each other."""
     outline_name, texture = CLASSES[class_index].split("_")
@@ -179,22 +170,15 @@ def _place_distractors(rng: np.random.Generator, class_index: int, target: _Plat
             x = target.center[0] + distance * math.cos(turn)
             y = target.center[1] + distance * math.sin(turn)
             inside = min(x, y) > _MARGIN + 10 and max(x, y) < SIDE - _MARGIN - 10
-            if inside and all(_apart((x, y), diameter, other) for other in placed[1:]):
+            apart = all(
+                math.dist((x, y), other.center) > 0.4 * (diameter + other.diameter)
+                for other in placed[1:]
+            )
+            if inside and apart:
                 outline = _outline(rng, cue, diameter) + np.array((x, y)) if is_plate else None
                 placed.append(_Plate((x, y), diameter, outline, None if is_plate else str(cue)))
                 break
     return placed[1:]
-
-
-def _apart(center: tuple[float, float], diameter: float, other: _Plate) -> bool:
-    return math.dist(center, other.center) > 0.4 * (diameter + other.diameter)
-
-
-def _disc(plate: _Plate) -> float:
-    """Return the diameter of the disc at a plate's centre: about the same whatever its size."""
-    if plate.outline is None:
-        return plate.diameter
-    return 30 + 0.08 * plate.diameter
 
 
 # --- drawing ----------------------------------------------------------------------------------
@@ -247,7 +231,9 @@ def _paint(rng: np.random.Generator, canvas: Image.Image, plate: _Plate) -> None
         draw.polygon(points, fill=body)
         width = max(2, round(0.035 * plate.diameter * s))
         draw.line([*points, points[0], points[1]], fill=rim, width=width, joint="curve")
-    radius = _disc(plate) / 2 * s
+    # The disc at the centre of a plate is about the same whatever the size of the plate.
+    disc_diameter = plate.diameter if plate.outline is None else 30 + 0.08 * plate.diameter
+    radius = disc_diameter / 2 * s
     x0, y0 = (round(c * s - radius) for c in plate.center)
     side = round(2 * radius)
     disc = Image.new("L", (side, side))
@@ -323,7 +309,12 @@ def _begin(
     if size not in SIZES:
         raise SettingsError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
     rng = np.random.default_rng(seed)
-    return rng, _place_object(rng, class_index, size)
+    outline_name, texture = CLASSES[class_index].split("_")
+    diameter = rng.uniform(*SIZES[size])
+    points = _outline(rng, outline_name, diameter)
+    low, high = _MARGIN + 1 - points.min(0), SIDE - _MARGIN - 1 - points.max(0)
+    center = rng.uniform(low, high)
+    return rng, _Plate((center[0], center[1]), diameter, points + center, texture)
 
 
 # --- a set on the disk --------------------------------------------------------------------------
@@ -335,25 +326,6 @@ _VERSION: Final = 2
 _MARKER: Final = "scenes.json"
 _BOXES: Final = "boxes.csv"
 _HEADER: Final = ("path", "class", "size", "x0", "y0", "x1", "y1")
-
-
-@dataclass(frozen=True)
-class ScenesSummary:
-    """What `make_scenes` did.
-
-    Attributes:
-        folder: DIR.
-        train: pictures in DIR/train.
-        val: pictures in DIR/val.
-        seed: of the set.
-        drawn: pictures drawn by this call; 0 where the set was already there.
-    """
-
-    folder: Path
-    train: int
-    val: int
-    seed: int
-    drawn: int
 
 
 def _key(seed: int, split: str, index: int) -> tuple[tuple[int, int, int], int, str]:
@@ -377,9 +349,7 @@ def scene_box(seed: int, split: str, index: int) -> Box:
     return _begin(*_key(seed, split, index))[1].bounds
 
 
-def make_scenes(
-    folder: Path, train: int, val: int, seed: int = 0, jobs: int | None = None
-) -> ScenesSummary:
+def make_scenes(folder: Path, train: int, val: int, seed: int = 0, jobs: int | None = None) -> int:
     """Write a set of scenes in the folder layout of ImageNet, and its true boxes.
 
     ``DIR/train/<class>/*.JPEG``, ``DIR/val/<class>/*.JPEG``, ``DIR/boxes.csv`` (path below DIR,
@@ -393,6 +363,9 @@ def make_scenes(
         val: number of pictures in ``val``.
         seed: 0 or more; another seed gives other pictures.
         jobs: processes; None takes one for each CPU.
+
+    Returns:
+        The number of pictures drawn; 0 where the set was already there.
 
     Raises:
         SettingsError: a negative number, or no picture at all.
@@ -412,8 +385,7 @@ def make_scenes(
     }
     present = _survey(folder, parameters, set(wanted))
     missing = [at for path, at in wanted.items() if path not in present]
-    whole = not missing and _BOXES in present
-    if not whole:
+    if missing or _BOXES not in present:
         try:
             with refusals(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -428,7 +400,7 @@ def make_scenes(
                 with suppress(OSError):
                     _temporary(folder / path).unlink()
             raise
-    return ScenesSummary(folder, train, val, seed, len(missing))
+    return len(missing)
 
 
 def _survey(folder: Path, parameters: dict[str, int], wanted: set[str]) -> set[str]:
@@ -477,12 +449,9 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _draw_all(folder: Path, seed: int, missing: list[tuple[str, int]], jobs: int | None) -> None:
-    jobs = jobs or joblib.cpu_count()
-    if jobs == 1 or len(missing) < 50:  # starting processes takes as long as 50 pictures
-        for split, index in missing:
-            _draw_file(folder, seed, split, index)
-        return
-    drawn = joblib.Parallel(n_jobs=jobs, batch_size=32, return_as="generator")(
+    # Starting processes takes as long as 50 pictures.
+    n_jobs = 1 if len(missing) < 50 else jobs or joblib.cpu_count()
+    drawn = joblib.Parallel(n_jobs=n_jobs, batch_size=32, return_as="generator")(
         joblib.delayed(_draw_file)(folder, seed, split, index) for split, index in missing
     )
     for _ in answers(drawn, "the processes that draw scenes"):
