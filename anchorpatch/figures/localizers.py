@@ -192,7 +192,7 @@ def peer(network: Network, device: torch.device) -> Localize:
 def _glimpsed(saccader: Saccader, inputs: Tensor) -> Tensor:
     """Order patches as Saccader looks at them, all of them."""
     h, w = ((side - saccader.theta) // STRIDE + 1 for side in inputs.shape[2:])
-    places = saccader.glimpses(inputs, h * w).places
+    places = saccader.look(saccader.maps(inputs), h * w).places
     rank = torch.empty_like(places)
     rank.scatter_(1, places, torch.arange(h * w, device=places.device).expand_as(places))
     return arrival(rank.view(-1, h, w), saccader.theta, SIDE)

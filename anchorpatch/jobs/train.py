@@ -17,6 +17,7 @@ one after the other, each in a folder below its own:
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -147,6 +148,17 @@ def _stages(config: TrainConfig, classes: tuple[str, ...]) -> list[_Stage]:
 class _SaccaderTask(ImageTask):
     """What the second and the third stage share."""
 
+    def build(self) -> nn.Module:
+        """Return the network with its initial weights, on the device."""
+        net = build("saccader", len(self.train.classes))
+        assert isinstance(net, Saccader)
+        assert self.start is not None
+        return self.wrap(net, self.start).to(self.device)
+
+    @abstractmethod
+    def wrap(self, net: Saccader, start: Weights) -> nn.Module:
+        """Return the module that is trained."""
+
     def outputs(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Return the mean logits of the best places."""
         logits: Tensor = module.get_submodule("net")(inputs)
@@ -162,17 +174,12 @@ class LocationTask(_SaccaderTask):
 
     kind = "saccader-location"
 
-    def open_start(self) -> Weights | None:
-        """Return the weights of the BagNet."""
-        assert self.config.init is not None
-        return load_weights(self.config.init, "bagnet77")
+    starts_from = "bagnet77"
 
-    def build(self) -> nn.Module:
-        """Return the network with its initial weights, on the device."""
-        net = _saccader(self.train.classes)
-        assert self.start is not None
-        load_into(net.bagnet, self.start)
-        return _Location(net).to(self.device)
+    def wrap(self, net: Saccader, start: Weights) -> nn.Module:
+        """Return the network with a trained BagNet."""
+        load_into(net.bagnet, start)
+        return _Location(net)
 
     def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the cross-entropy of the right places, and how often each was the best."""
@@ -189,12 +196,10 @@ class ReinforceTask(_SaccaderTask):
 
     kind = "saccader-reinforce"
 
-    def build(self) -> nn.Module:
-        """Return the network with its initial weights, on the device."""
-        net = _saccader(self.train.classes)
-        assert self.start is not None
-        load_into(net, self.start)
-        return _Policy(net).to(self.device)
+    def wrap(self, net: Saccader, start: Weights) -> nn.Module:
+        """Return the network as the second stage has left it."""
+        load_into(net, start)
+        return _Policy(net)
 
     def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return REINFORCE's loss plus the cross-entropy, and what they come from."""
@@ -229,9 +234,8 @@ class _Location(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of the places (N, G, P), and the right ones (N, G)."""
         maps = self.net.maps(images)
-        count = min(self.net.default_glimpses, maps.mixed.shape[-1])
-        classifier = self.net.bagnet.classifier
-        places = best_places(maps.features, classifier.weight[labels, :, 0, 0], count)
+        weight = self.net.bagnet.classifier.weight[labels, :, 0, 0]
+        places = best_places(maps.features, weight, self.net.default_glimpses)
         return self.net.follow(maps, places), places
 
 
@@ -250,10 +254,9 @@ class _Policy(nn.Module):
             sampled them (N,); mean logits of the best places (N, C), without gradient.
         """
         maps = self.net.maps(images)
-        count = min(self.net.default_glimpses, maps.mixed.shape[-1])
         with torch.no_grad():
-            greedy = self.net.look(maps, count).logits.float().mean(1)
-        sampled = self.net.look(maps, count, sample=True)
+            greedy = self.net.look(maps).logits.float().mean(1)
+        sampled = self.net.look(maps, sample=True)
         return sampled.logits.float().mean(1), sampled.log_prob.sum(1), greedy
 
 
@@ -263,7 +266,7 @@ def best_places(features: Tensor, weight: Tensor, count: int) -> Tensor:
     Args:
         features: what the classifier reads (N, D, P).
         weight: of one class for each image (N, D). The bias is the same for all places.
-        count: G.
+        count: G, or more than there are places.
 
     Returns:
         Row-major indices (N, G), int64; of equal places the first comes first.
@@ -281,9 +284,3 @@ def best_places(features: Tensor, weight: Tensor, count: int) -> Tensor:
 def _score(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the probability of the true class (N,), without gradient."""
     return logits.detach().softmax(-1).gather(1, labels[:, None])[:, 0]
-
-
-def _saccader(classes: tuple[str, ...]) -> Saccader:
-    net = build("saccader", len(classes))
-    assert isinstance(net, Saccader)
-    return net

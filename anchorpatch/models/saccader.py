@@ -117,7 +117,7 @@ class Saccader(nn.Module):
 
     Example:
         >>> net = Saccader(classes=10, width=4).eval()
-        >>> places, logits, _ = net.glimpses(torch.zeros(2, 3, 101, 109), 5)
+        >>> places, logits, _ = net.look(net.maps(torch.zeros(2, 3, 101, 109)), 5)
         >>> places.shape, logits.shape
         (torch.Size([2, 5]), torch.Size([2, 5, 10]))
     """
@@ -173,13 +173,26 @@ class Saccader(nn.Module):
     def look(
         self,
         maps: Maps,
-        count: int,
+        count: int | None = None,
         *,
         sample: bool = False,
         generator: torch.Generator | None = None,
     ) -> Glimpses:
-        """Pick places from `maps`; see `glimpses`."""
+        """Look at the best places of each image, no place twice.
+
+        Args:
+            maps: of `maps`.
+            count: G; None for ``glimpses``, or all places where there are fewer.
+            sample: draw each place from the softmax of the cell's logits instead of taking the
+                best one (of equal ones the first).
+            generator: on the CPU, draws the samples; the default is torch's own. Everything is
+                drawn there, so that a device changes nothing about the draw.
+
+        Raises:
+            SettingsError: the map has fewer places.
+        """
         n, _, size = maps.mixed.shape
+        count = min(self.default_glimpses, size) if count is None else count
         if not 1 <= count <= size:
             raise SettingsError(f"Saccader: expected 1 to {size} glimpses, got {count}")
         noise = _gumbel((count, n, size), generator, maps.mixed.device) if sample else None
@@ -198,37 +211,12 @@ class Saccader(nn.Module):
         at_places = maps.logits.gather(2, index).transpose(1, 2)
         return Glimpses(places, at_places, torch.cat(log_probs, 1))
 
-    def glimpses(
-        self,
-        images: Tensor,
-        count: int,
-        *,
-        sample: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Glimpses:
-        """Look at the best places of each image, no place twice.
-
-        Args:
-            images: normalised pixels (N, 3, y, x).
-            count: G.
-            sample: draw each place from the softmax of the cell's logits instead of taking the
-                best one (of equal ones the first).
-            generator: on the CPU, draws the samples; the default is torch's own. Everything is
-                drawn there, so that a device changes nothing about the draw.
-
-        Raises:
-            SettingsError: the map has fewer places.
-        """
-        return self.look(self.maps(images), count, sample=sample, generator=generator)
-
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised pixels (N, 3, y, x) to logits (N, C), means over the glimpses.
 
         An image with fewer places than glimpses is seen whole.
         """
-        maps = self.maps(images)
-        count = min(self.default_glimpses, maps.mixed.shape[-1])
-        return self.look(maps, count).logits.mean(1)
+        return self.look(self.maps(images)).logits.mean(1)
 
 
 def _attention_group(inputs: int, outputs: int) -> list[nn.Module]:

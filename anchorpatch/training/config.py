@@ -6,7 +6,7 @@ Nothing here imports torch, so that the command line can tell the defaults.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -86,25 +86,17 @@ class LoopConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "step_epochs"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise SettingsError(f"lr: expected a number above 0, got {self.lr}")
-        for name in ("momentum", "label_smoothing", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SettingsError(
-                    f"{name}: expected a number from 0 to below 1, got {getattr(self, name)}"
-                )
-        for name in ("weight_decay", "warmup_epochs", "checkpoint_minutes", "seed", "workers"):
-            if not getattr(self, name) >= 0:
-                raise SettingsError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        counts = ("epochs", "batch_size", "accumulate", "step_epochs")
+        _check(self, "at least 1", lambda value: value >= 1, *counts)
+        _check(self, "a number above 0", lambda value: 0 < value < math.inf, "lr")
+        shares = ("momentum", "label_smoothing", "ema_decay")
+        _check(self, "a number from 0 to below 1", lambda value: 0 <= value < 1, *shares)
+        others = ("weight_decay", "warmup_epochs", "checkpoint_minutes", "seed", "workers")
+        _check(self, "at least 0", lambda value: value >= 0, *others)
+        _check(self, "sgd or adamw", ("sgd", "adamw").__contains__, "optimizer")
+        _check(self, "step or cosine", ("step", "cosine").__contains__, "schedule")
         if self.nesterov and not self.momentum:
             raise SettingsError("nesterov: needs a momentum above 0")
-        if self.optimizer not in ("sgd", "adamw"):
-            raise SettingsError(f"optimizer: expected sgd or adamw, got {self.optimizer!r}")
-        if self.schedule not in ("step", "cosine"):
-            raise SettingsError(f"schedule: expected step or cosine, got {self.schedule!r}")
 
     @property
     def rate(self) -> float:
@@ -129,6 +121,13 @@ class LoopConfig:
                 f"{self.accumulate} pieces; choose a multiple of {parts}"
             )
         return self.batch_size // parts
+
+
+def _check(config: LoopConfig, expected: str, valid: Callable[[Any], bool], *names: str) -> None:
+    """Raise SettingsError where a setting has a value that is not valid."""
+    for name in names:
+        if not valid(value := getattr(config, name)):
+            raise SettingsError(f"{name}: expected {expected}, got {value!r}")
 
 
 def rate_factor(config: LoopConfig, step: int, steps: int) -> float:
@@ -207,12 +206,10 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recipe not in RECIPES:
-            raise SettingsError(f"recipe: expected {' or '.join(RECIPES)}, got {self.recipe!r}")
-        if self.arch not in ARCHITECTURES:
-            raise SettingsError(
-                f"arch: expected one of {', '.join(ARCHITECTURES)}, got {self.arch!r}"
-            )
+        _check(self, " or ".join(RECIPES), RECIPES.__contains__, "recipe")
+        known = f"one of {', '.join(ARCHITECTURES)}"
+        _check(self, known, ARCHITECTURES.__contains__, "arch")
+        _check(self, "a share above 0", lambda share: 0 < share <= 1, "min_area")
         largest = ARCHITECTURES[self.arch]
         if self.crop_size < largest:
             raise SettingsError(
@@ -223,8 +220,6 @@ class TrainConfig(LoopConfig):
             if self.arch != "anchornet" and not getattr(self, name):
                 raise SettingsError(f"{name}: only for anchornet, not for {self.arch}")
         object.__setattr__(self, "background", self.crop.background)
-        if not 0 < self.min_area <= 1:
-            raise SettingsError(f"min_area: expected a share above 0, got {self.min_area}")
 
 
 #: What each recipe sets. ``paper`` is section 4.1, the defaults. ``small`` is for a few thousand
@@ -303,22 +298,15 @@ class FinetuneConfig(LoopConfig):
                 "anchornet finds the patches; train it with `anchorpatch train`, and fine-tune "
                 "an ordinary network such as resnet50"
             )
-        if self.scale is not None and self.scale not in SCALES:
-            known = ", ".join(map(str, SCALES))
-            raise SettingsError(f"scale: expected one of {known}, got {self.scale}")
+        _check(self, f"one of {SCALES}", (None, *SCALES).__contains__, "scale")
+        _check(self, "at least 1", lambda n: n is None or n >= 1, "patches_per_image")
+        _check(self, "a number from 0 to below 1", lambda value: 0 <= value < 1, "jitter")
+        _check(self, "a share above 0", lambda share: 0 < share <= 1, "min_area")
         if self.baseline and (self.scale or self.patches_per_image):
             raise SettingsError(
                 "baseline: trains on whole images, so it takes no --scale or --patches-per-image; "
                 "its budget is that of the run on patches"
             )
-        if self.patches_per_image is not None and self.patches_per_image < 1:
-            raise SettingsError(
-                f"patches_per_image: expected at least 1, got {self.patches_per_image}"
-            )
-        if not 0 <= self.jitter < 1:
-            raise SettingsError(f"jitter: expected a number from 0 to below 1, got {self.jitter}")
-        if not 0 < self.min_area <= 1:
-            raise SettingsError(f"min_area: expected a share above 0, got {self.min_area}")
 
     @property
     def scales(self) -> tuple[int, ...]:

@@ -107,10 +107,14 @@ class ImageTask(Task):
 
     config: TrainConfig
     kind = ""  # that of the architecture
+    starts_from = ""  # the same architecture
     unit = "images"
 
     #: Validation images of a batch on CPU, the fastest size, and on a GPU.
     at_once: ClassVar[tuple[int, int]] = (4, 64)
+
+    #: What counts the right answers of an evaluation.
+    accuracy: ClassVar[type[Accuracy] | type[AnchorNetAccuracy]] = Accuracy
 
     #: Settings that mean nothing to the network.
     meaningless: ClassVar[frozenset[str]] = ANCHORNET_ONLY
@@ -131,7 +135,8 @@ class ImageTask(Task):
             background=config.background,
         )
         self.kind = self.kind or config.arch
-        self.start = self.open_start()
+        arch = self.starts_from or config.arch
+        self.start = load_weights(config.init, arch) if config.init else None
         settings = {k: v for k, v in config.decisive().items() if k not in self.meaningless}
         for name in ("crop_mode", "background"):
             # By default these say nothing, so that checkpoints from before them are continued.
@@ -149,19 +154,11 @@ class ImageTask(Task):
         recorded = {k: v for k, v in self.identity.items() if k != "classes"}
         self.origin = {"recipe": config.recipe, "settings": recorded}
 
-    def open_start(self) -> Weights | None:
-        """Return the weights to start from, if there are any."""
-        return load_weights(self.config.init, self.config.arch) if self.config.init else None
-
     def build(self) -> nn.Module:
         """Return the network with its initial weights, on the device."""
         net = build(self.config.arch, len(self.train.classes))
         _fill(net, self.start, self.train.classes)
         return net.to(self.device)
-
-    def accuracy(self) -> Accuracy | AnchorNetAccuracy:
-        """Return new sums over `outputs`, for an evaluation."""
-        return Accuracy(self.device)
 
     def outputs(self, module: nn.Module, inputs: Tensor) -> Any:
         """Return what `accuracy` counts, of validation images."""
@@ -182,11 +179,12 @@ class ImageTask(Task):
         )
         share = 1 / self.world.size / config.accumulate
         with closing(loaded):
-            for batch in self.waiting.watch(loaded):
+            for batch in self.watch(loaded):
                 self.damaged.update(batch.damaged)
                 if batch.bad:
                     self._note_bad(dict(batch.bad), len(batch.index))
-                yield self.batch(batch.pixels, self._labels(self.train, batch.index), share)
+                labels = self.train.labels[batch.index].astype(np.int64)
+                yield self.batch(batch.pixels, labels, share)
 
     def _pieces(self, epoch: int, step: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Yield epoch and rows of each piece of this process."""
@@ -204,7 +202,7 @@ class ImageTask(Task):
         rows = list(self.world.share(len(self.val)))
         size = self.at_once[self.device.type != "cpu"]
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-        accuracy, bad = self.accuracy(), 0
+        accuracy, bad = self.accuracy(self.device), 0
         loaded = load_batches(
             self.val,
             batches,
@@ -222,7 +220,7 @@ class ImageTask(Task):
                 check()
                 bad += len(batch.bad)
                 if len(batch.index):
-                    labels = self._labels(self.val, batch.index)
+                    labels = self.val.labels[batch.index].astype(np.int64)
                     piece = self.batch(batch.pixels, labels, 1.0)
                     accuracy.update(self.outputs(module, piece.inputs), piece.labels)
         if bad > self.config.max_bad * len(rows):
@@ -237,16 +235,13 @@ class ImageTask(Task):
             such_as = f", such as {self.train.path(row)} ({reason})"
             raise self.train.too_many_bad(len(self.bad), total, max_bad, such_as)
 
-    @staticmethod
-    def _labels(folder: ImageFolder, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return folder.labels[rows].astype(np.int64)
-
 
 class AnchorNetTask(ImageTask):
     """Learns from six losses, and is measured by branch and by Eq. 7."""
 
     at_once = (16, 256)
     meaningless = frozenset()
+    accuracy = AnchorNetAccuracy
 
     def build(self) -> nn.Module:
         """Return the network with its initial weights, on the device."""
@@ -265,10 +260,6 @@ class AnchorNetTask(ImageTask):
         attention = float(self.config.attention_loss)
         total = losses[:3].sum() + attention * losses[3:].sum()
         return total, dict(zip(OUTPUTS, losses, strict=True))
-
-    def accuracy(self) -> AnchorNetAccuracy:
-        """Return new sums over `outputs`, for an evaluation."""
-        return AnchorNetAccuracy(self.device)
 
 
 def _fill(net: nn.Module, weights: Weights | None, classes: tuple[str, ...]) -> None:

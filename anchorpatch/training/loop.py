@@ -75,39 +75,6 @@ _LOOK_EVERY = 20
 _FAR, _FEW_STEPS = 1.5, 100
 
 
-class Waiting:
-    """Measures how long a run waits for its data.
-
-    Example:
-        >>> waiting = Waiting()
-        >>> list(waiting.watch(iter("ab")))
-        ['a', 'b']
-        >>> waiting.take() > 0, waiting.take()
-        (True, 0.0)
-    """
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-
-    def watch(self, items: Iterator[_T]) -> Iterator[_T]:
-        """Yield the items, and note the time until each is there."""
-        while True:
-            began = time.perf_counter()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            finally:
-                self._seconds += time.perf_counter() - began
-            yield item
-            del item  # or it would live on while the next one is waited for
-
-    def take(self) -> float:
-        """Return the seconds since this was last asked."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-
 class Batch(NamedTuple):
     """A piece of a step, on the device.
 
@@ -149,8 +116,8 @@ class Task(ABC):
 
     def __init__(self, config: LoopConfig, device: torch.device, world: World) -> None:
         self.config, self.device, self.world = config, device, world
-        #: Time that `batches` has spent waiting for data.
-        self.waiting = Waiting()
+        #: Seconds that `batches` has waited for data, since the trainer last looked.
+        self.waited = 0.0
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -176,6 +143,19 @@ class Task(ABC):
         """Write a weights file."""
         training = {**self.origin, "record": dict(record)}
         save_weights(path, tensors, replace(self.meta, training=training))
+
+    def watch(self, items: Iterator[_T]) -> Iterator[_T]:
+        """Yield the items, and add the time until each is there to ``waited``."""
+        while True:
+            began = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - began
+            yield item
+            del item  # or it would live on while the next one is waited for
 
     @cached_property
     def _normalize(self) -> Normalization:
@@ -242,11 +222,6 @@ class MovingAverage(AveragedModel):
         self.n_averaged += 1
 
 
-def _synchronized(module: nn.Module) -> nn.Module:
-    synchronized: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-    return synchronized
-
-
 class Trainer:
     """Runs a `Task` to its end, or until a signal.
 
@@ -263,7 +238,7 @@ class Trainer:
         config, device = task.config, task.device
         self.task, self.config, self.report = task, config, report
         self.device, self.world = device, task.world
-        self.folder = config.folder
+        self.folder, self._checkpoint = config.folder, config.folder / CHECKPOINT
         self.log = RunLog(self.folder, main=self.world.is_main, tensorboard=config.tensorboard)
         if device.type == "cpu":
             keep_freed_memory()
@@ -274,7 +249,8 @@ class Trainer:
         if config.sync_batchnorm and device.type != "cuda":
             raise SettingsError("sync_batchnorm: torch synchronises on GPUs only; leave it out")
         if config.sync_batchnorm and self.world.size > 1:
-            self.module = _synchronized(self.module)
+            convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+            self.module = convert(self.module)
         self.wrapped = self._wrap(self.module)
         self.average = MovingAverage(self.module, config.ema_decay) if config.ema_decay else None
         self.optimizer = build_optimizer(self.module, config)
@@ -292,20 +268,16 @@ class Trainer:
         It may go on with more epochs and with another number of processes, which is said.
         """
         state, notes = None, list[str]()
-        if self._checkpoint.is_file():
-            try:
+        try:
+            if self._checkpoint.is_file():
                 state = load_state(self._checkpoint, self.task.kind)
-                notes = check_identity(
-                    self._checkpoint,
-                    state.get("identity"),
-                    json.loads(json.dumps(self.task.identity)),
-                )
-            except WeightsError:
-                if not self.config.overwrite:
-                    raise
-                state = None
-        elif not self.config.overwrite:
-            refuse_foreign(self.folder, self.folder)
+                notes = check_identity(self._checkpoint, state.get("identity"), self.task.identity)
+            else:
+                refuse_foreign(self.folder, self.folder)
+        except WeightsError:
+            if not self.config.overwrite:
+                raise
+            state = None
         self.world.wait("the other processes to open the run")
         if state is not None:
             for note in notes:
@@ -336,17 +308,15 @@ class Trainer:
         self._resume()
         if self.world.is_main:
             write_config(self.folder, self.config, **more)
-        epochs, batches = self.config.epochs, None
-        with self.stop:
-            if self.place.epoch < epochs:
-                batches = self.task.batches(self.place.epoch, self.place.step)
-                self.report.message(computing_on(self.device))
-                self.report.start(
-                    "training", epochs * self.task.size, self._counted(), self.task.unit
-                )
+        epochs = self.config.epochs
+        if self.place.epoch >= epochs:
+            return self.log.records
+        batches = self.task.batches(self.place.epoch, self.place.step)
+        with self.stop, contextlib.closing(batches):
+            self.report.message(computing_on(self.device))
+            self.report.start("training", epochs * self.task.size, self._counted(), self.task.unit)
             try:
                 while self.place.epoch < epochs:
-                    assert batches is not None
                     self._train_epoch(batches)
                     self._finish_epoch()
             except RuntimeError:
@@ -354,8 +324,6 @@ class Trainer:
                     self._interrupt(self.stop.received)
                 raise
             finally:
-                if batches is not None:
-                    batches.close()
                 self.report.stop()
         return self.log.records
 
@@ -514,7 +482,8 @@ class Trainer:
             self.place.sums[name] = self.place.sums.get(name, 0.0) + float(value)
         sums.clear()
         self.place.seconds += time.monotonic() - began
-        self.place.waited += self.task.waiting.take()
+        self.place.waited += self.task.waited
+        self.task.waited = 0.0
 
     def _check_stop(self) -> None:
         """Stop an evaluation that signals do not reach, as it is another thread's."""
@@ -539,10 +508,6 @@ class Trainer:
         if self.config.compile:
             module.compile()
         return module
-
-    @property
-    def _checkpoint(self) -> Path:
-        return self.folder / CHECKPOINT
 
     def _save(self, *, check: bool = False) -> None:
         if check:

@@ -93,8 +93,7 @@ class RunLog:
         lines = []
         try:
             if self.path.is_file() and epochs:
-                for line in self.path.read_text(encoding="utf-8").splitlines()[:epochs]:
-                    lines.append(line + "\n")
+                lines = self.path.read_text(encoding="utf-8").splitlines()[:epochs]
             self.records = [json.loads(line) for line in lines]
             found = sum(float(record["val"]["top1"]) >= 0 for record in self.records)
             if found < epochs:
@@ -106,7 +105,8 @@ class RunLog:
                 "start again"
             ) from error
         if self.main:
-            write_atomically(self.path, lambda file: file.write("".join(lines).encode()))
+            text = "".join(line + "\n" for line in lines)
+            write_atomically(self.path, lambda file: file.write(text.encode()))
 
     def append(self, record: dict[str, Any]) -> None:
         """Add the record of an epoch.
@@ -117,16 +117,10 @@ class RunLog:
         self.records.append(record)
         if not self.main:
             return
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(
-                f"{self.path} could not be written: {reason_of(error)}; free space, "
-                "then run the command again"
-            ) from error
+        with refusals(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         if self._writer is not None:
             for name, value in _flat(record):
                 self._writer.add_scalar(name, value, record["epoch"])
@@ -283,7 +277,7 @@ def check_identity(path: Path, identity: Any, expected: Mapping[str, Any]) -> li
     Args:
         path: of the checkpoint.
         identity: what it says of its run, a JSON object as text.
-        expected: what this run says, as JSON has it.
+        expected: what this run says, as JSON values.
 
     Returns:
         For each thing that differs and may, what comes of it: a line for the user.
@@ -292,7 +286,7 @@ def check_identity(path: Path, identity: Any, expected: Mapping[str, Any]) -> li
         WeightsError: something else differs; it is named.
     """
     try:
-        found = dict(json.loads(identity))
+        found, expected = dict(json.loads(identity)), json.loads(json.dumps(expected))
     except (TypeError, ValueError, RecursionError) as error:
         raise WeightsError(
             f"{path}: expected training state of a run, found state that does not say of which; "

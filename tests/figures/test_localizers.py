@@ -211,7 +211,8 @@ def test_saccader_takes_its_glimpses_in_their_order(weights: Path, crops: Crops)
     net = network(Saccader(3, width=2), "saccader")
     seen = See(load_weights(weights), CPU)(crops.rows, crops.pixels)
     with torch.inference_mode():
-        places = net.module.glimpses(Normalization(net.meta, CPU)(crops.pixels), 1).places
+        maps = net.module.maps(Normalization(net.meta, CPU)(crops.pixels))
+        places = net.module.look(maps, 1).places
     mask = first(peer(net, CPU), seen, 77 * 77 / 224**2)
     for i, (place,) in enumerate(places.tolist()):
         y, x = 8 * (place // 19), 8 * (place % 19)

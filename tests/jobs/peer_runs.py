@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from anchorpatch.jobs.train import TrainConfig
 from anchorpatch.models.bagnet import BagNet
 from anchorpatch.models.saccader import Saccader
+from anchorpatch.training.config import TrainConfig
 from tests.training.runs import tiny
 
 WIDTH = 4

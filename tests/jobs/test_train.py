@@ -26,10 +26,11 @@ from anchorpatch.errors import (
     WeightsError,
 )
 from anchorpatch.jobs import evaluate_anchornet
-from anchorpatch.jobs.train import RECIPES, TrainConfig, run
+from anchorpatch.jobs.train import run
 from anchorpatch.runtime.checkpoint import load_weights, save_weights
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import CropSettings
+from anchorpatch.training.config import RECIPES, TrainConfig
 from anchorpatch.training.run_folder import alone_in
 from tests.oddities import encoded, picture
 from tests.training.runs import (

@@ -65,7 +65,7 @@ def plain_cell(features: list[list[float]], weight: list[float], visited: list[i
 def test_the_cell_is_what_its_definition_says(net: Saccader, images: torch.Tensor) -> None:
     count = 7
     with torch.no_grad():
-        found = net.glimpses(images, count)
+        found = net.look(net.maps(images), count)
         maps = net.maps(images)
         followed = net.follow(maps, found.places)
         features = net.bagnet.features(images)
@@ -91,7 +91,7 @@ def test_the_cell_is_what_its_definition_says(net: Saccader, images: torch.Tenso
 
 def test_forward_is_the_mean_over_six_glimpses(net: Saccader, images: torch.Tensor) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(net(images), net.glimpses(images, 6).logits.mean(1))
+        torch.testing.assert_close(net(images), net.look(net.maps(images), 6).logits.mean(1))
         for height in (85, 77):  # maps of 2 x 3 places and 1 x 3
             few = images[..., :height, :93]
             torch.testing.assert_close(net(few), net.bagnet(few), rtol=1e-4, atol=1e-4)
@@ -134,7 +134,7 @@ def test_samples_are_drawn_with_their_probabilities(net: Saccader, images: torch
 
 
 def test_gradients_reach_every_part(net: Saccader, images: torch.Tensor) -> None:
-    found = net.glimpses(images, 3, sample=True)
+    found = net.look(net.maps(images), 3, sample=True)
     net.zero_grad()
     found.log_prob.sum().backward(retain_graph=True)
     ours = [*net.attention.parameters(), *net.mix.parameters(), *net.cell.parameters()]
@@ -147,6 +147,6 @@ def test_gradients_reach_every_part(net: Saccader, images: torch.Tensor) -> None
 
 def test_wrong_numbers(net: Saccader, images: torch.Tensor) -> None:
     with pytest.raises(SettingsError, match="expected 1 to 20 glimpses, got 21"):
-        net.glimpses(images, 21)
+        net.look(net.maps(images), 21)
     with pytest.raises(SettingsError, match="at least one glimpse"):
         Saccader(2, width=4, glimpses=0)

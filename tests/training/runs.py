@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from anchorpatch.jobs.train import TrainConfig
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.training.config import TrainConfig
 from tests.conftest import draw_photo
 
 TRAIN, VAL = 16, 5
