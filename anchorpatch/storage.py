@@ -14,13 +14,13 @@ import sys
 import time
 import types
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from anchorpatch.errors import ENOTSUPP, DataError, StorageError, reason_of
+from anchorpatch.errors import ENOTSUPP, AnchorpatchError, DataError, StorageError, reason_of
 from anchorpatch.signals import waiting_for
 
 #: What to do about a write that the system refused; otherwise the folder is not for writing.
@@ -35,28 +35,14 @@ _ADVICE: Final = {
 _NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, ENOTSUPP}
 
 #: Errors that say nothing about the file that is read, and that may be over in a moment: a disk
-#: or a network that falters.
+#: or a network that falters. Linux alone has EREMOTEIO.
 _PASSING: Final = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EAGAIN,
-    errno.EINTR,
-    errno.EBUSY,
-    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux alone has it
-    errno.ENOLINK,
-    errno.EPROTO,
-    errno.ENOBUFS,
-    errno.ENOTCONN,
-    errno.ESHUTDOWN,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.ENETRESET,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-    errno.ECONNABORTED,
+    getattr(errno, name, errno.EIO)
+    for name in (
+        *("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "EREMOTEIO", "ENOLINK"),
+        *("EPROTO", "ENOBUFS", "ENOTCONN", "ESHUTDOWN", "ENETDOWN", "ENETUNREACH", "ENETRESET"),
+        *("EHOSTDOWN", "EHOSTUNREACH", "ECONNREFUSED", "ECONNRESET", "ECONNABORTED"),
+    )
 }
 
 #: Seconds before each further try to read what could not be read.
@@ -123,7 +109,8 @@ def to_json(value: Any) -> Any:
 def from_json(cls: type[_T], document: object) -> _T:
     """Build a dataclass from a JSON object whose values have the annotated types.
 
-    Lists become tuples, integers become floats where the annotation says so; ``true`` is no number.
+    Lists become tuples, integers floats and keys numbers where the annotation says so; ``true`` is
+    no number.
 
     Raises:
         ValueError: a name is missing or unknown, or a value is of another type; it is named.
@@ -167,9 +154,8 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             with suppress(ValueError):
                 return tuple(_typed(v, kind, name) for v, kind in zip(value, kinds, strict=True))
     elif origin is not None and origin is not tuple and isinstance(value, Mapping):
-        return {
-            _typed(k, args[0], name): _typed(v, args[1], f"{name}[{k!r}]") for k, v in value.items()
-        }
+        # Keys of JSON are text.
+        return {args[0](k): _typed(v, args[1], f"{name}[{k!r}]") for k, v in value.items()}
     elif hint is float and type(value) in (int, float):
         if abs(value) <= sys.float_info.max:
             return float(value)
@@ -246,29 +232,33 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def lock_file(path: Path, busy: str) -> Iterator[None]:
+def lock_file(path: Path, busy: AnchorpatchError) -> Iterator[None]:
     """Hold an exclusive lock on a file that is there only as long as the block lasts.
 
     Where a filesystem has no locks the block runs without one; see `locked`.
 
     Args:
         path: the file. What a killed process leaves behind is no lock.
-        busy: what to say where another process holds the lock.
+        busy: raised where another process holds the lock.
 
     Raises:
-        StorageError: ``busy``, or the disk refuses.
+        StorageError: the disk refuses.
     """
     with ExitStack() as stack:
         while True:
             with refusals(path):
                 file = stack.enter_context(path.open("ab"))
                 if not try_lock(file, wait=False):
-                    raise StorageError(busy)
+                    raise busy
                 # Its last holder may have removed the file that was opened.
-                if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                    break
-        stack.callback(path.unlink, missing_ok=True)  # before the lock ends
-        yield
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                        break
+        try:
+            yield
+        finally:  # before the lock ends
+            with suppress(OSError):
+                path.unlink()
 
 
 def allocate(file: BinaryIO, size: int) -> None:
@@ -284,26 +274,6 @@ def allocate(file: BinaryIO, size: int) -> None:
                 raise
 
 
-def replace(file: Any, temporary: Path, final: Path) -> None:
-    """Give a written file its final name, so that a crash leaves either all of it or none.
-
-    Args:
-        file: the open file.
-        temporary: its name until now.
-        final: its name from now on, in the same folder.
-    """
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(temporary, final)
-    folder = os.open(final.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # Not every filesystem syncs folders; those that do not, say EINVAL.
-        with suppress(OSError):
-            os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def sha256_of(file: BinaryIO) -> str:
     """Return the SHA-256 of a whole open file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -314,13 +284,22 @@ def sha256_of(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+def write_hashed(file: BinaryIO, chunks: Iterable[Any]) -> str:
+    """Write bytes, or arrays, and return their SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+        file.write(chunk)
+    return digest.hexdigest()
+
+
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], needed: int | None = None
 ) -> None:
-    """Let ``write`` fill a file that others see whole or not at all; its folder is made.
+    """Let ``write`` fill a file that others see whole or not at all, whenever the system crashes.
 
     Args:
-        path: its name.
+        path: its name. Its folder is made.
         write: is given the file, open for reading and writing.
         needed: its size in bytes, if known, for the error.
 
@@ -334,8 +313,17 @@ def write_atomically(
         try:
             with temporary.open("x+b") as file:
                 write(file)
-                replace(file, temporary, path)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
             raise
+        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Not every filesystem syncs folders; those that do not, say EINVAL.
+            with suppress(OSError):
+                os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -103,7 +103,7 @@ def write_split(folder: Path, codec: str = "raw", images: tuple[int, int] = (3, 
     total = sum(images)
     header = make_header(codec=codec, store_images=True, shard_size=total)
     manifest = open_manifest(folder, header, FilesDigest(total, "f0" * 32, ("e0" * 32,)))
-    for index in manifest.pending():
+    for index in manifest.refreshed().missing():
         path = folder / shard_name("val", index)
         with ShardWriter(path, header, files_sha256="e0" * 32) as shard:
             shard.append(make_batch(images[0], seed=1))

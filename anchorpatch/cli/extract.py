@@ -29,6 +29,7 @@ from anchorpatch.cli.options import (
 )
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.settings import CODECS, DAMAGED
+from anchorpatch.storage import to_json
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
@@ -188,8 +189,7 @@ def print_summary(summary: ExtractSummary, as_json: bool) -> None:
 
 def _print_forecast(forecast: Forecast, as_json: bool) -> None:
     if as_json:
-        fields = {**vars(forecast), "folder": str(forecast.folder)}
-        print_json({**fields, "settings": forecast.settings.to_json()})
+        print_json(to_json(forecast))
         return
     settings = forecast.settings
     click.echo(

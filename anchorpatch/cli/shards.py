@@ -13,6 +13,7 @@ import click
 from anchorpatch.cli.options import PATH, Command, Group, did_you_mean, json_option
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.errors import ShardError, WeightsError
+from anchorpatch.storage import sha256_of, to_json
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 
     facts = [split_facts(read_manifest(split)) for split in _splits(folder)]
     if as_json:
-        print_json({"splits": [of_split.to_json() for of_split in facts]})
+        print_json({"splits": to_json(facts)})
         return
     for i, of_split in enumerate(facts):
         if i:
@@ -128,7 +129,6 @@ def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
     from anchorpatch.runtime.progress import Reporter, reporter
     from anchorpatch.shards.manifest import read_manifest
     from anchorpatch.shards.splits import merge_split
-    from anchorpatch.storage import to_json
 
     if (out / "manifest.json").exists():
         above = (out if out.name else out.resolve()).parent
@@ -182,7 +182,6 @@ def _extract_command(manifest: Manifest, *options: str) -> str:
     """
     from anchorpatch.demo import demo_weights
     from anchorpatch.shards.splits import extract_options
-    from anchorpatch.storage import sha256_of
 
     split, wanted = manifest.header.split, manifest.header.weights_sha256
     data = Path(os.environ.get("ANCHORPATCH_DATA") or "data")

@@ -179,12 +179,12 @@ class ExtractSummary:
         facts = self.facts
         scales = {
             str(scale): {
-                "images": of_scale.images,
-                "share": of_scale.images / facts.images if facts.images else 0.0,
-                "patches": of_scale.patches,
-                "mean_patches": of_scale.mean_patches or 0.0,
+                "images": found["images"],
+                "share": found["images"] / facts.images if facts.images else 0.0,
+                "patches": found["patches"],
+                "mean_patches": found["patches"] / found["images"] if found["images"] else 0.0,
             }
-            for scale, of_scale in facts.scales.items()
+            for scale, found in facts.scales.items()
         }
         return {
             "folder": facts.folder,

@@ -49,7 +49,7 @@ from anchorpatch.report.tables import (
 )
 from anchorpatch.runtime.checkpoint import versions
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.storage import write_atomically
+from anchorpatch.storage import to_json, write_atomically
 from anchorpatch.tables import Table, decimal, facts_table, share, shown_value
 from anchorpatch.text import clean, counted, percent
 from anchorpatch.training.run_folder import best_record
@@ -172,7 +172,7 @@ def key_figures(contents: Contents, most: int = 8) -> tuple[Key, ...]:
         if facts.top1 is not None:
             keys.append(Key(share(facts.top1, 1).text, f"top-1 of AnchorNet on {facts.split}"))
         if facts.images:
-            patches = sum(found.patches for found in facts.scales.values())
+            patches = sum(found["patches"] for found in facts.scales.values())
             mean = decimal(patches / facts.images).text
             keys.append(Key(mean, f"patches per image of {facts.split}"))
     for run in contents.runs:
@@ -418,7 +418,7 @@ def _settings(contents: Contents, weights: Sequence[WeightsFacts]) -> Section:
         shards = {
             str(split.folder): {
                 "bytes": f"{split.facts.bytes:,}",
-                **split.facts.settings.to_json(),
+                **to_json(split.facts.settings),
                 "weights SHA-256": split.facts.weights_sha256,
             }
             for split in contents.splits

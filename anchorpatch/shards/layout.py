@@ -32,7 +32,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 import anchorpatch
 from anchorpatch.errors import CorruptShard, SettingsError, ShardError, reason_of
 from anchorpatch.settings import CODECS, CROP, PRECISIONS, SCALES, CropSettings, LspSettings
-from anchorpatch.storage import from_json
+from anchorpatch.storage import from_json, to_json
 
 FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
@@ -131,22 +131,18 @@ class ShardSettings:
         return CropSettings(self.crop_mode, self.background, self.damaged)
 
     def __post_init__(self) -> None:
-        if self.codec not in CODECS:
-            raise SettingsError(f"codec: expected one of {', '.join(CODECS)}, got {self.codec!r}")
-        if self.precision not in PRECISIONS:
-            raise SettingsError(
-                f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}"
-            )
-        if self.shard_size < 1:
-            raise SettingsError(f"shard_size: expected at least 1 image, got {self.shard_size}")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise SettingsError(f"jpeg_quality: expected 1 to 100, got {self.jpeg_quality}")
-        object.__setattr__(self, "background", self.crop.background)
-        if self.device not in (None, "cpu", "cuda"):
-            raise SettingsError(f"device: expected cpu or cuda, got {self.device!r}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise SettingsError(f"batch_size: expected at least 1 image, got {self.batch_size}")
+        for name, fits, expected in (
+            ("codec", self.codec in CODECS, f"one of {', '.join(CODECS)}"),
+            ("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+            ("shard_size", self.shard_size >= 1, "at least 1 image"),
+            ("jpeg_quality", 1 <= self.jpeg_quality <= 100, "1 to 100"),
+            ("device", self.device in (None, "cpu", "cuda"), "cpu or cuda"),
+            ("batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1 image"),
+        ):
+            if not fits:
+                raise SettingsError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
         # One spelling for one meaning, so that equal shards have equal settings.
+        object.__setattr__(self, "background", self.crop.background)
         if self.device != "cuda":
             object.__setattr__(self, "batch_size", None)
         if self.codec == "image":
@@ -154,22 +150,20 @@ class ShardSettings:
         if self.codec != "jpeg":
             object.__setattr__(self, "jpeg_quality", 95)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as shards and manifests have them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShardSettings:
-        """Return the settings that `to_json` wrote.
+        """Return settings from JSON, where all that format 1 began with must be there.
 
         Raises:
             ShardError: a field is missing, or one is there that this version does not know.
             ValueError: a value is of another type, or outside its range.
         """
         names = {field.name for field in fields(cls)}
-        if odd_names := (names ^ set(data)) - (_NEWER - set(data)):
-            odd = ", ".join(sorted(odd_names))
-            raise ShardError(f"settings: expected exactly the fields of format 1, differs: {odd}")
+        if odd := (names ^ data.keys()) - (_NEWER - data.keys()):
+            raise ShardError(
+                "settings: expected exactly the fields of format 1, differs: "
+                + ", ".join(sorted(odd))
+            )
         return from_json(cls, data)
 
 
@@ -229,7 +223,7 @@ def write_attributes(file: h5py.File, header: ShardHeader, files_sha256: str) ->
     for name, text in (
         ("anchorpatch_version", header.version),
         ("split", header.split),
-        ("settings", json.dumps(header.settings.to_json())),
+        ("settings", json.dumps(to_json(header.settings))),
         ("weights_sha256", header.weights_sha256),
         ("files_sha256", files_sha256),
     ):
@@ -253,19 +247,19 @@ def read_attributes(file: h5py.File) -> tuple[ShardHeader, str]:
             f"expected format version {FORMAT_VERSION}, found {version}: "
             "read it with the version of anchorpatch that wrote it"
         )
+
+    def text(name: str) -> str:
+        return decode_text(_attribute(file, name, "S", 0))
+
     header = ShardHeader(
-        split=_text(file, "split"),
+        split=text("split"),
         classes=tuple(map(decode_text, _attribute(file, "classes", "S", 1))),
         network_classes=tuple(map(decode_text, _attribute(file, "network_classes", "S", 1))),
-        settings=ShardSettings.from_json(json.loads(_text(file, "settings"))),
-        weights_sha256=_text(file, "weights_sha256"),
-        version=_text(file, "anchorpatch_version"),
+        settings=ShardSettings.from_json(json.loads(text("settings"))),
+        weights_sha256=text("weights_sha256"),
+        version=text("anchorpatch_version"),
     )
-    return header, _text(file, "files_sha256")
-
-
-def _text(file: h5py.File, name: str) -> str:
-    return decode_text(_attribute(file, name, "S", 0))
+    return header, text("files_sha256")
 
 
 def _attribute(file: h5py.File, name: str, kinds: str, axes: int) -> Any:

@@ -19,10 +19,12 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from anchorpatch import storage
 from anchorpatch.errors import ManifestMismatch, ShardError, reason_of
@@ -38,22 +40,10 @@ from anchorpatch.tables import Table, scale_table
 
 LOCK_NAME: Final = ".manifest.lock"
 MANIFEST_FORMAT: Final = "anchorpatch shards"
-_FIELDS: Final = (
-    "format",
-    "format_version",
-    "anchorpatch_version",
-    "split",
-    "settings",
-    "weights_sha256",
-    "files_count",
-    "files_sha256",
-    "shard_count",
-    "classes",
-    "network_classes",
-    "shards",
-)
-
 _SEAL: Final = ',\n  "sha256": "'
+
+#: Fields of the manifest that are those of `ShardHeader`, under the same name.
+_OF_HEADER: Final = ("split", "classes", "network_classes", "weights_sha256")
 
 #: Half-written files, of killed runs too.
 LEFTOVERS: Final = re.compile(
@@ -76,6 +66,9 @@ class ShardEntry:
         skipped: path and reason of each image that could not be read.
         files_sha256: digest of the shard's part of the file list.
         damaged: path of each stored image that was decoded with damage.
+
+    Raises:
+        ValueError: a count cannot be one.
     """
 
     name: str
@@ -89,36 +82,13 @@ class ShardEntry:
     files_sha256: str = ""
     damaged: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the entry as a line of the manifest has it."""
-        by_scale = {
-            name: {str(scale): count for scale, count in sorted(counts.items())}
-            for name, counts in (("patches", self.patches), ("chosen", self.chosen))
-        }
-        lists = {"skipped": [list(s) for s in self.skipped], "damaged": list(self.damaged)}
-        return {**vars(self), **by_scale, **lists}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ShardEntry:
-        """Return the entry that `to_json` wrote.
-
-        Raises:
-            ValueError: a value is of another type, or no count.
-        """
-        by_scale = {
-            name: {int(scale): count for scale, count in data[name].items()}
-            for name in ("patches", "chosen")
-        }
-        if any(set(counts) != set(SCALES) for counts in by_scale.values()):
+    def __post_init__(self) -> None:
+        if not {*self.patches} == {*self.chosen} == {*SCALES}:
             raise ValueError(f"expected counts for the scales {SCALES}")
-        entry = storage.from_json(cls, {**data, **by_scale})
-        counts = (entry.images, entry.correct, *entry.patches.values(), *entry.chosen.values())
+        counts = (self.images, self.correct, *self.patches.values(), *self.chosen.values())
         # Rows are int32 in a shard.
-        if min(*counts, entry.bytes) < 0 or max(counts) >= 1 << 31 or entry.bytes >= 1 << 63:
-            raise ValueError(
-                f"{entry.name!r}: expected counts, found {counts}, {entry.bytes} bytes"
-            )
-        return entry
+        if min(*counts, self.bytes) < 0 or max(counts) >= 1 << 31 or self.bytes >= 1 << 63:
+            raise ValueError(f"{self.name!r}: expected counts, found {counts}, {self.bytes} bytes")
 
 
 @dataclass(frozen=True)
@@ -141,7 +111,7 @@ class FilesDigest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A snapshot of the manifest; `commit` and `pending` look at the disk again.
+    """A snapshot of the manifest; `refreshed` and `commit` look at the disk again.
 
     Attributes:
         folder: the split's folder.
@@ -173,18 +143,18 @@ class Manifest:
 
     def missing(self) -> list[int]:
         """Return the shards that are not done, as of this snapshot."""
-        done = {e.name: e.bytes for e in self.entries}
-        paths = map(self.shard_path, range(self.shard_count))
-        return [i for i, path in enumerate(paths) if done.get(path.name, -1) != _size(path)]
-
-    def pending(self) -> list[int]:
-        """Return the shards that are to be made: not done according to the disk right now."""
-        return read_manifest(self.folder).missing()
+        return [i for i in range(self.shard_count) if not self.has(i)]
 
     def has(self, index: int) -> bool:
         """Tell whether a shard is done, as of this snapshot."""
         path = self.shard_path(index)
-        return any(e.name == path.name and e.bytes == _size(path) for e in self.entries)
+        with suppress(OSError, KeyError):
+            return self._sizes[path.name] == path.stat().st_size
+        return False
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {entry.name: entry.bytes for entry in self.entries}
 
     def refreshed(self) -> Manifest:
         """Return the manifest as it is on the disk right now.
@@ -213,7 +183,9 @@ class Manifest:
         with storage.locked(self.folder / LOCK_NAME):
             now = self.refreshed()
             others = [e for e in now.entries if e.name != entry.name]
-            now = replace(now, entries=tuple(sorted([*others, entry], key=_number)))
+            # val-100000.h5 goes behind val-99999.h5.
+            entries = sorted([*others, entry], key=lambda e: (len(e.name), e.name))
+            now = replace(now, entries=tuple(entries))
             write_manifest(now)
         return now
 
@@ -256,74 +228,53 @@ def read_manifest(folder: Path) -> Manifest:
             f"found {data.get('format_version')}: choose another --out, or --overwrite"
         )
     try:
-        if unknown := data.keys() - {*_FIELDS, "sha256"}:
-            raise ValueError(f"unknown field {min(unknown)!r}")
         if "sha256" in data and text != _sealed(text.rpartition(_SEAL)[0]):
             raise ValueError("its bytes are not those of its own checksum")
-        return Manifest(
+        header = {
+            **{name: data.pop(name) for name in _OF_HEADER},
+            "settings": ShardSettings.from_json(data.pop("settings")),
+            "version": data.pop("anchorpatch_version"),
+        }
+        count = data.pop("files_count")
+        if type(count) is not int or not 0 <= count < 1 << 31:
+            raise ValueError(f"files_count: expected an integer from 0, found {count!r:.60}")
+        entries = tuple(storage.from_json(ShardEntry, line) for line in data.pop("shards"))
+        if len({entry.name for entry in entries}) < len(entries):
+            raise ValueError("expected each shard once")
+        found = Manifest(
             folder=Path(folder),
-            header=storage.from_json(
-                ShardHeader,
-                {
-                    "split": data["split"],
-                    "classes": data["classes"],
-                    "network_classes": data["network_classes"],
-                    "settings": ShardSettings.from_json(data["settings"]),
-                    "weights_sha256": data["weights_sha256"],
-                    "version": data["anchorpatch_version"],
-                },
-            ),
-            files_count=_count(data["files_count"]),
-            files_sha256=str(data["files_sha256"]),
-            entries=_entries(data["shards"]),
+            header=storage.from_json(ShardHeader, header),
+            files_count=count,
+            files_sha256=str(data.pop("files_sha256")),
+            entries=entries,
         )
+        if unknown := data.keys() - {"format", "format_version", "shard_count", "sha256"}:
+            raise ValueError(f"unknown field {min(unknown)!r}")
+        return found
     except (KeyError, TypeError, ValueError, AttributeError, ShardError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ShardError(f"{path}: damaged ({what}): {again}") from error
 
 
-def _entries(lines: Any) -> tuple[ShardEntry, ...]:
-    entries = tuple(map(ShardEntry.from_json, lines))
-    if len({entry.name for entry in entries}) < len(entries):
-        raise ValueError("expected each shard once")
-    return entries
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 31:
-        raise ValueError(f"files_count: expected an integer from 0, found {value!r:.60}")
-    return value
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
 def write_manifest(manifest: Manifest) -> None:
     """Replace the manifest file; the caller holds the lock."""
     header = manifest.header
-    values = (
-        MANIFEST_FORMAT,
-        FORMAT_VERSION,
-        header.version,
-        header.split,
-        header.settings.to_json(),
-        header.weights_sha256,
-        manifest.files_count,
-        manifest.files_sha256,
-        manifest.shard_count,
-        header.classes,
-        header.network_classes,
-    )
-    lines = [
-        f"  {json.dumps(name)}: {json.dumps(value)},"
-        for name, value in zip(_FIELDS[:-1], values, strict=True)
-    ]
-    shards = ",\n".join(f"    {json.dumps(entry.to_json())}" for entry in manifest.entries)
-    text = _sealed("{\n" + "\n".join(lines) + f'\n  "shards": [\n{shards}\n  ]')
+    document = {
+        "format": MANIFEST_FORMAT,
+        "format_version": FORMAT_VERSION,
+        "anchorpatch_version": header.version,
+        "split": header.split,
+        "settings": storage.to_json(header.settings),
+        "weights_sha256": header.weights_sha256,
+        "files_count": manifest.files_count,
+        "files_sha256": manifest.files_sha256,
+        "shard_count": manifest.shard_count,
+        "classes": header.classes,
+        "network_classes": header.network_classes,
+    }
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)},\n" for name, value in document.items()]
+    shards = ",\n".join(f"    {json.dumps(storage.to_json(entry))}" for entry in manifest.entries)
+    text = _sealed("{\n" + "".join(lines) + f'  "shards": [\n{shards}\n  ]')
     storage.write_atomically(
         manifest.folder / MANIFEST_NAME, lambda file: file.write(text.encode())
     )
@@ -334,30 +285,7 @@ def _sealed(text: str) -> str:
     return f'{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
 
-def _number(entry: ShardEntry) -> tuple[int, str]:
-    """Sort val-100000.h5 behind val-99999.h5."""
-    return len(entry.name), entry.name
-
-
 # --- facts ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ScaleFacts:
-    """What one scale has.
-
-    Attributes:
-        images: that chose the scale.
-        patches: of them.
-    """
-
-    images: int
-    patches: int
-
-    @property
-    def mean_patches(self) -> float | None:
-        """Patches per image; None without images."""
-        return self.patches / self.images if self.images else None
 
 
 @dataclass(frozen=True)
@@ -370,16 +298,16 @@ class SplitFacts:
         shards: that are there.
         total_shards: of the complete split.
         images: stored, without the skipped ones.
-        scales: by side of the patches in pixels.
+        scales: "images" that chose each scale, and "patches" of them.
         skipped: images that could not be read, by reason, the most frequent first.
         bytes: of all shards.
         classes: how many folders there are.
         network_classes: how many classes the weights have.
         same_classes: whether both lists are one, so that accuracy has a meaning.
-        correct: images whose predicted class has the index of their label.
         settings: what decided the bytes.
         weights_sha256: of the weights file.
         anchorpatch_version: that wrote the shards.
+        top1: share of images that AnchorNet decided right; None where the classes differ.
     """
 
     folder: str
@@ -387,57 +315,50 @@ class SplitFacts:
     shards: int
     total_shards: int
     images: int
-    scales: dict[int, ScaleFacts]
+    scales: dict[int, dict[str, int]]
     skipped: dict[str, int]
     bytes: int
     classes: int
     network_classes: int
     same_classes: bool
-    correct: int
     settings: ShardSettings
     weights_sha256: str
     anchorpatch_version: str
-
-    @property
-    def top1(self) -> float | None:
-        """Share of images that AnchorNet decided right; None where the classes differ."""
-        return self.correct / self.images if self.same_classes and self.images else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the facts for JSON, with the accuracy where it has a meaning."""
-        found = {**storage.to_json(self), "top1": self.top1}
-        del found["correct"]
-        return found
+    top1: float | None
 
     def table(self) -> Table:
         """Return images and patches by chosen scale."""
-        scales = self.scales.items()
-        return scale_table({s: f.images for s, f in scales}, {s: f.patches for s, f in scales})
+        images, patches = (
+            {scale: found[what] for scale, found in self.scales.items()}
+            for what in ("images", "patches")
+        )
+        return scale_table(images, patches)
 
 
 def split_facts(manifest: Manifest) -> SplitFacts:
     """Sum up a split."""
     entries, header = manifest.entries, manifest.header
+    images, same = sum(e.images for e in entries), header.classes == header.network_classes
     return SplitFacts(
         folder=str(manifest.folder),
         split=header.split,
         shards=manifest.shard_count - len(manifest.missing()),
         total_shards=manifest.shard_count,
-        images=sum(entry.images for entry in entries),
+        images=images,
         scales={
-            scale: ScaleFacts(
-                sum(entry.chosen[scale] for entry in entries),
-                sum(entry.patches[scale] for entry in entries),
-            )
+            scale: {
+                "images": sum(e.chosen[scale] for e in entries),
+                "patches": sum(e.patches[scale] for e in entries),
+            }
             for scale in SCALES
         },
         skipped=dict(Counter(reason for e in entries for _, reason in e.skipped).most_common()),
-        bytes=sum(entry.bytes for entry in entries),
+        bytes=sum(e.bytes for e in entries),
         classes=len(header.classes),
         network_classes=len(header.network_classes),
-        same_classes=header.classes == header.network_classes,
-        correct=sum(entry.correct for entry in entries),
+        same_classes=same,
         settings=header.settings,
         weights_sha256=header.weights_sha256,
         anchorpatch_version=header.version,
+        top1=sum(e.correct for e in entries) / images if same and images else None,
     )

@@ -22,22 +22,13 @@ from anchorpatch.errors import CorruptShard, ShardError, reason_of
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.layout import IMAGE_TABLE, PATCH_TABLE, open_shard
 from anchorpatch.shards.manifest import read_manifest
-from anchorpatch.shards.verify import ShardFile, check_size, decode_patch, survey
+from anchorpatch.shards.verify import Survey, check_size, decode_patch, survey
 from anchorpatch.text import counted
 
 #: Attributes of a reader that are columns of the image table.
 _IMAGE_COLUMNS: Final = {
-    "path": "path",
-    "label": "label",
-    "predicted": "predicted",
-    "scale": "scale",
-    "branch_class": "branch_class",
-    "branch_prob": "branch_prob",
-    "first": "first",
-    "counts": "count",
-    "size": "size",
+    "counts" if name == "count" else name: name for name in ("path", *IMAGE_TABLE)
 }
-
 
 _AGAIN: Final = "run the same extract again with --repair"
 
@@ -110,8 +101,11 @@ class ShardReader:
         self._patch_start = {
             scale: _starts([entry.patches[scale] for entry in self._entries]) for scale in SCALES
         }
-        self._shards: dict[int, ShardFile] = {}
+        self._shards: dict[int, Survey] = {}
         self._columns: dict[str, NDArray[Any]] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
         self._map = lru_cache(_map_limit())(_mapped)
         self._lock = threading.Lock()
 
@@ -127,8 +121,7 @@ class ShardReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._map = lru_cache(_map_limit())(_mapped)
-        self._lock = threading.Lock()
+        self._prepare()
 
     def __getattr__(self, name: str) -> NDArray[Any]:
         """Return a column of the image table."""
@@ -242,7 +235,7 @@ class ShardReader:
         """Return a large dataset of a shard as a view into the file."""
         return self._shard(shard).view(self._map(self._files[shard]), name)
 
-    def _shard(self, index: int) -> ShardFile:
+    def _shard(self, index: int) -> Survey:
         if index not in self._shards:
             self._open(index)
         return self._shards[index]
@@ -255,7 +248,7 @@ class ShardReader:
             raise CorruptShard(f"{error}; {_AGAIN}") from error
         if found.problems:
             raise self._corrupt(index, found.problems[0])
-        self._shards[index] = found.file
+        self._shards[index] = found._replace(tables={})
         return found.tables
 
     def _corrupt(self, shard: int, problem: str) -> CorruptShard:
@@ -274,18 +267,20 @@ class ShardReader:
 
     def _load_columns(self, group: str) -> None:
         """Read a table from all shards, and make its rows count over all of them."""
-        schema = IMAGE_TABLE if group == "images" else PATCH_TABLE
-        empty = {name: np.empty((0, *shape), dtype) for name, (dtype, shape) in schema.items()}
-        if group == "images":
-            empty["path"] = np.empty(0, "S1")
-        tables = [empty]
+        schema = {"path": ("S1", ()), **IMAGE_TABLE} if group == "images" else PATCH_TABLE
+        tables = [{name: np.empty((0, *shape), dtype) for name, (dtype, shape) in schema.items()}]
         for index, path in enumerate(self._files):
-            checked = index in self._shards
-            tables.append(
-                _read_table(path, group, list(empty)) if checked else self._open(index)[group]
-            )
-        columns = {name: np.concatenate([t[name] for t in tables]) for name in empty}
-        counts = self._image_start if group == "images" else self._patch_start[_scale(group)]
+            if index not in self._shards:
+                tables.append(self._open(index)[group])
+                continue
+            with open_shard(path) as file:
+                tables.append({name: file[f"{group}/{name}"][:] for name in schema})
+        columns = {name: np.concatenate([t[name] for t in tables]) for name in schema}
+        counts = (
+            self._image_start
+            if group == "images"
+            else self._patch_start[int(group.removeprefix("patches/"))]
+        )
         shard = np.repeat(np.arange(len(self._files)), np.diff(counts))
         if group == "images":
             columns["first"] = columns["first"].astype(np.int64)
@@ -319,20 +314,6 @@ def _map_limit() -> int:
     process's. An array that is in use keeps its map alive.
     """
     return max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 8192) // 2)
-
-
-def _read_table(path: Path, group: str, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Read ``images`` or ``patches/T`` of a shard that `survey` found to be in order.
-
-    Raises:
-        CorruptShard: it cannot be read any more.
-    """
-    with open_shard(path) as file:
-        return {name: file[f"{group}/{name}"][:] for name in columns}
-
-
-def _scale(group: str) -> int:
-    return int(group.rpartition("/")[2])
 
 
 def _starts(counts: Sequence[int]) -> NDArray[np.int64]:

@@ -6,7 +6,6 @@ message says how.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
@@ -45,7 +44,7 @@ _LEFTOVER_SECONDS: Final = 3600
 _OF_A_PRESET: Final = ("max_patches", "iou_threshold", "coverage")
 
 #: Settings that no option of the same name decides.
-_NOT_OPTIONS = {"precision": "precision (--amp)", "crop_mode": "crop mode (of the weights)"}
+_NOT_OPTIONS: Final = {"precision": "precision (--amp)", "crop_mode": "crop mode (of the weights)"}
 
 
 def open_manifest(
@@ -198,22 +197,16 @@ def extract_options(header: ShardHeader) -> list[str]:
         '--split val --max-patches 6,3,2 --iou-threshold 0.3 --coverage 0.3,0.3,0.3 --codec jpeg'
     """
     settings = header.settings
-    values = settings.to_json()
-    if settings.preset is not None:
-        values = {k: v for k, v in values.items() if k not in _OF_A_PRESET}
-    if settings.codec == "image":
-        del values["store_images"]  # implied
+    implied = {"crop_mode", *(_OF_A_PRESET if settings.preset is not None else ())}
+    implied |= {"store_images"} if settings.codec == "image" else set()
     defaults = {field.name: field.default for field in fields(settings)}
     words = ["--split", header.split]
-    for name, value in values.items():
-        if value == defaults[name] or name == "crop_mode":
+    for name, value in storage.to_json(settings).items():
+        if name in implied or value == defaults[name]:
             continue
-        if name == "precision":
-            words.append("--amp")
-        elif value is True:
-            words.append(_option(name))
-        else:
-            words += [_option(name), _shown(value)]
+        words.append("--amp" if name == "precision" else _option(name))
+        if name != "precision" and value is not True:
+            words.append(_shown(value))
     return words
 
 
@@ -229,7 +222,7 @@ def header_differences(old: ShardHeader, new: ShardHeader) -> list[str]:
         ['--iou-threshold was 0.3, now 0.8']
     """
     found = []
-    then, now = old.settings.to_json(), new.settings.to_json()
+    then, now = storage.to_json(old.settings), storage.to_json(new.settings)
     if then["device"] is None and now["device"] == "cpu":
         # Not recorded by older versions, whose bytes on a CPU are the same. On a GPU they are not:
         # convolutions were rounded to TF32.
@@ -254,40 +247,6 @@ def header_differences(old: ShardHeader, new: ShardHeader) -> list[str]:
             counts = f"{what} were {len(was_list)}, now {len(now_list)}"
             found.append(f"{counts} ({_first_difference(was_list, now_list)})")
     return found
-
-
-def _first_changed_path(shard: Path, paths: Sequence[str]) -> str:
-    """Say the first file in which a shard and the present file list differ.
-
-    Args:
-        shard: the shard that is there.
-        paths: what its part of the file list is now, in order.
-
-    Returns:
-        A phrase; empty when the shard cannot be read.
-    """
-    try:
-        stored = _stored_paths(shard)
-    except ShardError:
-        return ""
-    # Images and skipped ones were one list, sorted by bytes.
-    was = [decode_text(path) for path in sorted(stored)]
-    if sorted(was) == sorted(paths):
-        return f"{shard.name} has the same names, but a file's size or label changed"
-    return f"first in {shard.name}: {_first_difference(was, paths)}"
-
-
-def _stored_paths(path: Path) -> list[bytes]:
-    """Return the paths in a shard that may not be what the manifest says, the skipped ones too.
-
-    Raises:
-        ShardError: they cannot be read.
-    """
-    with open_shard(path) as file:
-        size = path.stat().st_size
-        groups = [find_group(file, name) for name in ("images", "skipped")]
-        found = [find_dataset(group, f"{group.name}/path", "S", (None,), size) for group in groups]
-        return [stored for dataset in found for stored in dataset[:].tolist()]
 
 
 def _option(name: str) -> str:
@@ -317,23 +276,45 @@ def _first_difference(was: Sequence[str], now: Sequence[str]) -> str:
 def _changed_files(manifest: Manifest, files: FilesDigest, shard_size: int) -> str:
     """Say how the file list has changed, with the first change if a shard knows its names."""
     said = f"images were {manifest.files_count}, now {files.count}"
-    unnamed = f"{said}, with other names, sizes or labels"
-    if manifest.files_count != files.count:
-        unnamed = said
-    entries = {entry.name: entry for entry in manifest.entries}
+    unnamed = (
+        said
+        if manifest.files_count != files.count
+        else f"{said}, with other names, sizes or labels"
+    )
     # Parts of lists that are cut into shards of different sizes cannot be compared.
-    if manifest.header.settings.shard_size != shard_size:
+    if manifest.header.settings.shard_size != shard_size or files.paths is None:
         return unnamed
+    entries = {entry.name: entry for entry in manifest.entries}
     for index in range(manifest.shard_count):
         path = manifest.shard_path(index)
-        entry = entries.get(path.name)
-        if entry is None or files.paths is None:
+        if path.name not in entries:
             return unnamed
-        if (entry.files_sha256,) != files.shards[index : index + 1]:
-            start, stop = index * shard_size, min((index + 1) * shard_size, files.count)
-            first = _first_changed_path(path, files.paths(start, stop))
-            return f"{said} ({first})" if first else unnamed
+        if (entries[path.name].files_sha256,) == files.shards[index : index + 1]:
+            continue
+        try:
+            was = _stored_paths(path)
+        except ShardError:
+            return unnamed
+        now = files.paths(index * shard_size, min((index + 1) * shard_size, files.count))
+        if sorted(was) == sorted(now):
+            return f"{said} ({path.name} has the same names, but a file's size or label changed)"
+        return f"{said} (first in {path.name}: {_first_difference(was, now)})"
     return f"{said} (those after number {manifest.files_count} are new)"
+
+
+def _stored_paths(path: Path) -> list[str]:
+    """Return the paths in a shard that may not be what the manifest says, the skipped ones too.
+
+    Raises:
+        ShardError: they cannot be read.
+    """
+    with open_shard(path) as file:
+        size = path.stat().st_size
+        groups = [find_group(file, name) for name in ("images", "skipped")]
+        found = [find_dataset(group, f"{group.name}/path", "S", (None,), size) for group in groups]
+        # They were one list, sorted by bytes.
+        stored = sorted(path for dataset in found for path in dataset[:].tolist())
+        return [decode_text(path) for path in stored]
 
 
 # --- joining -------------------------------------------------------------------------------------
@@ -377,10 +358,19 @@ def merge_split(
     """
     parts = [read_manifest(folder) for folder in sources]
     targets = [read_manifest(out)] if (out / MANIFEST_NAME).exists() else []
-    first = (targets + parts)[0]
-    for other in (targets + parts)[1:]:
-        _compare(first, other)
-    found = _candidates(targets + parts)
+    first, *others = targets + parts
+    for other in others:
+        differences = header_differences(first.header, other.header)
+        if first.files_count != other.files_count:
+            differences.append(f"{first.files_count} and {other.files_count} images")
+        elif first.files_sha256 != other.files_sha256:
+            differences.append("other lists of images")
+        if differences:
+            raise ManifestMismatch(
+                f"{first.folder} and {other.folder} are not parts of one split: "
+                + "; ".join(differences)
+            )
+    found = _candidates([first, *others])
     files = FilesDigest(first.files_count, first.files_sha256, ())
     target = open_manifest(out, first.header, files)
     copied: list[str] = []
@@ -404,17 +394,6 @@ def merge_split(
     return Merged(out, tuple(copied), target.shard_count, missing, tuple(problems))
 
 
-def _compare(a: Manifest, b: Manifest) -> None:
-    differences = header_differences(a.header, b.header)
-    if (a.files_count, a.files_sha256) != (b.files_count, b.files_sha256):
-        counts = f"{a.files_count} and {b.files_count} images"
-        differences.append(counts if a.files_count != b.files_count else "other lists of images")
-    if differences:
-        raise ManifestMismatch(
-            f"{a.folder} and {b.folder} are not parts of one split: {'; '.join(differences)}"
-        )
-
-
 def _candidates(parts: Sequence[Manifest]) -> dict[str, list[tuple[ShardEntry, Path]]]:
     """Return who has each shard, by its name.
 
@@ -428,12 +407,12 @@ def _candidates(parts: Sequence[Manifest]) -> dict[str, list[tuple[ShardEntry, P
             if entry.name in absent:
                 continue
             others = found.setdefault(entry.name, [])
-            if others and others[0][0].sha256 != entry.sha256:
+            others.append((entry, part.folder))
+            if others[0][0].sha256 != entry.sha256:
                 raise ShardError(
                     f"{others[0][1] / entry.name} and {part.folder / entry.name} have different "
                     "bytes, as if made on other devices: remove one of them and merge again"
                 )
-            others.append((entry, part.folder))
     return found
 
 
@@ -445,14 +424,11 @@ def _copy(source: Path, path: Path, entry: ShardEntry) -> None:
     """
 
     def write(file: BinaryIO) -> None:
-        digest = hashlib.sha256()
-        for chunk in _chunks(source):
-            digest.update(chunk)
-            file.write(chunk)
-        if digest.hexdigest() != entry.sha256:
+        sha256 = storage.write_hashed(file, _chunks(source))
+        if sha256 != entry.sha256:
             raise CorruptShard(
-                f"{source}: expected SHA-256 {entry.sha256[:12]}..., found "
-                f"{digest.hexdigest()[:12]}...: its bytes have changed"
+                f"{source}: expected SHA-256 {entry.sha256[:12]}..., found {sha256[:12]}...: "
+                "its bytes have changed"
             )
 
     storage.write_atomically(path, write, needed=entry.bytes)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -81,22 +80,19 @@ def verify_folder(
         return [ShardProblem(MANIFEST_NAME, str(error).removeprefix(f"{path}: "))]
     problems = verify_shards(manifest, manifest.entries, jobs, done)
     known = {entry.name for entry in manifest.entries}
-    expected = [manifest.shard_path(i).name for i in range(manifest.shard_count)]
-    for name in expected:
-        if name not in known:
-            problem = f"missing, and has no entry in {MANIFEST_NAME}: run the same extract again"
-            if (manifest.folder / name).exists():
-                problem = (
-                    f"has no entry in {MANIFEST_NAME}: if it comes from another folder, join the "
-                    "folders with `anchorpatch shards merge`, else run the same extract again"
-                )
-            problems.append(ShardProblem(name, problem))
-    for name in sorted(known - set(expected)):
-        problem = f"has an entry in {MANIFEST_NAME}, but is no shard of this split"
-        problems.append(ShardProblem(name, problem))
-    for path in sorted(manifest.folder.iterdir()):
-        if path.name not in {*known, *expected, MANIFEST_NAME} and not _OURS.fullmatch(path.name):
-            problems.append(ShardProblem(path.name, f"has no entry in {MANIFEST_NAME}"))
+    expected = {manifest.shard_path(i).name for i in range(manifest.shard_count)}
+    there = {path.name for path in manifest.folder.iterdir()}
+    without = f"has no entry in {MANIFEST_NAME}"
+    again = f"missing, and {without}: run the same extract again"
+    foreign = (
+        f"{without}: if it comes from another folder, join the folders with "
+        "`anchorpatch shards merge`, else run the same extract again"
+    )
+    problems += [ShardProblem(n, foreign if n in there else again) for n in expected - known]
+    unfit = f"has an entry in {MANIFEST_NAME}, but is no shard of this split"
+    problems += [ShardProblem(name, unfit) for name in known - expected]
+    others = there - known - expected - {MANIFEST_NAME}
+    problems += [ShardProblem(name, without) for name in others if not _OURS.fullmatch(name)]
     return sorted(problems)
 
 
@@ -130,22 +126,19 @@ def verify_shard(manifest: Manifest, entry: ShardEntry) -> list[ShardProblem]:
         if sha256 != entry.sha256:
             problem = f"expected SHA-256 {entry.sha256[:12]}..., found {sha256[:12]}..."
             return [ShardProblem(entry.name, f"{problem}: its bytes have changed")]
-        return [ShardProblem(entry.name, problem) for problem in _inside(manifest, entry, path)]
+        found = survey(manifest, entry)
+        problems = found.problems or list(_blob_problems(found, path))
+        return [ShardProblem(entry.name, problem) for problem in problems]
     except ShardError as error:
         return [ShardProblem(entry.name, str(error).removeprefix(f"{path}: "))]
     except OSError as error:
         return [ShardProblem(entry.name, f"cannot be read: {reason_of(error)}")]
 
 
-def _inside(manifest: Manifest, entry: ShardEntry, path: Path) -> Iterator[str]:
-    """Yield what is wrong within a shard whose bytes are those that were written."""
-    found = survey(manifest, entry)
-    yield from found.problems
-    if found.problems or not found.file.blob_offsets:
-        return
-    file = np.asarray(np.memmap(path, np.uint8, "r"))
-    for scale, offset in found.file.blob_offsets.items():
-        blob = found.file.view(file, f"patches/{scale}/blob")
+def _blob_problems(found: Survey, path: Path) -> Iterator[str]:
+    """Yield the first patch of each scale that is no JPEG file of its size."""
+    for scale, offset in found.blob_offsets.items():
+        blob = found.view(np.memmap(path, np.uint8, "r"), f"patches/{scale}/blob")
         for row, (start, stop) in enumerate(pairwise(offset.tolist())):
             try:
                 decode_patch(blob[start:stop].tobytes(), scale)
@@ -171,37 +164,26 @@ def check_size(path: Path, expected: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class ShardFile:
-    """Where the large datasets of a shard lie.
+class Survey(NamedTuple):
+    """What a shard holds, and what is wrong with it.
 
     Attributes:
         places: offset in the file in bytes, and shape, of each dataset of pixels.
         blob_offsets: for codec jpeg, where each patch starts in the blob, by scale.
-    """
-
-    places: Mapping[str, tuple[int, tuple[int, ...]]]
-    blob_offsets: Mapping[int, NDArray[np.int64]]
-
-    def view(self, file: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
-        """Return a large dataset as a view into the bytes of the file."""
-        offset, shape = self.places[name]
-        return file[offset : offset + math.prod(shape)].reshape(shape)
-
-
-class Survey(NamedTuple):
-    """What a shard holds beside the pixels, and what is wrong with it.
-
-    Attributes:
-        file: where the pixels lie.
         tables: columns of ``images`` and ``patches/T``, by group.
         problems: what was expected and what was found; nothing of the shard may be used
             unless this is empty.
     """
 
-    file: ShardFile
+    places: dict[str, tuple[int, tuple[int, ...]]]
+    blob_offsets: dict[int, NDArray[np.int64]]
     tables: dict[str, _Table]
     problems: list[str]
+
+    def view(self, file: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+        """Return a dataset of pixels as a view into the bytes of the file."""
+        offset, shape = self.places[name]
+        return file[offset : offset + math.prod(shape)].reshape(shape)
 
 
 def survey(manifest: Manifest, entry: ShardEntry) -> Survey:
@@ -250,7 +232,7 @@ def survey(manifest: Manifest, entry: ShardEntry) -> Survey:
                 f"patches/{scale}/offset: expected to rise from 0 to {size}, the bytes of the "
                 "blob, found others"
             )
-    return Survey(ShardFile(places, offsets), tables, problems)
+    return Survey(places, offsets, tables, problems)
 
 
 def _header_problems(
@@ -276,18 +258,16 @@ def _header_problems(
 
 
 def _image_problems(images: _Table, header: ShardHeader) -> Iterator[str]:
-    for name, classes in (
-        ("label", header.classes),
-        ("predicted", header.network_classes),
-        ("branch_class", header.network_classes),
-    ):
-        if ((images[name] < 0) | (images[name] >= len(classes))).any():
-            yield f"images/{name}: expected 0 to {len(classes) - 1}, found others"
+    for name, (low, high) in {
+        "label": (0, len(header.classes) - 1),
+        "predicted": (0, len(header.network_classes) - 1),
+        "branch_class": (0, len(header.network_classes) - 1),
+        "branch_prob": (0, 1),
+    }.items():
+        if not ((images[name] >= low) & (images[name] <= high)).all():
+            yield f"images/{name}: expected {low} to {high}, found others"
     if not np.isin(images["scale"], SCALES).all():
         yield f"images/scale: expected {SCALES}, found others"
-    probability = images["branch_prob"]
-    if not ((probability >= 0) & (probability <= 1)).all():
-        yield "images/branch_prob: expected 0 to 1, found others"
     if (images["size"] < 1).any():
         yield "images/size: expected at least 1 px, found others"
     paths = images["path"]
@@ -298,18 +278,16 @@ def _image_problems(images: _Table, header: ShardHeader) -> Iterator[str]:
 def _patch_problems(images: _Table, patches: _Table, scale: int) -> Iterator[str]:
     rows = np.flatnonzero(images["scale"] == scale)
     count, first = images["count"][rows].astype(np.int64), images["first"][rows]
-    m = len(patches["image"])
-    if (first != np.cumsum(count) - count).any() or (count < 1).any() or count.sum() != m:
-        yield f"images/first, images/count: expected to divide {m} patches of {scale} px"
-    elif (patches["image"] != np.repeat(rows, count)).any():
+    image, corner, score = patches["image"], patches["corner"], patches["score"]
+    if (first != np.cumsum(count) - count).any() or (count < 1).any() or count.sum() != len(image):
+        yield f"images/first, images/count: expected to divide {len(image)} patches of {scale} px"
+    elif (image != np.repeat(rows, count)).any():
         yield f"patches/{scale}/image: expected the image whose slice it is, found others"
-    corner, score = patches["corner"], patches["score"]
     if ((corner < 0) | (corner > CROP - scale)).any():
         yield f"patches/{scale}/corner: expected 0 to {CROP - scale}, found others"
     if not np.isfinite(score).all():
         yield f"patches/{scale}/score: expected numbers, found NaN or infinity"
-    same_image = patches["image"][1:] == patches["image"][:-1]
-    if (same_image & (score[1:] > score[:-1])).any():
+    if ((image[1:] == image[:-1]) & (score[1:] > score[:-1])).any():
         yield f"patches/{scale}/score: expected to fall within each image, found others"
 
 

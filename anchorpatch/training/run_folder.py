@@ -187,7 +187,9 @@ def alone_in(folder: Path, world: World, device: torch.device) -> Iterator[None]
     Raises:
         StorageError: another run is at work in the folder, or the disk refuses.
     """
-    busy = f"{folder}: another run is training here; wait for its end, or give another --runs"
+    busy = StorageError(
+        f"{folder}: another run is training here; wait for its end, or give another --runs"
+    )
     made = [path for path in (folder, *folder.parents) if world.is_main and not path.exists()]
     with ExitStack() as stack:
         for path in reversed(made):
@@ -201,7 +203,7 @@ def alone_in(folder: Path, world: World, device: torch.device) -> Iterator[None]
             except StorageError as refused:
                 error = refused
         if any_rank(int(error is not None), device):
-            raise error or StorageError(busy)
+            raise error or busy
         yield
 
 

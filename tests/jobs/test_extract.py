@@ -53,7 +53,7 @@ def make(out: Path, images: ImageFolder, shard_size: int, *, overwrite: bool = F
     ranges = shard_ranges(len(images), shard_size)
     digests = files_digest(images, ranges).shards
     manifest = begin(out, images, header, overwrite=overwrite)
-    pending = manifest.pending()
+    pending = manifest.refreshed().missing()
     for shard in pending:
         with ShardWriter(
             manifest.shard_path(shard), manifest.header, files_sha256=digests[shard]

@@ -36,7 +36,7 @@ def test_everything_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert sum(map(sum, split.histogram.values())) == 21
     for scale, counts in split.histogram.items():
         patches = sum(k * images for k, images in enumerate(counts))
-        assert patches == split.facts.scales[scale].patches
+        assert patches == split.facts.scales[scale]["patches"]
     assert [(f.number, f.name) for f in contents.figures] == [(3, "patches"), (6, "coverage")]
     assert contents.figures[0].encoded == (tmp_path / "figures" / "patches.png").read_bytes()
 

@@ -51,8 +51,8 @@ def test_shards_by_scale(split: Split) -> None:
     for row, scale in zip(table.rows, SCALES, strict=True):
         found = split.facts.scales[scale]
         assert [cell.key for cell in row] == [
-            *(scale, found.images, found.images / 21),
-            *(found.patches, found.mean_patches),
+            *(scale, found["images"], found["images"] / 21),
+            *(found["patches"], found["patches"] / found["images"]),
         ]
     assert max(cell.bar or 0 for row in table.rows for cell in row) == 1
     assert table.foot[0][1].text == "21"

@@ -17,6 +17,7 @@ from anchorpatch.shards.manifest import (
     split_facts,
 )
 from anchorpatch.shards.splits import open_manifest
+from anchorpatch.storage import from_json, to_json
 from tests.jobs.patch_shards import Drawn, classes_of, write_shards
 from tests.shards.samples import (
     digest_of,
@@ -41,7 +42,7 @@ def test_entries_and_header_survive_the_file(tmp_path: Path) -> None:
 
 def test_the_first_files_of_version_1_stay_readable() -> None:
     settings = make_header().settings
-    old = settings.to_json()
+    old = to_json(settings)
     for name in ("crop_mode", "background", "damaged"):
         del old[name]
     assert ShardSettings.from_json(old) == settings
@@ -52,10 +53,10 @@ def test_the_first_files_of_version_1_stay_readable() -> None:
     for odd in ({**old, "cropping": "center"}, {k: v for k, v in old.items() if k != "codec"}):
         with pytest.raises(ShardError, match=r"cropping|codec"):
             ShardSettings.from_json(odd)
-    document = entry(0, damaged=("cat/1.jpg",)).to_json()
-    assert ShardEntry.from_json(document) == entry(0, damaged=("cat/1.jpg",))
+    document = to_json(entry(0, damaged=("cat/1.jpg",)))
+    assert from_json(ShardEntry, document) == entry(0, damaged=("cat/1.jpg",))
     del document["damaged"]
-    assert ShardEntry.from_json(document) == entry(0)
+    assert from_json(ShardEntry, document) == entry(0)
 
 
 def test_the_file_has_one_line_a_shard(tmp_path: Path) -> None:
@@ -63,20 +64,20 @@ def test_the_file_has_one_line_a_shard(tmp_path: Path) -> None:
     lines = (tmp_path / "val" / "manifest.json").read_text().splitlines()
     assert sum('"name": "val-0' in line for line in lines) == 3
     assert len(lines) == 19
-    assert manifest.pending() == []
+    assert manifest.refreshed().missing() == []
 
 
 def test_pending_are_shards_without_entry_or_of_another_size(tmp_path: Path) -> None:
     manifest, _ = make_split(tmp_path / "val", shards=4)
-    assert manifest.pending() == []
+    assert manifest.refreshed().missing() == []
     manifest.shard_path(0).unlink()
     with manifest.shard_path(2).open("ab") as file:
         file.write(b"x")
-    assert manifest.pending() == [0, 2]
+    assert manifest.refreshed().missing() == [0, 2]
     # A run that was killed between the shard and its entry.
     edit_manifest(manifest.folder, lambda data: data["shards"].pop(3))
     assert manifest.shard_path(3).exists()
-    assert manifest.pending() == [0, 2, 3]
+    assert manifest.refreshed().missing() == [0, 2, 3]
 
 
 def test_an_entry_replaces_the_older_one(tmp_path: Path) -> None:
@@ -87,10 +88,10 @@ def test_an_entry_replaces_the_older_one(tmp_path: Path) -> None:
 
 def test_settings_of_older_versions_are_read() -> None:
     settings = make_settings(device="cuda", batch_size=256, compile=True)
-    assert ShardSettings.from_json(settings.to_json()) == settings
+    assert ShardSettings.from_json(to_json(settings)) == settings
     older = {
         name: value
-        for name, value in settings.to_json().items()
+        for name, value in to_json(settings).items()
         if name not in ("device", "batch_size", "compile")
     }
     assert ShardSettings.from_json(older) == make_settings()
@@ -156,7 +157,7 @@ def test_forgotten_shards_are_pending(tmp_path: Path) -> None:
         manifest.entries[0],
         manifest.entries[2],
     )
-    assert manifest.pending() == [1]
+    assert manifest.refreshed().missing() == [1]
     assert manifest.shard_path(1).exists()
 
 
@@ -188,9 +189,8 @@ def test_facts_are_the_sums_over_what_was_written(tmp_path: Path) -> None:
     scale = np.concatenate([batch.scale for batch in batches])
     counts = np.concatenate([batch.counts for batch in batches])
     for theta, found in facts.scales.items():
-        assert found.images == int((scale == theta).sum())
-        assert found.patches == int(counts[scale == theta].sum())
-        assert found.mean_patches == found.patches / found.images
+        assert found["images"] == int((scale == theta).sum())
+        assert found["patches"] == int(counts[scale == theta].sum())
     assert (facts.images, facts.shards, facts.total_shards) == (21, 3, 3)
     assert facts.bytes == sum(path.stat().st_size for path in tmp_path.glob("val/*.h5"))
     # The network knows a class more than there are folders.
@@ -205,8 +205,7 @@ def test_accuracy_has_a_meaning_where_the_classes_are_the_same(tmp_path: Path) -
     folder = write_shards(tmp_path / "val", images, classes_of(2))
     facts = split_facts(read_manifest(folder))
     assert (facts.same_classes, facts.top1) == (True, 1.0)
-    assert facts.scales[111].mean_patches is None
-    document = facts.to_json()
+    document = to_json(facts)
     assert document["scales"]["63"] == {"images": 2, "patches": 2}
     assert document["settings"]["preset"] == "evaluate"
     assert document["top1"] == 1.0

@@ -190,7 +190,7 @@ def test_overwrite_with_equal_inputs_continues(tmp_path: Path) -> None:
     manifest, _ = make_split(tmp_path / "val")
     files = FilesDigest(21, "f0" * 32, ())
     assert open_manifest(manifest.folder, manifest.header, files, overwrite=True) == manifest
-    assert manifest.pending() == []
+    assert manifest.refreshed().missing() == []
 
 
 def test_overwrite_removes_what_is_ours_and_nothing_else(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_overwrite_removes_what_is_ours_and_nothing_else(tmp_path: Path) -> None
     names = {p.name for p in manifest.folder.iterdir()}
     assert names & ours == set()
     assert names >= others
-    assert (begun.header, begun.entries, begun.pending()) == (other, (), [0])
+    assert (begun.header, begun.entries, begun.missing()) == (other, (), [0])
 
 
 def test_overwrite_mends_a_truncated_manifest_but_spares_a_foreign_one(tmp_path: Path) -> None:
