@@ -293,15 +293,16 @@ def write_hashed(file: BinaryIO, chunks: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(
-    path: Path, write: Callable[[BinaryIO], object], needed: int | None = None
-) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], _T], needed: int | None = None) -> _T:
     """Let ``write`` fill a file that others see whole or not at all, whenever the system crashes.
 
     Args:
         path: its name. Its folder is made.
         write: is given the file, open for reading and writing.
         needed: its size in bytes, if known, for the error.
+
+    Returns:
+        What ``write`` returns.
 
     Raises:
         StorageError: the disk refuses; what stood under ``path`` before is as it was.
@@ -312,7 +313,7 @@ def write_atomically(
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             with temporary.open("x+b") as file:
-                write(file)
+                result = write(file)
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, path)
@@ -327,3 +328,4 @@ def write_atomically(
                 os.fsync(folder)
         finally:
             os.close(folder)
+    return result

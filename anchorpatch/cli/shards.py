@@ -14,7 +14,7 @@ from anchorpatch.cli.options import PATH, Command, Group, did_you_mean, json_opt
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.errors import ShardError, WeightsError
 from anchorpatch.storage import sha256_of, to_json
-from anchorpatch.text import counted
+from anchorpatch.text import counted, few
 
 if TYPE_CHECKING:
     from anchorpatch.shards.manifest import Manifest, SplitFacts
@@ -46,9 +46,9 @@ def inspect(folder: Path, as_json: bool) -> None:
         print_json({"splits": to_json(facts)})
         return
     for i, of_split in enumerate(facts):
-        if i:
-            click.echo()
-        _print_facts(of_split)
+        click.echo(f"\n{of_split.folder}" if i else of_split.folder)
+        print_tables([of_split.table()])
+        click.echo("\n".join(_lines(of_split)))
 
 
 @shards.command(cls=Command)
@@ -73,41 +73,34 @@ def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
         manifest: Manifest | None = None
         with suppress(ShardError):  # a damaged manifest is the problem that is found
             manifest = read_manifest(split)
-        images = sum(entry.images for entry in manifest.entries) if manifest else 0
-        report.start(f"verify {split.name}", images)
+        report.start(
+            f"verify {split.name}", sum(e.images for e in manifest.entries) if manifest else 0
+        )
         try:
             problems = verify_folder(split, jobs=jobs or -1, done=report.advance)
         finally:
             report.stop()
-        names = {problem.shard for problem in problems}
-        repairable = manifest is not None and any(
-            manifest.shard_path(i).name in names for i in range(manifest.shard_count)
-        )
-        splits.append(
-            {
-                "folder": str(split),
-                "shards": manifest.shard_count if manifest else None,
-                "problems": [problem._asdict() for problem in problems],
-                "repair": _extract_command(manifest, "--repair")
-                if manifest and repairable
-                else None,
-            }
-        )
-    bad = sum(len(split["problems"]) for split in splits)
+        found = {"folder": str(split), "shards": None, "problems": [p._asdict() for p in problems]}
+        splits.append({**found, "repair": None})
+        if manifest is not None:
+            splits[-1]["shards"] = manifest.shard_count
+            ours = {manifest.shard_path(i).name for i in range(manifest.shard_count)}
+            if not ours.isdisjoint(problem.shard for problem in problems):
+                splits[-1]["repair"] = _extract_command(manifest, "--repair")
+    bad = any(of_split["problems"] for of_split in splits)
     if as_json:
         print_json({"ok": not bad, "splits": splits})
-        return int(bool(bad))
+        return int(bad)
     for of_split in splits:
         for problem in of_split["problems"]:
             click.echo(f"{Path(of_split['folder'], problem['shard'])}: {problem['problem']}")
         wrong = len({problem["shard"] for problem in of_split["problems"]})
-        verdict = f"{wrong} bad" if wrong else "all good"
-        if of_split["shards"] is not None:
-            verdict = f"{counted(of_split['shards'], 'shard')}, {verdict}"
-        click.echo(f"{of_split['folder']}: {verdict}")
+        shown = [] if of_split["shards"] is None else [counted(of_split["shards"], "shard")]
+        shown.append(f"{wrong} bad" if wrong else "all good")
+        click.echo(f"{of_split['folder']}: {', '.join(shown)}")
         if of_split["repair"]:
             click.echo(f"to write them again: {of_split['repair']}\n{_unknown(of_split['repair'])}")
-    return int(bool(bad))
+    return int(bad)
 
 
 @shards.command(cls=Command)
@@ -140,11 +133,12 @@ def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
         {read_manifest(split).header.split: split for split in _splits(folder)}
         for folder in folders
     ]
-    for folder, of_folder in zip(folders, parts, strict=True):
-        if of_folder.keys() != parts[0].keys():
+    held = [", ".join(sorted(of_folder)) for of_folder in parts]
+    for folder, names in zip(folders, held, strict=True):
+        if names != held[0]:
             raise ShardError(
-                f"{folders[0]} holds {', '.join(sorted(parts[0]))} but {folder} holds "
-                f"{', '.join(sorted(of_folder))}: expected parts of the same splits"
+                f"{folders[0]} holds {held[0]} but {folder} holds {names}: expected parts of the "
+                "same splits"
             )
     report: Reporter = reporter()
     splits = []
@@ -169,8 +163,8 @@ def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
         )
         if merged.missing:
             command = _extract_command(read_manifest(merged.folder))
-            names = ", ".join(merged.missing[:4]) + (", ..." if len(merged.missing) > 4 else "")
-            click.echo(f"missing: {names}\nto write them: {command}\n{_unknown(command)}")
+            click.echo(f"missing: {few(merged.missing)}\nto write them: {command}")
+            click.echo(_unknown(command))
     return int(failed)
 
 
@@ -195,9 +189,7 @@ def _extract_command(manifest: Manifest, *options: str) -> str:
         with suppress(OSError), path.open("rb") as file:
             if sha256_of(file) == wanted:
                 weights = name
-    folder = manifest.folder
-    if folder.name != split:
-        folder = folder.resolve()
+    folder = manifest.folder if manifest.folder.name == split else manifest.folder.resolve()
     words = [*options, "--data", str(data) if (data / split).is_dir() else "DATA"]
     words += ["--weights", weights, "--out", str(folder.parent) if folder.name == split else "OUT"]
     return f"anchorpatch extract {shlex.join([*words, *extract_options(manifest.header)])}"
@@ -240,16 +232,16 @@ def show(folder: Path, image: str, out: Path) -> None:
     label = reader.classes[reader.label[row]]
     predicted = reader.network_classes[reader.predicted[row]]
     patches = counted(len(found.pixels), "patch", "patches")
-    caption = f"{path}: label {label}, predicted {predicted}, {patches}"
+    caption = f"{path}: label {label}, predicted {predicted}, {patches} of {found.scale} px"
     picture = patch_figure(
         found.pixels,
         found.corners,
         found.scores,
         image=reader.image(row) if reader.has_images else None,
-        caption=f"{caption} of {found.scale} px",
+        caption=caption,
     )
     save_picture(picture, out)
-    click.echo(f"{caption} of {found.scale} px: {out}")
+    click.echo(f"{caption}: {out}")
 
 
 def _splits(folder: Path) -> list[Path]:
@@ -269,19 +261,17 @@ def _splits(folder: Path) -> list[Path]:
     return found
 
 
-def _print_facts(facts: SplitFacts) -> None:
-    images = facts.images
-    click.echo(facts.folder)
-    print_tables([facts.table()])
+def _lines(facts: SplitFacts) -> list[str]:
+    """Return what `inspect` prints of a split below its table."""
     s = facts.settings
-    each = f", {bytes_text(facts.bytes / images)} per image" if images else ""
+    each = f", {bytes_text(facts.bytes / facts.images)} per image" if facts.images else ""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts.skipped.items())
     stored = "images stored" if s.store_images else "images not stored"
     quality = f" of quality {s.jpeg_quality}" if s.codec == "jpeg" else ""
     same = ", the same as" if facts.same_classes else "; other than"
-    lines = [
+    return [
         f"shards: {facts.shards} of {facts.total_shards}, {counted(s.shard_size, 'image')} each",
-        f"images: {images:,} in {bytes_text(facts.bytes)}{each}",
+        f"images: {facts.images:,} in {bytes_text(facts.bytes)}{each}",
         f"skipped: {sum(facts.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
         f"classes: {facts.classes:,}{same} the network's {facts.network_classes:,}",
         f"settings: preset {s.preset or 'none'}, {s.lsp}, {s.precision}"
@@ -291,7 +281,6 @@ def _print_facts(facts: SplitFacts) -> None:
         f"codec: {s.codec}{quality}, {stored}",
         f"weights: SHA-256 {facts.weights_sha256[:12]}..., anchorpatch {facts.anchorpatch_version}",
     ]
-    click.echo("\n".join(lines))
 
 
 def _find(reader: ShardReader, image: str) -> int:
@@ -306,20 +295,16 @@ def _find(reader: ShardReader, image: str) -> int:
     paths = [decode_text(path) for path in reader.path]
     if image in paths:
         return paths.index(image)
-    hint = "'IMAGE'"
+    if image.isdecimal() and int(image) < len(paths):
+        return int(image)
+    skipped = {p: r for e in read_manifest(reader.folder).entries for p, r in e.skipped}
     if image.isdecimal():
-        if int(image) < len(paths):
-            return int(image)
-        raise click.BadParameter(
-            f"expected a number from 0 to {len(paths) - 1}, got {image}", param_hint=hint
-        )
-    for entry in read_manifest(reader.folder).entries:
-        for path, reason in entry.skipped:
-            if path == image:
-                raise click.BadParameter(f"{image} was skipped: {reason}", param_hint=hint)
-    ending = [path for path in paths if path.endswith(image)]
-    near = f" Did you mean {ending[0]!r}?" if ending else did_you_mean(image, paths)
-    raise click.BadParameter(
-        f"{image!r} is none of the {counted(len(paths), 'image')} of {reader.folder}.{near}",
-        param_hint=hint,
-    )
+        problem = f"expected a number from 0 to {len(paths) - 1}, got {image}"
+    elif image in skipped:
+        problem = f"{image} was skipped: {skipped[image]}"
+    else:
+        ending = [path for path in paths if path.endswith(image)]
+        near = f" Did you mean {ending[0]!r}?" if ending else did_you_mean(image, paths)
+        images = counted(len(paths), "image")
+        problem = f"{image!r} is none of the {images} of {reader.folder}.{near}"
+    raise click.BadParameter(problem, param_hint="'IMAGE'")

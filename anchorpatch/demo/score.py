@@ -9,7 +9,7 @@ expectation, no sampling) and the grid's middle.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,16 +148,18 @@ def score_scenes(shards_folder: Path, boxes_csv: Path) -> SceneScore:
         chose = scale == theta
         corner[chose] = reader.corners(theta, reader.first[chose])
     branch = np.searchsorted(SCALES, scale)
+    middle = np.array([grid_size(CROP, CROP, theta)[0] // 2 * STRIDE for theta in SCALES])[branch]
     table = np.zeros((len(SIZES), len(SCALES)), np.int64)
     np.add.at(table, (sizes, branch), 1)
-    same_classes = reader.classes == reader.network_classes
     means = [float(scale[sizes == s].mean()) if table[s].any() else None for s in range(len(SIZES))]
     return SceneScore(
         images=len(reader),
-        top1=float((reader.label == reader.predicted).mean()) if same_classes else None,
+        top1=float((reader.label == reader.predicted).mean())
+        if reader.classes == reader.network_classes
+        else None,
         strongest=_fit(corner[:, None], scale, boxes),
         random=_random_fit(scale, boxes),
-        centre=_fit(((_grid(scale) // 2) * STRIDE)[:, None, None].repeat(2, 2), scale, boxes),
+        centre=_fit(middle[:, None, None].repeat(2, 2), scale, boxes),
         counts={
             size: dict(zip(SCALES, row, strict=True))
             for size, row in zip(SIZES, table.tolist(), strict=True)
@@ -171,7 +173,6 @@ def score_scenes(shards_folder: Path, boxes_csv: Path) -> SceneScore:
 def _truth(reader: ShardReader, boxes_csv: Path) -> tuple[Ints, Ints]:
     """Return the index of each object's size (n,) and its box (n, 4) in the crop."""
     known = read_boxes(boxes_csv)
-    names = list(SIZES)
     sizes, boxes = [], []
     for path in reader.path.tolist():
         key = f"{reader.header.split}/{path.decode()}"
@@ -180,15 +181,9 @@ def _truth(reader: ShardReader, boxes_csv: Path) -> tuple[Ints, Ints]:
                 f"{boxes_csv}: expected a box for {key}, found none: the shards are of other images"
             )
         size, box = known[key]
-        sizes.append(names.index(size))
+        sizes.append(list(SIZES).index(size))
         boxes.append(box.in_crop())
     return np.array(sizes, np.int64), np.array(boxes, np.int64)
-
-
-def _grid(scale: Ints) -> Ints:
-    """Return the locations along a side of the grid, for each image."""
-    sides = {theta: grid_size(CROP, CROP, theta)[0] for theta in SCALES}
-    return np.array([sides[theta] for theta in scale.tolist()], np.int64)
 
 
 def _axes(corner: Ints, scale: Ints, boxes: Ints) -> tuple[Floats, Floats]:
@@ -231,9 +226,8 @@ def _random_fit(scale: Ints, boxes: Ints) -> PatchFit:
 def _ordered(table: Ints) -> float | None:
     """Return the share of pairs of different size whose scales are in the same order."""
     good = pairs = 0.0
-    for s in range(len(table)):
-        for t in range(s + 1, len(table)):
-            products = np.outer(table[s], table[t])
-            good += np.triu(products, 1).sum() + np.trace(products) / 2
-            pairs += products.sum()
+    for smaller, larger in combinations(table, 2):
+        products = np.outer(smaller, larger)
+        good += np.triu(products, 1).sum() + np.trace(products) / 2
+        pairs += products.sum()
     return float(good / pairs) if pairs else None

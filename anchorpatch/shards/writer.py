@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -40,6 +39,7 @@ from anchorpatch.shards.layout import (
     IMAGE_TABLE,
     PATCH_TABLE,
     ShardHeader,
+    check_corners,
     cut_patches,
     encode_text,
     write_attributes,
@@ -53,6 +53,9 @@ _JPEG_THREADS: Final = min(4, os.cpu_count() or 1)
 
 #: Patches of one cut: bounds the memory of a batch (37 MB at scale 111).
 _CUT_ROWS: Final = 1024
+
+#: Bytes that are hashed and written at once.
+_CHUNK: Final = 1 << 20
 
 #: Batches between decoding and the disk: enough to keep every stage busy.
 _IN_FLIGHT: Final = 3
@@ -153,37 +156,24 @@ class ShardWriter:
         self.path = Path(path)
         self.header = header
         self.files_sha256 = files_sha256
-        self._lock_path = self.path.with_name(self.path.name + ".lock")
         self._paths: list[bytes] = []
         self._skipped: list[tuple[str, str]] = []
         self._damaged: list[str] = []
-        self._images: dict[str, list[NDArray[Any]]] = {name: [] for name in IMAGE_TABLE}
-        self._patches: dict[int, dict[str, list[NDArray[Any]]]] = {
-            scale: {name: [] for name in PATCH_TABLE} for scale in SCALES
-        }
+        self._columns: defaultdict[str, list[NDArray[Any]]] = defaultdict(list)
         self._patch_count = dict.fromkeys(SCALES, 0)
         self._blob_sizes: dict[int, list[int]] = {scale: [] for scale in SCALES}
-        self._spools = _Spools(self.path.parent)
+        self._spools: dict[str, BinaryIO] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
-        with storage.refusals(self._lock_path):
+        lock_path = self.path.with_name(self.path.name + ".lock")
+        with storage.refusals(lock_path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self._locked()
-
-    def _locked(self) -> BinaryIO:
-        """Open and lock the lock file; a lock on a file that lost its name is no lock."""
-        while True:
-            file = open(self._lock_path, "r+b", opener=_open_or_create)  # noqa: SIM115
-            with ExitStack() as closing:
-                closing.callback(file.close)
-                if not storage.try_lock(file, wait=False):
-                    raise ShardBusy(
-                        f"{self.path}: another process is writing this shard: "
-                        "wait for it, or end it and run again"
-                    )
-                if _is_still(file, self._lock_path):
-                    closing.pop_all()
-                    return file
+        busy = ShardBusy(
+            f"{self.path}: another process is writing this shard: "
+            "wait for it, or end it and run again"
+        )
+        self._lock = ExitStack()
+        self._lock.enter_context(storage.lock_file(lock_path, busy))
 
     def append(self, batch: PatchBatch) -> None:
         """Add images.
@@ -197,8 +187,7 @@ class ShardWriter:
         with self._aborting():
             self._append_tables(batch)
             if self.header.settings.store_images:
-                pixels = np.ascontiguousarray(batch.pixels)
-                self._spool("images/pixels", pixels)
+                self._spool("images/pixels", np.ascontiguousarray(batch.pixels))
             for scale in SCALES:
                 self._append_patches(batch, scale)
 
@@ -226,26 +215,19 @@ class ShardWriter:
             self._skipped.sort(key=lambda skipped: os.fsencode(skipped[0]))
             skeleton = _Skeleton()
             placed = self._lay_out(skeleton)
-            sha256 = ""
 
-            def write(file: BinaryIO) -> None:
-                nonlocal sha256
-                self._spools.flush()
-                file.truncate(skeleton.size)
+            def write(file: BinaryIO) -> str:
                 storage.allocate(file, skeleton.size)
-                skeleton.dump(file)
-                for name, (offset, size) in placed.items():
-                    self._spools.copy(name, file, offset, size)
-                file.flush()
-                sha256 = storage.sha256_of(file)
+                return storage.write_hashed(file, self._chunks(skeleton, placed))
 
-            storage.write_atomically(self.path, write, needed=skeleton.size)
+            sha256 = storage.write_atomically(self.path, write, needed=skeleton.size)
+            scale, label, predicted = map(self._column, ("scale", "label", "predicted"))
             self.entry = ShardEntry(
                 name=self.path.name,
                 images=len(self._paths),
                 patches=dict(self._patch_count),
-                chosen={scale: int((self._column("scale") == scale).sum()) for scale in SCALES},
-                correct=int((self._column("label") == self._column("predicted")).sum()),
+                chosen={theta: int((scale == theta).sum()) for theta in SCALES},
+                correct=int((label == predicted).sum()),
                 bytes=skeleton.size,
                 sha256=sha256,
                 skipped=tuple(self._skipped),
@@ -288,16 +270,21 @@ class ShardWriter:
 
     def _release(self) -> None:
         self._closed = True
-        self._spools.close()
-        with suppress(OSError):
-            self._lock_path.unlink()
+        for file in self._spools.values():
+            # What a spool could not flush is not wanted any more.
+            with suppress(OSError):
+                file.close()
         self._lock.close()
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _spool(self, name: str, data: NDArray[np.uint8] | bytes) -> None:
+    def _spool(self, name: str, data: Any) -> None:
+        """Add bytes, or an array's, to what will be a dataset."""
         with storage.refusals(self.path):
-            self._spools.append(name, data)
+            if name not in self._spools:
+                # Lives until `_release`, and no longer than this process.
+                self._spools[name] = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+            self._spools[name].write(data)
 
     def _append_tables(self, batch: PatchBatch) -> None:
         first = np.zeros(len(batch.path), np.int32)
@@ -316,7 +303,7 @@ class ShardWriter:
             "size": batch.size,
         }
         for name, (dtype, _) in IMAGE_TABLE.items():
-            self._images[name].append(np.array(columns[name], dtype=dtype))
+            self._columns[f"images/{name}"].append(np.array(columns[name], dtype=dtype))
         self._paths += [bytes(path) for path in batch.path]
 
     def _append_patches(self, batch: PatchBatch, scale: int) -> None:
@@ -328,19 +315,21 @@ class ShardWriter:
         before = len(self._paths) - len(counts)
         table = {"corner": corner, "score": score, "image": image + before}
         for name, (dtype, _) in PATCH_TABLE.items():
-            self._patches[scale][name].append(np.array(table[name], dtype=dtype))
+            self._columns[f"patches/{scale}/{name}"].append(np.array(table[name], dtype=dtype))
         self._patch_count[scale] += len(image)
         codec = self.header.settings.codec
+        if codec == "image":
+            check_corners(batch.pixels, image, corner, scale)
+            return
         for start in range(0, len(image), _CUT_ROWS):
             rows = slice(start, start + _CUT_ROWS)
-            # Codec image checks the bounds too, though it stores the crops alone.
             cut = cut_patches(batch.pixels, image[rows], corner[rows], scale)
             if codec == "raw":
                 self._spool(f"patches/{scale}/pixels", cut)
-            elif codec == "jpeg":
-                for blob in self._encoded(cut):
-                    self._blob_sizes[scale].append(len(blob))
-                    self._spool(f"patches/{scale}/blob", blob)
+                continue
+            for blob in self._encoded(cut):
+                self._blob_sizes[scale].append(len(blob))
+                self._spool(f"patches/{scale}/blob", blob)
 
     def _encoded(self, cut: NDArray[np.uint8]) -> Iterable[bytes]:
         if self._pool is None:
@@ -349,44 +338,53 @@ class ShardWriter:
         return self._pool.map(lambda pixels: encode_jpeg(pixels, quality), cut)
 
     def _column(self, name: str) -> NDArray[Any]:
-        return _joined(self._images[name], *IMAGE_TABLE[name])
+        """Return all rows of a column of ``images`` or, by its full name, of ``patches/T``."""
+        group, _, column = name.rpartition("/")
+        dtype, shape = (PATCH_TABLE if group else IMAGE_TABLE)[column]
+        parts = self._columns[name if group else f"images/{name}"]
+        return np.concatenate([np.empty((0, *shape), dtype), *parts])
 
-    def _lay_out(self, skeleton: _Skeleton) -> dict[str, tuple[int, int]]:
-        """Write all but the spooled datasets; return offset and size in bytes of those."""
+    def _lay_out(self, skeleton: _Skeleton) -> dict[str, int]:
+        """Write all but the spooled datasets; return the offset of each of those."""
         settings = self.header.settings
-        placed: dict[str, tuple[int, int]] = {}
-
-        def reserve_pixels(name: str, shape: tuple[int, ...]) -> None:
-            offset = _reserve(file, name, shape, "u1")
-            if offset is not None:
-                placed[name] = (offset, int(np.prod(shape)))
-
         # create_dataset, never file[name] = ...: that would store the time of day.
         with _open_skeleton(skeleton) as file:
             write_attributes(file, self.header, self.files_sha256)
             file.create_dataset("images/path", data=encode_text(self._paths))
-            for name, (dtype, shape) in IMAGE_TABLE.items():
-                rows = _joined(self._images[name], dtype, shape)
-                file.create_dataset(f"images/{name}", data=rows)
+            for name in IMAGE_TABLE:
+                file.create_dataset(f"images/{name}", data=self._column(name))
             for i, name in enumerate(("path", "reason")):
                 text = encode_text([skipped[i] for skipped in self._skipped])
                 file.create_dataset(f"skipped/{name}", data=text)
             for scale in SCALES:
-                for name, (dtype, shape) in PATCH_TABLE.items():
-                    rows = _joined(self._patches[scale][name], dtype, shape)
-                    file.create_dataset(f"patches/{scale}/{name}", data=rows)
+                for name in (f"patches/{scale}/{column}" for column in PATCH_TABLE):
+                    file.create_dataset(name, data=self._column(name))
                 if settings.codec == "jpeg":
                     offsets = np.cumsum([0, *self._blob_sizes[scale]], dtype="<i8")
                     file.create_dataset(f"patches/{scale}/offset", data=offsets)
+            spooled: dict[str, tuple[int, ...]] = {}
             if settings.store_images:
-                reserve_pixels("images/pixels", (len(self._paths), CROP, CROP, 3))
+                spooled["images/pixels"] = len(self._paths), CROP, CROP, 3
             for scale in SCALES:
                 if settings.codec == "raw":
-                    m = self._patch_count[scale]
-                    reserve_pixels(f"patches/{scale}/pixels", (m, scale, scale, 3))
+                    shape = self._patch_count[scale], scale, scale, 3
+                    spooled[f"patches/{scale}/pixels"] = shape
                 elif settings.codec == "jpeg":
-                    reserve_pixels(f"patches/{scale}/blob", (sum(self._blob_sizes[scale]),))
-        return placed
+                    spooled[f"patches/{scale}/blob"] = (sum(self._blob_sizes[scale]),)
+            placed = {name: _reserve(file, name, shape) for name, shape in spooled.items()}
+        return {name: offset for name, offset in placed.items() if offset is not None}
+
+    def _chunks(self, skeleton: _Skeleton, placed: Mapping[str, int]) -> Iterator[Any]:
+        """Yield the bytes of the file from the first to the last."""
+        position = 0
+        for name, offset in sorted(placed.items(), key=lambda place: place[1]):
+            yield skeleton.part(position, offset)
+            source = self._spools[name]
+            source.seek(0)
+            while chunk := source.read(_CHUNK):
+                yield chunk
+            position = offset + source.tell()
+        yield skeleton.part(position, skeleton.size)
 
 
 class ShardSink:
@@ -486,139 +484,63 @@ class ShardSink:
         return patches
 
 
-def _open_or_create(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)
-
-
-def _is_still(file: BinaryIO, path: Path) -> bool:
-    """Tell whether an open file has its name yet."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _joined(parts: list[NDArray[Any]], dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    return np.concatenate([np.empty((0, *shape), dtype), *parts])
-
-
-class _Spools:
-    """Byte streams by dataset name, in files that grow until the datasets' sizes are known.
-
-    Args:
-        folder: where the files lie, which are gone even after SIGKILL.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, BinaryIO] = {}
-
-    def append(self, name: str, data: Any) -> None:
-        """Add bytes, or an array's, to a stream."""
-        if name not in self._files:
-            # Lives until `close`.
-            self._files[name] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
-        self._files[name].write(data)
-
-    def flush(self) -> None:
-        """Hand everything to the system, which may refuse it."""
-        for file in self._files.values():
-            file.flush()
-
-    def copy(self, name: str, target: BinaryIO, offset: int, size: int) -> None:
-        """Copy a whole stream into ``target``, within the kernel where that can."""
-        source = self._files[name]
-        source.seek(0)
-        target.seek(offset)
-        done = 0
-        if hasattr(os, "copy_file_range"):
-            # Refused between some filesystems and by old kernels; then the plain way goes on.
-            with suppress(OSError):
-                while done < size:
-                    args = (source.fileno(), target.fileno(), size - done, done, offset + done)
-                    n = os.copy_file_range(*args)
-                    if n == 0:
-                        break
-                    done += n
-        if done < size:
-            source.seek(done)
-            target.seek(offset + done)
-            shutil.copyfileobj(source, target, 1 << 20)
-
-    def close(self) -> None:
-        """Throw the streams away."""
-        for file in self._files.values():
-            # What a spool could not flush is not wanted any more.
-            with suppress(OSError):
-                file.close()
-        self._files.clear()
-
-
 class _Skeleton(io.RawIOBase):
     r"""A sparse file in memory; as much of one as h5py needs.
 
     Example:
         >>> skeleton = _Skeleton()
-        >>> _ = skeleton.seek(1 << 40), skeleton.write(b"far"), skeleton.seek((1 << 40) - 1)
-        >>> skeleton.read(4), skeleton.size == (1 << 40) + 3
-        (b'\x00far', True)
+        >>> _ = skeleton.seek(1 << 40), skeleton.write(b"far")
+        >>> skeleton.part((1 << 40) - 1, skeleton.size)
+        b'\x00far'
     """
 
     def __init__(self) -> None:
         self.size = 0
         self._position = 0
-        self._pages: dict[int, bytearray] = {}
+        self._pages: defaultdict[int, bytearray] = defaultdict(lambda: bytearray(_PAGE))
+
+    def part(self, start: int, stop: int) -> bytes:
+        """Return the bytes from ``start`` to ``stop``."""
+        self.seek(start)
+        return self.read(stop - start)
 
     def tell(self) -> int:
-        """Return the position."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move the position, also beyond the end."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
         self._position = base + offset
         return self._position
 
     def truncate(self, size: int | None = None) -> int:
-        """Set the size."""
         self.size = self._position if size is None else size
         return self.size
 
     def readinto(self, buffer: Any) -> int:
-        """Read up to the end; what was never written is zero."""
         view = memoryview(buffer).cast("B")
-        n = max(0, min(len(view), self.size - self._position))
-        done = 0
-        while done < n:
-            page, start = divmod(self._position + done, _PAGE)
-            k = min(n - done, _PAGE - start)
+        view = view[: max(0, self.size - self._position)]
+        for done, page, part in self._parts(len(view)):
+            # What was never written is zero.
             stored = self._pages.get(page)
-            view[done : done + k] = stored[start : start + k] if stored else bytes(k)
-            done += k
-        self._position += n
-        return n
+            view[done : done + part.stop - part.start] = (stored or bytes(_PAGE))[part]
+        return len(view)
 
     def write(self, data: Any) -> int:
-        """Write at the position."""
         view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):
-            page, start = divmod(self._position + done, _PAGE)
-            k = min(len(view) - done, _PAGE - start)
-            stored = self._pages.setdefault(page, bytearray(_PAGE))
-            stored[start : start + k] = view[done : done + k]
-            done += k
-        self._position += len(view)
+        for done, page, part in self._parts(len(view)):
+            self._pages[page][part] = view[done : done + part.stop - part.start]
         self.size = max(self.size, self._position)
         return len(view)
 
-    def dump(self, file: BinaryIO) -> None:
-        """Write the pages into an empty file that already has the size."""
-        for page in sorted(self._pages):
-            start = page * _PAGE
-            if start < self.size:
-                file.seek(start)
-                file.write(self._pages[page][: self.size - start])
+    def _parts(self, n: int) -> Iterator[tuple[int, int, slice]]:
+        """Move on by ``n`` bytes; yield what came before, page, and part of it of each piece."""
+        done = 0
+        while done < n:
+            page, start = divmod(self._position, _PAGE)
+            stop = min(_PAGE, start + n - done)
+            yield done, page, slice(start, stop)
+            done += stop - start
+            self._position += stop - start
 
 
 def _open_skeleton(skeleton: _Skeleton) -> h5py.File:
@@ -637,8 +559,8 @@ def _open_skeleton(skeleton: _Skeleton) -> h5py.File:
     )
 
 
-def _reserve(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> int | None:
-    """Create a contiguous dataset that has its place in the file, but whose bytes nobody writes.
+def _reserve(file: h5py.File, name: str, shape: tuple[int, ...]) -> int | None:
+    """Create a contiguous uint8 dataset that has its place in the file, but no bytes yet.
 
     Returns:
         Its offset in the file in bytes; None for a dataset without elements.
@@ -652,7 +574,7 @@ def _reserve(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> 
     dataset = h5py.h5d.create(
         file.require_group(group).id,
         leaf.encode(),
-        h5py.h5t.py_create(np.dtype(dtype)),
+        h5py.h5t.py_create(np.dtype("u1")),
         h5py.h5s.create_simple(shape),
         properties,
     )
