@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from anchorpatch.text import decimal as decimal_text
 from anchorpatch.text import percent
@@ -75,7 +75,6 @@ class Table:
     foot: tuple[tuple[Cell, ...], ...] = ()
     notes: tuple[str, ...] = ()
     folded: bool = False
-    kind: ClassVar[str] = "table"
 
 
 def named(*names: str, first_numeric: bool = False) -> tuple[Column, ...]:
@@ -130,6 +129,20 @@ def shown_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return "none" if value is None else str(value)
+
+
+def number(record: Mapping[str, Any], *keys: str) -> float | None:
+    """Return a finite number within a record that may be damaged, or None.
+
+    Example:
+        >>> number({"val": {"top1": 0.5}}, "val", "top1"), number({"val": None}, "val", "top1")
+        (0.5, None)
+    """
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None
 
 
 def written(value: Any, form: Callable[[Any], str]) -> Cell:

@@ -122,7 +122,7 @@ def demo(
 def _write_picture(shards: Path, boxes_csv: Path, picture: Path, per_size: int = 3) -> None:
     """Frame the patches of some images of each size, a row for each, of many classes."""
     from anchorpatch.demo.scenes import SIZES, read_boxes
-    from anchorpatch.figures.files import save_picture
+    from anchorpatch.figures.canvas import save_picture
     from anchorpatch.figures.frames import Tile, contact_sheet
     from anchorpatch.shards.reader import ShardReader
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -28,17 +28,9 @@ from anchorpatch.cli.options import (
     weights_option,
     workers_option,
 )
-from anchorpatch.cli.output import print_json, print_table, print_tables
-from anchorpatch.settings import SCALES, LspSettings
+from anchorpatch.cli.output import print_json, print_tables
+from anchorpatch.settings import SCALES
 from anchorpatch.text import counted
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    from anchorpatch.figures.examples import Choice, ShownImages
-    from anchorpatch.jobs.crops import ImageSource
-    from anchorpatch.runtime.checkpoint import Weights
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -110,56 +102,45 @@ def _example_options(name: str, limit: int = 300) -> Callable[[_F], _F]:
     )
 
 
-def _inputs(
+def _draw(
+    configure: Callable[..., Any],
+    find: Callable[..., Any],
+    picture_of: Callable[..., Any],
     *,
     data: Path,
     split: str,
     labels: Path | None,
     weights: str | None,
     runs: Path,
-    images: tuple[str, ...],
-    classes: tuple[str, ...],
-    seed: int,
-    limit: int,
     workers: int,
     out: Path,
-) -> tuple[ImageSource, Weights, Choice]:
-    """Read what `_example_options` name, after a look at what needs none of it.
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Find what a figure of examples shows, write it, and print JSON, or a table and the caption.
 
-    Raises:
-        AnchorpatchError: an option cannot be used.
+    The figure is configured by the settings; the other options are those of `_example_options`.
     """
-    from anchorpatch.figures.examples import Choice
-    from anchorpatch.figures.files import picture_kind
+    from anchorpatch.figures.canvas import picture_kind, save_picture
     from anchorpatch.jobs.crops import ImageSource
     from anchorpatch.runtime.checkpoint import load_weights
+    from anchorpatch.runtime.progress import reporter
 
     picture_kind(out)
-    choice = Choice(images, classes, seed, limit)
+    config = configure(**settings)
     loaded = load_weights(find_weights(weights, runs))
     source = ImageSource.of_folder(
         data, split, labels=labels, workers=workers, crop=loaded.meta.cropping
     )
-    return source, loaded, choice
-
-
-def _finish(
-    result: ShownImages,
-    picture: Image.Image | Figure,
-    out: Path,
-    as_json: bool,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-) -> None:
-    """Write a figure of examples, and print what it shows: JSON, or a table and the caption."""
-    from anchorpatch.figures.files import save_figure
-
+    result = find(source, loaded, config, reporter())
+    for line in result.warnings:
+        click.echo(line, err=True)
     facts = result.to_json()
-    save_figure(picture, out, facts)
+    save_picture(picture_of(result), out, facts)
     if as_json:
         print_json({**facts, "picture": str(out)})
         return
-    print_table(columns, rows)
+    print_tables([result.table()])
     click.echo(f"{result.caption}\n{out}")
 
 
@@ -170,16 +151,7 @@ def _finish(
 @click.option("--only-right", is_flag=True, help="Show only images that are classified correctly.")
 @lsp_options("figure")
 @_example_options("patches")
-def patches(
-    per_scale: int,
-    only_right: bool,
-    preset: str,
-    lsp: LspSettings,
-    out: Path,
-    device: str,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def patches(preset: str, **options: Any) -> None:
     r"""Draw images by the scale they chose, with their patches framed and cut out (Figure 3).
 
     The images are a random choice, by --seed, spread over the classes. Those that AnchorNet
@@ -190,29 +162,9 @@ def patches(
     anchorpatch figure patches --data imagenet --per-scale 6
     anchorpatch figure patches --images n01440764/ILSVRC2012_val_00000293.JPEG
     """
-    from anchorpatch.figures import patches_figure
-    from anchorpatch.figures.patches import PatchesConfig, find_patches
-    from anchorpatch.runtime.progress import reporter
+    from anchorpatch.figures import PatchesConfig, find_patches, patches_figure
 
-    source, weights, choice = _inputs(out=out, **options)
-    config = PatchesConfig(choice, lsp, per_scale, only_right, device)
-    result = find_patches(source, weights, config, reporter())
-    for scale, found in result.missing.items():
-        click.echo(
-            f"only {found} of {result.looked} that were looked at can be shown for {scale} px: "
-            "raise --limit for more",
-            err=True,
-        )
-    rows = [
-        [
-            *(example.path, example.label, example.predicted, f"{scale} px"),
-            *(str(len(example.scores)), f"{example.scores[0]:.3g}"),
-        ]
-        for scale, examples in result.examples.items()
-        for example in examples
-    ]
-    columns = ["image", "class", "predicted", "scale", "patches", "strongest"]
-    _finish(result, patches_figure(result), out, as_json, columns, rows)
+    _draw(PatchesConfig, find_patches, patches_figure, **options)
 
 
 @figure.command(cls=Command)
@@ -228,9 +180,7 @@ def patches(
     help="Branch whose errors to show; may be given several times.",
 )
 @_example_options("errors", limit=500)
-def errors(
-    per_scale: int, scales: tuple[str, ...], out: Path, device: str, as_json: bool, **options: Any
-) -> None:
+def errors(scales: tuple[str, ...], **options: Any) -> None:
     r"""Draw what misled a branch where another branch is right (Figure 4).
 
     Each row shows an image, the patches with the most evidence for the class that the branch
@@ -242,29 +192,16 @@ def errors(
     anchorpatch figure errors --data imagenet --limit 5000
     anchorpatch figure errors --scale 63 --classes typewriter,corn
     """
-    from anchorpatch.figures import errors_figure
-    from anchorpatch.figures.errors import ErrorsConfig, find_errors
-    from anchorpatch.runtime.progress import reporter
+    from anchorpatch.figures import ErrorsConfig, errors_figure, find_errors
 
-    source, weights, choice = _inputs(out=out, **options)
-    config = ErrorsConfig(choice, tuple(map(int, scales)), per_scale, device=device)
-    result = find_errors(source, weights, config, reporter())
-    rows = [
-        [
-            *(error.path, f"{scale} px", error.true.name, error.mistaken.name),
-            *(f"{error.mistaken.probability:.0%}", "/".join(map(str, error.right))),
-        ]
-        for scale, of_scale in result.errors.items()
-        for error in of_scale
-    ]
-    columns = ["image", "branch", "class", "taken for", "probability", "right by"]
-    _finish(result, errors_figure(result), out, as_json, columns, rows)
+    options["scales"] = tuple(map(int, scales))
+    _draw(ErrorsConfig, find_errors, errors_figure, **options)
 
 
 @figure.command(cls=Command)
 @click.option("--count", type=click.IntRange(min=1), default=4, help="Number of images to show.")
 @_example_options("attention", limit=100)
-def attention(count: int, out: Path, device: str, as_json: bool, **options: Any) -> None:
+def attention(**options: Any) -> None:
     r"""Draw spatial attention and class heatmaps of the three branches (Figure 5).
 
     Each row shows an image, its attention maps S as multiples of uniform attention, and the
@@ -276,21 +213,9 @@ def attention(count: int, out: Path, device: str, as_json: bool, **options: Any)
     anchorpatch figure attention --data imagenet --count 6
     anchorpatch figure attention --images n01440764/ILSVRC2012_val_00000293.JPEG
     """
-    from anchorpatch.figures import attention_figure
-    from anchorpatch.figures.attention import AttentionConfig, find_attention
-    from anchorpatch.runtime.progress import reporter
+    from anchorpatch.figures import AttentionConfig, attention_figure, find_attention
 
-    source, weights, choice = _inputs(out=out, **options)
-    result = find_attention(source, weights, AttentionConfig(choice, count, device), reporter())
-    rows = [
-        [
-            *(image["path"], image["label"], image["predicted"], f"{image['scale']} px"),
-            *(f"{branch['attention_max']:.3g}" for branch in image["branches"]),
-        ]
-        for image in result.to_json()["images"]
-    ]
-    columns = ["image", "class", "predicted", "scale", "S max 63", "95", "111 px"]
-    _finish(result, attention_figure(result), out, as_json, columns, rows)
+    _draw(AttentionConfig, find_attention, attention_figure, **options)
 
 
 @figure.command(cls=Command)
@@ -383,14 +308,18 @@ def coverage(
     anchorpatch figure coverage resnet50 --data imagenet
     anchorpatch figure coverage resnet18 --localizers anchornet,sobel,centre,random
     """
-    from anchorpatch.figures import coverage_figure
-    from anchorpatch.figures.coverage import CoverageConfig, measure_coverage
-    from anchorpatch.figures.coverage_curves import LOCALIZERS, write_points
-    from anchorpatch.figures.files import picture_kind, save_figure
+    from anchorpatch.figures.canvas import picture_kind, save_picture
+    from anchorpatch.figures.coverage import (
+        LOCALIZERS,
+        CoverageConfig,
+        coverage_figure,
+        coverage_table,
+        measure_coverage,
+    )
     from anchorpatch.jobs.crops import ImageSource
-    from anchorpatch.report.tables import coverage_table
     from anchorpatch.runtime.checkpoint import read_meta
     from anchorpatch.runtime.progress import reporter
+    from anchorpatch.storage import write_atomically
 
     picture_kind(out)
     config = CoverageConfig(
@@ -409,8 +338,8 @@ def coverage(
     )
     result = measure_coverage(source, config, reporter())
     facts = result.to_json()
-    write_points(result, out.with_suffix(".csv"))
-    save_figure(coverage_figure(result), out, facts, dpi=150)
+    write_atomically(out.with_suffix(".csv"), lambda file: file.write(result.csv().encode()))
+    save_picture(coverage_figure(result), out, facts)
     if as_json:
         print_json({**facts, "picture": str(out)})
         return

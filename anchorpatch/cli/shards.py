@@ -215,7 +215,7 @@ def show(folder: Path, image: str, out: Path) -> None:
     number, starting from 0. If the shards store images, the image is drawn too, with the patches
     framed.
     """
-    from anchorpatch.figures.files import picture_kind, save_picture
+    from anchorpatch.figures.canvas import picture_kind, save_picture
     from anchorpatch.figures.frames import patch_figure
     from anchorpatch.shards.reader import ShardReader
 

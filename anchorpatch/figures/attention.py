@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import ceil, log2
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,41 +16,28 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from anchorpatch.errors import SettingsError
 from anchorpatch.figures.canvas import fitted, font, rounded
-from anchorpatch.figures.examples import Choice, Example, LookedAt, ShownImages, look_at, spread
+from anchorpatch.figures.examples import Choice, Example, ShownImages, looking, spread
 from anchorpatch.jobs.crops import ImageSource
-from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.runtime.checkpoint import Weights
-from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import CROP, PRESETS, SCALES, STRIDE
+from anchorpatch.settings import CROP, SCALES, STRIDE
 from anchorpatch.storage import to_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
-class AttentionConfig:
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(Choice):
     """What Figure 5 shows.
 
     Attributes:
-        choice: the images to look at.
         count: images to show.
-        device: auto, cpu or cuda.
-
-    Raises:
-        SettingsError: a value that no figure could use.
     """
 
-    choice: Choice = field(default_factory=lambda: Choice(limit=100))
+    limit: int = 100
     count: int = 4
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise SettingsError(f"count: expected at least one image, got {self.count}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +80,6 @@ class AttentionExamples(ShownImages):
     """Images with their attention maps and class heatmaps.
 
     Attributes:
-        config: what was asked for.
         examples: images to show.
     """
 
@@ -102,25 +88,29 @@ class AttentionExamples(ShownImages):
 
     name, number = "attention", 5
     title = "Attention maps and class heatmaps of the three branches"
+    columns = ("image", "class", "predicted", "scale", "S max 63", "95", "111 px")
 
     @property
     def caption(self) -> str:
         """One or two sentences on what is seen and how it came about."""
         return (
-            f"{len(self.examples)} of {self.looked} that were looked at: "
+            f"{len(self.examples)} of {self.survey} that were looked at: "
             "on the left the spatial attention S of each branch, as a multiple of uniform "
             "attention, and on the right the heatmap M of the decided class, its evidence at each "
             "location. A location is drawn at the centre of the patch it sees; the frame marks "
             "the branch that localizes the image."
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what the figure shows as JSON, without pixels."""
-        return self.record(
-            self.config.choice,
-            {"count": self.config.count},
-            images=[example.to_json() for example in self.examples],
-        )
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is shown, as JSON without pixels."""
+        return {"images": [example.to_json() for example in self.examples]}
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """Yield a line for each image, in the order of `columns`."""
+        for example in self.examples:
+            image, attention = example.image, (f"{s.max():.3g}" for s in example.attention)
+            yield image.path, image.label, image.predicted, f"{image.scale} px", *attention
 
 
 def find_attention(
@@ -141,31 +131,26 @@ def find_attention(
         DataError: no image can be decoded.
         SettingsError: no image or class has a name that was asked for.
     """
-    rows = config.choice.rows(source)
-    device = resolve_device(config.device)
-    with Localizer(weights, PRESETS["figure"], device, batch_size=64) as localizer:
-        survey = look_at(source, weights, localizer, rows, reporter or Reporter())
+    with looking(source, weights, config, reporter) as (localizer, survey):
+        found, labels = survey.found, survey.labels
         chosen = list(range(len(survey)))
-        if not config.choice.images:
-            found, labels = survey.found, survey.labels
-            chosen = spread(
-                chosen, config.count, lambda i: int(found.scale[i]), lambda i: int(labels[i])
-            )
+        if not config.images:
+            chosen = spread(chosen, config.count, found.scale.__getitem__, labels.__getitem__)
         images = survey.examples(chosen)
         pixels = torch.from_numpy(np.stack([image.pixels for image in images]))
-        decided = torch.from_numpy(survey.found.predicted[chosen].astype(np.int64))
+        decided = torch.from_numpy(found.predicted[chosen].astype(np.int64))
         maps = localizer.maps(pixels, decided[:, None])
     examples = tuple(
         AttentionExample(
             image=image,
-            branch_class=tuple(survey.network[c] for c in survey.found.branch_class[i]),
-            branch_prob=tuple(survey.found.branch_prob[i].tolist()),
+            branch_class=tuple(survey.network[c] for c in found.branch_class[i]),
+            branch_prob=tuple(found.branch_prob[i].tolist()),
             attention=tuple(branch[k] for branch in maps.attention),
             heatmaps=tuple(branch[k, 0] for branch in maps.heatmaps),
         )
         for k, (i, image) in enumerate(zip(chosen, images, strict=True))
     )
-    return AttentionExamples(LookedAt.of(survey, weights), config, examples)
+    return AttentionExamples(config, survey, examples)
 
 
 def _place(values: NDArray[np.float32]) -> list[int]:
@@ -231,53 +216,53 @@ def attention_figure(result: AttentionExamples) -> Figure:
     Args:
         result: from `anchorpatch.figures.attention.find_attention`.
     """
-    page = _Page(len(result.examples))
-    maps = [s for example in result.examples for s in example.attention]
-    weight = _attention_norm(maps)
-    for row, example in enumerate(result.examples):
-        _row([page.axes(row, column) for column in range(_COLUMNS)], example, weight)
-    for column, scale in enumerate(SCALES * 2):
-        kind = "attention S" if column < len(SCALES) else "heatmap M"
-        page.figure.axes[1 + column].set_title(f"{kind}, {scale} px", fontsize=10)
-    _attention_bar(page.bar(1), weight)
-    bar = Colorbar(
-        page.bar(4), ScalarMappable(_EVIDENCE, _SIGNED), orientation="horizontal", alpha=_OPACITY
-    )
-    bar.set_label("M of the decided class, as a share of the largest |M| of its map", fontsize=10)
-    page.note("framed: the branch\nthat localizes\nthe image")
-    return page.figure
+    rows = len(result.examples)
+    width = _COLUMNS * (_SIDE + _GAP) + _GAP
+    height = _TITLE + rows * (_SIDE + _CAPTION) + _BARS
+    figure = Figure(figsize=(width, height))
+    # In inches: matplotlib's layouts let captions move panels.
+    grid = {
+        "left": _GAP / width,
+        "right": 1 - _GAP / width,
+        "top": 1 - _TITLE / height,
+        "bottom": (_BARS + _CAPTION) / height,
+        "wspace": _GAP / _SIDE,
+        "hspace": _CAPTION / _SIDE,
+    }
+    panels = figure.subplots(rows, _COLUMNS, squeeze=False, gridspec_kw=grid)
+    weight = _attention_norm([s for example in result.examples for s in example.attention])
+    for axes, example in zip(panels, result.examples, strict=True):
+        _row(axes, example, weight)
+    for axis, scale, kind in zip(
+        panels[0, 1:], SCALES * 2, ["attention S"] * 3 + ["heatmap M"] * 3, strict=True
+    ):
+        axis.set_title(f"{kind}, {scale} px", fontsize=10)
 
-
-class _Page:
-    """Places panels of one size in rows; matplotlib's layouts let captions move them."""
-
-    def __init__(self, rows: int) -> None:
-        self.width = _COLUMNS * (_SIDE + _GAP) + _GAP
-        self.height = _TITLE + rows * (_SIDE + _CAPTION) + _BARS
-        self.figure = Figure(figsize=(self.width, self.height))
-
-    def axes(self, row: int, column: int) -> Axes:
-        """Add the panel of a row and a column."""
-        left = _GAP + column * (_SIDE + _GAP)
-        top = _TITLE + row * (_SIDE + _CAPTION)
-        return self._axes(left, top, _SIDE, _SIDE)
-
-    def bar(self, column: int) -> Axes:
-        """Add room for the colour bar of three columns, below all rows."""
-        width = 3 * _SIDE + 2 * _GAP
-        left = _GAP + column * (_SIDE + _GAP)
-        return self._axes(left + width / 6, self.height - _BARS + 0.1, width * 2 / 3, 0.14)
-
-    def note(self, text: str) -> None:
-        """Write into the lower left corner."""
-        place = (_GAP / self.width, (_BARS - 0.08) / self.height)
-        self.figure.text(*place, text, fontsize=_SMALL, va="top", linespacing=1.3)
-
-    def _axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        bottom = self.height - top - height
-        return self.figure.add_axes(
-            (left / self.width, bottom / self.height, width / self.width, height / self.height)
+    def bar(column: int, norm: Normalize, colors: str, label: str, **options: Any) -> Colorbar:
+        """Add a colour bar below three columns, two thirds as wide."""
+        left = _GAP + column * (_SIDE + _GAP) + (3 * _SIDE + 2 * _GAP) / 6
+        place = (left / width, (_BARS - 0.24) / height, (2 * _SIDE + 4 / 3 * _GAP) / width)
+        added = Colorbar(
+            figure.add_axes((*place, 0.14 / height)),
+            ScalarMappable(norm, colors),
+            orientation="horizontal",
+            alpha=_OPACITY,
+            **options,
         )
+        added.set_label(label, fontsize=10)
+        return added
+
+    weights = bar(1, weight, _SEQUENTIAL, "S, as a multiple of uniform attention", extend="both")
+    exponent = round(log2(weight.vmax or 2))
+    powers = range(-exponent, exponent + 1)
+    weights.set_ticks([2.0**p for p in powers])
+    weights.set_ticklabels([str(2**p) if p >= 0 else f"1/{2**-p}" for p in powers])
+    weights.minorticks_off()
+    bar(4, _EVIDENCE, _SIGNED, "M of the decided class, as a share of the largest |M| of its map")
+    note = "framed: the branch\nthat localizes\nthe image"
+    place = (_GAP / width, (_BARS - 0.08) / height)
+    figure.text(*place, note, fontsize=_SMALL, va="top", linespacing=1.3)
+    return figure
 
 
 def _row(axes: Sequence[Axes], example: AttentionExample, weight: Normalize) -> None:
@@ -331,7 +316,10 @@ def _caption(axis: Axes, lines: Sequence[tuple[str, str, str]], *, chosen: bool 
     face, width = font(ceil(_SMALL * 100 / 72), bold=chosen), int(_SIDE * 100) - 4
     text = "\n".join(fitted(name, width, face, start=a, end=b) for a, name, b in lines)
     axis.set_xlabel(
-        _plain(text), fontsize=_SMALL, labelpad=4, fontweight="bold" if chosen else "normal"
+        text.replace("$", r"\$"),  # else matplotlib reads it as mathematics
+        fontsize=_SMALL,
+        labelpad=4,
+        fontweight="bold" if chosen else "normal",
     )
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
@@ -343,24 +331,3 @@ def _attention_norm(maps: Sequence[NDArray[np.float32]]) -> Normalize:
     strong = float(np.percentile(np.concatenate([s.ravel() for s in maps]), 99.5))
     limit = 2.0 ** min(4, max(1, ceil(log2(max(1, strong)))))
     return LogNorm(1 / limit, limit, clip=True)
-
-
-def _attention_bar(axes: Axes, weight: Normalize) -> None:
-    bar = Colorbar(
-        axes,
-        ScalarMappable(weight, _SEQUENTIAL),
-        orientation="horizontal",
-        extend="both",
-        alpha=_OPACITY,
-    )
-    exponent = round(log2(weight.vmax or 2))
-    powers = range(-exponent, exponent + 1)
-    bar.set_ticks([2.0**p for p in powers])
-    bar.set_ticklabels([str(2**p) if p >= 0 else f"1/{2**-p}" for p in powers])
-    bar.minorticks_off()
-    bar.set_label("S, as a multiple of uniform attention", fontsize=10)
-
-
-def _plain(text: str) -> str:
-    """Keep matplotlib from reading a name as mathematics."""
-    return text.replace("$", r"\$")

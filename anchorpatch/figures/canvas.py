@@ -1,23 +1,31 @@
-"""What pictures of several parts share: type, measures, and how parts are put together."""
+"""What all pictures share: type, how parts are put together, and files."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import re
 import unicodedata
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import groupby
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
-from PIL import Image, ImageDraw, ImageFont
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontEntry
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from anchorpatch.errors import SettingsError
+from anchorpatch.storage import write_atomically
 from anchorpatch.text import clean, decimal
-
-if TYPE_CHECKING:
-    from matplotlib.font_manager import FontEntry
 
 Color = tuple[int, int, int]
 
@@ -105,8 +113,6 @@ def fallbacks(text: str) -> tuple[FontEntry, ...]:
 
 def _dejavu(bold: bool) -> str:
     """Return the path of DejaVu Sans, which matplotlib brings: Latin, Greek, Cyrillic and more."""
-    import matplotlib  # not for pictures without type
-
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return str(Path(matplotlib.get_data_path(), "fonts", "ttf", name))
 
@@ -114,8 +120,6 @@ def _dejavu(bold: bool) -> str:
 @cache
 def _system_fonts() -> tuple[FontEntry, ...]:
     """Return the system's upright fonts, those of ordinary weight first."""
-    from matplotlib import font_manager
-
     manager, paths = font_manager.fontManager, set(font_manager.findSystemFonts())
     # Matplotlib keeps its list in a file, and does not look for fonts installed since.
     for path in sorted(paths - {entry.fname for entry in manager.ttflist}):
@@ -138,8 +142,6 @@ def _system_fonts() -> tuple[FontEntry, ...]:
 @cache
 def _characters(path: str) -> frozenset[int]:
     """Return the code points that a font has."""
-    from matplotlib.ft2font import FT2Font
-
     return frozenset(FT2Font(path).get_charmap())
 
 
@@ -214,6 +216,24 @@ def written(
     return picture
 
 
+def _wrapped(text: str, width: int, face: Font) -> list[str]:
+    lines: list[str] = []
+    for word in (fitted(word, width, face) for word in text.split()):
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and face.width(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def small(
+    text: str, width: int | None, size: int = 12, *, start: str = "", end: str = ""
+) -> Image.Image:
+    """Return text as `written` does, small and grey."""
+    return written(text, width, size=size, fill=GREY, start=start, end=end)
+
+
 def rounded(value: float) -> str:
     """Write a number with at least three digits and no exponent.
 
@@ -236,13 +256,7 @@ def stacked(parts: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
 
 
 def beside(parts: Sequence[Image.Image], gap: int = GAP, *, width: int = 0) -> Image.Image:
-    """Put pictures side by side, flush with the top.
-
-    Args:
-        parts: the pictures.
-        gap: between them, in pixels.
-        width: the least that each takes, in pixels.
-    """
+    """Put pictures side by side, flush with the top, each at least ``width`` pixels wide."""
     widths = [max(width, part.width) for part in parts]
     total = sum(widths) + gap * (len(parts) - 1)
     joined = Image.new("RGB", (total, max(part.height for part in parts)), PAPER)
@@ -278,17 +292,82 @@ def tiled(
 
 def bordered(picture: Image.Image, margin: int = 2 * GAP) -> Image.Image:
     """Return a picture with an empty margin around it."""
-    page = Image.new("RGB", (picture.width + 2 * margin, picture.height + 2 * margin), PAPER)
-    page.paste(picture, (margin, margin))
-    return page
+    return ImageOps.expand(picture, margin, PAPER)
 
 
-def _wrapped(text: str, width: int, face: Font) -> list[str]:
-    lines: list[str] = []
-    for word in (fitted(word, width, face) for word in text.split()):
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and face.width(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
+# --- files --------------------------------------------------------------------------------
+
+#: Kind of picture by the ending of its name.
+_KINDS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP", ".pdf": "PDF"}
+
+#: Quality of JPEG and WebP, of 100.
+_QUALITY: Final = 92
+
+
+def picture_kind(path: Path) -> str:
+    """Return the format that a picture's name asks for.
+
+    Raises:
+        SettingsError: it is none that can be written.
+
+    Example:
+        >>> picture_kind(Path("figures/patches.png"))
+        'PNG'
+    """
+    kind = _KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise SettingsError(
+            f"--out: expected a name that ends in {', '.join(_KINDS)}, got {path.name!r}"
+        )
+    return kind
+
+
+def save_picture(
+    picture: Image.Image | Figure, path: Path, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Write a picture, whole or not at all.
+
+    Args:
+        picture: from one of this package's functions.
+        path: its ending says in which format.
+        facts: what it shows: written as JSON beside it, with the picture's name added.
+
+    Raises:
+        SettingsError: the format is not known.
+        StorageError: the disk refused.
+    """
+    data = encoded(picture, picture_kind(path))
+    write_atomically(path, lambda file: file.write(data))
+    if facts is not None:
+        text = json.dumps({**facts, "picture": path.name}, indent=2, ensure_ascii=False)
+        write_atomically(path.with_suffix(".json"), lambda file: file.write(f"{text}\n".encode()))
+
+
+def encoded(picture: Image.Image | Figure, kind: str) -> bytes:
+    """Return the file of a picture in a format of `picture_kind`."""
+    buffer = io.BytesIO()
+    # Nothing for PDF, which matplotlib writes by itself.
+    pillow: dict[str, Any] | None
+    pillow = {"PNG": {"optimize": True}, "PDF": None}.get(kind, {"quality": _QUALITY})
+    if not isinstance(picture, Figure):
+        picture.save(buffer, kind, **(pillow or {}))
+        return buffer.getvalue()
+    with drawable(picture):
+        # Without the time of day, equal figures are equal files.
+        metadata = {"CreationDate": None} if kind == "PDF" else None
+        picture.savefig(
+            buffer, format=kind.lower(), dpi="figure", metadata=metadata, pil_kwargs=pillow
+        )
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def drawable(figure: Figure) -> Iterator[None]:
+    """Give a figure's text the fonts that it needs; what no font has becomes boxes, silently."""
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if others := [entry.name for entry in fallbacks(text.get_text())]:
+            text.set_fontfamily(["DejaVu Sans", *others])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield

@@ -6,10 +6,13 @@ and with the area set to 0. All localizers are compared at the same areas, to th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -18,18 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anchorpatch.errors import DataError, SettingsError, WeightsError
-from anchorpatch.figures.coverage_curves import (
-    LABELS,
-    LOCALIZERS,
-    PEERS,
-    CoverageResult,
-    Curve,
-    Series,
-    curves_of,
-)
 from anchorpatch.figures.localizers import (
     Localize,
     See,
+    Seen,
     anchornet_localizers,
     centre,
     chance,
@@ -40,7 +35,7 @@ from anchorpatch.figures.localizers import (
     pixel_positions,
 )
 from anchorpatch.images.folder import without_images
-from anchorpatch.jobs.crops import Crops, ImageSource
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.patch_scores import Distributions
 from anchorpatch.networks import (
     Network,
@@ -49,12 +44,39 @@ from anchorpatch.networks import (
     load_for_whole_images,
     load_network,
 )
-from anchorpatch.runtime.checkpoint import load_weights
+from anchorpatch.runtime.checkpoint import load_weights, read_meta
 from anchorpatch.runtime.device import exact_float32, keep_freed_memory, resolve_device, to_device
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.tables import NO_VALUE, Cell, Column, Table, number, text
+from anchorpatch.tables import decimal as decimal_cell
+from anchorpatch.text import counted, decimal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+#: Localizers with weights of their own.
+PEERS: Final = ("bagnet33", "bagnet77", "saccader")
+
+#: All localizers of Figure 6 with the names that tables show, in the order of the summary.
+LABELS: Final = {
+    "anchornet": "AnchorNet",
+    "branch63": "branch 63 px alone",
+    "branch95": "branch 95 px alone",
+    "branch111": "branch 111 px alone",
+    "bagnet33": "BagNet-33",
+    "bagnet77": "BagNet-77",
+    "saccader": "Saccader",
+    "gradcam": "Grad-CAM",
+    "sobel": "Sobel energy",
+    "centre": "centre",
+    "random": "random",
+}
+
+LOCALIZERS: Final = tuple(LABELS)
+
+#: Fields of a `Series` that the summary has, each as "covered_" and as "masked_".
+AUC_FIGURES: Final = ("auc", "auc_error", "auc_spread", "gain", "gain_error")
 
 
 @dataclass(frozen=True)
@@ -116,6 +138,156 @@ class CoverageConfig:
         return (0.0, *self.areas, 1.0)
 
 
+@dataclass(frozen=True)
+class Series:
+    """Top-1 by area, one way; shares from 0 to 1.
+
+    Attributes:
+        top1: of each area (A,).
+        spread: standard deviation over seeds (A,); None with one seed.
+        auc: area under the curve, by the trapezoid rule.
+        auc_error: standard error of ``auc`` over the images; None with one image.
+        auc_spread: standard deviation of ``auc`` over seeds; None with one seed.
+        gain: by how much ``auc`` is better than AnchorNet's; None without AnchorNet.
+        gain_error: standard error of ``gain``, image by image.
+    """
+
+    top1: tuple[float, ...]
+    spread: tuple[float, ...] | None
+    auc: float
+    auc_error: float | None
+    auc_spread: float | None
+    gain: float | None
+    gain_error: float | None
+
+    @property
+    def beats_anchornet(self) -> bool:
+        """Whether it is better than AnchorNet by more than two standard errors."""
+        return bool(self.gain and self.gain_error and self.gain > 2 * self.gain_error)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A localizer's two curves. Areas run from 0 to 1, so that all share their ends.
+
+    Attributes:
+        localizer: of `LOCALIZERS`.
+        covered: everything but the area is set to 0; a larger area under the curve is better.
+        masked: the area is set to 0; a smaller area under the curve is better.
+    """
+
+    localizer: str
+    covered: Series
+    masked: Series
+
+
+@dataclass(frozen=True)
+class CoverageResult:
+    """All curves of Figure 6.
+
+    Attributes:
+        network: name of the network that decides.
+        source: folder of the images.
+        images: decided on.
+        areas: from 0 to 1 (A,).
+        curves: one for each localizer.
+        weights: what each network was loaded from.
+        anchornet_sha256: of AnchorNet's weights.
+        left_out: localizers that could not be had, and why.
+        settings: of the comparison, as JSON values.
+    """
+
+    network: str
+    source: str
+    images: int
+    areas: tuple[float, ...]
+    curves: tuple[Curve, ...]
+    weights: Mapping[str, str]
+    anchornet_sha256: str
+    left_out: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def curve(self, localizer: str) -> Curve:
+        """Return the curve of a localizer.
+
+        Raises:
+            KeyError: it took no part.
+        """
+        return {curve.localizer: curve for curve in self.curves}[localizer]
+
+    def winners(self) -> tuple[str, ...]:
+        """Return a sentence for each localizer that beats AnchorNet by two standard errors."""
+        return tuple(
+            f"{LABELS[curve.localizer]} is better than AnchorNet by {way} area: "
+            f"{_gain(series.gain, series.gain_error)}"
+            for curve in self.curves
+            for way, series in (("covered", curve.covered), ("masked", curve.masked))
+            if series.beats_anchornet
+        )
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return the areas under the curves, a flat record for each localizer."""
+        return [
+            {
+                "localizer": curve.localizer,
+                **{
+                    f"{way}_{name}": getattr(series, name)
+                    for way, series in (("covered", curve.covered), ("masked", curve.masked))
+                    for name in AUC_FIGURES
+                },
+            }
+            for curve in self.curves
+        ]
+
+    def csv(self) -> str:
+        """Return every point of every curve as CSV."""
+        columns = ("covered_top1", "masked_top1", "covered_spread", "masked_spread")
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("localizer", "area", *columns))
+        for curve in self.curves:
+            both = (curve.covered, curve.masked)
+            none = (None,) * len(self.areas)
+            values = [*(way.top1 for way in both), *(way.spread or none for way in both)]
+            for area, *point in zip(self.areas, *values, strict=True):
+                writer.writerow((curve.localizer, area, *point))
+        return file.getvalue()
+
+    title = "Accuracy by covered and by masked area"
+
+    @property
+    def caption(self) -> str:
+        """A few sentences on what is seen and how it came about."""
+        parts = [
+            f"Top-1 of {self.network} on {counted(self.images, 'image')} of {self.source}, by the "
+            "share of each image that a localizer chose: left with all else set to 0, right with "
+            "the choice set to 0. All are compared at the same areas, to the pixel. The numbers "
+            "are areas under the curves: left the larger is better, right the smaller."
+        ]
+        if any(curve.covered.spread for curve in self.curves):
+            parts.append(
+                f"Random: mean of {self.settings['seeds']} seeds, and a band of one standard "
+                "deviation."
+            )
+        if winners := self.winners():
+            parts.append(f"By more than two standard errors, {'; '.join(winners)}.")
+        return " ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON, as a report reads it."""
+        facts = asdict(self)
+        return {
+            "figure": "coverage",
+            "number": 6,
+            "title": self.title,
+            "caption": self.caption,
+            "weights_sha256": facts.pop("anchornet_sha256"),
+            **facts,
+            "winners": list(self.winners()),
+            "summary": self.summary(),
+        }
+
+
 def measure_coverage(
     source: ImageSource, config: CoverageConfig, progress: Reporter | None = None
 ) -> CoverageResult:
@@ -137,31 +309,57 @@ def measure_coverage(
     if device.type == "cpu":
         keep_freed_memory()
     anchornet = load_weights(config.anchornet_weights)
-    network = _network(config, source, report)
+    name, classes, say = config.network, source.classes, report.message
+    if config.weights is not None:
+        network = load_network(name, classes, config.weights, say)
+    else:
+        network = load_for_whole_images(name, classes, config.runs, say, option="--weights")
     see = See(anchornet, device)
     localizers, weights, left_out = _localizers(config, network, device)
     if not localizers:
         raise SettingsError(f"no localizer is left: {'; '.join(left_out)}")
-    scored = _Scores(config, network, localizers, device, report)
+    decide = Distributions(network.module, device, network.meta, config.amp)
     rows = np.arange(len(source))
     if config.images is not None and config.images < len(rows):
         rows = np.sort(np.random.default_rng(config.seed).permutation(len(rows))[: config.images])
     if absent := without_images(source.labels[rows], source.classes):
-        report.message(absent)
+        say(absent)
+
+    def right(pixels: Tensor, labels: Tensor) -> NDArray[np.bool_]:
+        """Return whether each image is decided right (n,); equal classes go to the lower one."""
+        with torch.inference_mode():
+            found: NDArray[np.bool_] = (decide(pixels).argmax(1) == labels).cpu().numpy()
+        report.advance(len(found))
+        return found
+
     size = config.batch_size or (32 if device.type == "cpu" else 256)
+    batches = []
     # Deciding on one batch in every way may take a minute: each decision counts.
-    report.start("measuring coverage", len(rows) * scored.decisions, unit="decisions")
+    ways = 2 + 2 * len(localizers) * len(config.areas)
+    report.start("measuring coverage", len(rows) * ways, unit="decisions")
     try:
         for crops in source.batches(rows.tolist(), size):
-            scored.add(see, crops)
+            with exact_float32():
+                seen = see(crops.rows, crops.pixels)
+                labels = to_device(crops.labels, device)
+                shown = _shown(seen, [localize for _, localize in localizers], config.areas)
+                batches.append(np.stack([right(pixels, labels) for pixels in shown]))
     finally:
         report.stop()
+    if not batches:
+        raise DataError(f"{source.name}: none of the chosen images can be decoded")
+    black, whole, *parts = np.concatenate(batches, -1)
+    middle = np.reshape(parts, (len(localizers), len(config.areas), 2, -1))
+    decided = [
+        [[black, *by_area[:, 0], whole], [whole, *by_area[:, 1], black]] for by_area in middle
+    ]
+    names = [name for name, _ in localizers]
     return CoverageResult(
         network=config.network,
         source=source.name,
-        images=scored.images,
+        images=len(whole),
         areas=config.all_areas,
-        curves=scored.curves(source.name),
+        curves=curves_of(names, np.array(decided), config.all_areas),
         weights={config.network: network.source, "anchornet": str(anchornet.path), **weights},
         anchornet_sha256=anchornet.sha256,
         left_out=tuple(left_out),
@@ -175,126 +373,159 @@ def measure_coverage(
     )
 
 
-def _network(config: CoverageConfig, source: ImageSource, report: Reporter) -> Network:
-    """Load the network that decides, for the classes of the images."""
-    name, message = config.network, report.message
-    if config.weights is not None:
-        return load_network(name, source.classes, config.weights, message)
-    return load_for_whole_images(name, source.classes, config.runs, message, option="--weights")
-
-
 def _localizers(
     config: CoverageConfig, network: Network, device: torch.device
 ) -> tuple[list[tuple[str, Localize]], dict[str, str], list[str]]:
     """Return the localizers with their names, random ones once a seed; what they are from."""
-    threshold = config.iou_threshold
+    threshold, wanted = config.iou_threshold, config.localizers
     known: dict[str, list[Localize]] = {
         name: [localize] for name, localize in anchornet_localizers(threshold).items()
     }
     known["sobel"], known["centre"] = [edges(threshold)], [centre]
     known["random"] = [chance(seed, threshold) for seed in range(config.seeds)]
-    weights, left_out = {}, []
-    for name, path in _peer_files(config).items():
-        if name not in config.localizers:
-            continue
-        if path is None:
-            left_out.append(
-                f"{LABELS[name]}: no {config.runs / name / 'best.safetensors'}; "
-                f"`anchorpatch train --arch {name}` makes it"
-            )
-            continue
-        known[name] = [peer(load_checkpoint(path), device)]
-        weights[name] = str(path)
-    module = network.module.eval().to(device).to(memory_format=torch.channels_last)
-    try:
-        if "gradcam" in config.localizers:
-            known["gradcam"] = [gradcam(module, network.meta, device)]
-    except SettingsError as error:
-        left_out.append(f"{LABELS['gradcam']}: {error}")
-    chosen = [name for name in LOCALIZERS if name in config.localizers and name in known]
-    return [(name, localize) for name in chosen for localize in known[name]], weights, left_out
-
-
-def _peer_files(config: CoverageConfig) -> dict[str, Path | None]:
-    """Return the weights file of each peer, None where there is none."""
-    files: dict[str, Path | None] = dict.fromkeys(PEERS)
-    if config.peers is None:
-        for name in PEERS:
-            path = config.runs / name / "best.safetensors"
-            files[name] = path if path.is_file() else None
-        return files
-    for path in config.peers:
-        name = load_weights(path, None).meta.architecture
+    best = {name: config.runs / name / "best.safetensors" for name in PEERS if name in wanted}
+    peers = config.peers
+    if peers is None:
+        peers = tuple(path for path in best.values() if path.is_file())
+    weights = {}
+    for path in peers:
+        name = read_meta(path).architecture
         if name not in PEERS:
             raise WeightsError(
                 f"{path}: expected weights of {', '.join(PEERS)}, found {name}; name a file that "
                 "`anchorpatch train --arch` wrote"
             )
-        files[name] = path
-    return files
+        if name in wanted:
+            known[name], weights[name] = [peer(load_checkpoint(path), device)], str(path)
+    left_out = [
+        f"{LABELS[name]}: no {path}; `anchorpatch train --arch {name}` makes it"
+        for name, path in best.items()
+        if name not in known
+    ]
+    module = network.module.eval().to(device).to(memory_format=torch.channels_last)
+    try:
+        if "gradcam" in wanted:
+            known["gradcam"] = [gradcam(module, network.meta, device)]
+    except SettingsError as error:
+        left_out.append(f"{LABELS['gradcam']}: {error}")
+    chosen = [name for name in LOCALIZERS if name in wanted and name in known]
+    return [(name, localize) for name in chosen for localize in known[name]], weights, left_out
 
 
-class _Scores:
-    """Which images the network is right about: of each localizer, way and area."""
-
-    def __init__(
-        self,
-        config: CoverageConfig,
-        network: Network,
-        localizers: list[tuple[str, Localize]],
-        device: torch.device,
-        report: Reporter,
-    ) -> None:
-        self.config, self.localizers, self.device = config, localizers, device
-        self.report = report
-        self.decide = Distributions(network.module, device, network.meta, config.amp)
-        self.right: list[NDArray[np.bool_]] = []  # a batch each: (localizers, 2, areas, n)
-        self.images = 0
-
-    @property
-    def decisions(self) -> int:
-        """How often each image is decided on: whole, black, and in each way."""
-        return 2 + 2 * len(self.localizers) * len(self.config.areas)
-
-    @exact_float32()
-    def add(self, see: See, crops: Crops) -> None:
-        """Decide on a batch in every way."""
-        seen = see(crops.rows, crops.pixels)
-        labels = to_device(crops.labels, self.device)
-        whole = self._right(seen.pixels, labels)
-        black = self._right(torch.zeros_like(seen.pixels), labels)
-        right = []
-        for _, localize in self.localizers:
-            positions = pixel_positions(localize(seen))
-            covered, masked = [black], [whole]
-            for area in self.config.areas:
-                mask = mask_of_area(positions, area)[..., None]
-                covered.append(self._right(seen.pixels * mask, labels))
-                masked.append(self._right(seen.pixels * ~mask, labels))
-            right.append(np.stack([[*covered, whole], [*masked, black]]))
-        self.right.append(np.stack(right))
-        self.images += len(labels)
-
-    @torch.inference_mode()
-    def _right(self, pixels: Tensor, labels: Tensor) -> NDArray[np.bool_]:
-        """Return whether each image is decided right (n,); equal classes go to the lower one."""
-        found: NDArray[np.bool_] = (self.decide(pixels).argmax(1) == labels).cpu().numpy()
-        self.report.advance(len(found))
-        return found
-
-    def curves(self, source: str) -> tuple[Curve, ...]:
-        """Return the curves of all images so far.
-
-        Raises:
-            DataError: no image could be decoded.
-        """
-        if not self.images:
-            raise DataError(f"{source}: none of the chosen images can be decoded")
-        names = [name for name, _ in self.localizers]
-        return curves_of(names, np.concatenate(self.right, -1), self.config.all_areas)
+def _shown(seen: Seen, localizers: Sequence[Localize], areas: Sequence[float]) -> Iterator[Tensor]:
+    """Yield a batch as it is decided on: black, whole; by localizer and area covered, masked."""
+    yield torch.zeros_like(seen.pixels)
+    yield seen.pixels
+    for localize in localizers:
+        positions = pixel_positions(localize(seen))
+        for area in areas:
+            mask = mask_of_area(positions, area)[..., None]
+            yield seen.pixels * mask
+            yield seen.pixels * ~mask
 
 
-# --- drawing ------------------------------------------------------------------------------
+def curves_of(
+    localizers: list[str], right: NDArray[np.bool_], areas: tuple[float, ...]
+) -> tuple[Curve, ...]:
+    """Return the curves from what the network was right about.
+
+    Args:
+        localizers: names (L,); several of one name are seeds of it.
+        right: of each localizer, way (covered, masked), area and image (L, 2, A, n).
+        areas: from 0 to 1 (A,).
+
+    Example:
+        >>> right = np.array([[[[False], [True], [True]], [[True], [True], [False]]]])
+        >>> (curve,) = curves_of(["centre"], right, (0.0, 0.5, 1.0))
+        >>> curve.covered.auc, curve.masked.auc
+        (0.75, 0.75)
+    """
+    decided = right.astype(np.float64)
+    at = torch.tensor(areas, dtype=torch.float64)[:, None]
+    # The mean of the images' areas under the curve is the area under their mean curve.
+    under = torch.trapezoid(torch.from_numpy(decided), at, dim=2).numpy()  # (L, 2, n)
+    seeds = {name: [i for i, n in enumerate(localizers) if n == name] for name in localizers}
+    anchornet = under[seeds["anchornet"]].mean(0) if "anchornet" in seeds else (None, None)
+    return tuple(
+        Curve(
+            name,
+            _series(decided[rows, 0], under[rows, 0], anchornet[0], 1.0),
+            _series(decided[rows, 1], under[rows, 1], anchornet[1], -1.0),
+        )
+        for name, rows in seeds.items()
+    )
+
+
+def _series(
+    right: NDArray[np.float64],
+    under: NDArray[np.float64],
+    anchornet: NDArray[np.float64] | None,
+    sign: float,
+) -> Series:
+    """Summarize one way: ``right`` (seeds, A, n), ``under`` (seeds, n), AnchorNet's (n,)."""
+    several = len(right) > 1
+    by_seed, of_images = right.mean(-1), under.mean(0)
+    better = None if anchornet is None else sign * (of_images - anchornet)
+    return Series(
+        top1=tuple(by_seed.mean(0).tolist()),
+        spread=tuple(by_seed.std(0, ddof=1).tolist()) if several else None,
+        auc=float(of_images.mean()),
+        auc_error=_error(of_images),
+        auc_spread=float(under.mean(-1).std(ddof=1)) if several else None,
+        gain=None if better is None else float(better.mean()),
+        gain_error=None if better is None else _error(better),
+    )
+
+
+def _error(of_images: NDArray[np.float64]) -> float | None:
+    """Return the standard error of a mean over images (n,)."""
+    n = len(of_images)
+    return float(of_images.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+
+
+# --- showing ------------------------------------------------------------------------------
+
+
+def coverage_table(
+    caption: str, summary: Sequence[Mapping[str, Any]], left_out: Sequence[str] = ()
+) -> Table:
+    """Return the areas under the curves, as `anchorpatch figure coverage` prints them.
+
+    Args:
+        caption: of the table.
+        summary: rows of the figure's JSON.
+        left_out: localizers that took no part, and why.
+    """
+    columns = (
+        Column("localizer", numeric=False),
+        Column("covered", help="area under the curve of top-1 by kept area: the larger is better"),
+        Column("±", help="standard error over the images, in brackets deviation over the seeds"),
+        Column("gain", help="by how much it is better than AnchorNet"),
+        Column("masked", help="the same by the area set to 0: the smaller is better"),
+        Column("±"),
+        Column("gain"),
+    )
+    rows = []
+    for row in summary:
+        name = str(row.get("localizer", ""))
+        cells = [text(LABELS.get(name, name))]
+        for way in ("covered", "masked"):
+            auc, error, spread, gain, gain_error = (
+                number(row, f"{way}_{field}") for field in AUC_FIGURES
+            )
+            seeds = "" if spread is None else f" ({decimal(spread, 4)})"
+            cells += [
+                decimal_cell(auc, 4),
+                Cell(NO_VALUE if error is None else f"± {decimal(error, 4)}{seeds}", error),
+                Cell(NO_VALUE if gain is None else _gain(gain, gain_error), gain),
+            ]
+        rows.append(tuple(cells))
+    notes = tuple(f"Left out: {reason}." for reason in left_out)
+    return Table(caption, columns, tuple(rows), notes=notes)
+
+
+def _gain(gain: float | None, error: float | None) -> str:
+    return f"{decimal(gain or 0, 4, sign=True)} ± {decimal(error or 0, 4)}"
 
 
 class _Look(NamedTuple):

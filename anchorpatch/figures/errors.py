@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -14,15 +14,15 @@ from PIL import Image
 from anchorpatch.errors import DataError, NothingToShow, SettingsError
 from anchorpatch.figures.canvas import (
     GAP,
-    GREY,
     Color,
     beside,
     bordered,
     rounded,
+    small,
     stacked,
     written,
 )
-from anchorpatch.figures.examples import Choice, LookedAt, ShownImages, Survey, look_at, spread
+from anchorpatch.figures.examples import Choice, ShownImages, Survey, look_at, looking, spread
 from anchorpatch.figures.frames import (
     MARK,
     Mark,
@@ -38,55 +38,29 @@ from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.lsp import select
 from anchorpatch.runtime.checkpoint import Weights
-from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import PRESETS, SCALES, STRIDE, LspSettings
+from anchorpatch.settings import PRESETS, SCALES, STRIDE
 from anchorpatch.storage import to_json
 from anchorpatch.text import counted, few
-
-__all__ = [
-    "RIGHT",
-    "WRONG",
-    "BranchError",
-    "BranchErrors",
-    "ErrorsConfig",
-    "Evidence",
-    "Typical",
-    "errors_figure",
-    "find_errors",
-]
 
 #: Images of a mistaken class to look at, for one that the branch is sure about.
 _TYPICAL_OF: Final = 16
 
-#: Branches of the paper's figure: the narrowest and the widest field.
-_BRANCHES: Final = (63, 111)
 
-
-@dataclass(frozen=True)
-class ErrorsConfig:
+@dataclass(frozen=True, kw_only=True)
+class ErrorsConfig(Choice):
     """What Figure 4 shows.
 
     Attributes:
-        choice: the images to look at.
-        scales: of the branches whose errors are shown.
+        scales: of the branches whose errors are shown; the paper's narrowest and widest field.
         per_scale: errors to show of each branch.
-        lsp: K, T and P for the patches of the mistaken class's image.
-        device: auto, cpu or cuda.
-
-    Raises:
-        SettingsError: a value that no figure could use.
     """
 
-    choice: Choice = field(default_factory=Choice)
-    scales: tuple[int, ...] = _BRANCHES
+    scales: tuple[int, ...] = (63, 111)
     per_scale: int = 3
-    lsp: LspSettings = PRESETS["figure"]
-    device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.per_scale < 1:
-            raise SettingsError(f"per_scale: expected at least one error, got {self.per_scale}")
+        super().__post_init__()
         if not self.scales or any(scale not in SCALES for scale in self.scales):
             raise SettingsError(f"scales: expected some of {SCALES}, got {self.scales}")
 
@@ -154,7 +128,6 @@ class BranchErrors(ShownImages):
     """Errors of branches.
 
     Attributes:
-        config: what was asked for.
         found: errors among those looked at, by the branch's scale.
         errors: those to show, by scale.
     """
@@ -165,26 +138,30 @@ class BranchErrors(ShownImages):
 
     name, number = "errors", 4
     title = "Where a branch is wrong and another right"
+    columns = ("image", "branch", "class", "taken for", "probability", "right by")
 
     @property
     def caption(self) -> str:
         """A few sentences on what is seen and how it came about."""
         counts = " and ".join(f"{n:,} by {scale} px" for scale, n in self.found.items())
         return (
-            f"Of {self.looked}, a branch is wrong and another right "
+            f"Of {self.survey}, a branch is wrong and another right "
             f"about {counts}. A row shows the image, the patch with the branch's most evidence for "
             "the class that it predicts (cross) and for the true one (tick), and the image of the "
             "mistaken class that the branch is surest about with its patches there."
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what the figure shows as JSON, without pixels."""
-        return self.record(
-            self.config.choice,
-            {"scales": self.config.scales, "per_scale": self.config.per_scale},
-            found=to_json(self.found),
-            images=to_json(self.errors),
-        )
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is shown, as JSON without pixels."""
+        return {"found": to_json(self.found), "images": to_json(self.errors)}
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """Yield a line for each error, in the order of `columns`."""
+        for scale, errors in self.errors.items():
+            for e in errors:
+                names = (e.path, f"{scale} px", e.true.name, e.mistaken.name)
+                yield *names, f"{e.mistaken.probability:.0%}", "/".join(map(str, e.right))
 
 
 def find_errors(
@@ -209,12 +186,19 @@ def find_errors(
         DataError: the weights know none of the classes, or no image can be decoded.
         SettingsError: no image or class has a name that was asked for.
     """
-    rows = config.choice.rows(source)
-    device = resolve_device(config.device)
-    with Localizer(weights, config.lsp, device, batch_size=64) as localizer:
-        survey = look_at(source, weights, localizer, rows, reporter or Reporter())
-        of_scale = {scale: _wrong(survey, scale) for scale in config.scales}
-        if not any(of_scale.values()):
+    with looking(source, weights, config, reporter) as (localizer, survey):
+        predicted, labels = survey.found.branch_class, survey.labels
+        right = predicted == survey.truth[:, None]
+        found, chosen = {}, {}
+        for scale in config.scales:
+            j = SCALES.index(scale)
+            wrong = np.flatnonzero(~right[:, j] & right.any(1))
+            surest = wrong[np.argsort(-survey.found.branch_prob[wrong, j], kind="stable")]
+            found[scale] = len(wrong)
+            chosen[scale] = spread(
+                surest.tolist(), config.per_scale, labels.__getitem__, predicted[:, j].__getitem__
+            )
+        if not any(found.values()):
             if (survey.truth < 0).all():
                 raise DataError(
                     f"{source.name}: {weights.path} knows none of its classes "
@@ -226,48 +210,24 @@ def find_errors(
                 f"{source.name}: among {counted(len(survey), 'image')} the branch of {scales} is "
                 "nowhere wrong where another is right: raise --limit, or choose another --scale"
             )
-        chosen = {s: _spread(survey, wrong, s, config.per_scale) for s, wrong in of_scale.items()}
-        mistaken = [
-            int(survey.found.branch_class[i, SCALES.index(scale)])
-            for scale, images in chosen.items()
-            for i in images
-        ]
-        more = _more_rows(survey, mistaken, config.choice.seed)
-        known = survey
+        mistaken = {int(predicted[i, SCALES.index(s)]) for s, rows in chosen.items() for i in rows}
+        more, known = _more_rows(survey, mistaken, config.seed), survey
         if more:
-            known = survey.joined(look_at(source, weights, localizer, more, reporter or Reporter()))
+            known = survey.joined(look_at(source, weights, localizer, more, reporter))
         errors = {
-            scale: tuple(
-                _error(localizer, known, config.lsp, i, SCALES.index(scale)) for i in images
-            )
+            scale: tuple(_error(localizer, known, i, SCALES.index(scale)) for i in images)
             for scale, images in chosen.items()
         }
-    found = {scale: len(wrong) for scale, wrong in of_scale.items()}
-    return BranchErrors(LookedAt.of(survey, weights), config, found, errors)
+    return BranchErrors(config, survey, found, errors)
 
 
-def _wrong(survey: Survey, scale: int) -> list[int]:
-    """Return the images about which the branch is wrong and another right, the surest first."""
-    j = SCALES.index(scale)
-    right = survey.found.branch_class == survey.truth[:, None]
-    wrong = np.flatnonzero(~right[:, j] & right.any(1))
-    surest = np.argsort(-survey.found.branch_prob[wrong, j], kind="stable")
-    return [int(i) for i in wrong[surest]]
-
-
-def _spread(survey: Survey, wrong: list[int], scale: int, count: int) -> list[int]:
-    """Choose errors of a branch, spread over the true classes and then the mistaken ones."""
-    predicted = survey.found.branch_class[:, SCALES.index(scale)]
-    return spread(wrong, count, lambda i: int(survey.labels[i]), lambda i: int(predicted[i]))
-
-
-def _more_rows(survey: Survey, mistaken: Sequence[int], seed: int) -> list[int]:
+def _more_rows(survey: Survey, mistaken: set[int], seed: int) -> list[int]:
     """Return further images of the mistaken classes where few of them were looked at.
 
     Of a thousand classes a look at some hundred images has none of most.
     """
     source, rows = survey.source, []
-    for c in sorted(set(mistaken)):
+    for c in sorted(mistaken):
         missing = _TYPICAL_OF - int((survey.truth == c).sum())
         if missing > 0 and survey.network[c] in source.classes:
             label = source.classes.index(survey.network[c])
@@ -276,35 +236,28 @@ def _more_rows(survey: Survey, mistaken: Sequence[int], seed: int) -> list[int]:
     return rows
 
 
-def _error(localizer: Localizer, survey: Survey, lsp: LspSettings, i: int, j: int) -> BranchError:
+def _error(localizer: Localizer, survey: Survey, i: int, j: int) -> BranchError:
     """Work one image of the survey out, for the branch of index j."""
     pixels = survey.source.pixels([int(survey.rows[i])])
-    mistaken, true = int(survey.found.branch_class[i, j]), int(survey.truth[i])
-    maps = localizer.maps(torch.from_numpy(pixels), torch.tensor([[mistaken, true]]))
-    evidence = [
-        _evidence(survey.network[c], float(maps.probabilities[0, j, c]), maps.heatmaps[j][0, k])
-        for k, c in enumerate((mistaken, true))
-    ]
-    right = survey.found.branch_class[i] == survey.truth[i]
+    predicted, truth = survey.found.branch_class[i], int(survey.truth[i])
+    classes = (int(predicted[j]), truth)
+    maps = localizer.maps(torch.from_numpy(pixels), torch.tensor([classes]))
+    evidence = []
+    for c, heatmap in zip(classes, maps.heatmaps[j][0], strict=True):
+        h, w = np.unravel_index(heatmap.argmax(), heatmap.shape)
+        probability, corner = float(maps.probabilities[0, j, c]), (int(h) * STRIDE, int(w) * STRIDE)
+        evidence.append(Evidence(survey.network[c], probability, corner, float(heatmap[h, w])))
     return BranchError(
         path=survey.source.path(int(survey.rows[i])),
         pixels=pixels[0],
         mistaken=evidence[0],
         true=evidence[1],
-        right=tuple(scale for scale, is_right in zip(SCALES, right, strict=True) if is_right),
-        typical=_typical(localizer, survey, lsp, mistaken, j),
+        right=tuple(scale for scale, c in zip(SCALES, predicted, strict=True) if c == truth),
+        typical=_typical(localizer, survey, classes[0], j),
     )
 
 
-def _evidence(name: str, probability: float, heatmap: NDArray[np.float32]) -> Evidence:
-    h, w = np.unravel_index(heatmap.argmax(), heatmap.shape)
-    corner = (int(h) * STRIDE, int(w) * STRIDE)
-    return Evidence(name, probability, corner, float(heatmap[h, w]))
-
-
-def _typical(
-    localizer: Localizer, survey: Survey, lsp: LspSettings, mistaken: int, j: int
-) -> Typical | None:
+def _typical(localizer: Localizer, survey: Survey, mistaken: int, j: int) -> Typical | None:
     """Return the image of a class that the branch is right and surest about."""
     found = survey.found
     right = (survey.truth == mistaken) & (found.branch_class[:, j] == mistaken)
@@ -313,7 +266,7 @@ def _typical(
     i = int(np.argmax(np.where(right, found.branch_prob[:, j], -1.0)))
     pixels = survey.source.pixels([int(survey.rows[i])])
     maps = localizer.maps(torch.from_numpy(pixels), torch.tensor([[mistaken]]))
-    heatmap = torch.from_numpy(maps.heatmaps[j][:, 0])
+    heatmap, lsp = torch.from_numpy(maps.heatmaps[j][:, 0]), PRESETS["figure"]
     patches = select(heatmap, SCALES[j], lsp.max_patches[j], lsp.iou_threshold, lsp.coverage[j])
     count = int(patches.counts[0])
     return Typical(
@@ -348,52 +301,37 @@ def errors_figure(result: BranchErrors) -> Image.Image:
     Args:
         result: from `anchorpatch.figures.errors.find_errors`.
     """
-    blocks = [_legend()]
+    wrong = "most evidence of the branch for the class it predicts, which is wrong"
+    right = "most evidence of the branch for the true class"
+    legend = [
+        badge(cross(WRONG)),
+        small(wrong, None, 13),
+        badge(tick(RIGHT)),
+        small(right, None, 13),
+    ]
+    blocks = [beside(legend)]
     for scale, errors in result.errors.items():
         text = (
             f"is wrong and another branch right about {result.found[scale]:,} of "
-            f"{counted(result.looked.images, 'image')}"
+            f"{counted(len(result.survey), 'image')}"
         )
         rows = [_row(error, scale) for error in errors]
         blocks.append(stacked([heading(scale, text), *rows], 2 * GAP))
     return bordered(stacked(blocks, 3 * GAP))
 
 
-def _legend() -> Image.Image:
-    return beside(
-        [
-            badge(cross(WRONG)),
-            written(
-                "most evidence of the branch for the class it predicts, which is wrong",
-                None,
-                size=13,
-                fill=GREY,
-            ),
-            badge(tick(RIGHT)),
-            written("most evidence of the branch for the true class", None, size=13, fill=GREY),
-        ]
-    )
-
-
 def _row(error: BranchError, scale: int) -> Image.Image:
     corners = np.array([error.mistaken.corner, error.true.corner])
     marks = [cross(WRONG), tick(RIGHT)]
     image = draw_frames(error.pixels, corners, scale, [WRONG, RIGHT], marks, width=_MARGIN)
+    name = written(error.true.name, image.width, bold=True)
     others = " and ".join(f"{other} px" for other in error.right)
     parts = [
-        stacked(
-            [
-                written(error.true.name, image.width, bold=True),
-                image,
-                written(f"right by {others}", image.width, size=12, fill=GREY),
-            ],
-            2,
-        ),
+        stacked([name, image, small(f"right by {others}", image.width)], 2),
         _patch(error, error.mistaken, scale, WRONG, cross(WRONG)),
         _patch(error, error.true, scale, RIGHT, tick(RIGHT)),
     ]
-    if error.typical is not None:
-        typical = error.typical
+    if (typical := error.typical) is not None:
         note = f"{typical.probability:.0%} by {scale} px"
         picture = localized_picture(typical.pixels, typical.corners, scale, note=note)
         name = written(error.mistaken.name, picture.width, start="an image of ")
@@ -412,5 +350,5 @@ def _patch(
     width = max(cut.width, _PATCH_TEXT)
     name = written(evidence.name, width - MARK - GAP)
     facts = (f"evidence {rounded(evidence.score)}", f"{evidence.probability:.0%} by {scale} px")
-    lines = [written(fact, width, size=12, fill=GREY) for fact in facts]
+    lines = [small(fact, width) for fact in facts]
     return stacked([beside([badge(mark), name]), cut, *lines], 2)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import cached_property
+from itertools import count as counter
 from typing import Any, ClassVar, Final, TypeVar
 
 import numpy as np
@@ -22,8 +24,10 @@ from anchorpatch.errors import DataError, NonFiniteError, SettingsError
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.localizer import Localized, Localizer, Pending
 from anchorpatch.runtime.checkpoint import Weights
+from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import SCALES
+from anchorpatch.settings import PRESETS, SCALES, LspSettings
+from anchorpatch.tables import Table, named, text
 from anchorpatch.text import counted
 
 _T = TypeVar("_T")
@@ -32,31 +36,33 @@ _T = TypeVar("_T")
 _BATCH: Final = 64
 
 
-# --- looking at images --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which images a figure looks at.
+    """Which images a figure looks at; the base of each figure's settings.
 
     Attributes:
         images: paths below the split folder: exactly these.
         classes: names of classes: only images of these; none means all.
         seed: of the order in which images are looked at.
         limit: the most images to look at.
+        device: auto, cpu or cuda.
 
     Raises:
-        SettingsError: values that contradict each other.
+        SettingsError: values that contradict each other, or that no figure could use.
     """
 
     images: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     seed: int = 0
     limit: int = 300
+    device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.limit < 1:
-            raise SettingsError(f"limit: expected at least one image, got {self.limit}")
+        for name in ("limit", "per_scale", "count"):
+            if getattr(self, name, 1) < 1:
+                raise SettingsError(
+                    f"{name}: expected at least one image, got {getattr(self, name)}"
+                )
         if self.images and self.classes:
             raise SettingsError("expected --images or --classes, got both: leave one out")
 
@@ -70,12 +76,23 @@ class Choice:
             SettingsError: no image or class has such a name.
         """
         if self.images:
-            return _named(source, self.images)
+            paths = [source.path(row) for row in range(len(source))]
+            named = [_index(name, paths, source.name, "images") for name in self.images]
+            return list(dict.fromkeys(named))  # each once
         indices = [_index(name, source.classes, source.name, "classes") for name in self.classes]
         rows = np.flatnonzero(np.isin(source.labels, indices)) if indices else len(source)
         shuffled = np.random.default_rng(self.seed).permutation(rows)
-        rounds = np.argsort(_occurrence(source.labels[shuffled]), kind="stable")
-        return [int(row) for row in shuffled[rounds][: self.limit]]
+        nth: defaultdict[int, Iterator[int]] = defaultdict(counter)
+        rounds = [next(nth[label]) for label in source.labels[shuffled].tolist()]
+        return [int(row) for row in shuffled[np.argsort(rounds, kind="stable")][: self.limit]]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides what the figure shows, as JSON."""
+        facts = asdict(self)
+        del facts["device"]
+        lsp = facts.pop("lsp", {})
+        return {**facts, **lsp}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,29 +101,40 @@ class Survey:
 
     Attributes:
         source: of the images.
-        network: classes of the weights, which `found` indexes.
+        weights: of AnchorNet, whose classes ``found`` indexes.
         rows: of the source (n,), int64, in the order of looking.
-        labels: index of each image into ``source.classes`` (n,), int64.
-        truth: index of each image's class into ``network``; -1 where it is none of them.
         found: decisions and patches of the n images.
         unreadable: images that could not be decoded.
     """
 
     source: ImageSource
-    network: tuple[str, ...]
+    weights: Weights
     rows: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    truth: NDArray[np.int64]
     found: Localized
     unreadable: int
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __str__(self) -> str:
+        return f"{counted(len(self), 'image')} of {self.source.name}"
+
     @property
-    def right(self) -> NDArray[np.bool_]:
-        """Whether AnchorNet's decision is the label (n,)."""
-        return np.asarray(self.found.predicted == self.truth)
+    def network(self) -> tuple[str, ...]:
+        """Classes of the weights."""
+        return self.weights.meta.classes
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """Index of each image into ``source.classes`` (n,)."""
+        return self.source.labels[self.rows]
+
+    @cached_property
+    def truth(self) -> NDArray[np.int64]:
+        """Index of each image's class into ``network`` (n,); -1 where it is none of them."""
+        index = {name: i for i, name in enumerate(self.network)}
+        known = np.array([index.get(name, -1) for name in self.source.classes], np.int64)
+        return known[self.labels]
 
     @property
     def by_scale(self) -> dict[int, int]:
@@ -115,28 +143,9 @@ class Survey:
 
     def joined(self, other: Survey) -> Survey:
         """Return the images of this survey and, behind them, those of another of the source."""
-        rows, labels, truth = (
-            np.concatenate((getattr(self, name), getattr(other, name)))
-            for name in ("rows", "labels", "truth")
-        )
+        rows = np.concatenate((self.rows, other.rows))
         found = _concatenated([self.found, other.found])
-        unreadable = self.unreadable + other.unreadable
-        return Survey(self.source, self.network, rows, labels, truth, found, unreadable)
-
-    def example(self, i: int, pixels: NDArray[np.uint8]) -> Example:
-        """Return image ``i`` of the survey with its crop."""
-        found, count = self.found, self.found.counts[i]
-        j = SCALES.index(int(found.scale[i]))
-        return Example(
-            path=self.source.path(int(self.rows[i])),
-            label=self.source.classes[self.labels[i]],
-            predicted=self.network[found.predicted[i]],
-            probability=float(found.branch_prob[i, j]),
-            scale=int(found.scale[i]),
-            corners=found.corners[i, :count],
-            scores=found.scores[i, :count],
-            pixels=pixels,
-        )
+        return Survey(self.source, self.weights, rows, found, self.unreadable + other.unreadable)
 
     def examples(self, chosen: Sequence[int]) -> tuple[Example, ...]:
         """Return some images of the survey; their crops are read again.
@@ -146,8 +155,22 @@ class Survey:
         """
         if not chosen:
             return ()
+        found, examples = self.found, []
         pixels = self.source.pixels([int(self.rows[i]) for i in chosen])
-        return tuple(self.example(i, crop) for i, crop in zip(chosen, pixels, strict=True))
+        for i, crop in zip(chosen, pixels, strict=True):
+            scale, patches = int(found.scale[i]), found.counts[i]
+            example = Example(
+                path=self.source.path(int(self.rows[i])),
+                label=self.source.classes[self.labels[i]],
+                predicted=self.network[found.predicted[i]],
+                probability=float(found.branch_prob[i, SCALES.index(scale)]),
+                scale=scale,
+                corners=found.corners[i, :patches],
+                scores=found.scores[i, :patches],
+                pixels=crop,
+            )
+            examples.append(example)
+        return tuple(examples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,12 +198,32 @@ class Example:
     pixels: NDArray[np.uint8]
 
 
+@contextmanager
+def looking(
+    source: ImageSource,
+    weights: Weights,
+    config: Choice,
+    reporter: Reporter | None,
+    lsp: LspSettings = PRESETS["figure"],
+) -> Iterator[tuple[Localizer, Survey]]:
+    """Look at the images of a choice; the localizer serves until the block ends.
+
+    Raises:
+        DataError: no image can be decoded.
+        NonFiniteError: the network gave NaN or infinity; names the image.
+        SettingsError: no image or class has a name that was asked for.
+    """
+    rows = config.rows(source)
+    with Localizer(weights, lsp, resolve_device(config.device), batch_size=64) as localizer:
+        yield localizer, look_at(source, weights, localizer, rows, reporter)
+
+
 def look_at(
     source: ImageSource,
     weights: Weights,
     localizer: Localizer,
     rows: Sequence[int],
-    reporter: Reporter,
+    reporter: Reporter | None = None,
 ) -> Survey:
     """Run AnchorNet, decision and LSP on images of a source.
 
@@ -190,33 +233,41 @@ def look_at(
         DataError: no image can be decoded.
         NonFiniteError: the network gave NaN or infinity; names the image.
     """
-    parts: list[tuple[NDArray[np.int64], Localized]] = []
+    reporter = reporter or Reporter()
+    seen: list[NDArray[np.int64]] = []
+    found: list[Localized] = []
     waiting: deque[tuple[NDArray[np.int64], Pending]] = deque()
+
+    def take() -> None:
+        part, pending = waiting.popleft()
+        try:
+            found.append(pending.result())
+        except NonFiniteError as error:
+            path = source.path(int(part[error.row or 0]))
+            raise NonFiniteError(
+                f"{source.name}/{path}: {error}; the weights {weights.path} may be damaged or "
+                "badly trained: train or download them again"
+            ) from error
+        seen.append(part)
+        reporter.advance(len(part))
+
     reporter.start("look at images", len(rows))
     try:
         for crops in source.batches(rows, _BATCH):
             waiting.append((crops.rows, localizer.submit(crops.pixels)))
             if len(waiting) > 2:
-                parts.append(_result(source, weights, *waiting.popleft()))
-                reporter.advance(len(parts[-1][0]))
+                take()
         while waiting:
-            parts.append(_result(source, weights, *waiting.popleft()))
-            reporter.advance(len(parts[-1][0]))
+            take()
     finally:
         reporter.stop()
-    if not parts:
+    if not seen:
         raise DataError(
             f"{source.name}: none of {len(rows)} images can be decoded; the first is "
             f"{source.path(rows[0])}"
         )
-    found = _concatenated([part for _, part in parts])
-    seen = np.concatenate([part for part, _ in parts])
-    labels = source.labels[seen]
-    index = {name: i for i, name in enumerate(weights.meta.classes)}
-    known = np.array([index.get(name, -1) for name in source.classes], np.int64)
-    return Survey(
-        source, weights.meta.classes, seen, labels, known[labels], found, len(rows) - len(seen)
-    )
+    looked_at = np.concatenate(seen)
+    return Survey(source, weights, looked_at, _concatenated(found), len(rows) - len(looked_at))
 
 
 def spread(candidates: Iterable[_T], count: int, *keys: Callable[[_T], Hashable]) -> list[_T]:
@@ -242,43 +293,14 @@ def spread(candidates: Iterable[_T], count: int, *keys: Callable[[_T], Hashable]
     return chosen
 
 
-def _result(
-    source: ImageSource, weights: Weights, rows: NDArray[np.int64], pending: Pending
-) -> tuple[NDArray[np.int64], Localized]:
-    try:
-        return rows, pending.result()
-    except NonFiniteError as error:
-        path = source.path(int(rows[error.row or 0]))
-        raise NonFiniteError(
-            f"{source.name}/{path}: {error}; the weights {weights.path} may be damaged or badly "
-            "trained: train or download them again"
-        ) from error
-
-
 def _concatenated(parts: Sequence[Localized]) -> Localized:
     return Localized(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-
-def _occurrence(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return how often each value stood before its place."""
-    order = np.argsort(values, kind="stable")
-    counts = np.unique(values, return_counts=True)[1]
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    occurrence = np.empty(len(values), np.int64)
-    occurrence[order] = np.arange(len(values)) - first
-    return occurrence
-
-
-def _named(source: ImageSource, images: Sequence[str]) -> list[int]:
-    paths = [source.path(row) for row in range(len(source))]
-    rows = [_index(name, paths, source.name, "images") for name in images]
-    return list(dict.fromkeys(rows))  # each once
 
 
 def _index(name: str, known: Sequence[str], where: str, what: str) -> int:
     if name in known:
         return known.index(name)
-    ending = islice((path for path in known if path.endswith(name)), 1)
+    ending = (path for path in known if path.endswith(name))
     near = next(ending, None) or next(iter(difflib.get_close_matches(name, known, 1)), None)
     hint = f"did you mean {near}?" if near else f"the first is {known[0]}"
     raise SettingsError(
@@ -286,75 +308,61 @@ def _index(name: str, known: Sequence[str], where: str, what: str) -> int:
     )
 
 
-# --- what Figures 3 to 5 have in common ---------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LookedAt:
-    """The images among which a figure's were chosen.
-
-    Attributes:
-        source: name of the images' folder.
-        weights_sha256: of AnchorNet's weights.
-        images: that were looked at.
-        unreadable: images that could not be decoded.
-    """
-
-    source: str
-    weights_sha256: str
-    images: int
-    unreadable: int
-
-    def __str__(self) -> str:
-        return f"{counted(self.images, 'image')} of {self.source}"
-
-    @classmethod
-    def of(cls, survey: Survey, weights: Weights) -> LookedAt:
-        """Summarize a survey."""
-        return cls(survey.source.name, weights.sha256, len(survey), survey.unreadable)
-
-
 @dataclass(frozen=True, eq=False)
 class ShownImages(ABC):
-    """What a figure shows.
+    """What Figure 3, 4 or 5 shows.
 
     Attributes:
-        looked: the images that it chose among.
+        config: what was asked for.
+        survey: the images that it chose among.
     """
 
-    looked: LookedAt
+    config: Choice
+    survey: Survey
 
     #: Name of the command, number of the figure in the paper, and a few words.
     name: ClassVar[str]
     number: ClassVar[int]
     title: ClassVar[str]
 
+    #: Headings of its table.
+    columns: ClassVar[tuple[str, ...]]
+
     @property
     @abstractmethod
     def caption(self) -> str:
         """A few sentences on what is seen and how it came about."""
 
+    @property
     @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What is shown, as JSON without pixels."""
+
+    @abstractmethod
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """Yield a line for each image, in the order of `columns`."""
+
+    def table(self) -> Table:
+        """Return the images as a table."""
+        rows = tuple(tuple(map(text, row)) for row in self.rows())
+        return Table(self.title, named(*self.columns), rows)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the figure lacks, a line each."""
+        return ()
+
     def to_json(self) -> dict[str, Any]:
-        """Return what the figure shows as JSON, without pixels."""
-
-    def record(self, choice: Choice, settings: dict[str, Any], **facts: Any) -> dict[str, Any]:
-        """Return what stands in the JSON file beside the picture, and what the report reads.
-
-        Args:
-            choice: of the images.
-            settings: further ones.
-            facts: what the figure shows.
-        """
+        """Return what stands in the JSON file beside the picture, and what the report reads."""
         return {
             "figure": self.name,
             "number": self.number,
             "title": self.title,
             "caption": self.caption,
-            "weights_sha256": self.looked.weights_sha256,
-            "source": self.looked.source,
-            "settings": {**asdict(choice), **settings},
-            "looked_at": self.looked.images,
-            "unreadable": self.looked.unreadable,
-            **facts,
+            "weights_sha256": self.survey.weights.sha256,
+            "source": self.survey.source.name,
+            "settings": self.config.settings,
+            "looked_at": len(self.survey),
+            "unreadable": self.survey.unreadable,
+            **self.facts,
         }

@@ -9,13 +9,13 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from anchorpatch.demo.score import SceneScore, score_scenes
 from anchorpatch.errors import AnchorpatchError, DataError, ImageError, reason_of
-from anchorpatch.figures.files import FigureFile, read_figure
 from anchorpatch.images.decode import decode_picture
 from anchorpatch.jobs.results import AnchorNetFigures, Speed, Table3, Table3Row, Table4, Table4Row
 from anchorpatch.runtime.checkpoint import WeightsMeta, read_meta
@@ -24,6 +24,7 @@ from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.manifest import SplitFacts, read_manifest, split_facts
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.storage import sha256_of
+from anchorpatch.tables import number
 
 _LOG: Final = "log.jsonl"
 
@@ -33,14 +34,8 @@ _NAMED: Final = 50
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """Something that is there and could not be read.
-
-    Attributes:
-        source: the file or folder.
-        reason: what was expected and what was found.
-    """
+class LeftOut(NamedTuple):
+    """Something that is there and could not be read: the file or folder, and why."""
 
     source: str
     reason: str
@@ -81,6 +76,45 @@ class Split:
     histogram: Mapping[int, tuple[int, ...]]
 
 
+@dataclass(frozen=True, eq=False)
+class FigureFile:
+    """A figure.
+
+    Attributes:
+        source: the JSON file, or what the figure was made from just now.
+        facts: the JSON: texts ``figure``, ``title`` and ``caption``; there may be its ``number``
+            in the paper, a list of rows as ``summary``, what it lacks as ``left_out``,
+            ``settings``, ``weights_sha256``, and where its images came from as ``source``.
+        picture: RGB.
+        encoded: the picture's file, where there is one.
+    """
+
+    source: str
+    facts: Mapping[str, Any]
+    picture: Image.Image
+    encoded: bytes | None = None
+
+    @property
+    def number(self) -> int:
+        """Number of the figure in the paper, 3 to 6; 0 for none of them."""
+        return int(self.facts.get("number", 0))
+
+
+class WeightsFacts(NamedTuple):
+    """A file of weights: what it says about itself, and the checksum of its bytes."""
+
+    path: Path
+    meta: WeightsMeta
+    sha256: str
+
+
+class Scenes(NamedTuple):
+    """Drawn pictures: how patches fit the true boxes, and the picture of `anchorpatch demo`."""
+
+    score: SceneScore
+    picture: FigureFile | None
+
+
 @dataclass(frozen=True)
 class Contents:
     """All that a folder holds.
@@ -89,18 +123,20 @@ class Contents:
         folder: that was searched.
         runs: in the order of their names.
         splits: in the order of their folders.
-        results: in the order of their files.
+        results: of ``anchorpatch evaluate``, in the order of their files.
         figures: by number.
         weights: the best ones of the runs.
+        scenes: where the folder has the true boxes of drawn pictures.
         left_out: what could not be read.
     """
 
     folder: Path
     runs: tuple[Run, ...]
     splits: tuple[Split, ...]
-    results: tuple[Result, ...]
+    results: tuple[Table3 | Table4 | AnchorNetFigures, ...]
     figures: tuple[FigureFile, ...]
     weights: tuple[WeightsFacts, ...]
+    scenes: Scenes | None
     left_out: tuple[LeftOut, ...]
 
 
@@ -123,46 +159,29 @@ def collect(
         DataError: there is nothing that a report could show.
     """
     bad: list[LeftOut] = []
-    runs, shards, figures = (
-        given or folder / name
-        for given, name in ((runs, "runs"), (shards, "shards"), (figures, "figures"))
-    )
+    runs = runs or folder / "runs"
+    shards = shards or folder / "shards"
+    figures = figures or folder / "figures"
     logs = _files((folder, "", "*/", "*/*/"), (runs, "*/", "*/*/"), name=_LOG)
     manifests = _files((folder, "", "*/"), (shards, "", "*/"), name=MANIFEST_NAME)
     results = _files((folder, "", "*/"), (runs, "*/", "*/*/"), name="*.json", but=MANIFEST_NAME)
+    drawn = _files((figures, ""), name="*.json")
     found = _each(logs, lambda path: _read_run(path, folder, runs, bad), bad)
-    weights = [run.folder / "best.safetensors" for run in found]
+    best = [run.folder / "best.safetensors" for run in found]
+    splits = _each(manifests, lambda path: _read_split(path.parent, bad), bad)
     contents = Contents(
         folder=folder,
         runs=tuple(found),
-        splits=tuple(_each(manifests, lambda path: _read_split(path.parent, bad), bad)),
-        results=tuple(_each(results, read_result, bad)),
-        figures=tuple(
-            sorted(
-                _each(_files((figures, ""), name="*.json"), read_figure, bad),
-                key=lambda figure: (figure.number, figure.source),
-            )
-        ),
-        weights=tuple(_each([w for w in weights if w.is_file()], read_weights_facts, bad)),
+        splits=tuple(splits),
+        results=tuple(_each(results, _read_result, bad)),
+        figures=tuple(sorted(_each(drawn, _read_figure, bad), key=lambda f: (f.number, f.source))),
+        weights=tuple(_each([path for path in best if path.is_file()], read_weights_facts, bad)),
+        scenes=_read_scenes(folder, splits, bad),
         left_out=tuple(bad),
     )
     if not (contents.runs or contents.splits or contents.results or contents.figures):
         raise DataError(_nothing(folder, bad))
     return contents
-
-
-def number(record: Mapping[str, Any], *keys: str) -> float | None:
-    """Return a finite number of a record of an epoch, or None.
-
-    Example:
-        >>> number({"val": {"top1": 0.5}}, "val", "top1"), number({"val": None}, "val", "top1")
-        (0.5, None)
-    """
-    value: Any = record
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
-    return float(value) if known else None
 
 
 # --- searching ----------------------------------------------------------------------------
@@ -232,20 +251,21 @@ def _read_run(path: Path, folder: Path, runs: Path, bad: list[LeftOut]) -> Run |
         except ValueError:
             epoch = None
         if epoch is None:
-            found = "the record of an epoch, found other text"
+            why = "the record of an epoch, found other text"
             expected += 1
         elif epoch != expected:
-            found = f"epoch {expected:g}, found {epoch:g}, a line of another run"
+            why = f"epoch {expected:g}, found {epoch:g}, a line of another run"
         else:
             records.append(record)
             expected += 1
             continue
-        bad.append(LeftOut(str(path), f"line {line}: expected {found}"))
+        bad.append(LeftOut(str(path), f"line {line}: expected {why}"))
     if not records:
         return None
-    return Run(
-        _run_name(path.parent, folder, runs), path.parent, tuple(records), _config(path, bad)
-    )
+    config = path.with_name("config.json")
+    found = _each([config] if config.exists() else [], _read_object, bad)
+    name = _run_name(path.parent, folder, runs)
+    return Run(name, path.parent, tuple(records), found[0] if found else {})
 
 
 def _run_name(run: Path, folder: Path, runs: Path) -> str:
@@ -255,15 +275,8 @@ def _run_name(run: Path, folder: Path, runs: Path) -> str:
     return run.resolve().name
 
 
-def _config(log: Path, bad: list[LeftOut]) -> Mapping[str, Any]:
-    path = log.with_name("config.json")
-    if not path.exists():
-        return {}
-    found = _each([path], lambda file: _object(json.loads(file.read_bytes())), bad)
-    return found[0] if found else {}
-
-
-def _object(value: Any) -> Mapping[str, Any]:
+def _read_object(path: Path) -> Mapping[str, Any]:
+    value = json.loads(path.read_bytes())
     if not isinstance(value, dict):
         raise TypeError(f"expected a JSON object, found {type(value).__name__}")
     return value
@@ -286,80 +299,64 @@ def _histogram(reader: ShardReader) -> dict[int, tuple[int, ...]]:
     return {scale: tuple(np.bincount(c).tolist()) for scale, c in counts.items()}
 
 
+# --- results, figures, weights and scenes ---------------------------------------------------
+
 #: A larger JSON file is no result of ours.
 _MOST_BYTES: Final = 4 << 20
 
 
-@dataclass(frozen=True)
-class Result:
-    """What ``anchorpatch evaluate`` found.
-
-    Attributes:
-        source: the file.
-        table: Table 3, Table 4, or the figures of AnchorNet.
-    """
-
-    source: str
-    table: Table3 | Table4 | AnchorNetFigures
-
-
-def read_result(path: Path) -> Result | None:
+def _read_result(path: Path) -> Table3 | Table4 | AnchorNetFigures | None:
     """Read a result; None for JSON of another kind, which may lie anywhere."""
     if path.stat().st_size > _MOST_BYTES:
         return None
     data = path.read_bytes()
     if b'"protocol"' not in data and not path.name.startswith("table"):
         return None
-    document = json.loads(data)
-    if not isinstance(document, dict) or document.get("protocol") not in _READERS:
-        return None
-    fields = {name: value for name, value in document.items() if name != "protocol"}
-    return Result(str(path), _READERS[document["protocol"]](fields))
+    fields = json.loads(data)
+    protocol = fields.pop("protocol", None) if isinstance(fields, dict) else None
+    if protocol == "patches":
+        fields["rows"] = tuple(Table3Row(**row) for row in fields["rows"])
+        fields["speed"] = None if fields["speed"] is None else Speed(**fields["speed"])
+        fields["left_out"] = tuple(map(str, fields["left_out"]))
+        return Table3(**fields)
+    if protocol == "rescale":
+        fields["rows"] = tuple(Table4Row(**row) for row in fields["rows"])
+        return Table4(**fields)
+    return AnchorNetFigures(**fields) if protocol == "anchornet" else None
 
 
-def _table_3(fields: dict[str, Any]) -> Table3:
-    rows = tuple(Table3Row(**row) for row in fields["rows"])
-    speed = None if fields["speed"] is None else Speed(**fields["speed"])
-    left_out = tuple(map(str, fields["left_out"]))
-    return Table3(**{**fields, "rows": rows, "speed": speed, "left_out": left_out})
-
-
-def _table_4(fields: dict[str, Any]) -> Table4:
-    return Table4(**{**fields, "rows": tuple(Table4Row(**row) for row in fields["rows"])})
-
-
-_READERS: Final[Mapping[str, Callable[[dict[str, Any]], Table3 | Table4 | AnchorNetFigures]]] = {
-    "patches": _table_3,
-    "rescale": _table_4,
-    "anchornet": lambda fields: AnchorNetFigures(**fields),
+#: Types of a figure's fields; those that are no texts may be missing.
+_FIELDS: Final = {
+    **dict.fromkeys(("figure", "title", "caption", "picture"), (str, "text")),
+    "number": (int, "a number"),
+    **dict.fromkeys(("summary", "left_out"), (list, "a list")),
+    "settings": (dict, "an object"),
 }
 
 
-@dataclass(frozen=True)
-class WeightsFacts:
-    """A file of weights.
+def _read_figure(path: Path) -> FigureFile | None:
+    """Read a figure's JSON and its picture; None for JSON of another kind.
 
-    Attributes:
-        path: of the file.
-        meta: what it says about itself.
-        sha256: of its bytes.
+    Raises:
+        DataError: the JSON is no figure's, or its picture is missing or damaged.
     """
-
-    path: Path
-    meta: WeightsMeta
-    sha256: str
-
-    def shown(self) -> dict[str, Any]:
-        """Return what a page says of it."""
-        record = self.meta.training.get("record")
-        val = record.get("val") if isinstance(record, dict) else None
-        top1 = val.get("top1") if isinstance(val, dict) else None
-        return {
-            "network": self.meta.architecture,
-            "classes": f"{len(self.meta.classes):,}",
-            "top-1": f"{top1:.2%}" if isinstance(top1, (int, float)) else "",
-            "SHA-256": self.sha256,
-        }
+    facts = json.loads(path.read_bytes())
+    if not isinstance(facts, dict) or "figure" not in facts:
+        return None
+    for key, (kind, expected) in _FIELDS.items():
+        value = facts[key] if kind is str else facts.get(key, kind())
+        if not isinstance(value, kind):
+            raise DataError(f"expected {expected} as {key}, found {value!r}")
+    if not all(isinstance(row, dict) for row in facts.get("summary", ())):
+        raise DataError("expected a list of rows as summary, found other JSON")
+    # By its name alone: what lies elsewhere is none of this figure's.
+    picture = path.with_name(Path(facts["picture"]).name)
+    try:
+        data = picture.read_bytes()
+        decoded = decode_picture(data).image
+    except (OSError, ImageError) as error:
+        raise DataError(f"its picture {picture.name}: {reason_of(error)}") from error
+    return FigureFile(str(path), facts, decoded.convert("RGB"), data)
 
 
 def read_weights_facts(path: Path) -> WeightsFacts:
@@ -373,53 +370,22 @@ def read_weights_facts(path: Path) -> WeightsFacts:
         return WeightsFacts(path, meta, sha256_of(file))
 
 
-#: Where ``anchorpatch demo`` leaves the true boxes and a picture, below its folder.
-BOXES: Final = Path("scenes", "boxes.csv")
-PICTURE: Final = "patches.png"
+def _read_scenes(folder: Path, splits: list[Split], bad: list[LeftOut]) -> Scenes | None:
+    """Compare the first split with the boxes that ``anchorpatch demo`` leaves, where there are."""
+    first = min(splits, key=lambda split: split.facts.split == "train", default=None)
+    boxes, picture = folder / "scenes" / "boxes.csv", folder / "patches.png"
+    if not boxes.is_file() or first is None or not first.facts.images:
+        return None
+    scores = _each([boxes], lambda path: score_scenes(first.folder, path), bad)
+    drawn = _each([picture] if scores and picture.is_file() else [], _read_demo_picture, bad)
+    return Scenes(scores[0], drawn[0] if drawn else None) if scores else None
 
 
-@dataclass(frozen=True, eq=False)
-class Scenes:
-    """What is known of drawn pictures.
-
-    Attributes:
-        score: of the patches against the true boxes.
-        picture: that ``anchorpatch demo`` wrote; None without one.
-    """
-
-    score: SceneScore
-    picture: FigureFile | None
-
-
-def read_scenes(contents: Contents) -> tuple[Scenes | None, tuple[LeftOut, ...]]:
-    """Compare the first split with the true boxes, where the folder has boxes.
-
-    Returns:
-        What is known, or None; and what could not be read.
-    """
-    boxes = contents.folder / BOXES
-    splits = sorted(contents.splits, key=lambda split: split.facts.split == "train")
-    if not boxes.is_file() or not splits or not splits[0].facts.images:
-        return None, ()
-    picture = contents.folder / PICTURE
-    try:
-        score = score_scenes(splits[0].folder, boxes)
-        drawn = _picture(picture) if picture.is_file() else None
-    except ImageError as error:
-        return Scenes(score, None), (LeftOut(str(picture), error.reason),)
-    except AnchorpatchError as error:
-        return None, (LeftOut(str(boxes), str(error).removeprefix(f"{boxes}: ")),)
-    return Scenes(score, drawn), ()
-
-
-def _picture(path: Path) -> FigureFile:
+def _read_demo_picture(path: Path) -> FigureFile:
     encoded = path.read_bytes()
-    return FigureFile(
-        source=str(path),
-        name="scenes",
-        number=0,
-        title="Scenes with their patches and the true boxes",
-        caption="Bold: the strongest patch. Thin: the others. Dashed: the true box.",
-        picture=decode_picture(encoded).image.convert("RGB"),
-        encoded=encoded,
-    )
+    facts = {
+        "figure": "scenes",
+        "title": "Scenes with their patches and the true boxes",
+        "caption": "Bold: the strongest patch. Thin: the others. Dashed: the true box.",
+    }
+    return FigureFile(str(path), facts, decode_picture(encoded).image.convert("RGB"), encoded)

@@ -12,45 +12,48 @@ import base64
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 import anchorpatch
+from anchorpatch import storage
 from anchorpatch.errors import SettingsError
-from anchorpatch.figures.files import FigureFile
-from anchorpatch.jobs.results import Table3, Table3Row, Table4
-from anchorpatch.report.charts import Chart, comparison, draw, run_charts
+from anchorpatch.figures.coverage import coverage_table
+from anchorpatch.jobs.results import Table3, Table4
+from anchorpatch.report.charts import Chart, comparison, draw, epoch_table, run_charts, run_table
 from anchorpatch.report.collect import (
     Contents,
+    FigureFile,
     LeftOut,
     Run,
     Scenes,
     Split,
     WeightsFacts,
     collect,
-    number,
-    read_scenes,
     read_weights_facts,
 )
 from anchorpatch.report.pictures import MAKERS, Embedded, Made, embed, make_figures
-from anchorpatch.report.tables import (
-    coverage_table,
-    epoch_table,
-    histogram_table,
-    run_table,
-    skipped_table,
-)
 from anchorpatch.runtime.checkpoint import versions
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.storage import to_json, write_atomically
-from anchorpatch.tables import Table, decimal, facts_table, share, shown_value
+from anchorpatch.tables import (
+    Cell,
+    Column,
+    Table,
+    decimal,
+    facts_table,
+    named,
+    number,
+    share,
+    shown_value,
+    text,
+)
 from anchorpatch.text import clean, counted, percent
 from anchorpatch.training.run_folder import best_record
 
@@ -103,14 +106,8 @@ class ReportSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as JSON."""
-        return {
-            "report": str(self.report),
-            "bytes": self.bytes,
-            "seconds": round(self.seconds, 2),
-            "sections": self.sections,
-            "missing": self.missing,
-            "left_out": [vars(what) for what in self.left_out],
-        }
+        left_out = [what._asdict() for what in self.left_out]
+        return {**storage.to_json(self), "seconds": round(self.seconds, 2), "left_out": left_out}
 
 
 def run(config: ReportConfig, progress: Reporter | None = None) -> ReportSummary:
@@ -130,14 +127,11 @@ def run(config: ReportConfig, progress: Reporter | None = None) -> ReportSummary
     made = Made(reason="--no-figures was given")
     if config.make_figures:
         made = make_figures(contents, config.weights, progress)
-    scenes, bad = read_scenes(contents)
-    left_out = (*contents.left_out, *made.left_out, *bad)
-    figures = sorted((*contents.figures, *made.figures), key=lambda figure: figure.number)
-    used = [] if made.weights is None else [read_weights_facts(made.weights)]
-    parts = sections(contents, figures, scenes, used, made)
+    left_out = (*contents.left_out, *made.left_out)
+    parts = sections(contents, made)
     page = render(config.folder, key_figures(contents), parts, left_out, date)
     out = config.out or config.folder / "report.html"
-    write_atomically(out, lambda file: file.write(page))
+    storage.write_atomically(out, lambda file: file.write(page))
     counts = {section.key: section.counts for section in parts}
     missing = {section.key: section.missing for section in parts if section.missing}
     return ReportSummary(out, len(page), time.monotonic() - began, counts, missing, left_out)
@@ -146,14 +140,8 @@ def run(config: ReportConfig, progress: Reporter | None = None) -> ReportSummary
 # --- key figures --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Key:
-    """A key figure at the head of the page.
-
-    Attributes:
-        value: written.
-        label: what it is.
-    """
+class Key(NamedTuple):
+    """A key figure at the head of the page: a number, written, and what it is."""
 
     value: str
     label: str
@@ -161,11 +149,10 @@ class Key:
 
 def key_figures(contents: Contents, most: int = 8) -> tuple[Key, ...]:
     """Return what a reader wants to know first: accuracy, and what it costs."""
-    keys = []
-    tables = [r.table for r in contents.results if isinstance(r.table, Table3)]
-    for table, row in ((t, row) for t in tables for row in t.rows if row.scale == "all"):
-        keys.append(Key(share(row.top1, 1).text, f"top-1 of {table.network} on patches"))
-        keys += _cost(table, row)
+    keys: list[Key] = []
+    for table in contents.results:
+        if isinstance(table, Table3):
+            keys += _costs(table)
     validation = [split for split in contents.splits if split.facts.split != "train"]
     for split in validation or contents.splits:
         facts = split.facts
@@ -182,20 +169,22 @@ def key_figures(contents: Contents, most: int = 8) -> tuple[Key, ...]:
     return tuple(keys[:most])
 
 
-def _cost(table: Table3, row: Table3Row) -> list[Key]:
-    """Return what an image costs in all, and the measured speed: AnchorNet's part is in both."""
-    keys = []
-    if row.gmacs_with_anchornet is not None:
-        own, whole = (decimal(v, 3).text for v in (table.gmacs_anchornet, table.gmacs_whole))
-        label = f"GMACs per image of {table.network} in all, AnchorNet's {own} included"
-        if (saved := row.saved_with_anchornet) is not None:
-            more = "less" if saved >= 0 else "more"
-            label += f": {percent(abs(saved), 0)} {more} than a whole image's {whole}"
-        keys.append(Key(decimal(row.gmacs_with_anchornet, 3).text, label))
-    if table.speed is not None:
-        label = f"the speed of {table.network} on whole images, measured, AnchorNet included"
-        keys.append(Key(f"{decimal(table.speed.ratio).text} times", label))
-    return keys
+def _costs(table: Table3) -> Iterator[Key]:
+    """Yield accuracy, what an image costs in all, and the speed, each with AnchorNet's part."""
+    for row in table.rows:
+        if row.scale != "all":
+            continue
+        yield Key(share(row.top1, 1).text, f"top-1 of {table.network} on patches")
+        if row.gmacs_with_anchornet is not None:
+            own, whole = (decimal(v, 3).text for v in (table.gmacs_anchornet, table.gmacs_whole))
+            label = f"GMACs per image of {table.network} in all, AnchorNet's {own} included"
+            if (saved := row.saved_with_anchornet) is not None:
+                more = "less" if saved >= 0 else "more"
+                label += f": {percent(abs(saved), 0)} {more} than a whole image's {whole}"
+            yield Key(decimal(row.gmacs_with_anchornet, 3).text, label)
+        if table.speed is not None:
+            label = f"the speed of {table.network} on whole images, measured, AnchorNet included"
+            yield Key(f"{decimal(table.speed.ratio).text} times", label)
 
 
 # --- sections, still without HTML ---------------------------------------------------------
@@ -208,42 +197,26 @@ _FIGURES: Final = {
     6: ("accuracy by covered and masked area", "anchorpatch figure coverage NETWORK"),
 }
 
-_NOTHING_MADE: Final = Made()
 
-
-@dataclass(frozen=True)
-class Words:
-    """A paragraph; what stands between backticks is a command."""
-
-    text: str
-    kind: ClassVar[str] = "words"
-
-
-@dataclass(frozen=True)
-class Charts:
+class Charts(NamedTuple):
     """Charts side by side: each with its <svg>."""
 
     charts: tuple[tuple[Chart, str], ...]
-    kind: ClassVar[str] = "charts"
 
 
-@dataclass(frozen=True)
-class Plate:
-    """A figure of the paper with its picture."""
+class Plate(NamedTuple):
+    """A figure with its picture, and how it was made."""
 
     figure: FigureFile
     picture: Embedded
-    settings: tuple[tuple[str, str], ...]
-    kind: ClassVar[str] = "plate"
+    settings: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A part of a section under a heading of its own."""
 
     title: str
-    blocks: tuple[Any, ...]
-    kind: ClassVar[str] = "part"
+    blocks: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -253,118 +226,113 @@ class Section:
     Attributes:
         key: its name in links and in the summary.
         title: its heading.
-        blocks: `Words`, `Charts`, `Plate`, `Part` or `Table`, in order.
+        blocks: `Charts`, `Plate`, `Part`, `Table` or text, in order; what stands between backticks
+            in a text is a command.
         counts: what it holds, for the summary of the command.
         missing: why something is not in it, in one line; empty where nothing is to be said.
     """
 
     key: str
     title: str
-    blocks: tuple[Any, ...]
+    blocks: Sequence[Any]
     counts: dict[str, int]
     missing: str = ""
 
 
-def sections(
-    contents: Contents,
-    figures: Sequence[FigureFile],
-    scenes: Scenes | None = None,
-    used: Sequence[WeightsFacts] = (),
-    made: Made = _NOTHING_MADE,
-) -> tuple[Section, ...]:
+def sections(contents: Contents, made: Made) -> tuple[Section, ...]:
     """Return the sections of the page: those that hold something before those that do not.
 
     An empty one says what would fill it. The settings come last.
 
     Args:
         contents: of the folder.
-        figures: of the folder, and those made just now.
-        scenes: what is known of drawn pictures, where the images are such.
-        used: weights that figures were made with just now.
-        made: what was made on the way: why some figures are not there.
+        made: what was made on the way, and why some figures are not there.
     """
-    found = [_training(contents.runs), _results(contents), _figures(figures, made)]
-    found += [] if scenes is None else [_scenes(scenes)]
+    found = [_training(contents.runs), _results(contents), _figures(contents, made)]
+    if contents.scenes is not None:
+        found.append(_scenes(contents.scenes))
     found.append(_shards(contents.splits))
     found.sort(key=lambda section: not any(section.counts.values()))
-    return (*found, _settings(contents, _each_once((*contents.weights, *used))))
+    files = {file.path.resolve(): file for file in contents.weights}
+    if made.weights is not None:
+        files[made.weights.resolve()] = read_weights_facts(made.weights)
+    return (*found, _settings(contents, list(files.values())))
 
 
 def _training(runs: Sequence[Run]) -> Section:
     if not runs:
         words = "There is no training run; `anchorpatch train` makes one in `runs/anchornet`."
-        return Section("training", "Training", (Words(words),), {"runs": 0}, "no training run")
+        return Section("training", "Training", [words], {"runs": 0}, "no training run")
     blocks: list[Any] = [run_table(runs)]
     if (chart := comparison(runs)) is not None:
         blocks.append(Charts(((chart, draw(chart, "runs", width=4.6, height=2.9)),)))
     for i, run in enumerate(runs):
-        charts = tuple(
-            (chart, draw(chart, f"run{i}-{j}")) for j, chart in enumerate(run_charts(run))
-        )
-        blocks.append(Part(run.name, (Charts(charts), epoch_table(run))))
-    return Section("training", "Training", tuple(blocks), {"runs": len(runs)})
+        charts = [(chart, draw(chart, f"run{i}-{j}")) for j, chart in enumerate(run_charts(run))]
+        blocks.append(Part(run.name, [Charts(tuple(charts)), epoch_table(run)]))
+    return Section("training", "Training", blocks, {"runs": len(runs)})
 
 
 def _results(contents: Contents) -> Section:
-    found = [result.table for result in contents.results]
-    threes = [table for table in found if isinstance(table, Table3)]
-    fours = [table for table in found if isinstance(table, Table4)]
-    anchornet = [t for t in found if not isinstance(t, (Table3, Table4))]
-    in_order: list[Any] = [*threes, *fours, *anchornet]
-    blocks: list[Any] = [table for found in in_order for table in found.tables()]
-    for there, name, more in (
-        (threes, "3, patches against whole images", ""),
-        (fours, "4, one patch against the rescaled image", " --protocol rescale"),
+    by_kind: dict[str, list[Any]] = {"table 3": [], "table 4": [], "anchornet": []}
+    for result in contents.results:
+        kinds = {Table3: "table 3", Table4: "table 4"}
+        by_kind[kinds.get(type(result), "anchornet")].append(result)
+    blocks: list[Any] = [
+        table for found in by_kind.values() for result in found for table in result.tables()
+    ]
+    for kind, what, option in (
+        ("table 3", "patches against whole images", ""),
+        ("table 4", "one patch against the rescaled image", " --protocol rescale"),
     ):
-        if not there:
+        if not by_kind[kind]:
             blocks.append(
-                Words(
-                    f"Table {name[0]} ({name[3:]}) is not here; `anchorpatch evaluate "
-                    f"NETWORK{more} --result runs/NETWORK/table{name[0]}.json` makes it."
-                )
+                f"{kind.capitalize()} ({what}) is not here; `anchorpatch evaluate NETWORK{option} "
+                f"--result runs/NETWORK/{kind.replace(' ', '')}.json` makes it."
             )
-    counts = {"table 3": len(threes), "table 4": len(fours), "anchornet": len(anchornet)}
-    missing = "" if found else "no result of `anchorpatch evaluate --result`"
-    return Section("tables", "Accuracy and cost", tuple(blocks), counts, missing)
+    missing = "" if contents.results else "no result of `anchorpatch evaluate --result`"
+    counts = {kind: len(found) for kind, found in by_kind.items()}
+    return Section("tables", "Accuracy and cost", blocks, counts, missing)
 
 
-def _figures(figures: Sequence[FigureFile], made: Made) -> Section:
+def _figures(contents: Contents, made: Made) -> Section:
+    figures = sorted((*contents.figures, *made.figures), key=lambda figure: figure.number)
     blocks: list[Any] = []
-    missing: dict[str, list[int]] = {}  # reason -> figures
+    counts: dict[str, int] = {}
+    missing: dict[str, list[str]] = {}  # reason -> figures
     for no, (what, command) in _FIGURES.items():
         of_number = [figure for figure in figures if figure.number == no]
+        counts[f"figure {no}"] = len(of_number)
         for figure in of_number:
             blocks.append(_plate(figure))
-            if figure.summary:
-                caption = f"Figure {no} in numbers"
-                blocks.append(coverage_table(caption, figure.summary, figure.left_out))
+            if summary := figure.facts.get("summary"):
+                left_out = tuple(map(str, figure.facts.get("left_out", ())))
+                blocks.append(coverage_table(f"Figure {no} in numbers", summary, left_out))
         if of_number:
             continue
-        name = f"Figure {no} ({what})"
-        if why := made.nothing.get(no):
-            blocks.append(Words(f"{name} has nothing to show: {why}."))
+        name, why = f"Figure {no} ({what})", made.nothing.get(no, "")
+        if why:
+            blocks.append(f"{name} has nothing to show: {why}.")
         else:
             why = made.reason if no in MAKERS else ""
-            blocks.append(Words(f"{name} is not here{why and ': '}{why}; `{command}` makes it."))
+            blocks.append(f"{name} is not here{why and ': '}{why}; `{command}` makes it.")
         if why:
-            missing.setdefault(why, []).append(no)
+            missing.setdefault(why, []).append(str(no))
     blocks += [_plate(figure) for figure in figures if figure.number not in _FIGURES]
-    shown = {f"figure {no}": sum(f.number == no for f in figures) for no in _FIGURES}
     reasons = "; ".join(
-        f"figure{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}: {why}"
+        f"figure{'s' * (len(numbers) > 1)} {', '.join(numbers)}: {why}"
         for why, numbers in missing.items()
     )
-    return Section("figures", "Figures", tuple(blocks), shown, reasons)
+    return Section("figures", "Figures", blocks, counts, reasons)
 
 
 def _plate(figure: FigureFile) -> Plate:
     facts = {
-        "images": figure.images,
-        "weights": figure.weights_sha256,
-        **figure.settings,
+        "images": figure.facts.get("source", ""),
+        "weights": figure.facts.get("weights_sha256", ""),
+        **figure.facts.get("settings", {}),
         "from": figure.source,
     }
-    settings = tuple((name, shown_value(value)) for name, value in facts.items() if value != "")
+    settings = {name: shown_value(value) for name, value in facts.items() if value != ""}
     return Plate(figure, embed(figure.picture, figure.encoded), settings)
 
 
@@ -372,91 +340,107 @@ def _scenes(scenes: Scenes) -> Section:
     blocks: list[Any] = [*scenes.score.tables()]
     if scenes.picture is not None:
         blocks.append(_plate(scenes.picture))
-    return Section("scenes", "Scenes", tuple(blocks), {"images": scenes.score.images})
+    return Section("scenes", "Scenes", blocks, {"images": scenes.score.images})
 
 
 def _shards(splits: Sequence[Split]) -> Section:
+    counts = {"splits": len(splits), "images": sum(split.facts.images for split in splits)}
     if not splits:
         words = "There are no shards; `anchorpatch extract` writes the patches of a folder."
-        return Section("shards", "Shards", (Words(words),), {"splits": 0, "images": 0}, "no shards")
-    blocks = tuple(Part(split.facts.split, tuple(_split_blocks(split))) for split in splits)
-    images = sum(split.facts.images for split in splits)
-    return Section("shards", "Shards", blocks, {"splits": len(splits), "images": images})
+        return Section("shards", "Shards", [words], counts, "no shards")
+    blocks = [Part(split.facts.split, list(_split_blocks(split))) for split in splits]
+    return Section("shards", "Shards", blocks, counts)
 
 
-def _split_blocks(split: Split) -> Iterable[Any]:
+def _split_blocks(split: Split) -> Iterator[Any]:
     facts = split.facts
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in facts.skipped.items())
     skipped = sum(facts.skipped.values())
     top1 = f" AnchorNet decides {facts.top1:.2%} of them right." if facts.top1 is not None else ""
     of = "" if facts.shards == facts.total_shards else f"{facts.shards:,} of "
-    yield Words(
+    yield (
         f"{counted(facts.images, 'image')} of {counted(facts.classes, 'class', 'classes')} in "
         f"{of}{counted(facts.total_shards, 'shard')}.{top1} "
         f"Skipped: {skipped:,}{f' ({reasons})' if reasons else ''}."
     )
-    yield split.facts.table()
+    yield facts.table()
     if any(split.histogram.values()):
         yield histogram_table(split)
     if split.skipped:
-        yield skipped_table(split)
+        shown = len(split.skipped)
+        notes = (f"The first {shown:,} of {skipped:,}.",) if skipped > shown else ()
+        columns = (Column("image", numeric=False), Column("reason", numeric=False))
+        rows = tuple(tuple(map(text, image)) for image in split.skipped)
+        yield Table("Skipped images", columns, rows, notes=notes, folded=shown > 8)
+
+
+def histogram_table(split: Split) -> Table:
+    """Return how many images have how many patches, a column for each scale."""
+    longest = max(map(len, split.histogram.values()))
+    width = -(-(longest - 1) // 24)  # at most 24 lines
+    rows = []
+    bins = {
+        scale: [sum(n[start : start + width]) for start in range(1, longest, width)]
+        for scale, n in split.histogram.items()
+    }
+    most = max((max(n, default=0) for n in bins.values()), default=0)
+    for i, start in enumerate(range(1, longest, width)):
+        stop = start + width - 1
+        name = f"{start}" if width == 1 else f"{start} to {stop}"
+        cells = [
+            Cell(f"{n[i]:,}", n[i], n[i] / most if most and n[i] else None) for n in bins.values()
+        ]
+        rows.append((Cell(name, start), *cells))
+    columns = named("patches", *(f"{scale} px" for scale in bins), first_numeric=True)
+    caption = "Images by number of patches and chosen scale"
+    return Table(caption, columns, tuple(rows), folded=len(rows) > 8)
 
 
 def _settings(contents: Contents, weights: Sequence[WeightsFacts]) -> Section:
+    software: dict[str, Mapping[str, Any]] = {"this page": dict(versions())}
     blocks: list[Table] = []
     if contents.runs:
-        names = dict.fromkeys(n for r in contents.runs for n in r.config if n != "versions")
-        by_setting = {
-            name.replace("_", " "): {
-                r.name: r.config[name] for r in contents.runs if name in r.config
-            }
-            for name in names
-        }
-        caption = "Settings of the training runs"
-        blocks.append(facts_table(caption, "setting", by_setting, folded=len(names) > 12))
+        runs = {run.name: dict(run.config) for run in contents.runs}
+        for name, config in runs.items():
+            found = config.pop("versions", None)
+            if isinstance(found, dict):
+                software[f"run {name}"] = found
+        table = _turned("Settings of the training runs", runs)
+        blocks.append(replace(table, folded=len(table.rows) > 12))
     if contents.splits:
-        shards = {
-            str(split.folder): {
-                "bytes": f"{split.facts.bytes:,}",
-                **to_json(split.facts.settings),
-                "weights SHA-256": split.facts.weights_sha256,
-            }
-            for split in contents.splits
-        }
-        blocks.append(facts_table("Settings of the shards", "setting", _turned(shards)))
+        shards = {}
+        for split in contents.splits:
+            facts, sha256 = split.facts, {"weights SHA-256": split.facts.weights_sha256}
+            settings = {"bytes": f"{facts.bytes:,}", **storage.to_json(facts.settings), **sha256}
+            shards[str(split.folder)] = settings
+            software[f"shards {split.folder}"] = {"anchorpatch": facts.anchorpatch_version}
+        blocks.append(_turned("Settings of the shards", shards))
     if weights:
-        files = {str(found.path): found.shown() for found in weights}
+        files = {}
+        for path, meta, digest in weights:
+            top1 = number(meta.training, "record", "val", "top1")
+            files[str(path)] = {
+                "network": meta.architecture,
+                "classes": f"{len(meta.classes):,}",
+                "top-1": "" if top1 is None else f"{top1:.2%}",
+                "SHA-256": digest,
+            }
+            software[f"weights {path}"] = meta.versions
         blocks.append(facts_table("Weights", "file", files))
-    blocks.append(facts_table("Software", "written by", _software(contents, weights)))
-    return Section("settings", "Settings and versions", tuple(blocks), {"tables": len(blocks)})
+    blocks.append(facts_table("Software", "written by", software))
+    return Section("settings", "Settings and versions", blocks, {"tables": len(blocks)})
 
 
-def _turned(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Turn thing -> fact -> value into fact -> thing -> value."""
-    names = dict.fromkeys(name for facts in rows.values() for name in facts)
-    return {
+def _turned(caption: str, things: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a line for each setting, a column for each thing that has some."""
+    names = dict.fromkeys(name for facts in things.values() for name in facts)
+    rows = {
         name.replace("_", " "): {
-            thing: facts[name] for thing, facts in rows.items() if name in facts
+            thing: facts[name] for thing, facts in things.items() if name in facts
         }
         for name in names
     }
-
-
-def _each_once(weights: Iterable[WeightsFacts]) -> list[WeightsFacts]:
-    return list({file.path.resolve(): file for file in weights}.values())
-
-
-def _software(contents: Contents, weights: Sequence[WeightsFacts]) -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {"this page": dict(versions())}
-    for run in contents.runs:
-        found = run.config.get("versions")
-        if isinstance(found, dict):
-            rows[f"run {run.name}"] = found
-    for split in contents.splits:
-        rows[f"shards {split.folder}"] = {"anchorpatch": split.facts.anchorpatch_version}
-    for file in weights:
-        rows[f"weights {file.path}"] = dict(file.meta.versions)
-    return rows
+    return facts_table(caption, "setting", rows)
 
 
 # --- HTML ---------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -17,16 +18,14 @@ from anchorpatch.demo import demo_weights
 from anchorpatch.errors import AnchorpatchError, NothingToShow, WeightsError
 from anchorpatch.figures import attention_figure, errors_figure, patches_figure
 from anchorpatch.figures.attention import AttentionConfig, find_attention
+from anchorpatch.figures.canvas import encoded as encoded_picture
 from anchorpatch.figures.errors import ErrorsConfig, find_errors
-from anchorpatch.figures.examples import Choice
-from anchorpatch.figures.files import FigureFile, encoded, figure_of
 from anchorpatch.figures.patches import PatchesConfig, find_patches
 from anchorpatch.jobs.crops import ImageSource
-from anchorpatch.report.collect import Contents, LeftOut, Split
-from anchorpatch.runtime.checkpoint import Weights, load_weights
+from anchorpatch.report.collect import Contents, FigureFile, LeftOut, Split
+from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.shards.reader import ShardReader
-from anchorpatch.storage import sha256_of
 
 #: A file up to here goes in as it is: making it smaller would not be seen in the page's size.
 _SMALL: Final = 120_000
@@ -41,21 +40,12 @@ _QUALITIES: Final = (90, 78)
 _WIDEST: Final = 2200
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """A picture as an <img> takes it.
-
-    Attributes:
-        url: data: URL.
-        width: in pixels.
-        height: in pixels.
-        bytes: of the file in the URL.
-    """
+class Embedded(NamedTuple):
+    """A picture as an <img> takes it: a data: URL, and the size in pixels."""
 
     url: str
     width: int
     height: int
-    bytes: int
 
 
 def embed(picture: Image.Image, encoded: bytes | None = None) -> Embedded:
@@ -67,10 +57,10 @@ def embed(picture: Image.Image, encoded: bytes | None = None) -> Embedded:
         picture: RGB.
         encoded: its file, where there is one.
     """
-    kind = _kind(encoded or b"")
-    if encoded is None or not kind:
-        encoded, kind = _png(picture), "png"
-    if len(encoded) <= (_SMALL if kind == "png" else _MOST):
+    kind = Image.open(io.BytesIO(encoded)).format if encoded else None
+    if encoded is None or kind not in ("PNG", "JPEG", "WEBP"):  # which every browser shows
+        encoded, kind = _encoded(picture, "PNG"), "PNG"
+    if len(encoded) <= (_SMALL if kind == "PNG" else _MOST):
         return _embedded(kind, encoded, picture)
     smaller = _at_most(picture, _WIDEST)
     webp = _webp(smaller, _QUALITIES[0])
@@ -83,7 +73,7 @@ def embed(picture: Image.Image, encoded: bytes | None = None) -> Embedded:
         share = 0.95 * math.sqrt(_MOST / len(webp))
         smaller = _at_most(smaller, max(1, int(smaller.width * share)))
         webp = _webp(smaller, _QUALITIES[1])
-    return _embedded("webp", webp, smaller)
+    return _embedded("WEBP", webp, smaller)
 
 
 def _at_most(picture: Image.Image, width: int) -> Image.Image:
@@ -93,36 +83,22 @@ def _at_most(picture: Image.Image, width: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _kind(encoded: bytes) -> str:
-    """Return the kind of a file that every browser shows, or nothing."""
-    if encoded.startswith(b"\x89PNG"):
-        return "png"
-    if encoded.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    return "webp" if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP" else ""
-
-
 def _embedded(kind: str, data: bytes, picture: Image.Image) -> Embedded:
-    url = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-    return Embedded(url, picture.width, picture.height, len(data))
-
-
-def _png(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
+    url = f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode('ascii')}"
+    return Embedded(url, picture.width, picture.height)
 
 
 def _webp(picture: Image.Image, quality: int) -> bytes:
+    return _encoded(picture, "WEBP", quality=quality, method=4)
+
+
+def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "WEBP", quality=quality, method=4)
+    picture.save(file, kind, **options)
     return file.getvalue()
 
 
 # --- figures that a page makes on its way, from the crops that shards store ---------------
-
-
-_Find = Callable[[ImageSource, Weights, Any, Reporter], Any]
 
 
 @dataclass(frozen=True)
@@ -144,15 +120,12 @@ class Made:
     reason: str = ""
 
 
-#: Images that each figure looks at: fewer than its command does, so that a page is quick to make.
-_CHOICE: Final = Choice(limit=150)
-
-
-#: Number of a figure -> how it is found, with which settings, and drawn.
-MAKERS: Final[Mapping[int, tuple[_Find, Any, Callable[[Any], Image.Image | Figure]]]] = {
-    3: (find_patches, PatchesConfig(_CHOICE), patches_figure),
-    4: (find_errors, ErrorsConfig(_CHOICE), errors_figure),
-    5: (find_attention, AttentionConfig(_CHOICE), attention_figure),
+#: Number of a figure -> how it is found, with which settings, and drawn. It looks at fewer images
+#: than the command does, so that a page is quick to make.
+MAKERS: Final[Mapping[int, tuple[Callable[..., Any], Any, Callable[..., Any]]]] = {
+    3: (find_patches, PatchesConfig(limit=150), patches_figure),
+    4: (find_errors, ErrorsConfig(limit=150), errors_figure),
+    5: (find_attention, AttentionConfig(limit=150), attention_figure),
 }
 
 
@@ -180,14 +153,14 @@ def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -
     figures, left_out, nothing = [], [], {}
     loaded = load_weights(path)
     for number in missing:
+        find, config, draw = MAKERS[number]
         try:
             source = ImageSource.of_shards(ShardReader(split.folder, partial=True))
-            find, config, draw = MAKERS[number]
             result = find(source, loaded, config, reporter)
             picture = draw(result)
             if isinstance(picture, Figure):
-                picture = Image.open(io.BytesIO(encoded(picture, "PNG")))
-            figures.append(figure_of(result.to_json(), picture, source="made for this page"))
+                picture = Image.open(io.BytesIO(encoded_picture(picture, "PNG"))).convert("RGB")
+            figures.append(FigureFile("made for this page", result.to_json(), picture))
         except NothingToShow as error:
             nothing[number] = str(error)
         except AnchorpatchError as error:
@@ -199,26 +172,34 @@ def _matching(
     splits: Sequence[Split], contents: Contents, given: Path | None
 ) -> tuple[Split | None, Path | None]:
     """Return the first split whose weights are at hand, and their file."""
+    known: dict[str, Path] = {}
+    for digest, path in _known_weights(contents, given):
+        known.setdefault(digest, path)
+    made_by = [split.facts.weights_sha256 for split in splits]
+    for split, digest in zip(splits, made_by, strict=True):
+        if digest in known:
+            return split, known[digest]
     if given is not None:
-        digest = load_weights(given).sha256
-        known: Iterable[tuple[str, Path]] = [(digest, given)]
-    else:
-        known = _known_weights(contents)
-    by_digest: dict[str, Path] = {}
-    for digest, path in known:
-        by_digest.setdefault(digest, path)
-    for split in splits:
-        if split.facts.weights_sha256 in by_digest:
-            return split, by_digest[split.facts.weights_sha256]
-    if given is not None:
-        made = ", ".join(sorted({split.facts.weights_sha256[:12] for split in splits}))
+        made = ", ".join(sorted({digest[:12] for digest in made_by}))
         found = f"shards made by {made}" if made else "no shards that store their crops"
         raise WeightsError(
             f"{given}: expected the weights that made shards of {contents.folder} that store "
-            f"their crops, found SHA-256 {digest[:12]} and {found}; name those, or give "
+            f"their crops, found SHA-256 {next(iter(known))[:12]} and {found}; name those, or give "
             "--no-figures"
         )
     return None, None
+
+
+def _known_weights(contents: Contents, given: Path | None) -> Iterator[tuple[str, Path]]:
+    if given is not None:
+        yield load_weights(given).sha256, given
+        return
+    for file in contents.weights:
+        if file.meta.architecture == "anchornet":
+            yield file.sha256, file.path
+    with suppress(WeightsError):
+        path = demo_weights()
+        yield load_weights(path).sha256, path
 
 
 def _lacking(contents: Contents, splits: Sequence[Split]) -> str:
@@ -234,15 +215,3 @@ def _lacking(contents: Contents, splits: Sequence[Split]) -> str:
         f"the weights that made the shards (SHA-256 {made}) are neither those of a run nor the "
         "bundled ones (`anchorpatch report --weights FILE` names them)"
     )
-
-
-def _known_weights(contents: Contents) -> Iterator[tuple[str, Path]]:
-    for file in contents.weights:
-        if file.meta.architecture == "anchornet":
-            yield file.sha256, file.path
-    try:
-        path = demo_weights()
-    except WeightsError:
-        return
-    with path.open("rb") as stream:
-        yield sha256_of(stream), path

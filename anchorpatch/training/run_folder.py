@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,6 +24,7 @@ from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import World, any_rank, process_group, sum_ranks
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.storage import lock_file, refusals, write_atomically
+from anchorpatch.tables import number
 from anchorpatch.training.config import LoopConfig
 
 #: Files of a run: the weights of its best and last epoch, and its training state.
@@ -144,17 +144,8 @@ def best_record(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     Of equal ones it is the first, whose weights ``best.safetensors`` holds.
     """
-
-    def top1(record: Mapping[str, Any]) -> float | None:
-        val = record.get("val")
-        value = val.get("top1") if isinstance(val, Mapping) else None
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            return None
-        return value if math.isfinite(value) else None
-
-    known = (record for record in records if top1(record) is not None)
-    best: Mapping[str, Any] = max(known, key=lambda record: top1(record) or 0.0, default={})
-    return dict(best)
+    known = [record for record in records if number(record, "val", "top1") is not None]
+    return dict(max(known, key=lambda record: record["val"]["top1"], default={}))
 
 
 @contextmanager

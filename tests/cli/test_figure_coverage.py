@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anchorpatch.figures.coverage_curves import LABELS
+from anchorpatch.figures.coverage import LABELS
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from tests.conftest import Program

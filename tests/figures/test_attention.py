@@ -20,7 +20,7 @@ from anchorpatch.figures.attention import (
     find_attention,
     map_extent,
 )
-from anchorpatch.figures.examples import Choice, Example, LookedAt
+from anchorpatch.figures.examples import Example
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.localizer import Localizer, load_anchornet
 from anchorpatch.networks import Normalization
@@ -46,7 +46,7 @@ def source(image_folder: Path) -> ImageSource:
 
 @pytest.fixture(scope="module")
 def found(source: ImageSource, loaded: Weights) -> AttentionExamples:
-    return find_attention(source, loaded, AttentionConfig(Choice(NAMES), 1, "cpu"))
+    return find_attention(source, loaded, AttentionConfig(images=NAMES, count=1, device="cpu"))
 
 
 def full(loaded: Weights, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -100,8 +100,8 @@ def test_attention_averages_one_and_is_the_networks(
 
 def test_named_images_are_shown_in_their_order(found: AttentionExamples, image_folder: Path):
     assert tuple(example.image.path for example in found.examples) == NAMES
-    assert (found.looked.images, found.looked.unreadable) == (3, 0)
-    assert found.looked.source == str(image_folder / "val")
+    assert (len(found.survey), found.survey.unreadable) == (3, 0)
+    assert found.to_json()["source"] == str(image_folder / "val")
 
 
 def test_heatmaps_are_those_of_the_decided_class(found: AttentionExamples, loaded: Weights):
@@ -133,9 +133,9 @@ def test_the_strongest_patch_lies_at_the_largest_value_of_its_heatmap(found: Att
 
 
 def test_chosen_images_are_spread_over_scales(source: ImageSource, loaded: Weights):
-    config = AttentionConfig(Choice(seed=1, limit=16), 2, "cpu")
+    config = AttentionConfig(seed=1, limit=16, count=2, device="cpu")
     found = find_attention(source, loaded, config)
-    assert found.looked.images == 16
+    assert len(found.survey) == 16
     assert len(found.examples) == 2
     assert len({example.image.scale for example in found.examples}) == 2
 
@@ -174,8 +174,8 @@ def make_result(*scales: int, predicted: str = "cat", other: float = 0.5) -> Att
         )
         for scale in scales
     )
-    looked = LookedAt("data/val", "0" * 64, 9, 0)
-    return AttentionExamples(looked, AttentionConfig(Choice(), len(scales)), examples)
+    config = AttentionConfig(count=len(scales))
+    return AttentionExamples(config, None, examples)  # type: ignore[arg-type]
 
 
 def rendered(figure: Figure) -> NDArray[np.uint8]:

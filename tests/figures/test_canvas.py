@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from anchorpatch.figures import canvas
-from anchorpatch.figures.canvas import BLACK, PAPER, fallbacks, fitted, font, written
-from anchorpatch.figures.files import encoded
+from anchorpatch.figures.canvas import BLACK, PAPER, encoded, fallbacks, fitted, font, written
 
 BOX = "\N{WHITE SQUARE}"
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from dataclasses import replace
@@ -10,13 +11,20 @@ import pytest
 import torch
 
 from anchorpatch.errors import SettingsError, WeightsError
-from anchorpatch.figures import coverage_figure
-from anchorpatch.figures.coverage import CoverageConfig, measure_coverage
-from anchorpatch.figures.coverage_curves import LOCALIZERS, CoverageResult, curves_of
+from anchorpatch.figures.coverage import (
+    LOCALIZERS,
+    CoverageConfig,
+    CoverageResult,
+    coverage_figure,
+    coverage_table,
+    curves_of,
+    measure_coverage,
+)
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from anchorpatch.runtime.progress import Reporter
+from tests.report.samples import DASH, texts
 
 NETWORK = "mobilenet_v3_small"
 WITHOUT_PEERS = tuple(name for name in LOCALIZERS if name[:3] not in ("bag", "sac"))
@@ -269,3 +277,30 @@ def test_no_two_curves_share_colour_or_dash_and_mark(result: CoverageResult):
     lines = coverage_figure(result).axes[0].lines
     assert len({line.get_color() for line in lines}) == len(LOCALIZERS)
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(LOCALIZERS)
+
+
+def test_figure_6_in_numbers_reads_as_on_the_terminal() -> None:
+    right = np.random.default_rng(0).random((4, 2, 3, 30)) < 0.6
+    curves = curves_of(["anchornet", "branch63", "random", "random"], right, (0.0, 0.4, 1.0))
+    result = CoverageResult("net", "val", 30, (0.0, 0.4, 1.0), curves, {}, "", (), {"seeds": 2})
+    table = coverage_table("Figure 6 in numbers", json.loads(json.dumps(result.summary())))
+    assert [column.name for column in table.columns] == [
+        *("localizer", "covered", "±", "gain", "masked", "±", "gain"),
+    ]
+    assert [cell.text for cell in table.rows[2]] == [
+        "random",
+        *(
+            text
+            for way in (curves[2].covered, curves[2].masked)
+            for text in (
+                f"{way.auc:.4f}",
+                f"± {way.auc_error:.4f} ({way.auc_spread:.4f})",
+                f"{way.gain:+.4f} ± {way.gain_error:.4f}",
+            )
+        ),
+    ]
+    assert [row[0].text for row in table.rows] == ["AnchorNet", "branch 63 px alone", "random"]
+    assert [row[1].key for row in table.rows] == [curve.covered.auc for curve in curves]
+    tiny = {"localizer": "of later", "covered_auc": 0.5, "covered_gain": -1e-6, "masked_auc": "x"}
+    (row,) = texts(coverage_table("", [tiny]))
+    assert row == ["of later", "0.5000", DASH, "+0.0000 ± 0.0000", DASH, DASH, DASH]

@@ -16,7 +16,6 @@ from anchorpatch.figures.errors import (
     errors_figure,
     find_errors,
 )
-from anchorpatch.figures.examples import Choice
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.localizer import load_anchornet
 from anchorpatch.networks import Normalization
@@ -134,7 +133,7 @@ def test_nothing_to_show_and_wrong_settings(
     with pytest.raises(SettingsError, match="per_scale"):
         ErrorsConfig(per_scale=0)
     (right,) = [source.path(i) for i in range(len(source)) if i not in wrong_somewhere(full)][:1]
-    config = ErrorsConfig(Choice(images=(right,)), (63,), device="cpu")
+    config = ErrorsConfig(images=(right,), scales=(63,), device="cpu")
     with pytest.raises(DataError, match="raise --limit"):
         find_errors(source, loaded, config)
 
@@ -164,9 +163,9 @@ def test_a_class_hardly_looked_at_is_searched_for_its_typical_image(
     errors = [(s, e) for s, of_scale in result.errors.items() for e in of_scale if e.typical]
     assert errors
     for scale, error in errors[:2]:
-        config = ErrorsConfig(Choice(images=(error.path,)), (scale,), device="cpu")
+        config = ErrorsConfig(images=(error.path,), scales=(scale,), device="cpu")
         alone = find_errors(source, loaded, config)
-        assert (alone.looked.images, alone.found) == (1, {scale: 1})
+        assert (len(alone.survey), alone.found) == (1, {scale: 1})
         (again,) = alone.errors[scale]
         assert (again.mistaken, again.true) == (error.mistaken, error.true)
         assert again.typical is not None

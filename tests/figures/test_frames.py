@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from anchorpatch.errors import SettingsError, StorageError
-from anchorpatch.figures.files import save_picture
+from anchorpatch.figures.canvas import save_picture
 from anchorpatch.figures.frames import (
     COLORS,
     MARK,

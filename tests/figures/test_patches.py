@@ -10,13 +10,19 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ImageDraw
 
-from anchorpatch.figures.examples import Choice, Example
-from anchorpatch.figures.frames import COLORS, MARK, badge, draw_frames, number
+from anchorpatch.figures.examples import Example
+from anchorpatch.figures.frames import (
+    COLORS,
+    MARK,
+    badge,
+    draw_frames,
+    localized_picture,
+    number,
+)
 from anchorpatch.figures.patches import (
     PatchesConfig,
     PatchExamples,
     find_patches,
-    localized_picture,
     patches_figure,
 )
 from anchorpatch.jobs.crops import ImageSource
@@ -42,7 +48,7 @@ def reader(
 @pytest.fixture(scope="module")
 def found(image_folder: Path, weights: Path, reader: ShardReader) -> PatchExamples:
     """Every image of the folder."""
-    config = PatchesConfig(Choice(seed=3), per_scale=40, device="cpu")
+    config = PatchesConfig(seed=3, per_scale=40, device="cpu")
     source = ImageSource.of_folder(image_folder, "val")
     return find_patches(source, load_weights(weights), config)
 
@@ -69,10 +75,10 @@ def test_the_figure_has_the_stored_patches_to_the_bit(
     found: PatchExamples, reader: ShardReader, stored: dict[str, int]
 ):
     assert sorted(example.path for example in examples_of(found)) == sorted(stored)
-    assert found.looked.images == sum(found.by_scale.values()) == len(reader)
-    assert len([scale for scale in SCALES if found.by_scale[scale]]) > 1
+    assert len(found.survey) == sum(found.survey.by_scale.values()) == len(reader)
+    assert len([scale for scale in SCALES if found.survey.by_scale[scale]]) > 1
     for scale, of_scale in found.examples.items():
-        assert len(of_scale) == found.by_scale[scale]
+        assert len(of_scale) == found.survey.by_scale[scale]
         for example in of_scale:
             row = stored[example.path]
             patches = reader.image_patches(row)

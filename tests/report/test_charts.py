@@ -6,9 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from anchorpatch.report.charts import Chart, Series, comparison, draw, run_charts
+from anchorpatch.report.charts import (
+    Chart,
+    Series,
+    comparison,
+    draw,
+    epoch_table,
+    run_charts,
+    run_table,
+)
 from anchorpatch.report.collect import Run
-from tests.report.samples import EVIL, SHOWN, records
+from anchorpatch.training.run_folder import best_record
+from tests.report.samples import DASH, EVIL, SHOWN, records
+from tests.report.samples import texts as cells
 
 SVG = "{http://www.w3.org/2000/svg}"
 RUN = Run("anchornet", Path("runs/anchornet"), tuple(records(4)), {})
@@ -101,3 +111,24 @@ def test_any_number_of_epochs_can_be_drawn(epochs: int) -> None:
     run = Run("x", Path(), tuple(records(epochs)), {})
     sizes = [len(draw(chart, "c")) for chart in run_charts(run)]
     assert max(sizes) < 120_000
+
+
+def test_runs_are_summed_up() -> None:
+    found = records(4)
+    found[2]["val"]["top1"] = 0.9
+    run = Run("a", Path(), tuple(found), {"epochs": 5})
+    (row,) = cells(run_table([run]))
+    assert row == ["a", "4 of 5", "90.00%", "3", "2.250", "43.0", "0.07", "2.00"]
+    epochs = epoch_table(run)
+    assert epochs.folded
+    assert cells(epochs)[1] == [
+        *("2", "0.05", "5.0000", "4.5000"),
+        *("37.50%", "57.50%", "42.0", "1%", "1.0"),
+    ]
+    found[3]["val"]["top1"] = found[1]["val"]["top1"] = 0.9
+    # best.safetensors holds the first of equal epochs.
+    assert best_record(found) == found[1]
+    (tied,) = cells(run_table([Run("a", Path(), tuple(found), {})]))
+    assert tied[2:4] == ["90.00%", "2"]
+    (bare,) = cells(run_table([Run("b", Path(), ({"epoch": 1},), {})]))
+    assert bare == ["b", "1", *[DASH] * 6]

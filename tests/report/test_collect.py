@@ -7,7 +7,8 @@ import pytest
 
 from anchorpatch.errors import DataError
 from anchorpatch.jobs.results import Table3
-from anchorpatch.report.collect import collect, number
+from anchorpatch.report.collect import collect
+from anchorpatch.tables import number
 from tests.report.samples import (
     ANCHORNET,
     EVIL,
@@ -27,7 +28,7 @@ def test_everything_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert [run.name for run in contents.runs] == [EVIL, "anchornet"]
     assert list(contents.runs[1].records) == records(4)
     assert contents.runs[1].config["epochs"] == 5
-    assert {type(r.table): r.table for r in contents.results} == {
+    assert {type(table): table for table in contents.results} == {
         type(table): table for table in (TABLE_3, TABLE_4, ANCHORNET)
     }
     (split,) = contents.splits
@@ -37,7 +38,10 @@ def test_everything_comes_back_as_it_was_written(tmp_path: Path) -> None:
     for scale, counts in split.histogram.items():
         patches = sum(k * images for k, images in enumerate(counts))
         assert patches == split.facts.scales[scale]["patches"]
-    assert [(f.number, f.name) for f in contents.figures] == [(3, "patches"), (6, "coverage")]
+    assert [(f.number, f.facts["figure"]) for f in contents.figures] == [
+        (3, "patches"),
+        (6, "coverage"),
+    ]
     assert contents.figures[0].encoded == (tmp_path / "figures" / "patches.png").read_bytes()
 
 
@@ -100,7 +104,7 @@ def test_what_is_damaged_is_left_out_with_its_reason(tmp_path: Path) -> None:
     contents = collect(root)
     assert [len(run.records) for run in contents.runs] == [3, 4]
     assert len(contents.results) == 3
-    assert [figure.name for figure in contents.figures] == ["patches"]
+    assert [figure.facts["figure"] for figure in contents.figures] == ["patches"]
     assert contents.splits[0].histogram == {}
     reasons: dict[str, str] = {}
     for what in contents.left_out:
@@ -158,8 +162,8 @@ def test_tables_keep_values_that_are_no_numbers(tmp_path: Path) -> None:
     document = {**TABLE_3.to_json(), "speed": None, "gmacs_whole": "many"}
     (tmp_path / "t.json").write_text(json.dumps(document))
     (found,) = collect(tmp_path).results
-    assert isinstance(found.table, Table3)
-    assert (found.table.speed, found.table.gmacs_whole) == (None, "many")
+    assert isinstance(found, Table3)
+    assert (found.speed, found.gmacs_whole) == (None, "many")
 
 
 @pytest.mark.parametrize("value", [None, True, "1", float("nan"), float("inf"), [1]])

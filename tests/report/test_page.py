@@ -11,9 +11,28 @@ from pathlib import Path
 import pytest
 
 from anchorpatch.errors import DataError, SettingsError, StorageError
-from anchorpatch.report.collect import Result, collect
-from anchorpatch.report.page import ReportConfig, key_figures, page_date, run, sections
-from tests.report.samples import SHOWN, TABLE_3, Parsed, sheet, write_all, write_figure, write_run
+from anchorpatch.report.collect import Split, collect
+from anchorpatch.report.page import (
+    ReportConfig,
+    _shards,
+    histogram_table,
+    key_figures,
+    page_date,
+    run,
+    sections,
+)
+from anchorpatch.report.pictures import Made
+from anchorpatch.settings import SCALES
+from tests.report.samples import (
+    SHOWN,
+    TABLE_3,
+    Parsed,
+    sheet,
+    texts,
+    write_all,
+    write_figure,
+    write_run,
+)
 
 DATE = datetime(2026, 1, 2, 3, 4, tzinfo=timezone.utc)
 SECTIONS = ["training", "tables", "figures", "shards", "settings"]
@@ -91,7 +110,7 @@ def test_the_cards_count_what_anchornet_costs(root: Path, parsed: Parsed) -> Non
     assert cards[1][1] in parsed.text
     # Where patches cost more than the whole image, the card says so, as the table does.
     rows = [replace(row, saved_with_anchornet=-0.04) for row in TABLE_3.rows if row.scale == "all"]
-    dear = Result("", replace(TABLE_3, rows=tuple(rows), speed=None))
+    dear = replace(TABLE_3, rows=tuple(rows), speed=None)
     _, cost, *rest = key_figures(replace(collect(root), results=(dear,)))
     assert cost.label.endswith("included: 4% more than a whole image's 1.814")
     assert not [key for key in rest if "speed" in key.label]
@@ -194,8 +213,8 @@ def test_one_thing_is_not_counted_in_the_plural(root: Path) -> None:
     (split,) = collect(root).splits
     facts = replace(split.facts, images=1, classes=1, shards=1, total_shards=1)
     contents = replace(collect(root), splits=(replace(split, facts=facts),))
-    shards = next(s for s in sections(contents, ()) if s.key == "shards")
-    assert shards.blocks[0].blocks[0].text.startswith("1 image of 1 class in 1 shard.")
+    shards = next(s for s in sections(contents, Made()) if s.key == "shards")
+    assert shards.blocks[0].blocks[0].startswith("1 image of 1 class in 1 shard.")
 
 
 def test_damage_is_named_on_the_page(tmp_path: Path) -> None:
@@ -229,3 +248,35 @@ def test_errors_leave_nothing_and_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="report"):
         run(ReportConfig(tmp_path, out=tmp_path / "file" / "report.html"))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    return collect(write_all(tmp_path_factory.mktemp("all"))).splits[0]
+
+
+def test_shards_by_scale(split: Split) -> None:
+    table = split.facts.table()
+    for row, scale in zip(table.rows, SCALES, strict=True):
+        found = split.facts.scales[scale]
+        assert [cell.key for cell in row] == [
+            *(scale, found["images"], found["images"] / 21),
+            *(found["patches"], found["patches"] / found["images"]),
+        ]
+    assert max(cell.bar or 0 for row in table.rows for cell in row) == 1
+    assert table.foot[0][1].text == "21"
+    (part,) = _shards([split]).blocks
+    assert texts(part.blocks[-1])[0][1] == "truncated"
+
+
+def test_the_histogram_counts_every_image_once(split: Split) -> None:
+    table = histogram_table(split)
+    assert sum(cell.key for row in table.rows for cell in row[1:]) == 21
+    assert not table.folded
+    wide = Split(split.folder, split.facts, (), {63: (0, *[2] * 100), 95: (0, 5), 111: ()})
+    binned = histogram_table(wide)
+    assert len(binned.rows) <= 24
+    assert binned.folded
+    assert sum(row[1].key for row in binned.rows) == 200
+    assert sum(row[2].key for row in binned.rows) == 5
+    assert binned.rows[0][0].text == "1 to 5"

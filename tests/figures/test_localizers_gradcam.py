@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.figures.gradcam import FeatureMap, GradCam, last_feature_map
+from anchorpatch.figures.localizers import FeatureMap, GradCam, last_feature_map
 
 
 class Small(nn.Module):
