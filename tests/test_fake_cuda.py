@@ -177,13 +177,13 @@ def test_networks_are_evaluated_without_waits(gpu: FakeGpu, amp: bool) -> None:
 
     with torch.inference_mode():
         run = Distributions(module, GPU, meta, amp)
-        part = Part(95, np.arange(8), np.array([3, 5]), np.arange(1), 0, True)
+        part = Part(95, np.arange(8), np.array([3, 5]), np.arange(1), np.array([3]), True)
         gpu.forget()
         added = added_by_image(run(pixels(8, 95)), part, None)
         added = added_by_image(run(pixels(8, 95)), part, added[-1])
         Accuracy(GPU).update(added, torch.zeros(2, dtype=torch.int64, device=GPU))
     assert gpu.waits == {}
-    score_images(module, batches(), device=GPU, meta=meta, amp=amp)
+    score_images(run, batches())
     assert gpu.waits == {}
     assert gpu.rounded == {}
 

@@ -6,11 +6,13 @@ on whole images, with the cost of both.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 import numpy as np
@@ -26,13 +28,13 @@ from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.patch_scores import (
     Distributions,
     Keep,
+    Predictions,
     open_shards,
     score_images,
     score_patches,
 )
-from anchorpatch.jobs.predictions import Predictions, check_predictions_path
-from anchorpatch.jobs.results import Speed, Table3, Table3Row, Table4, Table4Row
-from anchorpatch.jobs.speed import measure_speed
+from anchorpatch.jobs.results import Costs, Speed, Table3, Table4, table_3_rows, table_4_rows
+from anchorpatch.lsp import crop
 from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import check_sides, macs
@@ -45,7 +47,12 @@ from anchorpatch.networks import (
     load_tuned,
 )
 from anchorpatch.runtime.checkpoint import Weights, load_weights
-from anchorpatch.runtime.device import computing_on, keep_freed_memory, resolve_device
+from anchorpatch.runtime.device import (
+    computing_on,
+    keep_freed_memory,
+    resolve_device,
+    to_device,
+)
 from anchorpatch.runtime.distributed import World, process_group
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import CROP, SCALES
@@ -53,6 +60,9 @@ from anchorpatch.shards.reader import ShardReader
 
 #: Images on which speed is measured: some seconds for a ResNet-50.
 _SPEED_IMAGES: Final = {"cpu": 32, "cuda": 2048}
+
+#: Turns of each way that are timed, after one to warm up.
+_ROUNDS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -117,23 +127,24 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
         StorageError: the predictions cannot be written.
     """
     if config.predictions is not None:
-        check_predictions_path(config.predictions)
+        Predictions.check(config.predictions)
     with _Evaluation.prepare(config, progress) as job:
         whole, why_not = job.find_whole()
         anchornet, no_speed = job.find_anchornet(whole, why_not)
         networks = job.for_patches()
         distinct = list({id(network): network for network in networks.values()}.values())
+        one = distinct[0] if len(distinct) == 1 else None
         asked = None
         if whole is not None and config.whole:
             try:
-                asked = job.for_whole_images(distinct[0] if len(distinct) == 1 else None)
+                asked = job.for_whole_images(one)
             except WeightsError as error:
-                if len(distinct) == 1 or config.whole_weights is not None:
+                if one is not None or config.whole_weights is not None:
                     raise
                 why_not = str(error)  # networks of one scale have no say in whole images
         job.report.message(computing_on(job.device))
         costs = job.costs(distinct[0].module)
-        figures = job.score_whole(asked, whole) if asked and whole else None
+        figures = job.score_whole(asked, whole, config.scales) if asked and whole else None
         predictions = None
         if config.predictions is not None:
             predictions = Predictions(config.predictions, job.reader, job.device)
@@ -142,21 +153,19 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
             predictions.write(job.world)
         speed = job.measure(networks, whole, anchornet) if anchornet and whole else None
         missing = {"row 224": why_not if config.whole else None, "speed": no_speed}
-        one = distinct[0].source if len(distinct) == 1 else None
         by_scale = ", ".join(f"{net.source} ({scale} px)" for scale, net in networks.items())
-        whole_weights = asked.source if asked else None
-        weights = {str(scale): network.source for scale, network in networks.items()}
-        weights_of_rows = {**weights, str(CROP): whole_weights, "all": one}
+        weights: dict[str, str | None] = {str(s): net.source for s, net in networks.items()}
+        weights |= {str(CROP): asked.source if asked else None, "all": one.source if one else None}
         return Table3(
             network=config.network,
             shards=str(job.reader.folder),
-            weights=one or by_scale,
-            whole_weights=whole_weights,
+            weights=one.source if one else by_scale,
+            whole_weights=weights[str(CROP)],
             whole_source=whole.description if whole and asked else None,
             gmacs_whole=costs.network[CROP],
             gmacs_anchornet=costs.anchornet,
             rows=tuple(
-                replace(row, weights=weights_of_rows[row.scale])
+                replace(row, weights=weights[row.scale])
                 for row in table_3_rows(patches, figures, costs)
             ),
             speed=speed,
@@ -205,15 +214,7 @@ def _rescaled(batch: Crops, side: int) -> Crops:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """Shards, opened and checked, and what can be measured of networks on them.
-
-    Attributes:
-        config: what is evaluated.
-        reader: of the shards.
-        device: where it computes.
-        world: the processes.
-        report: called with what is done.
-    """
+    """Shards, opened and checked, and what can be measured of networks on them."""
 
     config: EvaluateConfig
     reader: ShardReader
@@ -251,145 +252,14 @@ class _Evaluation:
 
     def find_whole(self) -> tuple[ImageSource | None, str | None]:
         """Return the whole images, or why there are none."""
-        data, split = self.config.data, self.config.split
+        config = self.config
         try:
             found = ImageSource.of_shards(
-                self.reader, data, split=split, workers=self.config.workers
+                self.reader, config.data, split=config.split, workers=config.workers
             )
         except DataError as error:
             return None, str(error)
         return found, None
-
-    def for_patches(self) -> dict[int, Network]:
-        """Load the network that decides on patches, or one per scale, by scale.
-
-        Raises:
-            WeightsError: there is none, or it cannot be used.
-        """
-        config, name = self.config, self.config.network
-        if config.weights is not None:
-            return dict.fromkeys(config.scales, self._load(config.weights))
-        path = best_weights(config.runs, name)
-        paths = {s: best_weights(config.runs, name, scale=s) for s in config.scales}
-        missing = [scale for scale, file in paths.items() if not file.is_file()]
-        if path.is_file() and not config.per_scale:
-            return dict.fromkeys(config.scales, self._load_tuned(path))
-        if not missing:
-            return {scale: self._load_tuned(file) for scale, file in paths.items()}
-        if config.per_scale or len(missing) < len(paths):
-            path = paths[missing[0]]
-            advice = f"run `anchorpatch finetune {name} --scale {missing[0]}`"
-        else:
-            advice = f"run `anchorpatch finetune {name}`"
-        raise WeightsError(
-            f"{path} does not exist: {advice}, or name weights with --weights FILE (--weights "
-            "default: the published ones)"
-        )
-
-    def for_whole_images(self, at_hand: Network | None = None) -> Network:
-        """Load the network that is asked about whole images; see `EvaluateConfig`.
-
-        Args:
-            at_hand: the network that decides on all patches, where there is one.
-        """
-        config, message = self.config, self.report.message
-        given = config.whole_weights or (config.weights if at_hand is None else None)
-        if given is not None:
-            return self._load(given)
-        return load_for_whole_images(
-            config.network, self.reader.classes, config.runs, message, at_hand=at_hand
-        )
-
-    def _load(self, source: str | Path) -> Network:
-        name, message = self.config.network, self.report.message
-        return load_network(name, self.reader.classes, source, message)
-
-    def _load_tuned(self, path: Path) -> Network:
-        name, message = self.config.network, self.report.message
-        return load_tuned(name, self.reader.classes, path, message)
-
-    def costs(self, module: torch.nn.Module) -> Costs:
-        """Count what a network and AnchorNet cost."""
-        sides = (*self.config.scales, CROP)
-        anchornet = AnchorNet(len(self.reader.network_classes))
-        return Costs(
-            {side: macs(module, side) / 1e9 for side in sides},
-            macs(anchornet, CROP, anchornet.localize) / 1e9,
-        )
-
-    def score_patches(
-        self, networks: Mapping[int, Network], *, most: int | None = None, keep: Keep | None = None
-    ) -> PatchFigures:
-        """Decide on the images by their patches, or by the strongest of them.
-
-        Args:
-            networks: by the scale of the patches that they decide on.
-            most: take only the strongest patches of each image, so many.
-            keep: gets the decisions.
-        """
-        taken = spread_rows(len(self.reader), self.config.limit)
-        mine = taken[list(self.world.share(len(taken)))]
-        mine = mine[np.isin(self.reader.scale[mine], self.config.scales)]
-        with self._counting("patches", self.config.scales, len(mine)) as advance:
-            return score_patches(
-                self._distributions(networks),
-                self.reader,
-                world=self.world,
-                batch_size=self.batch_size,
-                scales=self.config.scales,
-                keep=keep,
-                most=most,
-                limit=self.config.limit,
-                advance=advance,
-            )
-
-    def _distributions(self, networks: Mapping[int, Network]) -> dict[int, Distributions]:
-        return {
-            scale: Distributions(
-                _on(network, self.device), self.device, network.meta, self.config.amp
-            )
-            for scale, network in networks.items()
-        }
-
-    def score_whole(
-        self,
-        network: Network,
-        whole: ImageSource,
-        scales: tuple[int, ...] | None = None,
-        change: Callable[[Crops], Crops] = lambda batch: batch,
-    ) -> Figures:
-        """Decide on the whole images that chose one of the scales, changed first."""
-        scales = scales or self.config.scales
-        rows = self.rows(scales)[self.world.rank :: self.world.size]
-        on_gpu = self.device.type == "cuda"
-        batches = whole.batches(rows, self.batch_size, pin_memory=on_gpu)
-        with self._counting("whole images", scales, len(rows)) as advance:
-            return score_images(
-                _on(network, self.device),
-                map(change, batches),
-                device=self.device,
-                meta=network.meta,
-                amp=self.config.amp,
-                advance=advance,
-            )
-
-    @contextmanager
-    def _counting(
-        self, what: str, scales: tuple[int, ...], mine: int
-    ) -> Iterator[Callable[[int], None]]:
-        total, done = len(self.rows(scales)), 0
-
-        def advance(images: int) -> None:
-            nonlocal done
-            before, done = done, done + images
-            count = self.world.counted
-            self.report.advance(count(done, mine, total) - count(before, mine, total))
-
-        self.report.start(f"evaluating {what}", total)
-        try:
-            yield advance
-        finally:
-            self.report.stop()
 
     def find_anchornet(
         self, whole: ImageSource | None, why_not: str | None
@@ -416,6 +286,114 @@ class _Evaluation:
             )
         return weights, None
 
+    def for_patches(self) -> dict[int, Network]:
+        """Load the network that decides on patches, or one per scale, by scale.
+
+        Raises:
+            WeightsError: there is none, or it cannot be used.
+        """
+        config, name = self.config, self.config.network
+        load = partial(load_tuned, name, self.reader.classes, message=self.report.message)
+        if config.weights is not None:
+            return dict.fromkeys(config.scales, self._load(config.weights))
+        path = best_weights(config.runs, name)
+        paths = {scale: best_weights(config.runs, name, scale=scale) for scale in config.scales}
+        missing = [scale for scale, file in paths.items() if not file.is_file()]
+        if path.is_file() and not config.per_scale:
+            return dict.fromkeys(config.scales, load(path))
+        if not missing:
+            return {scale: load(file) for scale, file in paths.items()}
+        advice = f"run `anchorpatch finetune {name}`"
+        if config.per_scale or len(missing) < len(paths):
+            path = paths[missing[0]]
+            advice = f"run `anchorpatch finetune {name} --scale {missing[0]}`"
+        raise WeightsError(
+            f"{path} does not exist: {advice}, or name weights with --weights FILE (--weights "
+            "default: the published ones)"
+        )
+
+    def for_whole_images(self, at_hand: Network | None = None) -> Network:
+        """Load the network that is asked about whole images; see `EvaluateConfig`.
+
+        Args:
+            at_hand: the network that decides on all patches, where there is one.
+        """
+        config = self.config
+        given = config.whole_weights or (config.weights if at_hand is None else None)
+        if given is not None:
+            return self._load(given)
+        return load_for_whole_images(
+            config.network,
+            self.reader.classes,
+            config.runs,
+            self.report.message,
+            at_hand=at_hand,
+        )
+
+    def _load(self, source: str | Path) -> Network:
+        name, message = self.config.network, self.report.message
+        return load_network(name, self.reader.classes, source, message)
+
+    def costs(self, module: torch.nn.Module) -> Costs:
+        """Count what a network and AnchorNet cost."""
+        anchornet = AnchorNet(len(self.reader.network_classes))
+        return Costs(
+            {side: macs(module, side) / 1e9 for side in (*self.config.scales, CROP)},
+            macs(anchornet, CROP, anchornet.localize) / 1e9,
+        )
+
+    def score_patches(
+        self, networks: Mapping[int, Network], *, most: int | None = None, keep: Keep | None = None
+    ) -> PatchFigures:
+        """Decide on the images by their patches, or by the strongest of them.
+
+        Args:
+            networks: by the scale of the patches that they decide on.
+            most: take only the strongest patches of each image, so many.
+            keep: gets the decisions.
+        """
+        with self._counting("patches", self.config.scales) as (rows, advance):
+            return score_patches(
+                {scale: self._on_device(network) for scale, network in networks.items()},
+                self.reader,
+                rows,
+                batch_size=self.batch_size,
+                keep=keep,
+                most=most,
+                advance=advance,
+            )
+
+    def score_whole(
+        self,
+        network: Network,
+        whole: ImageSource,
+        scales: tuple[int, ...],
+        change: Callable[[Crops], Crops] = lambda batch: batch,
+    ) -> Figures:
+        """Decide on the whole images that chose one of the scales, changed first."""
+        on_gpu = self.device.type == "cuda"
+        with self._counting("whole images", scales) as (rows, advance):
+            batches = whole.batches(rows, self.batch_size, pin_memory=on_gpu)
+            return score_images(self._on_device(network), map(change, batches), advance=advance)
+
+    def _on_device(self, network: Network) -> Distributions:
+        # Channels last takes the pixels as they lie in the shards.
+        module = network.module.eval().to(self.device).to(memory_format=torch.channels_last)
+        return Distributions(module, self.device, network.meta, self.config.amp)
+
+    @contextmanager
+    def _counting(
+        self, what: str, scales: tuple[int, ...]
+    ) -> Iterator[tuple[NDArray[np.int64], Callable[[int], None]]]:
+        """Give this process's images of the scales, and what counts those that are done."""
+        rows = self.rows(scales)
+        mine = rows[list(self.world.share(len(rows)))]
+        self.report.start(f"evaluating {what}", len(rows))
+        try:
+            yield mine, self.world.counter(self.report.advance, len(mine), len(rows))
+        finally:
+            self.report.stop()
+
     def measure(
         self, networks: Mapping[int, Network], whole: ImageSource, weights: Weights
     ) -> Speed | None:
@@ -423,102 +401,69 @@ class _Evaluation:
         if not self.world.is_main:
             return None
         self.report.message("measuring speed")
-        on_gpu, lsp = self.device.type == "cuda", self.reader.settings.lsp
-        rows = self.rows(SCALES)
-        n = min(len(rows), _SPEED_IMAGES[self.device.type])
-        some = rows[spread_rows(len(rows), n)]
-        pixels = torch.cat([batch.pixels for batch in whole.batches(some, self.batch_size)])
-        amp = self.config.amp
-        with Localizer(weights, lsp, self.device, batch_size=self.batch_size, amp=amp) as localizer:
-            return measure_speed(
-                self._distributions(networks),
-                localizer,
-                pixels.pin_memory() if on_gpu else pixels,
-                batch_size=self.batch_size,
-            )
+        rows, size = self.rows(SCALES), self.batch_size
+        some = rows[spread_rows(len(rows), _SPEED_IMAGES[self.device.type])]
+        pixels = torch.cat([batch.pixels for batch in whole.batches(some, size)])
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        runs = {scale: self._on_device(network) for scale, network in networks.items()}
+        lsp, amp = self.reader.settings.lsp, self.config.amp
+        with Localizer(weights, lsp, self.device, batch_size=size, amp=amp) as localizer:
+            return _measured(runs, localizer, pixels, size)
 
 
-def _on(network: Network, device: torch.device) -> torch.nn.Module:
-    # Channels last takes the pixels as they lie in the shards.
-    module = network.module.eval().to(device)
-    return module.to(memory_format=torch.channels_last)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Multiply-accumulates of one input, 1e9.
-
-    Attributes:
-        network: of the network, by the side of its input in pixels; 224 is there.
-        anchornet: of localizing one image.
-    """
-
-    network: Mapping[int, float]
-    anchornet: float
-
-
-def table_3_rows(
-    figures: PatchFigures, whole: Figures | None, costs: Costs
-) -> tuple[Table3Row, ...]:
-    """Return the lines of Table 3: whole images, where there are any, each scale, and all.
+@torch.inference_mode()
+def _measured(
+    networks: Mapping[int, Distributions], localizer: Localizer, pixels: Tensor, batch_size: int
+) -> Speed:
+    """Time both ways from pixels in memory to decisions in memory, taking turns.
 
     Args:
-        figures: of the network on patches.
-        whole: of the network on whole images.
-        costs: of the network for each scale and for 224 px, and of AnchorNet.
+        networks: of one architecture, by the scale of the patches that they decide on.
+        localizer: AnchorNet, the decision and LSP, on the same device.
+        pixels: uint8 (n, 224, 224, 3), n at least 1; in pinned memory for a GPU.
+        batch_size: of whole images, and of patches.
     """
-    rows = [] if whole is None else [_whole_row(whole, costs)]
-    spent = 0.0
-    for scale, found in figures.by_scale.items():
-        total = found.patches * costs.network[scale]
-        rows.append(_patch_row(str(scale), found, total, costs))
-        spent += total
-    return (*rows, _patch_row("all", figures, spent, costs))
+    batches, patches = torch.split(pixels, batch_size), 0
+
+    def whole_images() -> None:
+        decided = [networks[SCALES[0]](batch).argmax(1) for batch in batches]
+        torch.cat(decided).cpu()  # waits for the device
+
+    def by_patches() -> None:
+        nonlocal patches
+        found = [_decide_by_patches(networks, localizer, batch, batch_size) for batch in batches]
+        torch.cat([decided for decided, _ in found]).cpu()
+        patches = sum(count for _, count in found)
+
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(1 + _ROUNDS):
+        for way, times in zip((whole_images, by_patches), seconds, strict=True):
+            began = time.perf_counter()
+            way()
+            times.append(time.perf_counter() - began)
+    n = len(pixels)
+    whole, by = (n / median(times[1:]) for times in seconds)
+    return Speed(n, _ROUNDS, whole, by, by / whole, patches / n)
 
 
-def _whole_row(whole: Figures, costs: Costs) -> Table3Row:
-    gmacs = costs.network[CROP]
-    return Table3Row(
-        str(CROP), whole.images, None, gmacs, None, None, None, whole.top1, whole.top5, whole.loss
-    )
-
-
-def _patch_row(scale: str, found: Figures, total: float, costs: Costs) -> Table3Row:
-    """Return a line on ``found.images`` whose patches cost ``total`` in all."""
-    whole = costs.network[CROP]
-    gmacs = total / found.images if found.images else None
-    both = None if gmacs is None else gmacs + costs.anchornet
-    return Table3Row(
-        scale=scale,
-        images=found.images,
-        mean_patches=found.mean_patches,
-        gmacs=gmacs,
-        saved=_saved(gmacs, whole),
-        gmacs_with_anchornet=both,
-        saved_with_anchornet=_saved(both, whole),
-        top1=found.top1,
-        top5=found.top5,
-        loss=found.loss,
-    )
-
-
-def _saved(gmacs: float | None, whole: float) -> float | None:
-    return None if gmacs is None or not whole else 1 - gmacs / whole
-
-
-def table_4_rows(rescaled: Mapping[int, Figures], localized: PatchFigures) -> tuple[Table4Row, ...]:
-    """Return the lines of Table 4: each scale, and all.
-
-    Args:
-        rescaled: figures of the rescaled images by the scale that they chose.
-        localized: figures of the strongest patch of the same images.
-    """
-    rows = [
-        Table4Row(str(scale), r.images, r.top1, found.top1, r.top5, found.top5)
-        for scale, r in rescaled.items()
-        for found in (localized.by_scale[scale],)
-    ]
-    n = localized.images
-    top1 = sum(r.images * (r.top1 or 0.0) for r in rescaled.values()) / n
-    top5 = sum(r.images * (r.top5 or 0.0) for r in rescaled.values()) / n
-    return (*rows, Table4Row("all", n, top1, localized.top1, top5, localized.top5))
+def _decide_by_patches(
+    networks: Mapping[int, Distributions], localizer: Localizer, pixels: Tensor, batch_size: int
+) -> tuple[Tensor, int]:
+    """Return the class of each image by its patches, and how many patches there were."""
+    device, patches = localizer.device, 0
+    found = localizer.submit(pixels).result()
+    on_device = pixels.to(device, non_blocking=True)
+    sums: Tensor | None = None
+    for scale, run in networks.items():
+        _, *of_patches = found.of_scale(scale)
+        image, corner = (to_device(of_each, device) for of_each in of_patches)
+        patches += len(image)
+        for at in range(0, len(image), batch_size):
+            part = slice(at, at + batch_size)
+            p = run(crop(on_device, image[part], corner[part], scale))
+            if sums is None:
+                sums = p.new_zeros(len(pixels), p.shape[1])
+            sums.index_add_(0, image[part], p)
+    assert sums is not None  # LSP selects a patch of every image
+    return sums.argmax(1), patches

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from anchorpatch.errors import NonFiniteError
-from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
+from anchorpatch.images.folder import scan_folder, without_images
 from anchorpatch.images.loader import load_batches
 from anchorpatch.jobs.localizer import Runner
 from anchorpatch.jobs.results import AnchorNetFigures
@@ -28,7 +30,7 @@ from anchorpatch.runtime.device import (
 )
 from anchorpatch.runtime.distributed import World, process_group, sum_ranks
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import PRESETS, SCALES
+from anchorpatch.settings import CROP, PRESETS, SCALES
 from anchorpatch.text import counted
 
 
@@ -95,9 +97,10 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
             crop=weights.meta.cropping,
             pin_memory=device.type == "cuda",
         )
-        bad = damaged = done = 0
+        bad = damaged = 0
         report.message(computing_on(device))
         report.start("evaluating", len(folder))
+        advance = world.counter(report.advance, len(rows), len(folder))
         try:
             for batch in loaded:
                 bad += len(batch.bad)
@@ -105,16 +108,19 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
                 if len(batch.index):
                     labels = torch.from_numpy(folder.labels[batch.index].astype(np.int64))
                     meter.update(batch.pixels, labels)
-                before = world.counted(done, len(rows), len(folder))
-                done += len(batch.index) + len(batch.bad)
-                report.advance(world.counted(done, len(rows), len(folder)) - before)
+                advance(len(batch.index) + len(batch.bad))
         finally:
             loaded.close()
             report.stop()
         skipped, damaged = sum_ranks(torch.tensor([bad, damaged], device=device)).tolist()
         if skipped > config.max_bad * len(folder):
             raise folder.too_many_bad(skipped, len(folder), config.max_bad)
-        return meter.summary(folder, skipped, damaged, world)
+        return AnchorNetFigures(
+            skipped=skipped,
+            damaged=damaged,
+            ignored=dict(folder.ignored),
+            **meter.result(world),
+        )
 
 
 class _Meter(Runner):
@@ -122,8 +128,11 @@ class _Meter(Runner):
 
     def __init__(self, weights: Weights, device: torch.device, *, amp: bool) -> None:
         super().__init__(weights, device, amp=amp)
-        self.scores, self.patches = AnchorNetAccuracy(device), _MeanPatches(device)
-        self.seconds = 0.0
+        self._accuracy, self._seconds = AnchorNetAccuracy(device), 0.0
+        # Images by chosen scale, and their patches by preset and scale.
+        self._images = torch.zeros(len(SCALES), dtype=torch.float64, device=device)
+        self._patches = torch.zeros(len(PRESETS), len(SCALES), dtype=torch.float64, device=device)
+        self._bad = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     @exact_float32()
@@ -134,48 +143,13 @@ class _Meter(Runner):
         # Localizing alone is timed: the outputs of the attention branches are no part of it.
         began = self._now()
         found = self.run(inputs)
-        self.seconds += self._now() - began
+        self._seconds += self._now() - began
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             logits = self.net(inputs)
-        self.scores.update(logits, labels)
-        self.patches.update(found.heatmaps, found.decision.branch)
+        self._accuracy.update(logits, labels)
+        self.count_patches(found.heatmaps, found.decision.branch)
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def summary(
-        self, folder: ImageFolder, skipped: int, damaged: int, world: World
-    ) -> AnchorNetFigures:
-        figures = self.scores.result()
-        seconds = float(sum_ranks(torch.tensor(self.seconds, device=self.device))) / world.size
-        return AnchorNetFigures(
-            images=figures["images"],
-            skipped=skipped,
-            damaged=damaged,
-            loss=figures["loss"],
-            top1=figures["top1"],
-            top5=figures["top5"],
-            top1_by_output=figures["top1_by_output"],
-            top5_by_output=figures["top5_by_output"],
-            branch_share=figures["branch_share"],
-            mean_patches=self.patches.result(),
-            gmacs=macs(self.net, 224, self.net.localize) / 1e9,
-            images_per_second=figures["images"] / max(seconds, 1e-9),
-            ignored=dict(folder.ignored),
-        )
-
-
-class _MeanPatches:
-    """Sums of patches by preset and scale."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._images = torch.zeros(len(SCALES), dtype=torch.float64, device=device)
-        self._sums = torch.zeros(len(PRESETS), len(SCALES), dtype=torch.float64, device=device)
-        self._bad = torch.zeros((), dtype=torch.int64, device=device)
-
-    def update(self, heatmaps: tuple[Tensor, ...], branch: Tensor) -> None:
+    def count_patches(self, heatmaps: Sequence[Tensor], branch: Tensor) -> None:
         """Select patches by every preset and count them."""
         chosen = per_branch(branch).double()
         self._images += chosen.sum(0)
@@ -183,24 +157,37 @@ class _MeanPatches:
         zero = torch.stack([(heatmap.flatten(1) * 0).sum(1) for heatmap in heatmaps], 1)
         self._bad += (zero.gather(1, branch[:, None]) != 0).sum()
         for row, settings in enumerate(PRESETS.values()):
-            found = localize(heatmaps, branch, settings, check=False)
-            self._sums[row] += found.counts.double() @ chosen
+            patches = localize(heatmaps, branch, settings, check=False)
+            self._patches[row] += patches.counts.double() @ chosen
 
-    def result(self) -> dict[str, dict[str, float | None]]:
-        """Return the mean patches per image by preset and scale.
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def result(self, world: World) -> dict[str, Any]:
+        """Return the figures of all processes' images, as `AnchorNetFigures` names them.
 
         Raises:
             NonFiniteError: heatmaps held NaN or infinity.
         """
+        figures = self._accuracy.result()
+        del figures["losses"]
         if bad := int(sum_ranks(self._bad)):
             raise NonFiniteError(
                 f"AnchorNet gave NaN or infinity for {counted(bad, 'image')}; the weights may be "
                 "damaged or badly trained: use others, or no --amp"
             )
-        images, sums = sum_ranks(self._images).tolist(), sum_ranks(self._sums).tolist()
+        images = sum_ranks(self._images).tolist()
         means: dict[str, dict[str, float | None]] = {}
-        for name, row in zip(PRESETS, sums, strict=True):
+        for name, row in zip(PRESETS, sum_ranks(self._patches).tolist(), strict=True):
             by_scale = zip(SCALES, row, images, strict=True)
             means[name] = {str(scale): s / n if n else None for scale, s, n in by_scale}
             means[name]["all"] = sum(row) / sum(images) if sum(images) else None
-        return means
+        seconds = float(sum_ranks(torch.tensor(self._seconds, device=self.device))) / world.size
+        return {
+            **figures,
+            "mean_patches": means,
+            "gmacs": macs(self.net, CROP, self.net.localize) / 1e9,
+            "images_per_second": figures["images"] / max(seconds, 1e-9),
+        }

@@ -405,9 +405,8 @@ class FinetuneTask(Task):
         figures = score_patches(
             dict.fromkeys(self.config.scales, run),
             self.val,
-            world=self.world,
+            np.arange(self.world.rank, len(self.val), self.world.size),
             batch_size=self.eval_batch,
-            scales=self.config.scales,
             check=check,
         )
         found: dict[str, Any] = to_json(figures)
@@ -474,13 +473,11 @@ class BaselineTask(FinetuneTask):
 
     def evaluate(self, module: nn.Module, check: Callable[[], object]) -> dict[str, Any]:
         """Decide on the validation images as they are."""
-        device, amp = self.device, self.config.amp
-        rows = self.world.share(len(self.val_images))
-        batches = self.val_images.batches(rows, self.eval_batch, pin_memory=device.type == "cuda")
+        rows, pin_memory = self.world.share(len(self.val_images)), self.device.type == "cuda"
+        batches = self.val_images.batches(rows, self.eval_batch, pin_memory=pin_memory)
         with closing(batches):
-            return asdict(
-                score_images(module, batches, device=device, meta=self.meta, amp=amp, check=check)
-            )
+            run = Distributions(module, self.device, self.meta, self.config.amp)
+            return asdict(score_images(run, batches, check=check))
 
 
 def _total(counts: Mapping[int, int], each: Mapping[int, int]) -> int:

@@ -8,43 +8,44 @@ the figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import csv
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from anchorpatch.errors import CorruptShard, DataError, ShardError, WeightsError
-from anchorpatch.images.folder import spread_rows
+from anchorpatch.errors import (
+    CorruptShard,
+    DataError,
+    SettingsError,
+    ShardError,
+    StorageError,
+    WeightsError,
+)
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.metrics import Accuracy, Figures, PatchFigures, probability_losses
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.device import exact_float32, to_device
-from anchorpatch.runtime.distributed import World
-from anchorpatch.settings import SCALES
+from anchorpatch.runtime.distributed import World, sum_ranks
 from anchorpatch.shards.dataset import load_rows
 from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.reader import ShardReader
+from anchorpatch.storage import refusals, write_atomically
 from anchorpatch.text import few
+
+#: Classes that the file of predictions names for each image.
+_TOP: Final = 5
 
 #: Takes rows of images (n,), int64, and their mean distributions (n, C), float64.
 Keep: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.float64]], None]
-
-
-def check_classes(reader: ShardReader, meta: WeightsMeta) -> None:
-    """Raise DataError unless a network's classes are the folders that the labels index."""
-    if reader.classes != meta.classes:
-        raise DataError(
-            f"{reader.folder}: expected the {len(meta.classes)} classes of the weights of "
-            f"{meta.architecture} ({few(meta.classes)}), found {len(reader.classes)} "
-            f"({few(reader.classes)}); use weights that were trained on these classes"
-        )
 
 
 def open_shards(shards: Path, split: str) -> ShardReader:
@@ -68,7 +69,7 @@ def open_shards(shards: Path, split: str) -> ShardReader:
 
 
 def check_tables(reader: ShardReader) -> None:
-    """Raise unless every image has patches and a label."""
+    """Raise ShardError unless every image has patches, and CorruptShard unless it has a label."""
     empty = np.flatnonzero(reader.counts < 1)
     if len(empty):
         raise ShardError(
@@ -127,69 +128,50 @@ class Part(NamedTuple):
         rows: of the patches among those of the scale (m,), int64.
         lengths: patches in this batch of each of its images (k,), int64.
         decided: rows of the images whose last patch is here, int64.
-        first: index of the first of the k images in the plan.
-        open: patches of the last image follow.
+        counts: all patches of each of the decided images, int64.
+        open: patches of the last of the k images follow.
     """
 
     scale: int
     rows: NDArray[np.int64]
     lengths: NDArray[np.int64]
     decided: NDArray[np.int64]
-    first: int
+    counts: NDArray[np.int64]
     open: bool
 
 
-@dataclass(frozen=True)
-class ScalePlan:
-    """The patches of images of one scale in full batches; an image may lie in several.
+def _parts(
+    reader: ShardReader, scale: int, images: NDArray[np.int64], size: int, most: int | None
+) -> Iterator[Part]:
+    """Yield the patches of images of one scale in full batches; an image may lie in several.
 
-    Attributes:
+    Args:
+        reader: of the shards.
         scale: side of the patches in pixels.
-        images: rows of the images (n,), int64.
-        first: row of the first patch of each image (n,), int64.
-        counts: patches of each image (n,), int64.
+        images: rows of the images (n,).
         size: patches in a batch.
+        most: patches of each image at most.
     """
-
-    scale: int
-    images: NDArray[np.int64]
-    first: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    size: int
-
-    @classmethod
-    def of(
-        cls,
-        reader: ShardReader,
-        scale: int,
-        images: NDArray[np.int64],
-        size: int,
-        most: int | None,
-    ) -> ScalePlan:
-        """Plan images of the scale, with so many patches of each at ``most``."""
-        counts = reader.counts[images].astype(np.int64)
-        if most is not None:
-            counts = np.minimum(counts, most)
-        return cls(scale, images, reader.first[images], counts, size)
-
-    def __iter__(self) -> Iterator[Part]:
-        ends = np.cumsum(self.counts)
-        total = int(ends[-1]) if len(ends) else 0
-        for a in range(0, total, self.size):
-            b = min(a + self.size, total)
-            patches = np.arange(a, b)
-            image = np.searchsorted(ends, patches, side="right")
-            lo, hi = int(image[0]), int(image[-1])
-            begins = ends[image] - self.counts[image]
-            whole = hi if ends[hi] > b else hi + 1
-            yield Part(
-                scale=self.scale,
-                rows=self.first[image] + patches - begins,
-                lengths=np.bincount(image - lo),
-                decided=self.images[lo:whole],
-                first=lo,
-                open=whole == hi,
-            )
+    counts = reader.counts[images].astype(np.int64)
+    if most is not None:
+        counts = np.minimum(counts, most)
+    first, ends = reader.first[images], np.cumsum(counts)
+    total = int(counts.sum())
+    for a in range(0, total, size):
+        b = min(a + size, total)
+        patches = np.arange(a, b)
+        image = np.searchsorted(ends, patches, side="right")
+        lo, hi = int(image[0]), int(image[-1])
+        begins = ends[image] - counts[image]
+        whole = slice(lo, hi if ends[hi] > b else hi + 1)
+        yield Part(
+            scale=scale,
+            rows=first[image] + patches - begins,
+            lengths=np.bincount(image - lo),
+            decided=images[whole],
+            counts=counts[whole],
+            open=whole.stop == hi,
+        )
 
 
 def added_by_image(probabilities: Tensor, part: Part, carry: Tensor | None) -> Tensor:
@@ -218,32 +200,25 @@ def added_by_image(probabilities: Tensor, part: Part, carry: Tensor | None) -> T
 def score_patches(
     networks: Mapping[int, Distributions],
     reader: ShardReader,
+    images: NDArray[np.int64],
     *,
-    world: World,
     batch_size: int,
-    scales: Sequence[int] = SCALES,
     check: Callable[[], object] = lambda: None,
     keep: Keep | None = None,
     most: int | None = None,
-    limit: int | None = None,
-    threads: int = 2,
     advance: Callable[[int], object] = lambda images: None,
 ) -> PatchFigures:
     """Decide on every image by the sum of its patches' distributions.
 
-    Each process takes its share of the images, all patches of an image in one process.
-
     Args:
-        networks: that decides on the patches of each scale, all on one device.
+        networks: by the scale of the patches that they decide on, all on one device; images
+            that chose another scale are passed over.
         reader: of the shards.
-        world: the processes.
+        images: rows of this process's images, int64.
         batch_size: patches in a batch, all of one scale.
-        scales: the images that chose one of these are counted.
         check: called between batches, may raise.
         keep: gets the images of this process as they are decided, by scale in order.
         most: take only the strongest patches of each image, so many.
-        limit: take only so many images, evenly spread over the split.
-        threads: that read patches ahead.
         advance: told how many images were decided.
 
     Returns:
@@ -251,25 +226,19 @@ def score_patches(
 
     Raises:
         DataError: a network knows other classes than the shards.
-        ShardError: there is no image, or one without patches.
+        ShardError: there is no image of these scales.
         CorruptShard: a shard cannot be read.
         WeightsError: the network does not give one logit for each class.
         NonFiniteError: the network gave NaN or infinity.
     """
     for run in networks.values():
-        check_classes(reader, run.meta)
-    check_tables(reader)
+        _check_classes(reader, run.meta)
     device = next(iter(networks.values())).device
-    taken = spread_rows(len(reader), limit)
-    mine = taken[list(world.share(len(taken)))]
-    accuracy = Accuracy(device, len(SCALES))
-    for j, scale in enumerate(SCALES):
-        if scale not in scales:
-            continue
-        run = networks[scale]
-        plan = ScalePlan.of(reader, scale, mine[reader.scale[mine] == scale], batch_size, most)
+    accuracy = Accuracy(device, len(networks))
+    for j, (scale, run) in enumerate(networks.items()):
+        plan = _parts(reader, scale, images[reader.scale[images] == scale], batch_size, most)
         carry: Tensor | None = None
-        loaded = load_rows(reader, plan, threads=threads, pin_memory=device.type == "cuda")
+        loaded = load_rows(reader, plan, threads=2, pin_memory=device.type == "cuda")
         with closing(loaded):
             for part, (pixels, _) in loaded:
                 check()
@@ -280,42 +249,40 @@ def score_patches(
                 losses = probability_losses(decided, labels)
                 accuracy.update(decided, labels, losses, group=j, patches=len(part.rows))
                 if keep is not None and len(rows):
-                    totals = plan.counts[part.first : part.first + len(rows), None]
-                    keep(rows, decided.cpu().numpy() / totals)
+                    keep(rows, decided.cpu().numpy() / part.counts[:, None])
                 advance(len(rows))
     total, by_scale = accuracy.figures()
     if not total.images:
-        chosen = ", ".join(map(str, scales))
         raise ShardError(
-            f"{reader.folder}: expected images of the scales {chosen} px, found none; "
-            "choose another --split or --scale"
+            f"{reader.folder}: expected images of the scales {', '.join(map(str, networks))} px, "
+            "found none; choose another --split or --scale"
         )
-    of_scales = {s: found for s, found in zip(SCALES, by_scale, strict=True) if s in scales}
-    return PatchFigures(**vars(total), by_scale=of_scales)
+    return PatchFigures(**vars(total), by_scale=dict(zip(networks, by_scale, strict=True)))
+
+
+def _check_classes(reader: ShardReader, meta: WeightsMeta) -> None:
+    if reader.classes != meta.classes:
+        raise DataError(
+            f"{reader.folder}: expected the {len(meta.classes)} classes of the weights of "
+            f"{meta.architecture} ({few(meta.classes)}), found {len(reader.classes)} "
+            f"({few(reader.classes)}); use weights that were trained on these classes"
+        )
 
 
 @torch.inference_mode()
 def score_images(
-    module: nn.Module,
+    run: Distributions,
     batches: Iterable[Crops],
     *,
-    device: torch.device,
-    meta: WeightsMeta,
-    amp: bool = False,
     check: Callable[[], object] = lambda: None,
-    keep: Keep | None = None,
     advance: Callable[[int], object] = lambda images: None,
 ) -> Figures:
     """Decide on whole images, each by its own distribution.
 
     Args:
-        module: the network, in evaluation mode and on the device.
+        run: the network.
         batches: this process's share of the images.
-        device: of the network.
-        meta: the network's classes, and the mean and deviation of its input.
-        amp: compute in bfloat16; distributions stay float64.
         check: called between batches, may raise.
-        keep: gets the images of this process as they are decided.
         advance: told how many images were decided.
 
     Returns:
@@ -325,15 +292,103 @@ def score_images(
         WeightsError: the network does not give one logit for each class.
         NonFiniteError: the network gave NaN or infinity.
     """
-    run = Distributions(module, device, meta, amp)
-    accuracy = Accuracy(device)
+    accuracy = Accuracy(run.device)
     for batch in batches:
         check()
         probabilities = run(batch.pixels)
-        labels = to_device(batch.labels, device)
+        labels = to_device(batch.labels, run.device)
         losses = probability_losses(probabilities, labels)
         accuracy.update(probabilities, labels, losses, patches=len(batch.rows))
-        if keep is not None:
-            keep(batch.rows, probabilities.cpu().numpy())
         advance(len(batch.rows))
     return accuracy.figures()[0]
+
+
+# --- the decisions as a file ---------------------------------------------------------------
+
+
+class Predictions:
+    """Collects mean distributions, each image from one process, and writes them in path order.
+
+    Args:
+        path: of the file: .csv to read, .npz for programs.
+        reader: of the shards.
+        device: which the processes exchange tensors on.
+    """
+
+    def __init__(self, path: Path, reader: ShardReader, device: torch.device) -> None:
+        n, classes = len(reader), len(reader.classes)
+        self.path, self._reader, self._device = path, reader, device
+        self._csv = path.suffix.lower() == ".csv"
+        self._seen = np.zeros(n, np.uint8)
+        self._top = np.zeros((n, min(_TOP, classes)), np.int32)
+        self._best = np.zeros(self._top.shape, np.float64)
+        self._all = np.zeros((0 if self._csv else n, classes), np.float32)
+
+    @staticmethod
+    def check(path: Path) -> None:
+        """Raise where predictions could not be written, before the work and not after it.
+
+        Raises:
+            SettingsError: the suffix is neither .csv nor .npz.
+            StorageError: the file's folder cannot be made or written to, or the path is a folder.
+        """
+        if path.suffix.lower() not in (".csv", ".npz"):
+            raise SettingsError(
+                f"--predictions {path}: expected a file that ends with .csv or .npz, "
+                f"found {path.suffix or 'no suffix'}"
+            )
+        with refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            what = "it is a folder" if path.is_dir() else f"{path.parent} is not writable"
+            raise StorageError(f"{path}: cannot write: {what}: choose another --predictions")
+
+    def keep(self, rows: NDArray[np.int64], probabilities: NDArray[np.float64]) -> None:
+        """Note images (n,) and their mean distributions (n, C)."""
+        # Stable: of equal probabilities the lower class goes first, as in the decision.
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self._top.shape[1]]
+        self._seen[rows] = 1
+        self._top[rows] = order
+        self._best[rows] = np.take_along_axis(probabilities, order, 1)
+        if not self._csv:
+            self._all[rows] = probabilities
+
+    def write(self, world: World) -> None:
+        """Gather what the processes have and write the file; all of them must call this.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        # Every image is one process's, and zero elsewhere: the sum is the whole.
+        seen, top, best, every = (
+            sum_ranks(torch.from_numpy(array).to(self._device)).cpu().numpy()
+            for array in (self._seen, self._top, self._best, self._all)
+        )
+        if not world.is_main:
+            return
+        reader, rows = self._reader, np.flatnonzero(seen)
+        names = np.array(reader.classes, np.str_)
+        columns: dict[str, Any] = {
+            "path": np.array([path.decode() for path in reader.path[rows].tolist()], np.str_),
+            "label": reader.label[rows],
+            "scale": reader.scale[rows],
+            "patches": reader.counts[rows],
+        }
+        if self._csv:
+            columns["label"] = names[columns["label"]]
+            columns |= {f"class{k}": names[top[rows, k - 1]] for k in range(1, top.shape[1] + 1)}
+            for k, of_rank in enumerate(best[rows].T, 1):
+                columns[f"probability{k}"] = [f"{p:.6g}" for p in of_rank]
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+            write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
+            return
+        columns |= {
+            "top5": top[rows],
+            "top5_probability": best[rows].astype(np.float32),
+            "probabilities": every[rows],
+            "classes": names,
+        }
+        write_atomically(self.path, lambda file: np.savez(file, **columns))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.networks import asked_text
+from anchorpatch.settings import CROP
 from anchorpatch.tables import (
     Cell,
     Column,
@@ -174,11 +176,6 @@ class Table3:
     left_out: tuple[str, ...]
     whole_trained_on: str = ""
 
-    @property
-    def asked(self) -> str:
-        """Which network was asked about whole images."""
-        return asked_text(str(self.whole_weights), self.whole_trained_on)
-
     def to_json(self) -> dict[str, Any]:
         """Return the table as JSON values."""
         return {"protocol": "patches", **asdict(self)}
@@ -212,7 +209,8 @@ class Table3:
         ]
         notes = [f"{self.network} on {self.shards}; weights: {self.weights}."]
         if self.whole_source:
-            notes.append(f"Row 224: {self.whole_source}; asked: {self.asked}.")
+            asked = asked_text(str(self.whole_weights), self.whole_trained_on)
+            notes.append(f"Row 224: {self.whole_source}; asked: {asked}.")
         if speed := self.speed:
             whole, patches = (decimal(v, 1).text for v in (speed.whole, speed.patches))
             ratio, mean = (decimal(v).text for v in (speed.ratio, speed.mean_patches))
@@ -223,6 +221,50 @@ class Table3:
             )
         notes += [f"Left out: {reason}." for reason in self.left_out]
         return (with_total(f"Table 3: {self.network}", columns, rows, notes),)
+
+
+class Costs(NamedTuple):
+    """Multiply-accumulates of one input, 1e9.
+
+    Attributes:
+        network: of the network, by the side of its input in pixels; 224 is there.
+        anchornet: of localizing one image.
+    """
+
+    network: Mapping[int, float]
+    anchornet: float
+
+
+def table_3_rows(
+    figures: PatchFigures, whole: Figures | None, costs: Costs
+) -> tuple[Table3Row, ...]:
+    """Return the lines of Table 3: whole images, where there are any, each scale, and all.
+
+    Args:
+        figures: of the network on patches.
+        whole: of the network on whole images.
+        costs: of the network for each scale and for 224 px, and of AnchorNet.
+    """
+    at_224 = costs.network[CROP]
+
+    def saved(gmacs: float | None) -> float | None:
+        return None if gmacs is None or not at_224 else 1 - gmacs / at_224
+
+    def row(scale: str, found: Figures, spent: float) -> Table3Row:
+        gmacs = spent / found.images if found.images else None
+        both = None if gmacs is None else gmacs + costs.anchornet
+        cost = (found.mean_patches, gmacs, saved(gmacs), both, saved(both))
+        return Table3Row(scale, found.images, *cost, found.top1, found.top5, found.loss)
+
+    rows, total = [], 0.0
+    if whole is not None:
+        cost = (None, at_224, None, None, None)
+        rows.append(Table3Row(str(CROP), whole.images, *cost, whole.top1, whole.top5, whole.loss))
+    for scale, found in figures.by_scale.items():
+        spent = found.patches * costs.network[scale]
+        rows.append(row(str(scale), found, spent))
+        total += spent
+    return (*rows, row("all", figures, total))
 
 
 @dataclass(frozen=True)
@@ -266,11 +308,6 @@ class Table4:
     rows: tuple[Table4Row, ...]
     trained_on: str = ""
 
-    @property
-    def asked(self) -> str:
-        """Which network was asked."""
-        return asked_text(self.weights, self.trained_on)
-
     def to_json(self) -> dict[str, Any]:
         """Return the table as JSON values."""
         return {"protocol": "rescale", **asdict(self)}
@@ -296,8 +333,28 @@ class Table4:
             )
             for row in self.rows
         ]
-        notes = [f"{self.network} on {self.shards}; asked: {self.asked}."]
+        asked = asked_text(self.weights, self.trained_on)
+        notes = [f"{self.network} on {self.shards}; asked: {asked}."]
         return (with_total(f"Table 4: {self.network}", columns, rows, notes),)
+
+
+def table_4_rows(rescaled: Mapping[int, Figures], localized: PatchFigures) -> tuple[Table4Row, ...]:
+    """Return the lines of Table 4: each scale, and all.
+
+    Args:
+        rescaled: figures of the rescaled images by the scale that they chose.
+        localized: figures of the strongest patch of the same images.
+    """
+    rows = []
+    for scale, whole in rescaled.items():
+        patch = localized.by_scale[scale]
+        rows.append(
+            Table4Row(str(scale), whole.images, whole.top1, patch.top1, whole.top5, patch.top5)
+        )
+    n = localized.images
+    top1 = sum(r.images * (r.top1 or 0.0) for r in rescaled.values()) / n
+    top5 = sum(r.images * (r.top5 or 0.0) for r in rescaled.values()) / n
+    return (*rows, Table4Row("all", n, top1, localized.top1, top5, localized.top5))
 
 
 def _scale(name: str) -> Cell:

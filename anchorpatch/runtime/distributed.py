@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -124,19 +124,28 @@ class World:
         """
         return range(self.rank, n, self.size)
 
-    def counted(self, done: int, mine: int, total: int) -> int:
-        """Return about how many of ``total`` items all processes have done, as fast as this one.
+    def counter(
+        self, advance: Callable[[int], object], mine: int, total: int
+    ) -> Callable[[int], None]:
+        """Return what counts this process's items as if the others were as fast.
 
         Args:
-            done: of this process's items.
-            mine: how many these are.
+            advance: told about how many more of the ``total`` items are done.
+            mine: how many items are this process's.
             total: of all processes.
 
         Example:
-            >>> World(0, 16).counted(done=13, mine=13, total=200)
+            >>> World(0, 16).counter(print, mine=13, total=200)(13)
             200
         """
-        return done * total // max(mine, 1)
+        done = 0
+
+        def count(n: int) -> None:
+            nonlocal done
+            before, done = done, done + n
+            advance(done * total // mine - before * total // mine)
+
+        return count
 
 
 @contextlib.contextmanager

@@ -220,7 +220,7 @@ def test_a_network_on_patches_is_asked_about_whole_images_only_with_a_warning(
     table = run(config_of(root, runs=tmp_path), report)
     best = f"{tmp_path}/{NETWORK}/best.safetensors"
     assert (table.whole_weights, table.rows[0].weights) == (best, best)
-    assert table.asked == f"{best} (fine-tuned on patches)"
+    assert table.tables()[0].notes[1].endswith(f"asked: {best} (fine-tuned on patches).")
     (warning,) = [line for line in report.lines if line.startswith("warning: ")]
     assert warning.startswith(f"warning: {best} was fine-tuned on patches and understates")
     assert f"run `anchorpatch finetune {NETWORK} --baseline`, or name weights with" in warning
@@ -289,7 +289,8 @@ def test_predictions(root: Path, tmp_path: Path):
 def test_table_4_equals_image_by_image(root: Path):
     table = run_rescale(config_of(root))
     reader, module = ShardReader(root / "stored" / "val"), lively(1)
-    assert table.asked == f"{root}/runs/{NETWORK}-baseline/best.safetensors"
+    asked = f"asked: {root}/runs/{NETWORK}-baseline/best.safetensors."
+    assert table.tables()[0].notes[0].endswith(asked)
     given = run_rescale(config_of(root, weights=root / "runs" / NETWORK / "best.safetensors"))
     assert given.weights == f"{root}/runs/{NETWORK}/best.safetensors"
     for row, scale in zip(table.rows, (*SCALES, None), strict=True):

@@ -259,7 +259,7 @@ def test_two_processes_end_with_the_same_weights(tmp_path: Path):
     load_into(module, saved)
     run = Distributions(module, torch.device("cpu"), saved.meta, amp=False)
     reader = ShardReader(shards / "val")
-    alone = score_patches(dict.fromkeys(SCALES, run), reader, world=World(), batch_size=32)
+    alone = score_patches(dict.fromkeys(SCALES, run), reader, np.arange(len(reader)), batch_size=32)
     found = records(folder)[0]["val"]
     assert found["images"] == len(VAL)
     assert found["top1"] == alone.top1

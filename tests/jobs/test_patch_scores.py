@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from anchorpatch.errors import CorruptShard, DataError, NonFiniteError, ShardError, WeightsError
+from anchorpatch.images.folder import spread_rows
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.patch_scores import (
     Distributions,
+    check_tables,
     score_images,
     score_patches,
 )
@@ -56,8 +58,10 @@ def score(folder: Path, module: nn.Module | None = None, **options: object) -> P
         options.pop("meta", meta_of(reader.classes)),
         options.pop("amp", False),
     )
-    options = {"world": World(), "batch_size": 2, **options}
-    return score_patches(dict.fromkeys(SCALES, run), reader, **options)
+    networks = dict.fromkeys(options.pop("scales", SCALES), run)
+    images = spread_rows(len(reader), options.pop("limit", None))
+    images = images[list(options.pop("world", World()).share(len(images)))]
+    return score_patches(networks, reader, images, **{"batch_size": 2, **options})
 
 
 @pytest.fixture(scope="module")
@@ -181,13 +185,10 @@ def test_whole_images(folder: Path):
         Crops(np.array([4, 7]), pixels[:2], np.array([1, 1])),
         Crops(np.array([9]), pixels[2:], np.array([5])),
     ]
-    kept: list[int] = []
-    figures = score_images(
-        Spelled(6), batches, device=CPU, meta=meta_of(SIX), keep=lambda rows, p: kept.extend(rows)
-    )
+    run = Distributions(Spelled(6), CPU, meta_of(SIX), amp=False)
+    figures = score_images(run, batches)
     assert (figures.images, figures.patches, figures.top1, figures.top5) == (3, 3, 2 / 3, 1.0)
-    assert kept == [4, 7, 9]
-    assert score_images(Spelled(6), [], device=CPU, meta=meta_of(SIX)).top1 is None
+    assert score_images(run, []).top1 is None
 
 
 def test_a_probability_of_zero_keeps_the_loss_finite(tmp_path: Path):
@@ -219,9 +220,8 @@ def test_an_image_without_patches_is_refused(folder: Path):
     counts = reader.counts.copy()
     counts[3] = 0
     reader._columns["images/count"] = counts
-    run = Distributions(Spelled(6), CPU, meta_of(SIX), amp=False)
     with pytest.raises(ShardError, match=r"1 of 5 images have no patch, .* images/0003.png"):
-        score_patches(dict.fromkeys(SCALES, run), reader, world=World(), batch_size=2)
+        check_tables(reader)
 
 
 def test_a_corrupt_shard_is_named(folder: Path, tmp_path: Path):

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchorpatch.jobs.evaluate import Costs, table_3_rows, table_4_rows
-from anchorpatch.jobs.results import Table3
+from anchorpatch.jobs.results import Costs, Table3, table_3_rows, table_4_rows
 from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.settings import SCALES
 from tests.report.samples import ANCHORNET, DASH, TABLE_3, TABLE_4, texts
