@@ -205,56 +205,54 @@ def load_config(ctx: click.Context, file: str | None) -> dict[str, Any]:
                 f"{where}, [{_FOR_ALL}]: expected some of {', '.join(sorted(known))}, which hold "
                 f"for all commands, found {key!r}." + did_you_mean(key, known)
             )
-    return _group_defaults(ctx, ctx.command, tables, shared, where, ())
+    return _defaults(ctx, ctx.command, tables, shared, where)
 
 
-def _group_defaults(
-    ctx: click.Context,
-    group: click.Command,
-    tables: Mapping[str, Any],
-    shared: Mapping[str, Any],
-    where: str,
-    names: tuple[str, ...],
-) -> dict[str, Any]:
-    """Return the default map of a group from the tables of its commands."""
-    inside = f"{where}, [{'.'.join(names)}]" if names else where
-    commands = _commands(ctx, group)
-    for name, table in tables.items():
-        if name not in commands:
-            tables_known = commands if names else [*commands, _FOR_ALL]
-            raise click.UsageError(
-                f"{inside}: expected a table for a command ({', '.join(tables_known)}), found "
-                f"{name!r}." + did_you_mean(name, tables_known)
-            )
-        if not isinstance(table, dict):
-            raise click.UsageError(
-                f"{inside}: {name} is a command: expected a table "
-                f"[{'.'.join((*names, name))}], found {_toml(table)}"
-            )
-    defaults = {}
-    for name in commands if shared else tables:
-        command = _command(ctx, group, name)
-        make = _group_defaults if isinstance(command, click.Group) else _command_defaults
-        defaults[name] = make(ctx, command, tables.get(name, {}), shared, where, (*names, name))
-    return defaults
-
-
-def _command_defaults(
+def _defaults(
     ctx: click.Context,
     command: click.Command,
     table: Mapping[str, Any],
     shared: Mapping[str, Any],
     where: str,
-    names: tuple[str, ...],
+    names: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Return the default map of a command: its own table, and what holds for all commands."""
-    inside, options = f"{where}, [{'.'.join(names)}]", options_of(command)
+    """Return the default map of a command, or of each command of a group.
+
+    Args:
+        ctx: of the program's group of commands.
+        command: the command or group.
+        table: of the settings file, for the command.
+        shared: what the file sets for all commands.
+        where: names the file.
+        names: of the command, from the program's on.
+    """
+    inside = f"{where}, [{'.'.join(names)}]" if names else where
+    if isinstance(command, click.Group):
+        commands = command.list_commands(ctx)
+        for name, value in table.items():
+            if name not in commands:
+                known = commands if names else [*commands, _FOR_ALL]
+                raise click.UsageError(
+                    f"{inside}: expected a table for a command ({', '.join(known)}), found "
+                    f"{name!r}." + did_you_mean(name, known)
+                )
+            if not isinstance(value, dict):
+                raise click.UsageError(
+                    f"{inside}: {name} is a command: expected a table "
+                    f"[{'.'.join((*names, name))}], found {_toml(value)}"
+                )
+        return {
+            name: _defaults(
+                ctx, _member(ctx, command, name), table.get(name, {}), shared, where, (*names, name)
+            )
+            for name in (commands if shared else table)
+        }
+    options = options_of(command)
     defaults: dict[str, Any] = {}
     for option in options.values():
         if isinstance(option, SharedOption) and option.shared in shared and option.name:
-            defaults[option.name] = _text(
-                ctx, option, shared[option.shared], f"{where}, [{_FOR_ALL}] {option.shared}"
-            )
+            place = f"{where}, [{_FOR_ALL}] {option.shared}"
+            defaults[option.name] = _text(ctx, option, shared[option.shared], place)
     given: dict[str, str] = {}
     for key, value in table.items():
         name = key.replace("_", "-")
@@ -341,20 +339,15 @@ def _walk(
 ) -> Iterator[tuple[tuple[str, ...], str, click.Option]]:
     """Yield the names of each command, and name and option of each of its options."""
     group = group or ctx.command
-    for name in _commands(ctx, group):
-        command = _command(ctx, group, name)
-        if isinstance(command, click.Group):
-            yield from _walk(ctx, command, (*names, name))
-        else:
-            for option_name, option in options_of(command).items():
-                yield (*names, name), option_name, option
+    if isinstance(group, click.Group):
+        for name in group.list_commands(ctx):
+            yield from _walk(ctx, _member(ctx, group, name), (*names, name))
+    else:
+        for option_name, option in options_of(group).items():
+            yield names, option_name, option
 
 
-def _commands(ctx: click.Context, group: click.Command) -> list[str]:
-    return group.list_commands(ctx) if isinstance(group, click.Group) else []
-
-
-def _command(ctx: click.Context, group: click.Command, name: str) -> click.Command:
-    command = group.get_command(ctx, name) if isinstance(group, click.Group) else None
+def _member(ctx: click.Context, group: click.Group, name: str) -> click.Command:
+    command = group.get_command(ctx, name)
     assert command is not None  # the group has listed it
     return command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -114,7 +115,7 @@ def predict(
         device=device,
     )
     predictor = Predictor(config, reporter().message)
-    pictures = None if out is None else _Pictures(out)
+    pictures: Counter[str] = Counter()
     found: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
     for result in predictor.predict(_names(images)):
@@ -122,7 +123,7 @@ def predict(
             bad.append({"path": _printable(result.path), "reason": result.reason})
             click.echo(f"anchorpatch: {_printable(result.path)}: {result.reason}", err=True)
             continue
-        drawn = None if pictures is None else pictures.draw(result)
+        drawn = None if out is None else _draw(result, out, pictures)
         if as_json:
             found.append(_facts(result, drawn))
         else:
@@ -201,38 +202,31 @@ def _counted(result: Prediction) -> str:
     return counted(len(result.scores), "patch", "patches")
 
 
-class _Pictures:
-    """Draws each image with its patches into a folder, under a name of its own."""
+def _draw(result: Prediction, folder: Path, drawn: Counter[str]) -> Path:
+    """Write a picture of an image and its patches into a folder, under a name of its own.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._taken: set[str] = set()
+    Args:
+        result: of the image.
+        folder: for the picture.
+        drawn: pictures by the image's name, of which several folders may have one.
 
-    def draw(self, result: Prediction) -> Path:
-        """Write the picture and return its path.
+    Raises:
+        StorageError: the disk refuses.
+    """
+    from anchorpatch.figures.frames import patch_figure
+    from anchorpatch.storage import write_atomically
 
-        Raises:
-            StorageError: the disk refuses.
-        """
-        from anchorpatch.figures.frames import patch_figure
-        from anchorpatch.storage import write_atomically
-
-        name, probability = result.classes[0]
-        picture = patch_figure(
-            result.patches,
-            result.corners,
-            result.scores,
-            image=result.crop,
-            caption=f"{_printable(Path(result.path).name)}: {name} {probability:.1%}, "
-            f"{_counted(result)} of {result.scale} px",
-        )
-        path = self.folder / self._name(Path(result.path).stem)
-        write_atomically(path, lambda file: picture.save(file, "PNG"))
-        return path
-
-    def _name(self, stem: str) -> str:
-        # Pictures of the same name may lie in several folders.
-        names = (f"{stem}-patches{f'-{i}' if i > 1 else ''}.png" for i in range(1, 1 << 30))
-        name = next(name for name in names if name not in self._taken)
-        self._taken.add(name)
-        return name
+    name, probability = result.classes[0]
+    picture = patch_figure(
+        result.patches,
+        result.corners,
+        result.scores,
+        image=result.crop,
+        caption=f"{_printable(Path(result.path).name)}: {name} {probability:.1%}, "
+        f"{_counted(result)} of {result.scale} px",
+    )
+    stem = Path(result.path).stem
+    drawn[stem] += 1
+    path = folder / f"{stem}-patches{f'-{drawn[stem]}' if drawn[stem] > 1 else ''}.png"
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
+    return path

@@ -209,15 +209,28 @@ class Predictor:
             ) from error
         patches, sums = self._distributions(local, pixels)
         means = sums / torch.from_numpy(local.counts)[:, None]
-        for path, finite in zip(paths, means.isfinite().all(1).tolist(), strict=True):
-            if not finite:
+        predictions = []
+        for i, (path, image) in enumerate(zip(paths, images, strict=True)):
+            if not means[i].isfinite().all():
                 raise NonFiniteError(
                     f"{path}: {self.network.source} gave NaN or infinity: fine-tune it again"
                 )
-        return [
-            self._prediction(i, path, images[i], local, patches[i], means[i])
-            for i, path in enumerate(paths)
-        ]
+            # Stable: of equal probabilities the lower class goes first, as in the evaluation.
+            order = torch.sort(means[i], descending=True, stable=True).indices
+            best, count = order[: self.config.top].tolist(), local.counts[i]
+            predictions.append(
+                Prediction(
+                    path=path,
+                    size=image.size,
+                    scale=int(local.scale[i]),
+                    classes=tuple((self.network.meta.classes[c], float(means[i, c])) for c in best),
+                    corners=local.corners[i, :count],
+                    scores=local.scores[i, :count],
+                    crop=image.pixels,
+                    patches=patches[i],
+                )
+            )
+        return predictions
 
     def _distributions(
         self, local: Localized, pixels: Tensor
@@ -239,29 +252,6 @@ class Predictor:
             for i, of_image in zip(rows.tolist(), split, strict=True):
                 patches[i] = of_image
         return patches, sums
-
-    def _prediction(
-        self,
-        i: int,
-        path: str,
-        image: Decoded,
-        local: Localized,
-        patches: NDArray[np.uint8],
-        means: Tensor,
-    ) -> Prediction:
-        # Stable: of equal probabilities the lower class goes first, as in the evaluation.
-        best = torch.sort(means, descending=True, stable=True).indices[: self.config.top].tolist()
-        count = local.counts[i]
-        return Prediction(
-            path=path,
-            size=image.size,
-            scale=int(local.scale[i]),
-            classes=tuple((self.network.meta.classes[c], float(means[c])) for c in best),
-            corners=local.corners[i, :count],
-            scores=local.scores[i, :count],
-            crop=image.pixels,
-            patches=patches,
-        )
 
 
 def _load(
