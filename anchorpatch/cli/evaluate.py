@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -163,12 +162,17 @@ def evaluate(
         if options["per_scale"] and options["weights"] is not None:
             raise click.UsageError("--per-scale and --weights are mutually exclusive.", ctx)
     from anchorpatch.runtime.device import use_threads  # torch is slow to import
+    from anchorpatch.runtime.distributed import is_main
 
     use_threads(threads)
-    if network == "anchornet":
-        _evaluate_anchornet(form, options)
-    else:
-        _evaluate_network(network, form, options)
+    result = options.pop("result")
+    found = _anchornet(options) if network == "anchornet" else _network(network, options)
+    if is_main():
+        document = found.to_json()
+        if result is not None:
+            text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+            write_atomically(result, lambda file: file.write(text.encode()))
+        print_result(document, found.tables(), form)
 
 
 def _refuse(ctx: click.Context, names: tuple[str, ...], why: str) -> None:
@@ -180,42 +184,25 @@ def _refuse(ctx: click.Context, names: tuple[str, ...], why: str) -> None:
             raise click.UsageError(f"{(off or param.opts)[0]} {why}.", ctx)
 
 
-def _evaluate_anchornet(form: str, options: dict[str, Any]) -> None:
+def _anchornet(options: dict[str, Any]) -> AnchorNetFigures:
     from anchorpatch.jobs.evaluate_anchornet import EvaluateAnchorNetConfig, run
     from anchorpatch.runtime.progress import reporter
 
-    weights, runs, result = (options.pop(name) for name in ("weights", "runs", "result"))
+    weights = find_weights(options.pop("weights"), options.pop("runs"))
     known = {k: v for k, v in options.items() if k not in _OF_NETWORKS}
-    config = EvaluateAnchorNetConfig(weights=find_weights(weights, runs), **known)
-    _show(run(config, reporter()), form, result)
+    return run(EvaluateAnchorNetConfig(weights=weights, **known), reporter())
 
 
-def _evaluate_network(network: str, form: str, options: dict[str, Any]) -> None:
+def _network(network: str, options: dict[str, Any]) -> Table3 | Table4:
     from anchorpatch.jobs.evaluate import EvaluateConfig, run, run_rescale
     from anchorpatch.runtime.progress import reporter
 
-    scale, result = options.pop("scale"), options.pop("result")
-    protocol, anchornet = options.pop("protocol"), options.pop("anchornet_weights")
+    scale, anchornet = options.pop("scale"), options.pop("anchornet_weights")
+    job = run_rescale if options.pop("protocol") == "rescale" else run
     config = EvaluateConfig(
         network=network,
         scales=SCALES if scale is None else (int(scale),),
         anchornet_weights=find_weights(anchornet, options["runs"]) if anchornet else None,
         **{k: v for k, v in options.items() if k not in _OF_ANCHORNET},
     )
-    found = run_rescale(config, reporter()) if protocol == "rescale" else run(config, reporter())
-    _show(found, form, result)
-
-
-def _show(found: Table3 | Table4 | AnchorNetFigures, form: str, result: Path | None) -> None:
-    """Print what was found, and write it to a file where one is named."""
-    from anchorpatch.runtime.distributed import is_main
-
-    if is_main():
-        _write_result(result, found.to_json())
-        print_result(found.to_json(), found.tables(), form)
-
-
-def _write_result(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
+    return job(config, reporter())

@@ -43,31 +43,18 @@ _COMMANDS = (
 class _Program(Group):
     """The commands, whose modules are imported when they are asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of use."""
-        return list(_COMMANDS)
-
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the module of a command and return what has its name there."""
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in self.commands:
             return None
         module = importlib.import_module(f"anchorpatch.cli.{cmd_name}")
         command: click.Command = getattr(module, cmd_name)
-        self.commands.setdefault(cmd_name, command)
         return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Name the commands that a mistyped one may have meant."""
-        self.commands.update(
-            {name: click.Command(name) for name in _COMMANDS if name not in self.commands}
-        )
-        return super().resolve_command(ctx, args)
 
 
 @click.group(
     cls=_Program,
+    commands={name: click.Command(name) for name in _COMMANDS},
     params=[debug_option()],
     context_settings={
         "help_option_names": ["-h", "--help"],

@@ -54,11 +54,11 @@ def models(
             raise click.UsageError(f"{flag} cannot be combined with NAME or another list")
         (_print_table_3 if table3 else _print_names)(as_json)
         return
-    rows = _rows(names, classes, size)
+    sides = list(dict.fromkeys((size, *sorted(SCALES, reverse=True))))
+    rows = _rows(names, classes, sides)
     if as_json:
         print_json({"classes": classes, "size": size, "networks": rows})
         return
-    sides = _sides(size)
     print_table(
         [
             "network",
@@ -69,12 +69,13 @@ def models(
             [
                 row["network"],
                 f"{row['parameters']:,}",
-                *(_gmacs_text(row["gmacs_by_side"][str(side)]) for side in sides),
+                *("-" if g is None else f"{g:.4f}" for g in row["gmacs_by_side"].values()),
             ]
             for row in rows
         ],
     )
-    for name, fields in [(row["network"], row["receptive_fields"]) for row in rows]:
+    for row in rows:
+        name, fields = row["network"], row["receptive_fields"]
         if fields is not None and " " not in name:
             plural = "s" if len(fields) > 1 else ""
             click.echo(f"receptive field{plural} of {name}: {', '.join(map(str, fields))} px")
@@ -86,15 +87,8 @@ def models(
         )
 
 
-def _sides(size: int) -> tuple[int, ...]:
-    return tuple(dict.fromkeys((size, *sorted(SCALES, reverse=True))))
-
-
-def _gmacs_text(gmacs: float | None) -> str:
-    return "-" if gmacs is None else f"{gmacs:.4f}"
-
-
-def _rows(names: tuple[str, ...], classes: int, size: int) -> list[dict[str, Any]]:
+def _rows(names: tuple[str, ...], classes: int, sides: list[int]) -> list[dict[str, Any]]:
+    from anchorpatch.models.complexity import summaries
     from anchorpatch.models.registry import NETWORKS, check_name
     from anchorpatch.runtime.progress import reporter
 
@@ -106,60 +100,11 @@ def _rows(names: tuple[str, ...], classes: int, size: int) -> list[dict[str, Any
     rows: list[dict[str, Any]] = []
     try:
         for name in wanted:
-            if name == "anchornet":
-                rows += _anchornet_rows(classes, size)
-            else:
-                rows.append(_network_row(name, classes, size))
+            rows += summaries(name, classes, sides)
             progress.advance(1)
     finally:
         progress.stop()
     return rows
-
-
-def _network_row(name: str, classes: int, size: int) -> dict[str, Any]:
-    from anchorpatch.models.bagnet import BagNet
-    from anchorpatch.models.complexity import macs_at, parameters
-    from anchorpatch.models.registry import build_on_meta
-    from anchorpatch.models.saccader import Saccader
-
-    net = build_on_meta(name, classes)
-    forward = net.logit_map if isinstance(net, BagNet) else None  # what localises
-    fields = [net.theta] if isinstance(net, BagNet | Saccader) else None
-    return _row(name, parameters(net), macs_at(net, _sides(size), forward), size, fields)
-
-
-def _anchornet_rows(classes: int, size: int) -> list[dict[str, Any]]:
-    """AnchorNet takes whole images only: what it sees of them are the patches."""
-    from anchorpatch.models.anchornet import AnchorNet
-    from anchorpatch.models.complexity import anchornet_receptive_fields, macs_at, parameters
-
-    net = AnchorNet(classes)  # no meta device: it leaves autocast, which knows none
-    heads = sum(parameters(b.get_submodule("attention_classifier")) for b in net.branches)
-    fields = list(anchornet_receptive_fields(net))
-    return [
-        _row(name, count, macs_at(net, [size], forward), size, fields)
-        for name, count, forward in (
-            ("anchornet", parameters(net), net.full),
-            ("anchornet (localising)", parameters(net) - heads, net.localize),
-        )
-    ]
-
-
-def _row(
-    name: str,
-    parameters: int,
-    macs: dict[int, int | None],
-    size: int,
-    fields: list[int] | None = None,
-) -> dict[str, Any]:
-    found = {side: count / 1e9 for side, count in macs.items() if count is not None}
-    return {
-        "network": name,
-        "parameters": parameters,
-        "gmacs": found.get(size),
-        "gmacs_by_side": {str(side): found.get(side) for side in _sides(size)},
-        "receptive_fields": fields,
-    }
 
 
 def _print_names(as_json: bool) -> None:
@@ -181,7 +126,7 @@ def _print_table_3(as_json: bool) -> None:
             {
                 "mean_patches": {str(scale): mean for scale, mean in MEAN_PATCHES.items()},
                 "images": {str(scale): images for scale, images in IMAGES.items()},
-                "cells": [cell.to_json() for cell in cells],
+                "cells": [cell._asdict() for cell in cells],
             }
         )
         return

@@ -129,17 +129,21 @@ def print_result(result: Mapping[str, Any], tables: Sequence[Table], form: str) 
     Args:
         result: as JSON values.
         tables: the same for people.
-        form: "json"; "csv" for the result's rows, with the notes on stderr; "markdown" or "table".
+        form: "json"; "csv" for the result's rows, where None is an empty field, with the notes on
+            stderr; "markdown" or "table".
     """
     if form == "json":
         print_json(result)
-        return
-    if form == "csv":
-        print_csv(result["rows"])
+    elif form == "csv":
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(result["rows"][0])
+        writer.writerows(row.values() for row in result["rows"])
+        click.echo(text.getvalue(), nl=False)
         for note in _notes(tables):
             click.echo(note, err=True)
-        return
-    print_tables(tables, form)
+    else:
+        print_tables(tables, form)
 
 
 def print_tables(tables: Sequence[Table], form: str = "table") -> None:
@@ -148,7 +152,10 @@ def print_tables(tables: Sequence[Table], form: str = "table") -> None:
     for i, table in enumerate(tables):
         if i:
             click.echo(f"\n{table.caption}:\n")
-        rows = [[_plain(cell.text) for cell in row] for row in (*table.rows, *table.foot)]
+        rows = [
+            ["-" if cell.text == NO_VALUE else cell.text for cell in row]
+            for row in (*table.rows, *table.foot)
+        ]
         write([column.name for column in table.columns], rows)
     if notes := _notes(tables):
         click.echo("\n" + "\n".join(dash + note for note in notes))
@@ -157,19 +164,6 @@ def print_tables(tables: Sequence[Table], form: str = "table") -> None:
 def _notes(tables: Sequence[Table]) -> list[str]:
     helps = [f"{c.name}: {c.help}." for table in tables for c in table.columns if c.help]
     return helps + [note for table in tables for note in table.notes]
-
-
-def _plain(text: str) -> str:
-    return "-" if text == NO_VALUE else text
-
-
-def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows of values as CSV with a header; None is an empty field."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows(row.values() for row in rows)
-    click.echo(text.getvalue(), nl=False)
 
 
 def print_records(records: Mapping[str, Mapping[str, Any]]) -> None:

@@ -32,9 +32,9 @@ from anchorpatch.jobs.patch_scores import (
     open_shards,
     score_images,
     score_patches,
+    sum_localized,
 )
 from anchorpatch.jobs.results import Costs, Speed, Table3, Table4, table_3_rows, table_4_rows
-from anchorpatch.lsp import crop
 from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import check_sides, macs
@@ -51,7 +51,6 @@ from anchorpatch.runtime.device import (
     computing_on,
     keep_freed_memory,
     resolve_device,
-    to_device,
 )
 from anchorpatch.runtime.distributed import World, process_group
 from anchorpatch.runtime.progress import Reporter
@@ -432,9 +431,13 @@ def _measured(
 
     def by_patches() -> None:
         nonlocal patches
-        found = [_decide_by_patches(networks, localizer, batch, batch_size) for batch in batches]
-        torch.cat([decided for decided, _ in found]).cpu()
-        patches = sum(count for _, count in found)
+        patches, decided = 0, []
+        for batch in batches:
+            found = localizer.submit(batch).result()
+            on_device = batch.to(localizer.device, non_blocking=True)
+            decided.append(sum_localized(networks, found, on_device, batch_size).argmax(1))
+            patches += int(found.counts.sum())
+        torch.cat(decided).cpu()
 
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(1 + _ROUNDS):
@@ -445,25 +448,3 @@ def _measured(
     n = len(pixels)
     whole, by = (n / median(times[1:]) for times in seconds)
     return Speed(n, _ROUNDS, whole, by, by / whole, patches / n)
-
-
-def _decide_by_patches(
-    networks: Mapping[int, Distributions], localizer: Localizer, pixels: Tensor, batch_size: int
-) -> tuple[Tensor, int]:
-    """Return the class of each image by its patches, and how many patches there were."""
-    device, patches = localizer.device, 0
-    found = localizer.submit(pixels).result()
-    on_device = pixels.to(device, non_blocking=True)
-    sums: Tensor | None = None
-    for scale, run in networks.items():
-        _, *of_patches = found.of_scale(scale)
-        image, corner = (to_device(of_each, device) for of_each in of_patches)
-        patches += len(image)
-        for at in range(0, len(image), batch_size):
-            part = slice(at, at + batch_size)
-            p = run(crop(on_device, image[part], corner[part], scale))
-            if sums is None:
-                sums = p.new_zeros(len(pixels), p.shape[1])
-            sums.index_add_(0, image[part], p)
-    assert sums is not None  # LSP selects a patch of every image
-    return sums.argmax(1), patches

@@ -30,6 +30,8 @@ from anchorpatch.errors import (
     WeightsError,
 )
 from anchorpatch.jobs.crops import Crops
+from anchorpatch.jobs.localizer import Localized
+from anchorpatch.lsp import crop
 from anchorpatch.metrics import Accuracy, Figures, PatchFigures, probability_losses
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta
@@ -301,6 +303,32 @@ def score_images(
         accuracy.update(probabilities, labels, losses, patches=len(batch.rows))
         advance(len(batch.rows))
     return accuracy.figures()[0]
+
+
+def sum_localized(
+    networks: Mapping[int, Distributions], found: Localized, pixels: Tensor, batch_size: int
+) -> Tensor:
+    """Return the sum of the distributions of the patches that AnchorNet found in each image.
+
+    Args:
+        networks: by the scale of the patches that they decide on.
+        found: in the images.
+        pixels: of the images, uint8 (n, 224, 224, 3).
+        batch_size: patches in a batch.
+
+    Returns:
+        float64 (n, C), on the device of the pixels.
+    """
+    classes, device = len(next(iter(networks.values())).meta.classes), pixels.device
+    sums = torch.zeros(len(pixels), classes, dtype=torch.float64, device=device)
+    for scale, run in networks.items():
+        _, *of_patches = found.of_scale(scale)
+        images, corners = (to_device(of_each, device) for of_each in of_patches)
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            distributions = run(crop(pixels, images[part], corners[part], scale))
+            sums.index_add_(0, images[part], distributions.to(device))
+    return sums
 
 
 # --- the decisions as a file ---------------------------------------------------------------

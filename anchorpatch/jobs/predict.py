@@ -18,14 +18,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from anchorpatch.errors import ImageError, NonFiniteError, WeightsError
 from anchorpatch.images.decode import Decoded, decode
 from anchorpatch.images.loader import read_image
-from anchorpatch.jobs.localizer import Localized, Localizer
-from anchorpatch.jobs.patch_scores import Distributions
-from anchorpatch.lsp import crop
+from anchorpatch.jobs.localizer import Localizer
+from anchorpatch.jobs.patch_scores import Distributions, sum_localized
 from anchorpatch.models.complexity import check_sides
 from anchorpatch.models.registry import check_name
 from anchorpatch.networks import (
@@ -88,7 +86,6 @@ class Prediction:
         corners: top-left (y, x) of each patch in the crop (k, 2), the strongest first.
         scores: activation of each patch (k,).
         crop: the 224 px crop that AnchorNet saw, uint8 (224, 224, 3).
-        patches: what the network saw, uint8 (k, theta, theta, 3).
     """
 
     path: str
@@ -98,7 +95,12 @@ class Prediction:
     corners: NDArray[np.int16]
     scores: NDArray[np.float32]
     crop: NDArray[np.uint8]
-    patches: NDArray[np.uint8]
+
+    @property
+    def patches(self) -> NDArray[np.uint8]:
+        """What the network saw, uint8 (k, theta, theta, 3)."""
+        side = self.scale
+        return np.stack([self.crop[y : y + side, x : x + side] for y, x in self.corners])
 
     def to_json(self) -> dict[str, Any]:
         """Return the prediction for JSON, without pixels."""
@@ -207,7 +209,7 @@ class Predictor:
                 f"{paths[error.row or 0]}: {error}; {self.config.anchornet_weights} may be "
                 "damaged or badly trained: train AnchorNet or download its weights again"
             ) from error
-        patches, sums = self._distributions(local, pixels)
+        sums = sum_localized(dict.fromkeys(SCALES, self._run), local, pixels, _PATCHES)
         means = sums / torch.from_numpy(local.counts)[:, None]
         predictions = []
         for i, (path, image) in enumerate(zip(paths, images, strict=True)):
@@ -227,31 +229,9 @@ class Predictor:
                     corners=local.corners[i, :count],
                     scores=local.scores[i, :count],
                     crop=image.pixels,
-                    patches=patches[i],
                 )
             )
         return predictions
-
-    def _distributions(
-        self, local: Localized, pixels: Tensor
-    ) -> tuple[list[NDArray[np.uint8]], Tensor]:
-        """Return the patches of each image, and the sums of their softmaxes (n, C), float64."""
-        n = len(pixels)
-        patches: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * n
-        sums = torch.zeros(n, len(self.network.meta.classes), dtype=torch.float64)
-        for scale in SCALES:
-            rows, *of_patches = local.of_scale(scale)
-            if not len(rows):
-                continue
-            image, corners = map(torch.from_numpy, of_patches)
-            cut = crop(pixels, image, corners, scale)
-            for begin in range(0, len(cut), _PATCHES):
-                part = slice(begin, begin + _PATCHES)
-                sums.index_add_(0, image[part], self._run(cut[part]).cpu())
-            split = np.split(cut.numpy(), np.cumsum(local.counts[rows])[:-1])
-            for i, of_image in zip(rows.tolist(), split, strict=True):
-                patches[i] = of_image
-        return patches, sums
 
 
 def _load(

@@ -41,7 +41,8 @@ class Row(NamedTuple):
 STEM = Row(3, 0, 16, False, HS, 2)
 
 #: The other lines of Table 1. Receptive field and input resolution follow from them:
-#: `anchorpatch.models.complexity.receptive_field` computes the one, a forward pass the other.
+#: `anchorpatch.models.complexity.anchornet_receptive_fields` computes the one, a forward pass the
+#: other.
 HEAD = (
     #   kernel Exp  Out  SE    NL  s
     Row(3,  16,  16, False, RE, 2),

@@ -7,9 +7,9 @@ weights the scales by their images. AnchorNet's own cost is no part of the colum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -20,11 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anchorpatch.errors import SettingsError, reason_of
 from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.models.bagnet import BagNet
 from anchorpatch.models.registry import build_on_meta
-from anchorpatch.settings import SCALES
-
-#: Side of a whole image in pixels.
-WHOLE: Final = 224
+from anchorpatch.models.saccader import Saccader
+from anchorpatch.settings import CROP, SCALES
 
 #: Mean patches per image, by scale (section 4.3).
 MEAN_PATCHES: Final = {63: 5.6, 95: 2.9, 111: 2.1}
@@ -40,6 +39,8 @@ PRINTED: Final[Mapping[str, Mapping[str, float]]] = {
     "hcgnet_c": {"224": 7.1, "63": 3.3, "95": 3.8, "111": 3.9, "all": 3.7},
 }
 
+_Forward: TypeAlias = Callable[[torch.Tensor], Any]
+
 #: What networks raise when an image has a side that they cannot take.
 _REFUSALS = (AssertionError, RuntimeError, ValueError)
 
@@ -54,9 +55,7 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def macs(
-    module: nn.Module, size: int = 224, forward: Callable[[torch.Tensor], Any] | None = None
-) -> int:
+def macs(module: nn.Module, size: int = CROP, forward: _Forward | None = None) -> int:
     """Return the multiply-accumulates of convolutions and matrix products for one image.
 
     A network on the device "meta" (`anchorpatch.models.registry.build_on_meta`) gives the same
@@ -82,21 +81,6 @@ def macs(
     finally:
         module.train(training)
     return int(counter.get_total_flops()) // 2
-
-
-def macs_at(
-    module: nn.Module,
-    sizes: Iterable[int],
-    forward: Callable[[torch.Tensor], Any] | None = None,
-) -> dict[int, int | None]:
-    """Return `macs` by size, None where the network cannot take it."""
-    counts: dict[int, int | None] = {}
-    for size in sizes:
-        try:
-            counts[size] = macs(module, size, forward)
-        except _REFUSALS:
-            counts[size] = None
-    return counts
 
 
 def refusal(module: nn.Module, size: int) -> str | None:
@@ -160,62 +144,102 @@ class _Shortened(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def receptive_field(modules: Iterable[nn.Module]) -> int:
-    """Return the side in pixels of what one output location of chained modules sees.
-
-    Each convolution widens the field by (kernel - 1) times the strides before it. Modules are
-    taken to run one after the other; parallel 1 x 1 paths (shortcuts, squeeze-and-excitation)
-    change nothing.
-    """
-    field, jump = 1, 1
-    for module in modules:
-        for layer in module.modules():
-            if isinstance(layer, nn.Conv2d):
-                field += (layer.kernel_size[0] - 1) * layer.dilation[0] * jump
-                jump *= layer.stride[0]
-    return field
-
-
 def anchornet_receptive_fields(net: AnchorNet) -> tuple[int, ...]:
-    """Return the receptive field of each branch in pixels.
+    """Return the side in pixels of what one location of each branch's map sees.
+
+    Each convolution widens the field by (kernel - 1) times the strides before it; parallel 1 x 1
+    paths (shortcuts, squeeze-and-excitation) change nothing.
 
     Example:
         >>> anchornet_receptive_fields(AnchorNet(classes=10))
         (63, 95, 111)
     """
-    return tuple(
-        receptive_field([net.stem, net.head, branch.get_submodule("localization")])
-        for branch in net.branches
-    )
+    fields = []
+    for branch in net.branches:
+        field, jump = 1, 1
+        for part in (net.stem, net.head, branch.get_submodule("localization")):
+            for layer in part.modules():
+                if isinstance(layer, nn.Conv2d):
+                    field += (layer.kernel_size[0] - 1) * layer.dilation[0] * jump
+                    jump *= layer.stride[0]
+        fields.append(field)
+    return tuple(fields)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One figure of the column.
+def summaries(name: str, classes: int, sides: Sequence[int]) -> list[dict[str, Any]]:
+    """Return what a network costs and sees, as JSON values.
+
+    AnchorNet has two lines: as it is trained, and as it localizes. The peers of AnchorNet are
+    counted with the maps that they localize by.
+
+    Args:
+        name: as `anchorpatch.models.registry.build` takes it.
+        classes: number of outputs.
+        sides: of a whole image first, then of patches, in pixels.
+    """
+    fields: list[int] | None = None
+    if name == "anchornet":
+        # Not on the meta device: it leaves autocast, which knows none.
+        net = AnchorNet(classes)
+        fields = list(anchornet_receptive_fields(net))
+        heads = sum(parameters(b.get_submodule("attention_classifier")) for b in net.branches)
+        lines: list[tuple[str, int, _Forward | None]] = [
+            (name, parameters(net), net.full),
+            (f"{name} (localising)", parameters(net) - heads, net.localize),
+        ]
+        module: nn.Module = net
+        counted = sides[:1]  # it takes whole images only: what it sees of them are the patches
+    else:
+        module, counted = build_on_meta(name, classes), sides
+        forward = module.logit_map if isinstance(module, BagNet) else None
+        if isinstance(module, BagNet | Saccader):
+            fields = [module.theta]
+        lines = [(name, parameters(module), forward)]
+    rows = []
+    for line, count, counted_forward in lines:
+        gmacs = _gmacs(module, counted, counted_forward)
+        rows.append(
+            {
+                "network": line,
+                "parameters": count,
+                "gmacs": gmacs.get(sides[0]),
+                "gmacs_by_side": {str(side): gmacs.get(side) for side in sides},
+                "receptive_fields": fields,
+            }
+        )
+    return rows
+
+
+def _gmacs(
+    module: nn.Module, sides: Iterable[int], forward: _Forward | None = None
+) -> dict[int, float]:
+    """Return `macs` by side, 1e9, without the sides that the network cannot take."""
+    gmacs = {}
+    for side in sides:
+        with suppress(*_REFUSALS):
+            gmacs[side] = macs(module, side, forward) / 1e9
+    return gmacs
+
+
+class PrintedCost(NamedTuple):
+    """One figure of Table 3's column of costs.
 
     Attributes:
         network: its name.
         scale: "224", "63", "95", "111", or "all" for the overall figure.
         gmacs: per image, computed.
         printed: by the paper.
+        deviation: share by which the computed figure lies above the printed one.
     """
 
     network: str
     scale: str
     gmacs: float
     printed: float
-
-    @property
-    def deviation(self) -> float:
-        """Share by which the computed figure lies above the printed one."""
-        return self.gmacs / self.printed - 1
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the cell for JSON, with its deviation."""
-        return {**asdict(self), "deviation": self.deviation}
+    deviation: float
 
 
-def cells(network: str, gmacs: Mapping[int, float]) -> tuple[Cell, ...]:
+def printed_costs(network: str, gmacs: Mapping[int, float]) -> list[PrintedCost]:
     """Return a network's part of the column.
 
     Args:
@@ -223,22 +247,24 @@ def cells(network: str, gmacs: Mapping[int, float]) -> tuple[Cell, ...]:
         gmacs: of one input, by its side: 63, 95, 111 and 224 px.
 
     Example:
-        >>> [round(c.gmacs, 2) for c in cells("resnet50", {224: 4, 63: 0.3, 95: 0.7, 111: 1})]
+        >>> costs = printed_costs("resnet50", {224: 4, 63: 0.3, 95: 0.7, 111: 1})
+        >>> [round(cost.gmacs, 2) for cost in costs]
         [4, 1.68, 2.03, 2.1, 1.95]
     """
-    values = {str(WHOLE): gmacs[WHOLE]}
-    values.update({str(scale): gmacs[scale] * MEAN_PATCHES[scale] for scale in SCALES})
-    weighted = sum(values[str(scale)] * IMAGES[scale] for scale in SCALES)
+    values = {str(CROP): gmacs[CROP]}
+    values |= {str(scale): gmacs[scale] * mean for scale, mean in MEAN_PATCHES.items()}
+    weighted = sum(values[str(scale)] * images for scale, images in IMAGES.items())
     values["all"] = weighted / sum(IMAGES.values())
-    printed = PRINTED[network]
-    return tuple(Cell(network, scale, value, printed[scale]) for scale, value in values.items())
+    return [
+        PrintedCost(network, scale, value, printed, value / printed - 1)
+        for (scale, printed), value in zip(PRINTED[network].items(), values.values(), strict=True)
+    ]
 
 
-def table_3_costs() -> tuple[Cell, ...]:
+def table_3_costs() -> list[PrintedCost]:
     """Return the whole column, computed from the networks."""
-    column: list[Cell] = []
-    for network in PRINTED:
-        counts = macs_at(build_on_meta(network), (WHOLE, *SCALES))
-        gmacs = {side: count / 1e9 for side, count in counts.items() if count is not None}
-        column += cells(network, gmacs)
-    return tuple(column)
+    return [
+        cost
+        for network in PRINTED
+        for cost in printed_costs(network, _gmacs(build_on_meta(network), (CROP, *SCALES)))
+    ]
