@@ -347,7 +347,6 @@ class Predictions:
         n, classes = len(reader), len(reader.classes)
         self.path, self._reader, self._device = path, reader, device
         self._csv = path.suffix.lower() == ".csv"
-        self._seen = np.zeros(n, np.uint8)
         self._top = np.zeros((n, min(_TOP, classes)), np.int32)
         self._best = np.zeros(self._top.shape, np.float64)
         self._all = np.zeros((0 if self._csv else n, classes), np.float32)
@@ -375,7 +374,6 @@ class Predictions:
         """Note images (n,) and their mean distributions (n, C)."""
         # Stable: of equal probabilities the lower class goes first, as in the decision.
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self._top.shape[1]]
-        self._seen[rows] = 1
         self._top[rows] = order
         self._best[rows] = np.take_along_axis(probabilities, order, 1)
         if not self._csv:
@@ -388,13 +386,14 @@ class Predictions:
             StorageError: the disk refuses.
         """
         # Every image is one process's, and zero elsewhere: the sum is the whole.
-        seen, top, best, every = (
+        top, best, every = (
             sum_ranks(torch.from_numpy(array).to(self._device)).cpu().numpy()
-            for array in (self._seen, self._top, self._best, self._all)
+            for array in (self._top, self._best, self._all)
         )
         if not world.is_main:
             return
-        reader, rows = self._reader, np.flatnonzero(seen)
+        reader = self._reader
+        rows = np.flatnonzero(best[:, 0])  # the best class of an image has a share above 0
         names = np.array(reader.classes, np.str_)
         columns: dict[str, Any] = {
             "path": np.array([path.decode() for path in reader.path[rows].tolist()], np.str_),
