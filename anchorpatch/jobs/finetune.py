@@ -278,12 +278,14 @@ class FinetuneTask(Task):
         module = build_on_meta(config.network, len(train.classes)).eval()
         check_sides(config.network, module, tuple(counts))
         each = {side: macs(module, side) for side in counts}
-        a_pass = _total(counts, each)
+        macs_per_pass = _total(counts, each)
         plan = Plan(self.draw, counts, config, world)
         budget = {}
         if config.baseline and config.like is not None:
             budget = {"budget": self._budget(module)}
-            steps, epochs = _affordable(budget["budget"]["macs"], plan.steps_per_pass, a_pass)
+            steps, epochs = _affordable(
+                budget["budget"]["macs"], plan.steps_per_pass, macs_per_pass
+            )
             self.config = config = replace(config, epochs=epochs)
             plan = replace(plan, config=config, steps=steps)
         self.plan, self.steps, self.size = plan, plan.steps_per_epoch, plan.rows_per_epoch
@@ -293,7 +295,7 @@ class FinetuneTask(Task):
             "steps_an_epoch": plan.steps_per_epoch,
             "rows_an_epoch": {str(side): round(n * part) for side, n in counts.items()},
             "macs_by_side": {str(side): n for side, n in each.items()},
-            "macs": round(config.epochs * part * a_pass),
+            "macs": round(config.epochs * part * macs_per_pass),
             **budget,
         }
         self.augment = Augmentation(config.jitter, config.flip, self.min_area)

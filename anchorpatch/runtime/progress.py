@@ -24,7 +24,7 @@ class Reporter:
         """Take the bar away; also after an error."""
 
 
-class TerminalReporter(Reporter):
+class _Bar(Reporter):
     """A rich progress bar: share, rate, further counts, time left."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -43,13 +43,11 @@ class TerminalReporter(Reporter):
         self._counts: Counter[str] = Counter()
 
     def start(self, description: str, total: int, done: int = 0, unit: str = "images") -> None:
-        """Show the bar."""
         self._task = self._progress.add_task(description, total=total, completed=done, note="")
         self._unit = unit
         self._progress.start()
 
     def advance(self, n: int, **counts: int) -> None:
-        """Move the bar."""
         self._counts.update(counts)
         self._progress.update(self._task, advance=n)
         speed = self._progress.tasks[self._task].speed
@@ -58,15 +56,13 @@ class TerminalReporter(Reporter):
         self._progress.update(self._task, note=" · ".join(notes))
 
     def message(self, text: str) -> None:
-        """Print a line above the bar."""
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
-        """Take the bar away."""
         self._progress.stop()
 
 
-class LineReporter(Reporter):
+class _Lines(Reporter):
     """Plain lines, at most one each ``interval`` seconds, no control codes."""
 
     def __init__(self, stream: TextIO, interval: float = 10.0) -> None:
@@ -74,13 +70,11 @@ class LineReporter(Reporter):
         self._counts: Counter[str] = Counter()
 
     def start(self, description: str, total: int, done: int = 0, unit: str = "images") -> None:
-        """Begin to count."""
         self._description, self._total, self._unit = description, total, unit
         self._done = self._before = done
         self._began = self._last = time.monotonic()
 
     def advance(self, n: int, **counts: int) -> None:
-        """Count, and say a line when it is time."""
         self._counts.update(counts)
         self._done += n
         now = time.monotonic()
@@ -97,11 +91,10 @@ class LineReporter(Reporter):
         )
 
     def message(self, text: str) -> None:
-        """Print a line."""
         print(text, file=self._stream, flush=True)
 
 
 def reporter(stream: TextIO | None = None) -> Reporter:
     """Return the reporter that suits a stream, by default stderr."""
     stream = stream or sys.stderr
-    return TerminalReporter(stream) if stream.isatty() else LineReporter(stream)
+    return _Bar(stream) if stream.isatty() else _Lines(stream)

@@ -171,16 +171,11 @@ class Task(ABC):
 
 def build_optimizer(module: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
     """Return the optimiser of all parameters, at the rate for this batch size."""
+    shared: dict[str, Any] = {"lr": config.rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            module.parameters(), lr=config.rate, weight_decay=config.weight_decay
-        )
+        return torch.optim.AdamW(module.parameters(), **shared)
     return torch.optim.SGD(
-        module.parameters(),
-        lr=config.rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
+        module.parameters(), momentum=config.momentum, nesterov=config.nesterov, **shared
     )
 
 

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from anchorpatch.runtime.progress import LineReporter, TerminalReporter, reporter
+from anchorpatch.runtime.progress import _Bar, _Lines, reporter
 
 
 class Terminal(io.StringIO):
@@ -15,8 +15,8 @@ class Terminal(io.StringIO):
 def test_lines_have_no_control_codes_and_count_what_came_before() -> None:
     stream = io.StringIO()
     lines = reporter(stream)
-    assert isinstance(lines, LineReporter)
-    lines = LineReporter(stream, interval=0)
+    assert isinstance(lines, _Lines)
+    lines = _Lines(stream, interval=0)
     lines.start("extract val", total=100, done=40)
     lines.advance(20, patches=50, skipped=1)
     lines.advance(20, patches=51, skipped=0)
@@ -34,7 +34,7 @@ def test_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("anchorpatch.runtime.progress.time.monotonic", lambda: now[0])
     stream = io.StringIO()
-    lines = LineReporter(stream, interval=10)
+    lines = _Lines(stream, interval=10)
     lines.start("extract val", total=1000)
     for _ in range(30):
         now[0] += 1
@@ -45,7 +45,7 @@ def test_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_terminal_gets_a_bar() -> None:
     stream = Terminal()
     bar = reporter(stream)
-    assert isinstance(bar, TerminalReporter)
+    assert isinstance(bar, _Bar)
     bar.start("extract val", total=100, done=40)
     bar.advance(60, patches=7)
     bar.message("a [message] with brackets")
