@@ -330,7 +330,8 @@ def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise WeightsError(f"{path}: expected training state, found no file")
     advice = "remove it to start again, or restore it from a copy"
     document = load_torch(path, "training state", advice)
-    if not isinstance(document, dict) or document.get(_KEY) != _FORMAT:
+    state = document.get("state") if isinstance(document, dict) else None
+    if not isinstance(state, dict) or document.get(_KEY) != _FORMAT:
         raise WeightsError(
             f"{path}: expected training state of format {_FORMAT}, found another file; {advice}"
         )
@@ -338,11 +339,6 @@ def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise WeightsError(
             f"{path}: expected training state of {kind}, found {document.get('kind')}; "
             "choose another run folder"
-        )
-    state = document.get("state")
-    if not isinstance(state, dict):
-        raise WeightsError(
-            f"{path}: expected training state, found {type(state).__name__}; {advice}"
         )
     return state
 
