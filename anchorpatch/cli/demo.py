@@ -45,7 +45,7 @@ def demo(
     images: int,
     seed: int,
     weights: str,
-    workers: int | None,
+    workers: int,
     device: str,
     overwrite: bool,
     as_json: bool,

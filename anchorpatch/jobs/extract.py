@@ -13,13 +13,13 @@ import os
 import random
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class ExtractConfig:
         shard_size: images in a shard.
         batch_size: images in a batch; None: 64 on CPU, 256 on a GPU, where shards of another
             batch size may differ.
-        workers: decoding processes; None: one per CPU core.
+        workers: decoding processes; by default one per CPU core.
         device: auto, cpu or cuda.
         amp: bfloat16 features, on a GPU.
         compile: use ``torch.compile``.
@@ -98,7 +98,7 @@ class ExtractConfig:
     store_images: bool = False
     shard_size: int = 1024
     batch_size: int | None = None
-    workers: int | None = None
+    workers: int = field(default_factory=cpu_count)
     device: str = "auto"
     amp: bool = False
     compile: bool = False
@@ -216,19 +216,15 @@ class _Plan:
     batch_size: int
     header: ShardHeader
     files: FilesDigest
-    ranges: list[range]
 
     @property
     def out(self) -> Path:
         return self.config.out / self.config.split
 
     @property
-    def workers(self) -> int:
-        return cpu_count() if self.config.workers is None else self.config.workers
-
-    @property
-    def owned(self) -> list[int]:
-        return [i for i in range(len(self.ranges)) if self.config.task.owns(i)]
+    def owned(self) -> range:
+        task = self.config.task
+        return range(task.index, len(self.files.shards), task.total)
 
     def load(self, batches: Iterable[Sequence[int]], workers: int) -> Generator[Batch, None, None]:
         return load_batches(
@@ -319,7 +315,7 @@ def forecast(config: ExtractConfig) -> Forecast:
         folder=plan.out,
         images=n,
         classes=len(plan.folder.classes),
-        shards=len(plan.ranges),
+        shards=len(plan.files.shards),
         pending=len(_pending(plan, manifest)),
         sample=len(sample),
         bytes_per_image=per_image,
@@ -363,30 +359,18 @@ def _plan(config: ExtractConfig) -> _Plan:
         settings=settings,
         weights_sha256=weights.sha256,
     )
-    ranges = shard_ranges(len(folder), config.shard_size)
-    files = files_digest(folder, ranges)
-    return _Plan(config, folder, weights, device, batch_size, header, files, ranges)
+    files = files_digest(folder, config.shard_size)
+    return _Plan(config, folder, weights, device, batch_size, header, files)
 
 
-def files_digest(folder: ImageFolder, ranges: Sequence[range]) -> FilesDigest:
+def files_digest(folder: ImageFolder, shard_size: int) -> FilesDigest:
     """Return the digests of a folder's images, in all and by shard."""
     return FilesDigest(
         count=len(folder),
         sha256=folder.digest(),
-        shards=tuple(folder.digest(r.start, r.stop) for r in ranges),
+        shards=tuple(folder.digest(i, i + shard_size) for i in range(0, len(folder), shard_size)),
         paths=lambda start, stop: [folder.path(i) for i in range(start, stop)],
     )
-
-
-def shard_ranges(images: int, shard_size: int) -> list[range]:
-    """Return which images of the sorted list each shard holds.
-
-    Example:
-        >>> shard_ranges(5, 2)
-        [range(0, 2), range(2, 4), range(4, 5)]
-    """
-    starts = range(0, images, shard_size)
-    return [range(start, min(start + shard_size, images)) for start in starts]
 
 
 def _extract(
@@ -401,22 +385,25 @@ def _extract(
     Returns:
         The number of images of these shards.
     """
-    total = sum(len(plan.ranges[i]) for i in plan.owned)
-    left = sum(len(plan.ranges[i]) for i in shards)
-    bad = _BadImages(plan, total)
+    total, left = (sum(len(manifest.shard_range(i)) for i in part) for part in (plan.owned, shards))
+    reasons: Counter[str] = Counter()
+    begun: set[int] = set()
     sink = ShardSink(manifest, plan.files.shards, reporter.advance)
-    jobs: deque[_Job] = deque()
-    made = 0
+    batches, made = _claimed(plan, sink, shards, begun), 0
     try:
-        with closing(plan.load(_claimed(plan, sink, shards, jobs, bad), plan.workers)) as loader:
+        with closing(plan.load(batches, plan.config.workers)) as loader:
             reporter.start(f"extract {plan.config.split}", total, total - left)
             for batch in loader:
-                job = jobs.popleft()
-                bad.note(batch)
+                if batch.bad:
+                    reasons.update(reason for _, reason in batch.bad)
+                    _check_bad(plan, sink.manifest, begun, reasons, batch.bad[-1][0])
                 pending = _submit(localizer, batch)
                 write = partial(_append, plan=plan, batch=batch, pending=pending)
-                sink.put(job.shard, write, len(job.images), len(batch.bad), last=job.last)
-                made += len(job.images)
+                rows = [*batch.index.tolist(), *(row for row, _ in batch.bad)]
+                shard = rows[0] // plan.config.shard_size
+                last = max(rows) == manifest.shard_range(shard)[-1]
+                sink.put(shard, write, len(rows), len(batch.bad), last=last)
+                made += len(rows)
             sink.drain()
     finally:
         sink.close()
@@ -424,28 +411,18 @@ def _extract(
     return made
 
 
-class _Job(NamedTuple):
-    """A batch on its way: its shard, its images, and whether they are the shard's last."""
-
-    shard: int
-    images: range
-    last: bool
-
-
 def _claimed(
-    plan: _Plan, sink: ShardSink, shards: Sequence[int], jobs: deque[_Job], bad: _BadImages
+    plan: _Plan, sink: ShardSink, shards: Sequence[int], begun: set[int]
 ) -> Iterator[range]:
-    """Yield the images of each batch and note it in ``jobs``; no batch crosses a shard.
+    """Yield the images of each batch; no batch crosses a shard.
 
-    A shard is claimed when the loader asks for its first batch.
+    A shard is claimed when the loader asks for its first batch, and is added to ``begun``.
     """
     for shard in filter(sink.claim, shards):
-        bad.begin(shard, sink.manifest)
-        images = plan.ranges[shard]
-        for start in range(images.start, images.stop, plan.batch_size):
-            batch = range(start, min(start + plan.batch_size, images.stop))
-            jobs.append(_Job(shard, batch, batch.stop == images.stop))
-            yield batch
+        begun.add(shard)
+        images = sink.manifest.shard_range(shard)
+        for start in range(0, len(images), plan.batch_size):
+            yield images[start : start + plan.batch_size]
 
 
 def _pending(plan: _Plan, manifest: Manifest) -> list[int]:
@@ -466,7 +443,7 @@ def _rejected(plan: _Plan, manifest: Manifest, reporter: Reporter) -> list[Shard
     if plan.config.repair:
         reporter.start(f"verify {plan.config.split}", sum(entry.images for entry in entries))
         try:
-            problems = verify_shards(manifest, entries, plan.workers or 1, reporter.advance)
+            problems = verify_shards(manifest, entries, plan.config.workers or 1, reporter.advance)
         finally:
             reporter.stop()
         rejected |= {problem.shard for problem in problems}
@@ -496,7 +473,7 @@ def _readable_now(plan: _Plan, entries: Sequence[ShardEntry]) -> tuple[Counter[s
     rows = sorted(was)
     chunks = [rows[i : i + plan.batch_size] for i in range(0, len(rows), plan.batch_size)]
     now: dict[int, str] = {}
-    with closing(plan.load(chunks, min(plan.workers, len(chunks)))) as loader:
+    with closing(plan.load(chunks, min(plan.config.workers, len(chunks)))) as loader:
         for batch in loader:
             now |= dict(batch.bad) | dict.fromkeys(batch.damaged, damage)
     return Counter(shard for row, (shard, why) in was.items() if now.get(row) != why), len(was)
@@ -536,36 +513,26 @@ def _append(writer: ShardWriter, *, plan: _Plan, batch: Batch, pending: Pending 
     return int(found.counts.sum())
 
 
-class _BadImages:
-    """Counts unreadable images and ends the run when there are too many.
+def _check_bad(
+    plan: _Plan, manifest: Manifest, begun: Collection[int], reasons: Counter[str], last: int
+) -> None:
+    """Raise where the task's shards have more unreadable images than they may.
 
-    Those of earlier runs and of other jobs count too: the limit is one of the task's shards.
+    Args:
+        plan: of this run.
+        manifest: what earlier runs and other jobs have skipped counts too.
+        begun: shards of this process.
+        reasons: why it has skipped images of these.
+        last: row of the last one.
     """
-
-    def __init__(self, plan: _Plan, total: int) -> None:
-        self._share, self._total = plan.config.max_bad, total
-        self._limit = math.floor(plan.config.max_bad * total + 1e-9)
-        self._folder = plan.folder
-        self._others = set(plan.owned)
-        self._before: Counter[str] = Counter()
-        self._reasons: Counter[str] = Counter()
-
-    def begin(self, shard: int, manifest: Manifest) -> None:
-        """Note what is known of the other shards when this process begins one."""
-        self._others.discard(shard)
-        others = {manifest.shard_path(i).name for i in self._others}
-        entries = (entry for entry in manifest.entries if entry.name in others)
-        self._before = Counter(reason for entry in entries for _, reason in entry.skipped)
-
-    def note(self, batch: Batch) -> None:
-        for row, reason in batch.bad:
-            self._reasons[reason] += 1
-            if (all_reasons := self._before + self._reasons).total() > self._limit:
-                most = ", ".join(f"{n} {reason}" for reason, n in all_reasons.most_common(5))
-                details = f": {most}; the last is {self._folder.path(row)}"
-                raise self._folder.too_many_bad(
-                    all_reasons.total(), self._total, self._share, details
-                )
+    others = {manifest.shard_path(i).name for i in plan.owned if i not in begun}
+    entries = (entry for entry in manifest.entries if entry.name in others)
+    found = reasons + Counter(reason for entry in entries for _, reason in entry.skipped)
+    total = sum(len(manifest.shard_range(i)) for i in plan.owned)
+    if found.total() > math.floor(plan.config.max_bad * total + 1e-9):
+        most = ", ".join(f"{n} {reason}" for reason, n in found.most_common(5))
+        details = f": {most}; the last is {plan.folder.path(last)}"
+        raise plan.folder.too_many_bad(found.total(), total, plan.config.max_bad, details)
 
 
 # --- the summary --------------------------------------------------------------------------------
@@ -575,7 +542,7 @@ def _summary(folder: Path, task: Task) -> ExtractSummary:
     """Sum up the shards that a task owns, from the manifest alone."""
     manifest = read_manifest(folder)
     missing = set(manifest.missing())
-    owned = [i for i in range(manifest.shard_count) if task.owns(i)]
+    owned = range(task.index, manifest.shard_count, task.total)
     names = {manifest.shard_path(i).name for i in owned if i not in missing}
     entries = tuple(entry for entry in manifest.entries if entry.name in names)
     return ExtractSummary(
@@ -628,7 +595,7 @@ def wait_for_ranks(
     return replace(
         whole,
         seconds=summary.seconds + time.monotonic() - began,
-        images_run=sum(len(range(*manifest.shard_range(i))) for i in made if together.owns(i)),
+        images_run=sum(len(manifest.shard_range(i)) for i in made if together.owns(i)),
         ignored=summary.ignored,
     )
 

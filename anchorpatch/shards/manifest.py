@@ -136,10 +136,10 @@ class Manifest:
         """Return the path of a shard, whether it is done or not."""
         return self.folder / shard_name(self.header.split, index)
 
-    def shard_range(self, index: int) -> tuple[int, int]:
-        """Return (start, stop), the part of the file list that a shard holds."""
+    def shard_range(self, index: int) -> range:
+        """Return the part of the file list that a shard holds."""
         size = self.header.settings.shard_size
-        return index * size, min((index + 1) * size, self.files_count)
+        return range(index * size, min((index + 1) * size, self.files_count))
 
     def missing(self) -> list[int]:
         """Return the shards that are not done, as of this snapshot."""

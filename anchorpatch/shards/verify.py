@@ -248,11 +248,10 @@ def _header_problems(
     number = entry.name.rpartition("-")[2].partition(".")[0]
     # `verify` names a shard that is none of the split.
     if number.isdecimal() and shard_name(manifest.header.split, int(number)) == entry.name:
-        start, stop = manifest.shard_range(int(number))
-        if entry.images + skipped != stop - start:
+        expected = len(manifest.shard_range(int(number)))
+        if entry.images + skipped != expected:
             problems.append(
-                f"expected {stop - start} images and skipped images, found {entry.images} + "
-                f"{skipped}"
+                f"expected {expected} images and skipped images, found {entry.images} + {skipped}"
             )
     return problems
 

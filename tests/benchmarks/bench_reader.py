@@ -38,11 +38,11 @@ def make_split(folder: Path, codec: str, images: int, shard_size: int) -> tuple[
     pixels = rng.integers(0, 256, (n, CROP, CROP, 3), dtype=np.uint8)
     seconds = 0.0
     for shard in range(count):
-        begin, end = manifest.shard_range(shard)
+        images = manifest.shard_range(shard)
         began = time.perf_counter()
         with ShardWriter(manifest.shard_path(shard), header) as writer:
-            for start in range(begin, end, n):
-                k = min(n, end - start)
+            for start in images[::n]:
+                k = min(n, images.stop - start)
                 writer.append(
                     PatchBatch(
                         path=np.array([f"a/{start + i:08d}.jpg".encode() for i in range(k)]),

@@ -19,7 +19,6 @@ from anchorpatch.jobs import extract
 from anchorpatch.jobs.extract import (
     ExtractConfig,
     files_digest,
-    shard_ranges,
     wait_for_ranks,
     what_is_there,
 )
@@ -43,22 +42,21 @@ def folder_of(names: list[int]) -> ImageFolder:
 def begin(
     out: Path, images: ImageFolder, header: ShardHeader, *, overwrite: bool = False
 ) -> Manifest:
-    ranges = shard_ranges(len(images), header.settings.shard_size)
-    return open_manifest(out, header, files_digest(images, ranges), overwrite=overwrite)
+    files = files_digest(images, header.settings.shard_size)
+    return open_manifest(out, header, files, overwrite=overwrite)
 
 
 def make(out: Path, images: ImageFolder, shard_size: int, *, overwrite: bool = False) -> list[str]:
     """Do what the job does with images of which none can be read; return the shards it made."""
     header = make_header(shard_size=shard_size)
-    ranges = shard_ranges(len(images), shard_size)
-    digests = files_digest(images, ranges).shards
+    digests = files_digest(images, shard_size).shards
     manifest = begin(out, images, header, overwrite=overwrite)
     pending = manifest.refreshed().missing()
     for shard in pending:
         with ShardWriter(
             manifest.shard_path(shard), manifest.header, files_sha256=digests[shard]
         ) as writer:
-            for row in ranges[shard]:
+            for row in manifest.shard_range(shard):
                 writer.skip(images.path(row), "truncated")
             writer.close(manifest.commit)
     return [manifest.shard_path(shard).name for shard in pending]

@@ -37,7 +37,7 @@ def test_entries_and_header_survive_the_file(tmp_path: Path) -> None:
     again = read_manifest(tmp_path)
     assert again == after
     assert (again.header, again.files_count, again.shard_count) == (header, 20, 3)
-    assert [again.shard_range(i) for i in range(3)] == [(0, 8), (8, 16), (16, 20)]
+    assert [again.shard_range(i) for i in range(3)] == [range(8), range(8, 16), range(16, 20)]
 
 
 def test_the_first_files_of_version_1_stay_readable() -> None:
