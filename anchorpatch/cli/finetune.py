@@ -145,8 +145,10 @@ def print_forecast(plan: Mapping[str, Any], as_json: bool) -> None:
     one = "patch" if unit == "patches" else "image"
     print_table(["size", f"{unit} per epoch", f"GMACs per {one}"], rows)
     train, val = plan["images"]
+    known = {"default": "pretrained weights", "none": "random weights"}
     click.echo(
-        f"{plan['network']} from {_weights_text(plan['weights'])}, on {plan['source']}: "
+        f"{plan['network']} from {known.get(plan['weights'], plan['weights'])}, on "
+        f"{plan['source']}: "
         f"{train:,} training and {val:,} validation images of "
         f"{counted(plan['classes'], 'class', 'classes')}"
     )
@@ -160,10 +162,6 @@ def print_forecast(plan: Mapping[str, Any], as_json: bool) -> None:
             f"budget: {cost['budget']['macs'] / 1e9:,.1f} GMACs, as many as {cost['budget']['of']}"
         )
     click.echo(f"would write {plan['folder']}")
-
-
-def _weights_text(weights: str) -> str:
-    return {"default": "pretrained weights", "none": "random weights"}.get(weights, weights)
 
 
 def print_summary(summary: FinetuneSummary, as_json: bool) -> None:

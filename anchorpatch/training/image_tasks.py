@@ -30,7 +30,7 @@ from anchorpatch.images.loader import load_batches
 from anchorpatch.metrics import OUTPUTS, Accuracy, AnchorNetAccuracy, six_losses
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.registry import build
-from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_into, load_weights
+from anchorpatch.runtime.checkpoint import WeightsMeta, load_into, load_weights
 from anchorpatch.runtime.device import exact_float32
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
@@ -155,10 +155,21 @@ class ImageTask(Task):
         self.origin = {"recipe": config.recipe, "settings": recorded}
 
     def build(self) -> nn.Module:
-        """Return the network with its initial weights, on the device."""
-        net = build(self.config.arch, len(self.train.classes))
-        _fill(net, self.start, self.train.classes)
+        """Return the network with its initial weights, on the device.
+
+        Classifiers of other classes keep their random start.
+        """
+        net, weights, classes = self.network(), self.start, self.train.classes
+        if weights is not None and weights.meta.classes != classes:
+            kept = {k: v for k, v in net.state_dict().items() if "classifier" in k}
+            weights = replace(weights, tensors={**weights.tensors, **kept})
+        if weights is not None:
+            load_into(net, weights)
         return net.to(self.device)
+
+    def network(self) -> nn.Module:
+        """Return the network with random weights."""
+        return build(self.config.arch, len(self.train.classes))
 
     def outputs(self, module: nn.Module, inputs: Tensor) -> Any:
         """Return what `accuracy` counts, of validation images."""
@@ -181,8 +192,12 @@ class ImageTask(Task):
         with closing(loaded):
             for batch in self.watch(loaded):
                 self.damaged.update(batch.damaged)
-                if batch.bad:
-                    self._note_bad(dict(batch.bad), len(batch.index))
+                self.bad.update(batch.bad)
+                bad, total = len(self.bad), len(self.train)
+                if batch.bad and (bad > config.max_bad * total or not len(batch.index)):
+                    row, reason = batch.bad[0]
+                    such_as = f", such as {self.train.path(row)} ({reason})"
+                    raise self.train.too_many_bad(bad, total, config.max_bad, such_as)
                 labels = self.train.labels[batch.index].astype(np.int64)
                 yield self.batch(batch.pixels, labels, share)
 
@@ -227,14 +242,6 @@ class ImageTask(Task):
             raise self.val.too_many_bad(bad, len(rows), self.config.max_bad)
         return accuracy.result()
 
-    def _note_bad(self, bad: Mapping[int, str], good: int) -> None:
-        self.bad.update(bad)
-        total, max_bad = len(self.train), self.config.max_bad
-        if len(self.bad) > max_bad * total or not good:
-            row, reason = next(iter(bad.items()))
-            such_as = f", such as {self.train.path(row)} ({reason})"
-            raise self.train.too_many_bad(len(self.bad), total, max_bad, such_as)
-
 
 class AnchorNetTask(ImageTask):
     """Learns from six losses, and is measured by branch and by Eq. 7."""
@@ -245,13 +252,15 @@ class AnchorNetTask(ImageTask):
 
     def build(self) -> nn.Module:
         """Return the network with its initial weights, on the device."""
-        config, classes = self.config, self.train.classes
-        net = AnchorNet(len(classes), se=config.se, weighted_mean=config.weighted_mean)
         try:
-            _fill(net, self.start, classes)
+            return super().build()
         except WeightsError as error:
             raise WeightsError(f"{error}; --init needs weights of the same --se") from error
-        return net.to(self.device)
+
+    def network(self) -> nn.Module:
+        """Return the network with random weights."""
+        config, classes = self.config, len(self.train.classes)
+        return AnchorNet(classes, se=config.se, weighted_mean=config.weighted_mean)
 
     def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the sum of six losses, and each of them."""
@@ -260,17 +269,3 @@ class AnchorNetTask(ImageTask):
         attention = float(self.config.attention_loss)
         total = losses[:3].sum() + attention * losses[3:].sum()
         return total, dict(zip(OUTPUTS, losses, strict=True))
-
-
-def _fill(net: nn.Module, weights: Weights | None, classes: tuple[str, ...]) -> None:
-    """Load weights if there are any; classifiers of other classes keep their random start.
-
-    Raises:
-        WeightsError: the tensors are not those of the network.
-    """
-    if weights is None:
-        return
-    if weights.meta.classes != classes:
-        kept = {k: v for k, v in net.state_dict().items() if "classifier" in k}
-        weights = replace(weights, tensors={**weights.tensors, **kept})
-    load_into(net, weights)
