@@ -251,14 +251,16 @@ def load_into(module: nn.Module, weights: Weights) -> None:
         WeightsError: the file's tensors are not those of the network.
     """
     check_tensors(str(weights.path), weights.tensors)
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.tensors.items()}
+    expected, found = (
+        {name: f"shape {' x '.join(map(str, value.shape)) or 1}" for name, value in state.items()}
+        for state in (module.state_dict(), weights.tensors)
+    )
     for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+        wanted, there = (shapes.get(name, "nothing") for shapes in (expected, found))
+        if wanted != there:
             raise WeightsError(
-                f"{weights.path}: expected {_described(expected.get(name))} for {name}, found "
-                f"{_described(found.get(name))}; the file belongs to a network built otherwise "
-                "(other classes or options)"
+                f"{weights.path}: expected {wanted} for {name}, found {there}; the file belongs to "
+                "a network built otherwise (other classes or options)"
             )
     module.load_state_dict(weights.tensors)
 
@@ -341,9 +343,3 @@ def load_state(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
             "choose another run folder"
         )
     return state
-
-
-def _described(shape: tuple[int, ...] | None) -> str:
-    if shape is None:
-        return "nothing"
-    return "a number" if not shape else "shape " + " x ".join(map(str, shape))

@@ -30,11 +30,9 @@ class LoopConfig:
         epochs: passes over the training images.
         batch_size: images of one step, over all processes and pieces.
         accumulate: pieces in which a process works on its part of a step.
-        optimizer: "sgd" or "adamw".
+        optimizer: "sgd" or "adamw"; only the former has ``momentum`` and ``nesterov``.
         lr: rate for a batch of 256. It scales linearly with the batch size for SGD, with its
             square root for AdamW.
-        momentum: of SGD.
-        nesterov: take Nesterov's momentum.
         weight_decay: of all parameters.
         schedule: "step" divides the rate by 10 every ``step_epochs``, "cosine" lets it fall to 0.
         step_epochs: see ``schedule``.
@@ -50,7 +48,6 @@ class LoopConfig:
         seed: of initial weights, order and augmentation.
         workers: processes or threads that load; 0 loads in the main one.
         device: auto, cpu or cuda.
-        tensorboard: write event files.
         overwrite: replace a run of other settings or data in ``folder``, and weights without a
             checkpoint; the same run is resumed all the same.
     """
