@@ -41,7 +41,6 @@ from __future__ import annotations
 import re
 import struct
 import warnings
-from collections.abc import Mapping
 from io import BytesIO
 from typing import Final, NamedTuple
 
@@ -67,16 +66,16 @@ _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 #: is also the faster way.
 _LONGEST_ASPECT: Final = 4
 
-#: EXIF orientation -> what undoes it, for pixels (H, W, ...): swap the axes, then flip some.
-#: ``ImageOps.exif_transpose`` also writes the metadata anew, which fails where it is damaged.
-_ORIENTATIONS: Final[Mapping[int, tuple[bool, tuple[int, ...]]]] = {
-    2: (False, (1,)),
-    3: (False, (0, 1)),
-    4: (False, (0,)),
-    5: (True, ()),
-    6: (True, (1,)),
-    7: (True, (0, 1)),
-    8: (True, (0,)),
+#: EXIF orientation -> what undoes it. ``ImageOps.exif_transpose`` also writes the metadata anew,
+#: which fails where it is damaged.
+_ORIENTATIONS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_TAG: Final = 0x0112
 
@@ -267,7 +266,8 @@ def _load_jpeg(image: Image.Image, data: bytes) -> tuple[npt.NDArray[np.uint8], 
     except ValueError:  # libjpeg refused it, or warned
         # Pillow has the last word: it refuses what is cut off.
         array, damaged = np.array(image.convert("RGB")), _is_damaged(data)
-    return _turned(array, image), damaged
+    turned = _turned(image)
+    return array if turned is None else np.array(Image.fromarray(array).transpose(turned)), damaged
 
 
 def _is_damaged(data: bytes, colors: str = "RGB") -> bool:
@@ -324,10 +324,8 @@ def _load_upright(image: Image.Image, background: str) -> Image.Image:
     if transparency is not None:
         image.info["transparency"] = transparency
     opaque = _as_rgb_or_grey(image, background)
-    # After loading, by which Pillow has turned a TIFF.
-    if _orientation(image) not in _ORIENTATIONS:
-        return opaque
-    return Image.fromarray(_turned(np.asarray(opaque), image))
+    turned = _turned(image)  # after loading, by which Pillow has turned a TIFF
+    return opaque if turned is None else opaque.transpose(turned)
 
 
 def _transparency(image: Image.Image) -> object:
@@ -377,20 +375,12 @@ def _as_rgb_or_grey(image: Image.Image, background: str) -> Image.Image:
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _turned(pixels: npt.NDArray[np.uint8], image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Return pixels (H, W) or (H, W, 3) as the EXIF orientation of ``image`` says, contiguous."""
-    swap, flips = _ORIENTATIONS.get(_orientation(image), (False, ()))
-    turned = pixels.swapaxes(0, 1) if swap else pixels
-    return np.ascontiguousarray(np.flip(turned, flips)) if flips else np.ascontiguousarray(turned)
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (as stored) where the metadata is missing or damaged."""
+def _turned(image: Image.Image) -> Image.Transpose | None:
+    """Return what makes an image upright; None where nothing must, or the metadata is damaged."""
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        return _ORIENTATIONS.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # as above: anything; damaged metadata does not spoil the pixels
-        return 1
-    return value if isinstance(value, int) else 1
+        return None
 
 
 def _reason(data: bytes, error: Exception) -> str:
