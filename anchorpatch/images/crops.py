@@ -28,7 +28,7 @@ from PIL import Image
 from anchorpatch.errors import DataError, ImageError, StorageError, reason_of
 from anchorpatch.images.decode import Decoded, Picture, decode_picture
 from anchorpatch.images.folder import ImageFolder
-from anchorpatch.images.loader import Batch, fill_batch, read_image, serve_batches
+from anchorpatch.images.loader import Batch, read_image, serve_batches
 from anchorpatch.signals import shut_down, waiting_for
 from anchorpatch.storage import locked, write_atomically
 
@@ -37,8 +37,6 @@ SHORT_SIDE: Final = 256
 
 #: Pictures that are decoded at a time for the cache.
 _CHUNK: Final = 64
-
-_PREFETCH = 2
 
 
 @dataclass(frozen=True)
@@ -133,34 +131,18 @@ def load_training_batches(
     Returns:
         Batches whose pixels are uint8 (n, size, size, 3).
     """
-    return serve_batches(
-        partial(_load, str(folder.root), crop, cache),
-        ((epoch, rows, folder.paths[rows]) for epoch, rows in plan),
-        batch_bytes=256 * crop.size**2 * 3,
-        workers=workers,
-        prefetch=_PREFETCH,
-        pin_memory=pin_memory,
-    )
+    decoder = partial(_training_crop, crop, cache)
+    return serve_batches(folder, plan, decoder, crop.size, workers=workers, pin_memory=pin_memory)
 
 
-def _load(
-    root: str,
-    crop: RandomCrop,
-    cache: PictureCache | None,
-    request: tuple[int, npt.NDArray[np.int64], npt.NDArray[np.bytes_]],
-) -> tuple[Any, ...]:
-    """Return the batch of an epoch, rows (n,) and relative paths (n,)."""
-    epoch, rows, paths = request
-
-    def crop_of(row: int, path: str) -> Decoded:
-        if cache is not None:
-            image, damaged = cache[row]
-        else:
-            image, damaged = decode_picture(read_image(os.path.join(root, path)), crop.background)
-        size = image.height, image.width
-        return Decoded(random_crop(image, crop, epoch, row), size, damaged)
-
-    return fill_batch(rows, paths, crop.size, crop_of)
+def _training_crop(
+    crop: RandomCrop, cache: PictureCache | None, path: str, row: int, epoch: int
+) -> Decoded:
+    if cache is not None:
+        image, damaged = cache[row]
+    else:
+        image, damaged = decode_picture(read_image(path), crop.background)
+    return Decoded(random_crop(image, crop, epoch, row), (image.height, image.width), damaged)
 
 
 # --- the cache ----------------------------------------------------------------------------------

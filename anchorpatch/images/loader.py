@@ -34,7 +34,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from multiprocessing.connection import Connection
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from multiprocessing.reduction import recv_handle, send_handle
@@ -70,9 +70,11 @@ _REASONS: Final = {
 }
 
 
-#: Pixels that may be on their way to all processes of this machine, in bytes, beyond the one
-#: batch that each worker has in hand.
-_IN_FLIGHT: Final = 8 << 30
+#: Pixels that the workers of all processes of a machine may be ahead, in bytes: 7,000 crops.
+_ROOM: Final = 1 << 30
+
+#: Pieces that each worker is ahead: one in hand, and one that waits to be taken.
+_AHEAD: Final = 2
 
 #: Seconds that a worker may take to die once it is killed.
 _KILL_TIME: Final = 5.0
@@ -96,8 +98,8 @@ class Batch(NamedTuple):
     damaged: list[int]
 
 
-#: A `Batch` whose pixels are an array.
-_Item = tuple[
+#: A part of a `Batch`, whose pixels are an array.
+_Piece = tuple[
     npt.NDArray[np.int64],
     npt.NDArray[np.uint8],
     npt.NDArray[np.int32],
@@ -105,84 +107,101 @@ _Item = tuple[
     list[int],
 ]
 
+#: What a piece is made from: rows (n,), relative paths (n,), and the epoch.
+_Request = tuple[npt.NDArray[np.int64], npt.NDArray[np.bytes_], int]
+
 
 def load_batches(
     folder: ImageFolder,
     batches: Iterable[Sequence[int]],
     *,
     workers: int,
-    batch_size: int | None = None,
     crop: CropSettings | None = None,
     pin_memory: bool = False,
-    prefetch: int = 4,
 ) -> Generator[Batch, None, None]:
     """Decode batches of a folder's images, in the given order, each once.
+
+    Args:
+        folder: the images.
+        batches: rows of the folder, a sequence for each batch; see `serve_batches`.
+        workers: processes that decode. 0 decodes in this thread, when a batch is asked for.
+        crop: how an image becomes a crop; None for the defaults.
+        pin_memory: see `serve_batches`.
+    """
+    requests = ((0, np.asarray(rows, np.int64)) for rows in batches)
+    decoder = partial(_crop, crop or CropSettings())
+    return serve_batches(folder, requests, decoder, CROP, workers=workers, pin_memory=pin_memory)
+
+
+def _crop(crop: CropSettings, path: str, row: int, epoch: int) -> Decoded:
+    return decode(read_image(path), crop)
+
+
+def serve_batches(
+    folder: ImageFolder,
+    batches: Iterable[tuple[int, npt.NDArray[np.int64]]],
+    decoder: Callable[[str, int, int], Decoded],
+    side: int,
+    *,
+    workers: int,
+    pin_memory: bool,
+) -> Generator[Batch, None, None]:
+    """Make batches of pixels from a folder's images, in the given order.
 
     The workers start at once, not with the first ``next``: start them before other threads
     where that can be chosen. Closing the iterator ends them; so does the death of this process,
     whatever its cause.
 
+    What the workers of all processes of a machine (LOCAL_WORLD_SIZE) are ahead takes at most
+    1 GiB. Where it would take more, several workers make a batch, each a piece of it.
+
     Args:
         folder: the images.
-        batches: rows of the folder, a sequence for each batch. Without ``batch_size`` it must be a
-            sequence too, else it may be an iterator, which is drawn from as the workers need work.
-        workers: processes that decode. 0 decodes in this thread, when a batch is asked for.
-        batch_size: images of the largest batch.
-        crop: how an image becomes a crop; None for the defaults.
+        batches: epoch and rows of each batch (n,). It is drawn from as the workers need work.
+        decoder: from path, row and epoch to pixels (side, side, 3); raises ImageError for a bad
+            image. The workers hold it.
+        side: of the pixels.
+        workers: processes; 0 works in this thread.
         pin_memory: put the pixels into page-locked memory, for copies to a GPU, when a batch is
             handed out. torch locks powers of two, 64 MiB for 256 images, so that batches which
             are only ahead are left out. Without a GPU it does nothing.
-        prefetch: batches that each worker is ahead, fewer where those of all the processes of
-            this machine would take more than 8 GiB. One of 256 images takes 39 MB.
 
     Raises:
-        SettingsError: ``workers`` is negative or ``prefetch`` below 1.
+        SettingsError: ``workers`` is negative.
         DataError: while iterating: the disk or network does not answer.
         AnchorpatchError: while iterating: a worker has died or failed.
     """
     if workers < 0:
         raise SettingsError(f"workers: expected a whole number of at least 0, got {workers}")
-    if prefetch < 1:
-        raise SettingsError(f"prefetch: expected a whole number of at least 1, got {prefetch}")
-    if batch_size is None:
-        batch_size = max(map(len, batches), default=0)
-    return serve_batches(
-        partial(_load, str(folder.root), crop or CropSettings()),
-        ((rows, folder.paths[rows]) for rows in (np.asarray(b, np.int64) for b in batches)),
-        batch_bytes=batch_size * CROP * CROP * 3,
-        workers=workers if batch_size else 0,
-        prefetch=prefetch,
-        pin_memory=pin_memory,
-    )
+    load = partial(_load, str(folder.root), decoder, side)
+    requests = ((rows, folder.paths[rows], epoch) for epoch, rows in batches)
+    pin_memory = pin_memory and torch.cuda.is_available()
+    if workers == 0:
+        return _in_this_process(load, requests, pin_memory)
+    room = _ROOM // max(1, environment_number("LOCAL_WORLD_SIZE", 1))
+    todo = _pieces(requests, max(1, room // (_AHEAD * workers * side * side * 3)))
+    pool = _Pool(load, workers)
+    pending: deque[tuple[_Worker, bool]] = deque()
+    for (request, last), worker in zip(
+        islice(todo, _AHEAD * workers), cycle(pool.workers), strict=False
+    ):
+        worker.ask(request)
+        pending.append((worker, last))
+    return _from_workers(pool, pending, todo, pin_memory)
+
+
+def _pieces(requests: Iterable[_Request], size: int) -> Iterator[tuple[_Request, bool]]:
+    """Cut requests into pieces of at most ``size`` images; tell of each whether it is the last."""
+    for rows, paths, epoch in requests:
+        for start in range(0, max(1, len(rows)), size):
+            stop = start + size
+            yield (rows[start:stop], paths[start:stop], epoch), stop >= len(rows)
 
 
 def _load(
-    root: str, crop: CropSettings, request: tuple[npt.NDArray[np.int64], npt.NDArray[np.bytes_]]
-) -> _Item:
-    """Return the batch of rows (n,) and relative paths (n,)."""
-    rows, paths = request
-
-    def crop_of(_: int, path: str) -> Decoded:
-        return decode(read_image(os.path.join(root, path)), crop)
-
-    return fill_batch(rows, paths, CROP, crop_of)
-
-
-def fill_batch(
-    index: npt.NDArray[np.int64],
-    paths: npt.NDArray[np.bytes_],
-    side: int,
-    decode: Callable[[int, str], Decoded],
-) -> _Item:
-    """Return a `Batch` as a plain tuple whose pixels are an array.
-
-    Args:
-        index: row of each image (n,).
-        paths: its relative path (n,).
-        side: of the pixels.
-        decode: from row and path to pixels (side, side, 3) and the size of the source; raises
-            ImageError for a bad image.
-    """
+    root: str, decoder: Callable[[str, int, int], Decoded], side: int, request: _Request
+) -> _Piece:
+    index, paths, epoch = request
     n = len(index)
     # Allocated once and filled in place; stacking would copy every image twice.
     pixels = np.empty((n, side, side, 3), np.uint8)
@@ -192,7 +211,7 @@ def fill_batch(
     damaged: list[int] = []
     for row, path in zip(index.tolist(), paths.tolist(), strict=True):
         try:
-            decoded = decode(row, path.decode())
+            decoded = decoder(os.path.join(root, path.decode()), row, epoch)
         except ImageError as error:
             bad.append((row, error.reason))
             continue
@@ -202,6 +221,19 @@ def fill_batch(
             damaged.append(row)
     m = len(good)
     return np.array(good, np.int64), pixels[:m], size[:m].copy(), bad, damaged
+
+
+def _joined(pieces: Sequence[_Piece], pin_memory: bool) -> Batch:
+    indices, arrays, sizes, bad, damaged = zip(*pieces, strict=True)
+    parts = [torch.from_numpy(array) for array in arrays]
+    pixels = parts[0]
+    if pin_memory or len(parts) > 1:
+        shape = (sum(map(len, parts)), *pixels.shape[1:])
+        joined = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+        pixels = torch.cat(parts, out=joined)
+    return Batch(
+        np.concatenate(indices), pixels, np.concatenate(sizes), [*chain(*bad)], [*chain(*damaged)]
+    )
 
 
 def read_image(path: str) -> bytes:
@@ -235,53 +267,11 @@ def read_image(path: str) -> bytes:
         ) from error
 
 
-def serve_batches(
-    load: Callable[[Any], _Item],
-    requests: Iterable[Any],
-    *,
-    batch_bytes: int,
-    workers: int,
-    prefetch: int,
-    pin_memory: bool,
-) -> Generator[Batch, None, None]:
-    """Turn each request into a batch, in order, by ``load(request)``; see `load_batches`.
-
-    Args:
-        load: turns a request into the batch, with pixels as an array, as `fill_batch` returns
-            it; what a worker holds.
-        requests: the work of each batch.
-        batch_bytes: pixels of the largest batch.
-        workers: processes; 0 works in this thread.
-        prefetch: batches that each worker is ahead, fewer where they take much memory.
-        pin_memory: put the pixels into page-locked memory, where there is a GPU: only those of
-            the batch that is handed out, so that what the workers are ahead is not locked too.
-    """
-    pin_memory = pin_memory and torch.cuda.is_available()
-    if workers == 0:
-        return _in_this_process(load, requests, pin_memory)
-    room = _IN_FLIGHT // max(1, environment_number("LOCAL_WORLD_SIZE", 1))
-    ahead = min(prefetch, max(1, room // (workers * max(1, batch_bytes))))
-    todo = iter(requests)
-    pool = _Pool(load, workers)
-    pending: deque[_Worker] = deque()
-    for request, worker in zip(islice(todo, workers * ahead), cycle(pool.workers), strict=False):
-        worker.ask(request)
-        pending.append(worker)
-    return _from_workers(pool, pending, todo, pin_memory)
-
-
-def _as_batch(item: _Item, pin_memory: bool) -> Batch:
-    index, array, size, bad, damaged = item
-    pixels = torch.from_numpy(array)
-    pixels = pixels.pin_memory() if pin_memory else pixels
-    return Batch(index, pixels, size, bad, damaged)
-
-
 # --- in this process --------------------------------------------------------------------------
 
 
 def _in_this_process(
-    load: Callable[[Any], _Item], requests: Iterable[Any], pin_memory: bool
+    load: Callable[[_Request], _Piece], requests: Iterable[_Request], pin_memory: bool
 ) -> Generator[Batch, None, None]:
     for request in requests:
         # Images are too small to share out: on two busy cores, two threads took eight times as
@@ -289,27 +279,34 @@ def _in_this_process(
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            item = load(request)
+            piece = load(request)
         finally:
             torch.set_num_threads(threads)
-        yield _as_batch(item, pin_memory)
+        yield _joined([piece], pin_memory)
 
 
 # --- the parent's side ------------------------------------------------------------------------
 
 
 def _from_workers(
-    pool: _Pool, pending: deque[_Worker], todo: Iterator[Any], pin_memory: bool
+    pool: _Pool,
+    pending: deque[tuple[_Worker, bool]],
+    todo: Iterator[tuple[_Request, bool]],
+    pin_memory: bool,
 ) -> Generator[Batch, None, None]:
+    pieces: list[_Piece] = []
     try:
         while pending:
-            worker = pending.popleft()
-            item = worker.answer()
-            for request in islice(todo, 1):
+            worker, last = pending.popleft()
+            pieces.append(worker.answer())
+            for request, last_of_next in islice(todo, 1):
                 worker.ask(request)
-                pending.append(worker)
-            yield _as_batch(item, pin_memory)
-            del item  # or it would live on while the next one is waited for
+                pending.append((worker, last_of_next))
+            if last:
+                batch = _joined(pieces, pin_memory)
+                pieces.clear()
+                yield batch
+                del batch  # or it would live on while the next one is waited for
     finally:
         pool.close()
 
@@ -317,7 +314,7 @@ def _from_workers(
 class _Pool:
     """The workers of one loader; they end with it, or with this process."""
 
-    def __init__(self, load: Callable[[Any], _Item], workers: int) -> None:
+    def __init__(self, load: Callable[[_Request], _Piece], workers: int) -> None:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         self.workers: list[_Worker] = []
         # At exit, this is before multiprocessing waits for its children, which ignore SIGTERM.
@@ -348,7 +345,7 @@ def _kill(workers: list[_Worker]) -> None:
 class _Worker:
     """A process that answers requests in their order, as its parent sees it."""
 
-    def __init__(self, context: Any, load: Callable[[Any], _Item]) -> None:
+    def __init__(self, context: Any, load: Callable[[_Request], _Piece]) -> None:
         self._connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(load, theirs), daemon=True)
         try:
@@ -360,11 +357,11 @@ class _Worker:
         finally:
             theirs.close()  # the worker's death is then the end of the connection
 
-    def ask(self, request: Any) -> None:
+    def ask(self, request: _Request) -> None:
         with contextlib.suppress(ConnectionError):  # `answer` will say so
             self._connection.send(request)
 
-    def answer(self) -> _Item:
+    def answer(self) -> _Piece:
         try:
             with waiting_for(f"images from a loading worker (process {self.process.pid})"):
                 found = self._connection.recv()
@@ -422,14 +419,14 @@ def _reason(error: BaseException) -> str:
 # --- the worker's side ------------------------------------------------------------------------
 
 
-def _serve(load: Callable[[Any], _Item], connection: Connection) -> None:
+def _serve(load: Callable[[_Request], _Piece], connection: Connection) -> None:
     _settle()
-    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
     threading.Thread(target=_take_in, args=(connection, requests), daemon=True).start()
     while True:
         request = requests.get()
         try:
-            item = load(request)
+            piece = load(request)
         except Exception as error:
             known = isinstance(error, AnchorpatchError)
             text = str(error) if known else f"a loading worker failed: {_reason(error)}"
@@ -437,7 +434,7 @@ def _serve(load: Callable[[Any], _Item], connection: Connection) -> None:
             failure.__cause__ = error  # --debug shows its traceback
             connection.send(ExceptionWithTraceback(failure, None))
         else:
-            _hand_over(connection, item)
+            _hand_over(connection, piece)
 
 
 def _settle() -> None:
@@ -458,7 +455,7 @@ def _settle() -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
-def _take_in(connection: Connection, requests: queue.SimpleQueue[Any]) -> None:
+def _take_in(connection: Connection, requests: queue.SimpleQueue[_Request]) -> None:
     """Take requests in at once, so that the parent never waits to get rid of one."""
     try:
         while True:
@@ -474,8 +471,8 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _hand_over(connection: Connection, item: _Item) -> None:
-    index, pixels, size, bad, damaged = item
+def _hand_over(connection: Connection, piece: _Piece) -> None:
+    index, pixels, size, bad, damaged = piece
     descriptor = _in_memory(pixels)
     connection.send((index, pixels.shape, size, bad, damaged, descriptor is not None))
     if descriptor is not None:

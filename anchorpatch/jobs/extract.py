@@ -232,7 +232,6 @@ class _Plan:
             batches,
             workers=workers,
             crop=self.header.settings.crop,
-            batch_size=self.batch_size,
             pin_memory=self.device.type == "cuda",
         )
 

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -25,8 +26,9 @@ from anchorpatch.errors import AnchorpatchError, ImageError, SettingsError
 from anchorpatch.images import loader
 from anchorpatch.images.decode import decode
 from anchorpatch.images.folder import ImageFolder, scan_folder
-from anchorpatch.images.loader import Batch, load_batches, read_image, serve_batches
-from anchorpatch.settings import CropSettings
+from anchorpatch.images.loader import Batch, load_batches, read_image
+from anchorpatch.runtime.device import cpu_count
+from anchorpatch.settings import CROP, CropSettings
 from anchorpatch.signals import STOP_SIGNALS
 from tests.images.processes import own_workers, wait_until, workers_alive
 from tests.oddities import encoded, make_oddities, picture
@@ -91,7 +93,7 @@ def test_batches_are_those_of_the_oracle(
     bad = small.paths.tolist().index(b"a/bad.jpg")
     # Ranges and lists; out of order, repeated; one all bad, one empty.
     batches = [range(4, 9), [20, 0, 3], [bad], range(0), range(9, 13), [3, bad, 2], range(13, 20)]
-    got = list(load_batches(small, batches, workers=workers, prefetch=1))
+    got = list(load_batches(small, batches, workers=workers))
     assert_same(got, slowly(small, batches))
     assert got[2].pixels.shape == (0, 224, 224, 3)
     assert wait_until(lambda: workers_alive() == 0)
@@ -114,15 +116,9 @@ def test_no_batches(small: ImageFolder) -> None:
     assert list(load_batches(small, [], workers=2)) == []
 
 
-@pytest.mark.parametrize("option", ["workers", "prefetch"])
-def test_impossible_settings(small: ImageFolder, option: str) -> None:
-    with pytest.raises(SettingsError, match=option):
-        load_batches(
-            small,
-            [range(3)],
-            workers=-1 if option == "workers" else 1,
-            prefetch=0 if option == "prefetch" else 1,
-        )
+def test_impossible_settings(small: ImageFolder) -> None:
+    with pytest.raises(SettingsError, match="workers"):
+        load_batches(small, [range(3)], workers=-1)
 
 
 def test_pinning_without_a_gpu_does_nothing(
@@ -258,7 +254,7 @@ def test_workers_start_at_once_and_end_with_the_iterator(small: ImageFolder) -> 
 
 
 def test_a_killed_worker_is_one_clear_error(small: ImageFolder) -> None:
-    batches = load_batches(small, [range(20)] * 200, workers=2, prefetch=1)
+    batches = load_batches(small, [range(20)] * 200, workers=2)
     next(batches)
     victim = own_workers()[0].pid
     assert victim
@@ -312,32 +308,56 @@ def test_a_parent_out_of_descriptors_says_so(
         list(load_batches(small, [range(3)], workers=1))
 
 
+CROP_BYTES = CROP * CROP * 3
+
+
 @pytest.mark.parametrize(
-    ("ranks", "room", "taken"), [("1", 1 << 30, 8), ("4", 6 * 1000, 2), ("2", 9 * 1000, 4)]
+    ("ranks", "room", "ahead"),
+    [
+        (1, 1 << 30, [16, 3, 0, 16]),  # whole batches, two for each worker
+        (1, 16 * CROP_BYTES, [4, 4, 4, 4]),
+        (4, 64 * CROP_BYTES, [4, 4, 4, 4]),
+        (3, 64 * CROP_BYTES, [5, 5, 5, 1]),
+        (100, 1, [1, 1, 1, 1]),
+    ],
 )
-def test_what_is_under_way_is_bounded_for_all_processes_of_a_machine(
-    monkeypatch: pytest.MonkeyPatch, ranks: str, room: int, taken: int
+def test_what_is_ahead_is_bounded_for_all_processes_of_a_machine(
+    small: ImageFolder,
+    ranks: int,
+    room: int,
+    ahead: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-    monkeypatch.setattr(loader, "_IN_FLIGHT", room)
-    asked: list[int] = []
-    requests = (asked.append(i) or i for i in range(100))
-    batches = serve_batches(
-        numbers, requests, batch_bytes=1000, workers=2, prefetch=4, pin_memory=False
-    )
-    assert len(asked) == taken
-    assert [next(batches).index.item() for _ in range(3)] == [0, 1, 2]
-    assert len(asked) == taken + 3
-    batches.close()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(loader, "_ROOM", room)
+    ask, asked = loader._Worker.ask, []
+
+    def note(worker: Any, request: Any) -> None:
+        asked.append(len(request[0]))
+        ask(worker, request)
+
+    monkeypatch.setattr(loader._Worker, "ask", note)
+    bad = small.paths.tolist().index(b"a/bad.jpg")
+    batches = [range(16), [3, bad, 2], range(0), range(4, 20), [bad] * 3]
+    loaded = load_batches(small, iter(batches), workers=2)
+    assert asked == ahead
+    assert_same(list(loaded), slowly(small, batches))
+    assert sum(asked) == sum(map(len, batches))
 
 
-def numbers(request: int) -> tuple[Any, ...]:
-    pixels, size = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 2), np.int32)
-    return np.array([request]), pixels, size, [], []
+def test_ranks_of_a_machine_share_its_cores(
+    small: ImageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 128)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    of_each_rank = load_batches(small, [], workers=cpu_count())
+    assert workers_alive() == 128 // 8
+    of_each_rank.close()
+    assert list(of_each_rank) == []
 
 
 def test_workers_leave_signals_to_the_parent(small: ImageFolder) -> None:
-    batches = load_batches(small, [range(5)] * 20, workers=2, prefetch=1)
+    batches = load_batches(small, [range(5)] * 20, workers=2)
     next(batches)
     for child in own_workers():
         assert child.pid
