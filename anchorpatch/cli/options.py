@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from anchorpatch.errors import OutOfMemory, WeightsError
 from anchorpatch.settings import PRESETS, default_preset
-from anchorpatch.training.config import LoopConfig
+from anchorpatch.training.config import CHOICES, LoopConfig
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -400,39 +400,28 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
         unit: what is trained on.
     """
 
-    def loop(name: str, kind: Any, text: str) -> Callable[[Any], Any]:
+    def loop(name: str, text: str) -> Callable[[Any], Any]:
+        kind: Any = click.IntRange(min=1) if type(getattr(LoopConfig, name)) is int else float
+        if name in CHOICES:
+            kind = click.Choice(CHOICES[name])
         option = f"--{name.replace('_', '-')}"
         return click.option(option, type=kind, help=f"{text}  [default: {default(name)}]")
 
-    count = click.IntRange(min=1)
+    texts = {
+        "epochs": "Number of passes over the training split.",
+        "batch_size": f"Number of {unit} per step, over all processes.",
+        "accumulate": "Split each step into N smaller batches and accumulate their gradients.",
+        "optimizer": "Optimizer.",
+        "lr": "Learning rate for a batch size of 256; scaled to others, linearly for sgd and by "
+        "the square root for adamw.",
+        "weight_decay": "Weight decay, of all parameters.",
+        "schedule": "Learning rate schedule: a tenth every 30 epochs, or a cosine to 0.",
+        "warmup_epochs": "Epochs of linear warm-up.",
+        "label_smoothing": "Label smoothing.",
+        "ema_decay": "Decay of the exponential moving average of the weights; 0 disables it.",
+    }
     return grouped(
-        loop("epochs", count, "Number of passes over the training split."),
-        loop("batch_size", count, f"Number of {unit} per step, over all processes."),
-        loop(
-            "accumulate",
-            count,
-            "Split each step into N smaller batches and accumulate their gradients.",
-        ),
-        loop("optimizer", click.Choice(["sgd", "adamw"]), "Optimizer."),
-        loop(
-            "lr",
-            float,
-            "Learning rate for a batch size of 256; scaled to others, linearly for sgd and by the "
-            "square root for adamw.",
-        ),
-        loop("weight_decay", float, "Weight decay, of all parameters."),
-        loop(
-            "schedule",
-            click.Choice(["step", "cosine"]),
-            "Learning rate schedule: a tenth every 30 epochs, or a cosine to 0.",
-        ),
-        loop("warmup_epochs", float, "Epochs of linear warm-up."),
-        loop("label_smoothing", float, "Label smoothing."),
-        loop(
-            "ema_decay",
-            float,
-            "Decay of the exponential moving average of the weights; 0 disables it.",
-        ),
+        *(loop(name, text) for name, text in texts.items()),
         threads_option,
         device_option,
         click.option("--amp", is_flag=True, help="Compute in bfloat16 (mixed precision)."),

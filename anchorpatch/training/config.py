@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 ANCHORNET_ONLY: Final = frozenset({"se", "weighted_mean", "attention_loss"})
 
 
+#: Settings of any run that are one of a few words.
+CHOICES: Final = {"optimizer": ("sgd", "adamw"), "schedule": ("step", "cosine")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How any network is trained; the defaults are those of section 4.1.
@@ -90,8 +94,8 @@ class LoopConfig:
         _check(self, "a number from 0 to below 1", lambda value: 0 <= value < 1, *shares)
         others = ("weight_decay", "warmup_epochs", "checkpoint_minutes", "seed", "workers")
         _check(self, "at least 0", lambda value: value >= 0, *others)
-        _check(self, "sgd or adamw", ("sgd", "adamw").__contains__, "optimizer")
-        _check(self, "step or cosine", ("step", "cosine").__contains__, "schedule")
+        for name, known in CHOICES.items():
+            _check(self, " or ".join(known), known.__contains__, name)
         if self.nesterov and not self.momentum:
             raise SettingsError("nesterov: needs a momentum above 0")
 
