@@ -2,8 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
+from anchorpatch.errors import NonFiniteError
 from anchorpatch.images.folder import scan_folder
-from anchorpatch.jobs.evaluate_anchornet import EvaluateAnchorNetConfig, run
+from anchorpatch.jobs.evaluate_anchornet import EvaluateAnchorNetConfig, _Meter, run
+from anchorpatch.runtime.checkpoint import load_weights
+from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 
 
@@ -35,3 +41,14 @@ def test_a_limit_is_spread_over_the_classes(
     )
     run(EvaluateAnchorNetConfig(image_folder, weights, device="cpu", limit=1), lines)
     assert lines.lines == ["1 of 2 classes has no image among the 1 image taken: dog"]
+
+
+def test_an_evaluation_refuses_nan(weights: Path) -> None:
+    meter = _Meter(load_weights(weights), torch.device("cpu"), amp=False)
+    heatmaps = tuple(torch.ones(2, side, side) for side in (21, 17, 15))
+    heatmaps[2][0, 3, 4] = float("nan")  # of a branch that is not chosen
+    meter.count_patches(heatmaps, torch.tensor([0, 1]))
+    assert meter.result(World())["mean_patches"]["figure"]["111"] is None
+    meter.count_patches(heatmaps, torch.tensor([2, 2]))
+    with pytest.raises(NonFiniteError, match="for 1 image;"):
+        meter.result(World())

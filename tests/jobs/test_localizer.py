@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from anchorpatch.errors import NonFiniteError, WeightsError
-from anchorpatch.jobs.evaluate_anchornet import _Meter
 from anchorpatch.jobs.localizer import Localized, Localizer, load_anchornet
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights, save_weights
-from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import PRESETS, SCALES
 from tests.conftest import draw_photo
 from tests.lsp_oracle import algorithm_1
@@ -103,14 +101,3 @@ def test_gpu_agrees_with_cpu(weights: Path, pixels: torch.Tensor, amp: bool, com
     tolerance = 0.05 if amp else 1e-3
     np.testing.assert_allclose(found.branch_prob, expected.branch_prob, atol=tolerance)
     assert (found.predicted == expected.predicted).mean() > (0.8 if amp else 0.99)
-
-
-def test_an_evaluation_refuses_nan(weights: Path) -> None:
-    meter = _Meter(load_weights(weights), CPU, amp=False)
-    heatmaps = tuple(torch.ones(2, side, side) for side in (21, 17, 15))
-    heatmaps[2][0, 3, 4] = float("nan")  # of a branch that is not chosen
-    meter.count_patches(heatmaps, torch.tensor([0, 1]))
-    assert meter.result(World())["mean_patches"]["figure"]["111"] is None
-    meter.count_patches(heatmaps, torch.tensor([2, 2]))
-    with pytest.raises(NonFiniteError, match="for 1 image;"):
-        meter.result(World())
