@@ -130,6 +130,7 @@ def _print_table_3(as_json: bool) -> None:
             }
         )
         return
+    click.echo("Table 3, FLOPs (G): the network's MACs for one patch times the mean patches")
     print_table(
         ["network", "scale", "GMACs per image", "printed", "deviation"],
         [
@@ -142,7 +143,6 @@ def _print_table_3(as_json: bool) -> None:
             ]
             for cell in cells
         ],
-        title="Table 3, FLOPs (G): the network's MACs for one patch times the mean patches",
     )
     means = ", ".join(f"{mean} of {scale} px" for scale, mean in MEAN_PATCHES.items())
     images = ", ".join(f"{count:,}" for count in IMAGES.values())

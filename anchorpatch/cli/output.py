@@ -87,9 +87,7 @@ def print_json(result: Any) -> None:
     click.echo(json.dumps(result, indent=2, allow_nan=False))
 
 
-def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
-) -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table: framed on a terminal, aligned plain text into a pipe.
 
     The first column is left-aligned, the others, which hold numbers, right-aligned.
@@ -104,8 +102,6 @@ def print_table(
         table.add_column(column, justify="right" if i else "left", no_wrap=not terminal)
     for row in rows:
         table.add_row(*row)
-    if title:
-        click.echo(title)  # rich would fold it to the width of the table
     if terminal:
         Console(markup=False).print(table)
         return

@@ -193,26 +193,26 @@ class Predictor:
     ) -> Iterator[Prediction | Unreadable]:
         with waiting_for("the threads that decode images"):
             found = [future.result() for future in decoded]
-        good = [i for i, image in enumerate(found) if isinstance(image, Decoded)]
-        images = [image for image in found if isinstance(image, Decoded)]
-        predictions = iter(self._decide([paths[i] for i in good], images) if good else ())
-        for path, image in zip(paths, found, strict=True):
+        pairs = list(zip(paths, found, strict=True))
+        good = [(path, image) for path, image in pairs if isinstance(image, Decoded)]
+        predictions = iter(self._decide(good) if good else ())
+        for path, image in pairs:
             yield next(predictions) if isinstance(image, Decoded) else Unreadable(path, image)
 
     @torch.inference_mode()
-    def _decide(self, paths: list[str], images: list[Decoded]) -> list[Prediction]:
-        pixels = torch.from_numpy(np.stack([image.pixels for image in images]))
+    def _decide(self, images: list[tuple[str, Decoded]]) -> list[Prediction]:
+        pixels = torch.from_numpy(np.stack([image.pixels for _, image in images]))
         try:
             local = self._localizer.submit(pixels).result()
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"{paths[error.row or 0]}: {error}; {self.config.anchornet_weights} may be "
+                f"{images[error.row or 0][0]}: {error}; {self.config.anchornet_weights} may be "
                 "damaged or badly trained: train AnchorNet or download its weights again"
             ) from error
         sums = sum_localized(dict.fromkeys(SCALES, self._run), local, pixels, _PATCHES)
         means = sums / torch.from_numpy(local.counts)[:, None]
         predictions = []
-        for i, (path, image) in enumerate(zip(paths, images, strict=True)):
+        for i, (path, image) in enumerate(images):
             if not means[i].isfinite().all():
                 raise NonFiniteError(
                     f"{path}: {self.network.source} gave NaN or infinity: fine-tune it again"
