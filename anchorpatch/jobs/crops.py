@@ -1,4 +1,7 @@
-"""Whole images: the 224 px crops that AnchorNet sees, as shards store them or decoded again."""
+"""What jobs read: the shards of a split, and whole images.
+
+Whole images are the 224 px crops that AnchorNet sees, as shards store them or decoded again.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,49 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anchorpatch.errors import DataError, ShardError
+from anchorpatch.errors import CorruptShard, DataError, ShardError
 from anchorpatch.images.folder import ImageFolder, scan_folder
 from anchorpatch.images.loader import load_batches
 from anchorpatch.settings import CROP, CropSettings
 from anchorpatch.shards.dataset import load_rows
-from anchorpatch.shards.layout import decode_text
+from anchorpatch.shards.layout import MANIFEST_NAME, decode_text
 from anchorpatch.shards.reader import ShardReader
+
+
+def open_shards(shards: Path, split: str) -> ShardReader:
+    """Open SHARDS/SPLIT to train or evaluate a network on its patches.
+
+    Raises:
+        ShardError: there are no shards, no images in them, or an image has no patch.
+        CorruptShard: a shard cannot be read.
+    """
+    folder = shards / split
+    if not (folder / MANIFEST_NAME).is_file():
+        raise ShardError(
+            f"{folder}: expected shards, found no {MANIFEST_NAME}; make them by "
+            f"`anchorpatch extract --split {split} --out {shards}`, or name another --shards"
+        )
+    reader = ShardReader(folder)
+    if not len(reader):
+        raise ShardError(f"{folder}: expected shards with images, found none in them")
+    check_tables(reader)
+    return reader
+
+
+def check_tables(reader: ShardReader) -> None:
+    """Raise ShardError unless every image has patches, and CorruptShard unless it has a label."""
+    empty = np.flatnonzero(reader.counts < 1)
+    if len(empty):
+        raise ShardError(
+            f"{reader.folder}: {len(empty):,} of {len(reader):,} images have no patch, the first "
+            f"is {reader.path[empty[0]].decode()}; extract them again"
+        )
+    wrong = np.flatnonzero((reader.label < 0) | (reader.label >= len(reader.classes)))
+    if len(wrong):
+        raise CorruptShard(
+            f"{reader.folder}: {reader.path[wrong[0]].decode()}: expected a label from 0 to "
+            f"{len(reader.classes) - 1}, found {reader.label[wrong[0]]}; extract again"
+        )
 
 
 class Crops(NamedTuple):

@@ -23,13 +23,12 @@ from torchvision.transforms import v2
 
 from anchorpatch.errors import DataError, WeightsError
 from anchorpatch.images.folder import spread_rows, without_images
-from anchorpatch.jobs.crops import Crops, ImageSource
+from anchorpatch.jobs.crops import Crops, ImageSource, open_shards
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.patch_scores import (
     Distributions,
     Keep,
     Predictions,
-    open_shards,
     score_images,
     score_patches,
     sum_localized,

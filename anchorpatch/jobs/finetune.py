@@ -22,8 +22,8 @@ from torch import nn
 
 from anchorpatch.errors import DataError, SettingsError
 from anchorpatch.images.crops import RandomCrop, load_training_batches
-from anchorpatch.jobs.crops import ImageSource
-from anchorpatch.jobs.patch_scores import Distributions, open_shards, score_images, score_patches
+from anchorpatch.jobs.crops import ImageSource, open_shards
+from anchorpatch.jobs.patch_scores import Distributions, score_images, score_patches
 from anchorpatch.models.complexity import check_sides, macs
 from anchorpatch.models.registry import build_on_meta
 from anchorpatch.networks import OR_NONE, find_pretrained, load_network

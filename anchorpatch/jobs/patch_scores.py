@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anchorpatch.errors import (
-    CorruptShard,
     DataError,
     SettingsError,
     ShardError,
@@ -38,7 +37,6 @@ from anchorpatch.runtime.checkpoint import WeightsMeta
 from anchorpatch.runtime.device import exact_float32, to_device
 from anchorpatch.runtime.distributed import World, sum_ranks
 from anchorpatch.shards.dataset import load_rows
-from anchorpatch.shards.layout import MANIFEST_NAME
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.storage import refusals, write_atomically
 from anchorpatch.text import few
@@ -48,42 +46,6 @@ _TOP: Final = 5
 
 #: Takes rows of images (n,), int64, and their mean distributions (n, C), float64.
 Keep: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.float64]], None]
-
-
-def open_shards(shards: Path, split: str) -> ShardReader:
-    """Open SHARDS/SPLIT to train or evaluate a network on its patches.
-
-    Raises:
-        ShardError: there are no shards, no images in them, or an image has no patch.
-        CorruptShard: a shard cannot be read.
-    """
-    folder = shards / split
-    if not (folder / MANIFEST_NAME).is_file():
-        raise ShardError(
-            f"{folder}: expected shards, found no {MANIFEST_NAME}; make them by "
-            f"`anchorpatch extract --split {split} --out {shards}`, or name another --shards"
-        )
-    reader = ShardReader(folder)
-    if not len(reader):
-        raise ShardError(f"{folder}: expected shards with images, found none in them")
-    check_tables(reader)
-    return reader
-
-
-def check_tables(reader: ShardReader) -> None:
-    """Raise ShardError unless every image has patches, and CorruptShard unless it has a label."""
-    empty = np.flatnonzero(reader.counts < 1)
-    if len(empty):
-        raise ShardError(
-            f"{reader.folder}: {len(empty):,} of {len(reader):,} images have no patch, the first "
-            f"is {reader.path[empty[0]].decode()}; extract them again"
-        )
-    wrong = np.flatnonzero((reader.label < 0) | (reader.label >= len(reader.classes)))
-    if len(wrong):
-        raise CorruptShard(
-            f"{reader.folder}: {reader.path[wrong[0]].decode()}: expected a label from 0 to "
-            f"{len(reader.classes) - 1}, found {reader.label[wrong[0]]}; extract again"
-        )
 
 
 class Distributions:

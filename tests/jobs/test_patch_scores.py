@@ -18,7 +18,6 @@ from anchorpatch.images.folder import spread_rows
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.patch_scores import (
     Distributions,
-    check_tables,
     score_images,
     score_patches,
 )
@@ -213,15 +212,6 @@ def test_nan_is_refused(folder: Path):
     module.weight.data[...] = float("nan")
     with pytest.raises(NonFiniteError, match="NaN or infinity for 5 of 5 images"):
         score(folder, module)
-
-
-def test_an_image_without_patches_is_refused(folder: Path):
-    reader = ShardReader(folder)
-    counts = reader.counts.copy()
-    counts[3] = 0
-    reader._columns["images/count"] = counts
-    with pytest.raises(ShardError, match=r"1 of 5 images have no patch, .* images/0003.png"):
-        check_tables(reader)
 
 
 def test_a_corrupt_shard_is_named(folder: Path, tmp_path: Path):
