@@ -90,7 +90,7 @@ def test_our_file_for_other_classes(tmp_path: Path, other: tuple[str, ...]) -> N
         assert own[key].shape != value.shape or own[key].equal(value) != key.startswith("fc.")
     assert messages == [
         f"{path}: replacing its head for 3 (ape, bee, cat) with a new one for {len(other)} "
-        f"({', '.join(other[:3])}{', ...' if len(other) > 3 else ''})"
+        f"({', '.join(other[:3])}{' and 1 more' if len(other) > 3 else ''})"
     ]
 
 
@@ -135,7 +135,7 @@ def test_files_of_other_programs(tmp_path: Path, name: str, wrapped: str) -> Non
     assert_same(network.module, state)
     assert network.source == str(path)
     assert "3 outputs are taken for the classes in their order (ape, bee, cat)" in messages[0]
-    assert "expected outputs for the 4 classes ape, bee, cat, ..., found 3" in error_of(
+    assert "expected outputs for the 4 classes ape, bee, cat and 1 more, found 3" in error_of(
         name, FOUR, path
     )
     network, messages = load(name, FOUR, path, replace_head=True)
@@ -143,7 +143,7 @@ def test_files_of_other_programs(tmp_path: Path, name: str, wrapped: str) -> Non
     changed = {k for k, v in network.module.state_dict().items() if v.shape != state[k].shape}
     assert changed == {f"{head}.weight", f"{head}.bias"}
     assert messages == [
-        f"{path}: replacing its head for 3 with a new one for 4 (ape, bee, cat, ...)"
+        f"{path}: replacing its head for 3 with a new one for 4 (ape, bee, cat and 1 more)"
     ]
 
 
@@ -291,7 +291,7 @@ def test_pretrained_sets_in_the_cache_need_no_network(cache: Path) -> None:
     assert network.meta.mean == (0.485, 0.456, 0.406)
     assert messages == []
     for classes in (THREE, tuple(f"class {i}" for i in range(1000))):
-        assert "found 1,000 (tench, goldfish, great white shark, ...)" in error_of(
+        assert "found 1,000 (tench, goldfish, great white shark and 997 more)" in error_of(
             LINEAR, classes, "default"
         )
         network, messages = load(LINEAR, classes, "default", replace_head=True)
