@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import click
 
 from anchorpatch.cli.options import PATH, Command, find_weights, json_option
 from anchorpatch.cli.output import bytes_text, print_json
-from anchorpatch.text import counted
+from anchorpatch.text import clean, counted
 
 if TYPE_CHECKING:
     from anchorpatch.report.page import ReportSummary
@@ -57,7 +56,7 @@ def report(
     config = ReportConfig(folder, weights=known, make_figures=not no_figures, **options)
     summary = run(config, reporter())
     for what in summary.left_out:
-        click.echo(f"left out: {_printable(f'{what.source}: {what.reason}')}", err=True)
+        click.echo(f"left out: {clean(f'{what.source}: {what.reason}')}", err=True)
     if as_json:
         print_json(summary.to_json())
     else:
@@ -69,9 +68,9 @@ def _print_summary(summary: ReportSummary) -> None:
     for name, counts in summary.sections.items():
         held = ", ".join(_held(what, count) for what, count in counts.items() if count)
         why = summary.missing.get(name)
-        click.echo(_printable(f"{name}: {held or 'nothing'}{f' ({why})' if why else ''}"))
+        click.echo(clean(f"{name}: {held or 'nothing'}{f' ({why})' if why else ''}"))
     size = bytes_text(summary.bytes)
-    click.echo(f"{_printable(str(summary.report))}: {size} in {summary.seconds:.1f} s")
+    click.echo(f"{clean(str(summary.report))}: {size} in {summary.seconds:.1f} s")
 
 
 def _held(what: str, count: int) -> str:
@@ -84,8 +83,3 @@ def _held(what: str, count: int) -> str:
     if what.endswith("s"):
         return counted(count, what.removesuffix("s"))
     return what if count == 1 else f"{what} ({count:,} times)"
-
-
-def _printable(text: str) -> str:
-    """Return a text that may name files whose names are no UTF-8."""
-    return os.fsencode(text).decode("utf-8", "replace")

@@ -121,12 +121,6 @@ def find_attention(
 ) -> AttentionExamples:
     """Choose images, spread over scales and classes, and compute their maps.
 
-    Args:
-        source: of the images.
-        weights: of AnchorNet.
-        config: what to show.
-        reporter: takes the progress.
-
     Raises:
         DataError: no image can be decoded.
         SettingsError: no image or class has a name that was asked for.
@@ -212,9 +206,6 @@ def attention_figure(result: AttentionExamples) -> Figure:
     S is coloured by its multiple of uniform attention, on a logarithmic scale; M by its share of
     the strongest evidence in its own map, blue where it speaks against the class. The branch that
     localizes the image is framed.
-
-    Args:
-        result: from `anchorpatch.figures.attention.find_attention`.
     """
     rows = len(result.examples)
     width = _COLUMNS * (_SIDE + _GAP) + _GAP

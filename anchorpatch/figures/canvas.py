@@ -184,11 +184,10 @@ def written(
     size: int = 14,
     bold: bool = False,
     fill: Color = BLACK,
-    wrap: bool = False,
     start: str = "",
     end: str = "",
 ) -> Image.Image:
-    """Return text as a picture.
+    """Return a line of text as a picture.
 
     Args:
         text: shortened in its middle where the line is too long.
@@ -196,35 +195,17 @@ def written(
         size: of the type in pixels.
         bold: take the bold type.
         fill: colour of the type.
-        wrap: take as many lines as it needs, and shorten only words too long for one.
         start: what stands before the text and is never shortened.
         end: what stands behind it and is never shortened.
     """
-    face = font(size, bold=bold)
+    face, line = font(size, bold=bold), f"{start}{text}{end}"
     if width is None:
-        lines = [f"{start}{text}{end}"]
-        width = ceil(face.width(lines[0]))
-    elif wrap:
-        lines = _wrapped(f"{start}{text}{end}", width, face)
+        width = ceil(face.width(line))
     else:
-        lines = [fitted(text, width, face, start=start, end=end)]
-    height = round(size * 1.3)
-    picture = Image.new("RGB", (width, max(1, len(lines)) * height), PAPER)
-    draw = ImageDraw.Draw(picture)
-    for i, line in enumerate(lines):
-        face.draw(draw, 0, i * height, line, fill)
+        line = fitted(text, width, face, start=start, end=end)
+    picture = Image.new("RGB", (width, round(size * 1.3)), PAPER)
+    face.draw(ImageDraw.Draw(picture), 0, 0, line, fill)
     return picture
-
-
-def _wrapped(text: str, width: int, face: Font) -> list[str]:
-    lines: list[str] = []
-    for word in (fitted(word, width, face) for word in text.split()):
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and face.width(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
 
 
 def small(

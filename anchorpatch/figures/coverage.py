@@ -10,9 +10,10 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -22,13 +23,11 @@ from torch import Tensor
 
 from anchorpatch.errors import DataError, SettingsError, WeightsError
 from anchorpatch.figures.localizers import (
+    PLAIN,
     Localize,
     See,
     Seen,
-    anchornet_localizers,
-    centre,
     chance,
-    edges,
     gradcam,
     mask_of_area,
     peer,
@@ -180,6 +179,11 @@ class Curve:
     covered: Series
     masked: Series
 
+    @property
+    def ways(self) -> tuple[tuple[str, Series], tuple[str, Series]]:
+        """Both curves with their names."""
+        return ("covered", self.covered), ("masked", self.masked)
+
 
 @dataclass(frozen=True)
 class CoverageResult:
@@ -207,21 +211,13 @@ class CoverageResult:
     left_out: tuple[str, ...]
     settings: Mapping[str, Any]
 
-    def curve(self, localizer: str) -> Curve:
-        """Return the curve of a localizer.
-
-        Raises:
-            KeyError: it took no part.
-        """
-        return {curve.localizer: curve for curve in self.curves}[localizer]
-
     def winners(self) -> tuple[str, ...]:
         """Return a sentence for each localizer that beats AnchorNet by two standard errors."""
         return tuple(
             f"{LABELS[curve.localizer]} is better than AnchorNet by {way} area: "
             f"{_gain(series.gain, series.gain_error)}"
             for curve in self.curves
-            for way, series in (("covered", curve.covered), ("masked", curve.masked))
+            for way, series in curve.ways
             if series.beats_anchornet
         )
 
@@ -232,7 +228,7 @@ class CoverageResult:
                 "localizer": curve.localizer,
                 **{
                     f"{way}_{name}": getattr(series, name)
-                    for way, series in (("covered", curve.covered), ("masked", curve.masked))
+                    for way, series in curve.ways
                     for name in AUC_FIGURES
                 },
             }
@@ -241,15 +237,15 @@ class CoverageResult:
 
     def csv(self) -> str:
         """Return every point of every curve as CSV."""
-        columns = ("covered_top1", "masked_top1", "covered_spread", "masked_spread")
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("localizer", "area", *columns))
+        values = [f"{way}_{value}" for value in ("top1", "spread") for way in ("covered", "masked")]
+        writer.writerow(("localizer", "area", *values))
         for curve in self.curves:
-            both = (curve.covered, curve.masked)
             none = (None,) * len(self.areas)
-            values = [*(way.top1 for way in both), *(way.spread or none for way in both)]
-            for area, *point in zip(self.areas, *values, strict=True):
+            series = (curve.covered, curve.masked)
+            columns = [*(way.top1 for way in series), *(way.spread or none for way in series)]
+            for area, *point in zip(self.areas, *columns, strict=True):
                 writer.writerow((curve.localizer, area, *point))
         return file.getvalue()
 
@@ -293,11 +289,6 @@ def measure_coverage(
 ) -> CoverageResult:
     """Measure the curves of Figure 6.
 
-    Args:
-        source: labelled images of the network's classes.
-        config: what is compared.
-        progress: is told what is done.
-
     Raises:
         DataError: no image can be decoded.
         SettingsError: none of the localizers can be had.
@@ -314,7 +305,7 @@ def measure_coverage(
         network = load_network(name, classes, config.weights, say)
     else:
         network = load_for_whole_images(name, classes, config.runs, say, option="--weights")
-    see = See(anchornet, device)
+    see = See(anchornet, device, config.iou_threshold)
     localizers, weights, left_out = _localizers(config, network, device)
     if not localizers:
         raise SettingsError(f"no localizer is left: {'; '.join(left_out)}")
@@ -377,12 +368,9 @@ def _localizers(
     config: CoverageConfig, network: Network, device: torch.device
 ) -> tuple[list[tuple[str, Localize]], dict[str, str], list[str]]:
     """Return the localizers with their names, random ones once a seed; what they are from."""
-    threshold, wanted = config.iou_threshold, config.localizers
-    known: dict[str, list[Localize]] = {
-        name: [localize] for name, localize in anchornet_localizers(threshold).items()
-    }
-    known["sobel"], known["centre"] = [edges(threshold)], [centre]
-    known["random"] = [chance(seed, threshold) for seed in range(config.seeds)]
+    wanted = config.localizers
+    known = {name: [localize] for name, localize in PLAIN.items()}
+    known["random"] = [partial(chance, seed) for seed in range(config.seeds)]
     best = {name: config.runs / name / "best.safetensors" for name in PEERS if name in wanted}
     peers = config.peers
     if peers is None:
@@ -528,31 +516,21 @@ def _gain(gain: float | None, error: float | None) -> str:
     return f"{decimal(gain or 0, 4, sign=True)} ± {decimal(error or 0, 4)}"
 
 
-class _Look(NamedTuple):
-    """How a localizer is drawn: apart by colour, dash and mark, each enough by itself."""
-
-    color: str
-    dash: str
-    mark: str
-
-
-#: Colours of Okabe and Ito's, with greys; AnchorNet and its branches are solid.
+#: Colour (Okabe and Ito's, with greys), dash and mark: each is enough by itself. AnchorNet and its
+#: branches are solid.
 _LOOKS: Final = {
-    "anchornet": _Look("#000000", "-", "o"),
-    "branch63": _Look("#56b4e9", "-", "v"),
-    "branch95": _Look("#0072b2", "-", "^"),
-    "branch111": _Look("#009e73", "-", "s"),
-    "bagnet33": _Look("#e69f00", "--", "P"),
-    "bagnet77": _Look("#b8860b", "--", "X"),
-    "saccader": _Look("#d55e00", "--", "D"),
-    "gradcam": _Look("#cc79a7", "--", "*"),
-    "sobel": _Look("#777777", ":", "h"),
-    "centre": _Look("#444444", ":", "p"),
-    "random": _Look("#999999", "-.", "."),
+    "anchornet": ("#000000", "-", "o"),
+    "branch63": ("#56b4e9", "-", "v"),
+    "branch95": ("#0072b2", "-", "^"),
+    "branch111": ("#009e73", "-", "s"),
+    "bagnet33": ("#e69f00", "--", "P"),
+    "bagnet77": ("#b8860b", "--", "X"),
+    "saccader": ("#d55e00", "--", "D"),
+    "gradcam": ("#cc79a7", "--", "*"),
+    "sobel": ("#777777", ":", "h"),
+    "centre": ("#444444", ":", "p"),
+    "random": ("#999999", "-.", "."),
 }
-
-#: In inches.
-_SIZE: Final = (12.0, 4.6)
 
 
 def coverage_figure(result: CoverageResult) -> Figure:
@@ -561,7 +539,7 @@ def coverage_figure(result: CoverageResult) -> Figure:
     The legends name the localizers from the best to the worst with their areas under the curve;
     bands are one standard deviation over seeds.
     """
-    figure = Figure(figsize=_SIZE, dpi=150, layout="constrained")
+    figure = Figure(figsize=(12.0, 4.6), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _panel(left, result, "covered")
     _panel(right, result, "masked")
@@ -577,15 +555,15 @@ def _panel(axes: Axes, result: CoverageResult, way: str) -> None:
     best_first = sorted(series, key=lambda name: series[name].auc, reverse=covered)
     x = 100 * np.array(result.areas)
     for rank, name in enumerate(best_first):
-        look, one = _LOOKS[name], series[name]
+        (color, dash, mark), one = _LOOKS[name], series[name]
         y = 100 * np.array(one.top1)
         bold = name == "anchornet"
         axes.plot(
             x,
             y,
-            color=look.color,
-            linestyle=look.dash,
-            marker=look.mark,
+            color=color,
+            linestyle=dash,
+            marker=mark,
             markersize=6 if bold else 5,
             linewidth=2.4 if bold else 1.3,
             label=f"{LABELS[name]}  {one.auc:.3f}",
@@ -593,7 +571,7 @@ def _panel(axes: Axes, result: CoverageResult, way: str) -> None:
         )
         if one.spread is not None:
             deviation = 100 * np.array(one.spread)
-            axes.fill_between(x, y - deviation, y + deviation, color=look.color, alpha=0.3, lw=0)
+            axes.fill_between(x, y - deviation, y + deviation, color=color, alpha=0.3, lw=0)
     axes.set_xlim(0, 100)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

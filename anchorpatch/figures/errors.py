@@ -25,7 +25,6 @@ from anchorpatch.figures.canvas import (
 from anchorpatch.figures.examples import Choice, ShownImages, Survey, look_at, looking, spread
 from anchorpatch.figures.frames import (
     MARK,
-    Mark,
     badge,
     cross,
     cut_out,
@@ -175,12 +174,6 @@ def find_errors(
     Of those found, the most confident errors are shown, spread over the true classes and then
     over the mistaken ones.
 
-    Args:
-        source: of the images.
-        weights: of AnchorNet.
-        config: what to show.
-        reporter: takes the progress.
-
     Raises:
         NothingToShow: no branch is wrong where another is right.
         DataError: the weights know none of the classes, or no image can be decoded.
@@ -297,9 +290,6 @@ def errors_figure(result: BranchErrors) -> Image.Image:
     From left to right: the image; the branch's patch with the most evidence for the class that it
     predicts, red with a cross, and for the true class, green with a tick; an image of the mistaken
     class that the branch is surest about, with the branch's patches framed and cut out.
-
-    Args:
-        result: from `anchorpatch.figures.errors.find_errors`.
     """
     wrong = "most evidence of the branch for the class it predicts, which is wrong"
     right = "most evidence of the branch for the true class"
@@ -337,14 +327,13 @@ def _row(error: BranchError, scale: int) -> Image.Image:
         name = written(error.mistaken.name, picture.width, start="an image of ")
         parts.append(stacked([name, picture], 2))
     else:
-        parts.append(
-            written(f"no image of {error.mistaken.name} that it is right about", 224, wrap=True)
-        )
+        name = written(error.mistaken.name, 224, start="no image of ")
+        parts.append(stacked([name, written("that it is right about", 224)], 0))
     return beside(parts, 2 * GAP)
 
 
 def _patch(
-    error: BranchError, evidence: Evidence, scale: int, color: Color, mark: Mark
+    error: BranchError, evidence: Evidence, scale: int, color: Color, mark: Image.Image
 ) -> Image.Image:
     cut = cut_out(error.pixels, evidence.corner, scale, color, width=_MARGIN)
     width = max(cut.width, _PATCH_TEXT)

@@ -6,9 +6,8 @@ One pixel of a picture is one of the image, times ``zoom``.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -33,9 +32,6 @@ from anchorpatch.figures.canvas import (
 
 #: Left, top, right, bottom in pixels; right and bottom lie outside.
 Box = tuple[int, int, int, int]
-
-#: Draws a mark with its top left corner at (x, y).
-Mark = Callable[[ImageDraw.ImageDraw, int, int], None]
 
 #: Colour of the frames by scale: three of Okabe and Ito's, apart for the colour-blind too.
 COLORS: Final = {63: (86, 180, 233), 95: (240, 228, 66), 111: (213, 94, 0)}
@@ -224,7 +220,7 @@ def draw_frames(
     corners: NDArray[Any],
     theta: int,
     colors: Sequence[Color],
-    marks: Sequence[Mark] = (),
+    marks: Sequence[Image.Image] = (),
     *,
     zoom: float = 1,
     width: int = _FRAME,
@@ -270,7 +266,7 @@ def draw_frames(
     for (x0, y0, x1, y1), edge, mark in zip(boxes, edges, marks, strict=False):
         place = _free((x0 + edge, y0 + edge, x1 - edge, y1 - edge), taken, marked)
         if place is not None:
-            mark(draw, *place)
+            picture.paste(mark, place, mark)
             x, y = place
             for mask in (taken, marked):
                 mask[y : y + MARK, x : x + MARK] = True
@@ -305,46 +301,40 @@ def _dash(draw: ImageDraw.ImageDraw, box: Box, dash: int = 6) -> None:
 # --- marks --------------------------------------------------------------------------------
 
 
-def badge(mark: Mark) -> Image.Image:
-    """Return a mark as a picture of its own."""
-    picture = Image.new("RGB", (MARK, MARK), PAPER)
-    mark(ImageDraw.Draw(picture), 0, 0)
-    return picture
-
-
-def number(value: int, color: Color) -> Mark:
+def number(value: int, color: Color) -> Image.Image:
     """Return a mark that shows a number, dark on a light colour and light on a dark one."""
-    return partial(_number, value, color)
-
-
-def tick(color: Color) -> Mark:
-    """Return a mark that shows a tick, white on a colour."""
-    return partial(_sign, color, [[(3, 8), (6, 11), (11, 4)]])
-
-
-def cross(color: Color) -> Mark:
-    """Return a mark that shows a cross, white on a colour."""
-    return partial(_sign, color, [[(4, 4), (10, 10)], [(4, 10), (10, 4)]])
-
-
-def _number(value: int, color: Color, draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
-    draw.rectangle((x, y, x + MARK - 1, y + MARK - 1), fill=color)
-    middle = (x + MARK / 2, y + MARK / 2)
+    mark = Image.new("RGBA", (MARK, MARK), color)
     face = font(11 if value < 100 else 6, bold=True).face
     light = (299 * color[0] + 587 * color[1] + 114 * color[2]) / 1000
-    draw.text(middle, str(value), BLACK if light > 100 else PAPER, face, anchor="mm")
+    ink = BLACK if light > 100 else PAPER
+    ImageDraw.Draw(mark).text((MARK / 2, MARK / 2), str(value), ink, face, anchor="mm")
+    return mark
 
 
-def _sign(
-    color: Color,
-    strokes: Sequence[Sequence[tuple[int, int]]],
-    draw: ImageDraw.ImageDraw,
-    x: int,
-    y: int,
-) -> None:
-    draw.ellipse((x, y, x + MARK - 1, y + MARK - 1), fill=color)
+def tick(color: Color) -> Image.Image:
+    """Return a mark that shows a tick, white on a colour."""
+    return _sign(color, [(3, 8), (6, 11), (11, 4)])
+
+
+def cross(color: Color) -> Image.Image:
+    """Return a mark that shows a cross, white on a colour."""
+    return _sign(color, [(4, 4), (10, 10)], [(4, 10), (10, 4)])
+
+
+def _sign(color: Color, *strokes: list[tuple[int, int]]) -> Image.Image:
+    mark = Image.new("RGBA", (MARK, MARK))
+    draw = ImageDraw.Draw(mark)
+    draw.ellipse((0, 0, MARK - 1, MARK - 1), fill=color)
     for stroke in strokes:
-        draw.line([(x + dx, y + dy) for dx, dy in stroke], fill=PAPER, width=2, joint="curve")
+        draw.line(stroke, fill=PAPER, width=2, joint="curve")
+    return mark
+
+
+def badge(mark: Image.Image) -> Image.Image:
+    """Return a mark on paper."""
+    picture = Image.new("RGB", mark.size, PAPER)
+    picture.paste(mark, (0, 0), mark)
+    return picture
 
 
 def _free(inner: Box, *taken: NDArray[np.bool_]) -> tuple[int, int] | None:

@@ -46,6 +46,7 @@ class Seen(NamedTuple):
         decision: class and branch (Eq. 6-8).
         heatmaps: M of each branch for the decided class, (n, H, W) each.
         own_heatmaps: M of each branch for the class that it predicts itself.
+        iou_threshold: T of Algorithm 1.
     """
 
     rows: NDArray[np.int64]
@@ -53,6 +54,7 @@ class Seen(NamedTuple):
     decision: Decision
     heatmaps: tuple[Tensor, ...]
     own_heatmaps: tuple[Tensor, ...]
+    iou_threshold: float
 
 
 #: Returns when each pixel arrives (n, 224, 224), the first the smallest.
@@ -65,11 +67,12 @@ class See(Runner):
     Args:
         weights: of AnchorNet.
         device: where it computes.
+        iou_threshold: T of Algorithm 1, for localizers whose patches may not overlap.
     """
 
-    def __init__(self, weights: Weights, device: torch.device) -> None:
+    def __init__(self, weights: Weights, device: torch.device, iou_threshold: float = 0.3) -> None:
         super().__init__(weights, device)
-        self.source = str(weights.path)
+        self.source, self.iou_threshold = weights.path, iou_threshold
 
     @torch.inference_mode()
     @exact_float32()
@@ -86,35 +89,24 @@ class See(Runner):
         own = tuple(
             self.net.heatmaps(features, decision.branch_class[:, j])[j] for j in range(len(SCALES))
         )
-        return Seen(rows, pixels, decision, heatmaps, own)
+        return Seen(rows, pixels, decision, heatmaps, own, self.iou_threshold)
 
 
-def anchornet_localizers(iou_threshold: float) -> dict[str, Localize]:
-    """Return AnchorNet, and each branch alone with the class that it predicts itself.
-
-    Args:
-        iou_threshold: T of Algorithm 1.
-    """
-
-    def whole(seen: Seen) -> Tensor:
-        return _by_chosen_scale(seen, seen.heatmaps, iou_threshold)
-
-    def branch(j: int, seen: Seen) -> Tensor:
-        return _arrivals(seen.own_heatmaps[j], SCALES[j], iou_threshold)
-
-    alone = {f"branch{scale}": partial(branch, j) for j, scale in enumerate(SCALES)}
-    return {"anchornet": whole, **alone}
+def anchornet(seen: Seen) -> Tensor:
+    """Take the patches of the branch that AnchorNet chose, by the heatmap of the decided class."""
+    return _by_chosen_scale(seen, seen.heatmaps)
 
 
-def edges(iou_threshold: float) -> Localize:
-    """Return the localizer by the mean Sobel energy of patches of the scale AnchorNet chose."""
+def branch(j: int, seen: Seen) -> Tensor:
+    """Take the patches of the branch of index j, by the class that it predicts itself."""
+    return _arrivals(seen.own_heatmaps[j], SCALES[j], seen.iou_threshold)
 
-    def localize(seen: Seen) -> Tensor:
-        energy = sobel_energy(seen.pixels)[:, None]
-        means = [functional.avg_pool2d(energy, scale, STRIDE)[:, 0] for scale in SCALES]
-        return _by_chosen_scale(seen, means, iou_threshold)
 
-    return localize
+def edges(seen: Seen) -> Tensor:
+    """Take patches of the scale AnchorNet chose, by their mean Sobel energy."""
+    energy = sobel_energy(seen.pixels)[:, None]
+    means = [functional.avg_pool2d(energy, scale, STRIDE)[:, 0] for scale in SCALES]
+    return _by_chosen_scale(seen, means)
 
 
 def sobel_energy(pixels: Tensor) -> Tensor:
@@ -133,26 +125,28 @@ def sobel_energy(pixels: Tensor) -> Tensor:
     return functional.conv2d(padded, kernels).square().sum(1)
 
 
-def chance(seed: int, iou_threshold: float) -> Localize:
-    """Return random patches of the scale AnchorNet chose; they depend on seed and row alone."""
-
-    def localize(seen: Seen) -> Tensor:
-        heatmaps = []
-        for found in seen.heatmaps:
-            places = found.shape[1:]
-            drawn = [
-                np.random.default_rng((seed, int(row))).random(places, np.float32)
-                for row in seen.rows
-            ]
-            heatmaps.append(torch.from_numpy(np.stack(drawn)).to(found.device))
-        return _by_chosen_scale(seen, heatmaps, iou_threshold)
-
-    return localize
+def chance(seed: int, seen: Seen) -> Tensor:
+    """Take random patches of the scale AnchorNet chose; they depend on seed and row alone."""
+    heatmaps = []
+    for found in seen.heatmaps:
+        generators = [np.random.default_rng((seed, int(row))) for row in seen.rows]
+        drawn = np.stack([rng.random(found.shape[1:], np.float32) for rng in generators])
+        heatmaps.append(torch.from_numpy(drawn).to(found.device))
+    return _by_chosen_scale(seen, heatmaps)
 
 
 def centre(seen: Seen) -> Tensor:
     """Take squares that grow from the middle."""
     return squares_from_centre(CROP, seen.pixels.device).expand(len(seen.pixels), -1, -1)
+
+
+#: Localizers of Figure 6 that need no weights but AnchorNet's, and no seed.
+PLAIN: Final[dict[str, Localize]] = {
+    "anchornet": anchornet,
+    **{f"branch{scale}": partial(branch, j) for j, scale in enumerate(SCALES)},
+    "sobel": edges,
+    "centre": centre,
+}
 
 
 def gradcam(module: nn.Module, meta: WeightsMeta, device: torch.device) -> Localize:
@@ -202,13 +196,13 @@ def _arrivals(heatmap: Tensor, theta: int, iou_threshold: float | None) -> Tenso
     return arrival(patch_ranks(heatmap.float(), theta, iou_threshold), theta, CROP)
 
 
-def _by_chosen_scale(seen: Seen, heatmaps: Sequence[Tensor], iou_threshold: float) -> Tensor:
+def _by_chosen_scale(seen: Seen, heatmaps: Sequence[Tensor]) -> Tensor:
     """Take of each image the heatmap and the patches of its branch."""
     out = torch.empty(seen.pixels.shape[:3], device=seen.pixels.device)
     for j, scale in enumerate(SCALES):
-        of_scale = (seen.decision.branch == j).nonzero()[:, 0]
-        if len(of_scale):
-            out[of_scale] = _arrivals(heatmaps[j][of_scale], scale, iou_threshold)
+        rows = (seen.decision.branch == j).nonzero()[:, 0]
+        if len(rows):
+            out[rows] = _arrivals(heatmaps[j][rows], scale, seen.iou_threshold)
     return out
 
 

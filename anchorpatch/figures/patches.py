@@ -96,12 +96,6 @@ def find_patches(
 ) -> PatchExamples:
     """Choose images of each scale, spread over the classes, and localize their patches.
 
-    Args:
-        source: of the images.
-        weights: of AnchorNet.
-        config: what to show.
-        reporter: takes the progress.
-
     Raises:
         DataError: there is no image to show.
         SettingsError: no image or class has a name that was asked for.
@@ -137,9 +131,6 @@ def patches_figure(result: PatchExamples) -> Image.Image:
 
     A frame is the outermost two pixels of its patch, one pixel of the picture being one of the
     crop. The patches are numbered, the strongest first.
-
-    Args:
-        result: from `anchorpatch.figures.patches.find_patches`.
     """
     wrong = any(e.label != e.predicted for part in result.examples.values() for e in part)
     cells = {

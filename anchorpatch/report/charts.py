@@ -112,7 +112,7 @@ class Chart:
 
     Attributes:
         title: a few words.
-        series: its lines; those without a point are not drawn.
+        series: its lines, each with a point at least.
         share: whether values are shares from 0 to 1, written in per cent.
     """
 
@@ -127,7 +127,6 @@ class Chart:
             f"{line.name}: {self._text(line.points[0][1])} at epoch {line.points[0][0]:g}, "
             f"{self._text(line.points[-1][1])} at epoch {line.points[-1][0]:g}"
             for line in self.series
-            if line.points
         ]
         return f"{self.title} by epoch. {'; '.join(ends)}."
 
@@ -138,25 +137,25 @@ class Chart:
 def run_charts(run: Run) -> list[Chart]:
     """Return the charts of a run that have something to show: loss, top-1, learning rate."""
     loss = (
-        _series(run, "training", ("train", "loss"), hue=0, mark=0),
-        _series(run, "validation", ("val", "loss"), hue=1, dash=1, mark=1),
+        *_series(run, "training", ("train", "loss"), hue=0, mark=0),
+        *_series(run, "validation", ("val", "loss"), hue=1, dash=1, mark=1),
     )
     charts = [Chart("Loss", loss), Chart("Top-1 on validation images", _top1(run), share=True)]
-    charts.append(Chart("Learning rate", (_series(run, "rate", ("lr",), hue=2, mark=3),)))
-    return [chart for chart in charts if any(line.points for line in chart.series)]
+    charts.append(Chart("Learning rate", _series(run, "rate", ("lr",), hue=2, mark=3)))
+    return [chart for chart in charts if chart.series]
 
 
 def comparison(runs: Sequence[Run]) -> Chart | None:
     """Return top-1 of the first runs in one chart; None of fewer than two."""
-    lines = [
-        _series(run, run.name, ("val", "top1"), hue=i % len(_HUES), dash=i % len(_DASHES), mark=i)
+    lines = tuple(
+        line
         for i, run in enumerate(runs[:_MOST_RUNS])
-    ]
-    drawn = tuple(line for line in lines if line.points)
-    if len(drawn) < 2:
+        for line in _series(run, run.name, ("val", "top1"), hue=i, dash=i % len(_DASHES), mark=i)
+    )
+    if len(lines) < 2:
         return None
     which = "all runs" if len(runs) <= _MOST_RUNS else f"the first {_MOST_RUNS} of {len(runs)} runs"
-    return Chart(f"Top-1 on validation images, {which}", drawn, share=True)
+    return Chart(f"Top-1 on validation images, {which}", lines, share=True)
 
 
 def draw(chart: Chart, key: str, width: float = 3.6, height: float = 2.9) -> str:
@@ -172,7 +171,7 @@ def draw(chart: Chart, key: str, width: float = 3.6, height: float = 2.9) -> str
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        lines = [_line(axes, series) for series in chart.series if series.points]
+        lines = [_line(axes, series) for series in chart.series]
         axes.grid(visible=True)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
@@ -182,7 +181,7 @@ def draw(chart: Chart, key: str, width: float = 3.6, height: float = 2.9) -> str
         if chart.share:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}%"))
         if len(lines) > 1:
-            names = [_short(series.name) for series in chart.series if series.points]
+            names = [_short(series.name) for series in chart.series]
             columns = 2 if max(map(len, names)) > 14 or len(names) in (2, 4) else 3
             figure.legend(
                 lines,
@@ -203,32 +202,24 @@ def draw(chart: Chart, key: str, width: float = 3.6, height: float = 2.9) -> str
 
 def _top1(run: Run) -> tuple[Series, ...]:
     """Return top-1, and of AnchorNet that of each output too, the colour telling the scale."""
-    name = "top-1"
-    outputs = []
+    outputs: list[Series] = []
     for i, output in enumerate(OUTPUTS):
         part, scale = output.split("_")
-        line = _series(
-            run,
-            f"{part} {scale}",
-            ("val", "top1_by_output", output),
-            hue=i % 3,
-            dash=int(part == "attention"),
-            mark=i % 3,
-            hollow=part == "attention",
-        )
-        outputs.append(line)
-    if any(line.points for line in outputs):
-        name = "decision (Eq. 7)"
-    return (_series(run, name, ("val", "top1"), mark=3), *outputs)
+        other = part == "attention"
+        keys, look = ("val", "top1_by_output", output), {"hue": i % 3, "mark": i % 3}
+        outputs += _series(run, f"{part} {scale}", keys, dash=int(other), hollow=other, **look)
+    name = "decision (Eq. 7)" if outputs else "top-1"
+    return (*_series(run, name, ("val", "top1"), mark=3), *outputs)
 
 
-def _series(run: Run, name: str, keys: tuple[str, ...], **look: Any) -> Series:
+def _series(run: Run, name: str, keys: tuple[str, ...], **look: Any) -> tuple[Series, ...]:
+    """Return the line of a value, or nothing where no epoch has it."""
     points = []
     for record in run.records:
         epoch, value = number(record, "epoch"), number(record, *keys)
         if epoch is not None and value is not None:
             points.append((epoch, value))
-    return Series(name, tuple(points), **look)
+    return (Series(name, tuple(points), **look),) if points else ()
 
 
 def _line(axes: Any, series: Series) -> Line2D:

@@ -199,7 +199,7 @@ _FIGURES: Final = {
 
 
 class Charts(NamedTuple):
-    """Charts side by side: each with its <svg>."""
+    """Charts side by side, each with its <svg>."""
 
     charts: tuple[tuple[Chart, str], ...]
 
@@ -243,10 +243,6 @@ def sections(contents: Contents, made: Made) -> tuple[Section, ...]:
     """Return the sections of the page: those that hold something before those that do not.
 
     An empty one says what would fill it. The settings come last.
-
-    Args:
-        contents: of the folder.
-        made: what was made on the way, and why some figures are not there.
     """
     found = [_training(contents.runs), _results(contents), _figures(contents, made)]
     if contents.scenes is not None:
@@ -470,15 +466,7 @@ def render(
     left_out: Sequence[LeftOut],
     date: datetime,
 ) -> bytes:
-    """Return the page as UTF-8.
-
-    Args:
-        folder: that it is about.
-        keys: figures at the head of the page.
-        sections: in order.
-        left_out: what could not be read.
-        date: of the page.
-    """
+    """Return the page as UTF-8."""
     script = _file("script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(

@@ -15,6 +15,7 @@ from anchorpatch.figures.coverage import (
     LOCALIZERS,
     CoverageConfig,
     CoverageResult,
+    Curve,
     coverage_figure,
     coverage_table,
     curves_of,
@@ -67,6 +68,10 @@ def source(image_folder: Path) -> ImageSource:
     return ImageSource.of_folder(image_folder, "val")
 
 
+def by_name(result: CoverageResult) -> dict[str, Curve]:
+    return {curve.localizer: curve for curve in result.curves}
+
+
 def test_every_way_is_decided_as_by_hand(config: CoverageConfig, source: ImageSource, runs: Path):
     result = measure_coverage(source, config)
     assert (result.images, result.areas) == (6, (0.0, 0.2, 0.6, 1.0))
@@ -98,7 +103,7 @@ def test_every_way_is_decided_as_by_hand(config: CoverageConfig, source: ImageSo
             mask[y, x] = True
         return mask
 
-    curve = result.curve("centre")
+    curve = by_name(result)["centre"]
     covered = [top1(lambda p, a=a: p * squares(a)) for a in (0.0, 0.2, 0.6, 1.0)]
     masked = [top1(lambda p, a=a: p * ~squares(a)) for a in (0.0, 0.2, 0.6, 1.0)]
     assert curve.covered.top1 == pytest.approx(covered)
@@ -129,8 +134,8 @@ def test_neither_the_batch_nor_the_other_localizers_change_a_curve(
     whole = measure_coverage(source, config)
     few = measure_coverage(source, replace(config, batch_size=5, localizers=("random", "gradcam")))
     for name in ("random", "gradcam"):
-        assert few.curve(name).covered.top1 == whole.curve(name).covered.top1
-        assert few.curve(name).covered.gain is None
+        assert by_name(few)[name].covered.top1 == by_name(whole)[name].covered.top1
+        assert by_name(few)[name].covered.gain is None
 
 
 def test_the_curves_are_summed_as_in_plain_python():

@@ -9,12 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorpatch.figures.localizers import (
+    PLAIN,
     See,
-    anchornet_localizers,
     arrival,
-    centre,
     chance,
-    edges,
     mask_of_area,
     patch_ranks,
     peer,
@@ -140,18 +138,16 @@ def test_anchornet_takes_the_patches_of_the_whole_f(weights: Path, crops: Crops)
     net = load_anchornet(loaded)
     with torch.inference_mode():
         full = net.full(Normalization(loaded.meta, CPU)(crops.pixels))
-    localizers = anchornet_localizers(0.3)
-    assert list(localizers) == ["anchornet", "branch63", "branch95", "branch111"]
     for i in range(len(crops.rows)):
         j = int(seen.decision.branch[i])
         gamma = int(seen.decision.predicted[i])
         heatmap = full[j][i, gamma]
         expected = slow_mask(heatmap, SCALES[j], 0.3, 0.2)
-        assert first(localizers["anchornet"], seen, 0.2)[i].equal(expected)
+        assert first(PLAIN["anchornet"], seen, 0.2)[i].equal(expected)
         for k, scale in enumerate(SCALES):
             own = full[k][i].mean((1, 2)).argmax()
             expected = slow_mask(full[k][i, own], scale, 0.3, 0.2)
-            assert first(localizers[f"branch{scale}"], seen, 0.2)[i].equal(expected)
+            assert first(PLAIN[f"branch{scale}"], seen, 0.2)[i].equal(expected)
 
 
 def test_edges_are_found_where_they_are(weights: Path):
@@ -160,7 +156,7 @@ def test_edges_are_found_where_they_are(weights: Path):
         0, 256, (30, 30, 3), generator=torch.manual_seed(0), dtype=torch.uint8
     )
     seen = See(load_weights(weights), CPU)(np.array([0]), pixels)
-    mask = first(edges(0.3), seen, 0.25)[0]
+    mask = first(PLAIN["sobel"], seen, 0.25)[0]
     assert mask[150:180, 20:50].all()
 
 
@@ -173,16 +169,16 @@ def test_sobel_energy_is_the_one_worked_out_by_hand():
 
 def test_chance_depends_on_seed_and_row_and_not_on_the_batch(weights: Path, crops: Crops):
     see = See(load_weights(weights), CPU)
-    together = chance(1, 0.3)(see(crops.rows, crops.pixels))
-    alone = chance(1, 0.3)(see(crops.rows[2:3], crops.pixels[2:3]))
+    together = chance(1, see(crops.rows, crops.pixels))
+    alone = chance(1, see(crops.rows[2:3], crops.pixels[2:3]))
     assert together[2].equal(alone[0])
-    other = chance(2, 0.3)(see(crops.rows, crops.pixels))
+    other = chance(2, see(crops.rows, crops.pixels))
     assert not any(a.equal(b) for a, b in zip(together, other, strict=True))
 
 
 def test_the_centre_is_a_square_in_the_middle(weights: Path, crops: Crops):
     seen = See(load_weights(weights), CPU)(crops.rows, crops.pixels)
-    mask = first(centre, seen, 0.25)
+    mask = first(PLAIN["centre"], seen, 0.25)
     assert mask[:, 56:168, 56:168].all()
     assert mask[0].sum() == 112 * 112
 

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import ImageDraw
+from PIL import Image
 
 from anchorpatch.figures.examples import Example
 from anchorpatch.figures.frames import (
@@ -152,17 +151,13 @@ def test_every_frame_has_its_number_however_many_cross(theta: int, step: int):
     places = range(0, 224 - theta + 1, step)
     corners = np.array([(y, x) for y in places for x in places])[:20]
     colors = [(10 * i, 255 - 10 * i, 7) for i in range(len(corners))]
-    marks = [partial(_block, color) for color in colors]
+    marks = [Image.new("RGBA", (MARK, MARK), color) for color in colors]
     gray = np.full((224, 224, 3), 128, np.uint8)
     drawn = np.asarray(draw_frames(gray, corners, theta, [(0, 0, 255)] * len(corners), marks))
     for (y, x), color in zip(corners.tolist(), colors, strict=True):
         of_mark = (drawn == color).all(2)
         assert of_mark.sum() == MARK**2
         assert of_mark[y : y + theta, x : x + theta].sum() == MARK**2
-
-
-def _block(color: tuple[int, int, int], draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
-    draw.rectangle((x, y, x + MARK - 1, y + MARK - 1), fill=color)
 
 
 def test_numbers_of_three_digits_stay_in_their_box():
