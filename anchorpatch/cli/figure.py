@@ -103,9 +103,7 @@ def _example_options(name: str, limit: int = 300) -> Callable[[_F], _F]:
 
 
 def _draw(
-    configure: Callable[..., Any],
-    find: Callable[..., Any],
-    picture_of: Callable[..., Any],
+    number: int,
     *,
     data: Path,
     split: str,
@@ -121,12 +119,14 @@ def _draw(
 
     The figure is configured by the settings; the other options are those of `_example_options`.
     """
+    from anchorpatch.figures import EXAMPLES
     from anchorpatch.figures.canvas import picture_kind, save_picture
     from anchorpatch.jobs.crops import ImageSource
     from anchorpatch.runtime.checkpoint import load_weights
     from anchorpatch.runtime.progress import reporter
 
     picture_kind(out)
+    configure, find, picture_of = EXAMPLES[number]
     config = configure(**settings)
     loaded = load_weights(find_weights(weights, runs))
     source = ImageSource.of_folder(
@@ -162,9 +162,7 @@ def patches(preset: str, **options: Any) -> None:
     anchorpatch figure patches --data imagenet --per-scale 6
     anchorpatch figure patches --images n01440764/ILSVRC2012_val_00000293.JPEG
     """
-    from anchorpatch.figures import PatchesConfig, find_patches, patches_figure
-
-    _draw(PatchesConfig, find_patches, patches_figure, **options)
+    _draw(3, **options)
 
 
 @figure.command(cls=Command)
@@ -192,10 +190,7 @@ def errors(scales: tuple[str, ...], **options: Any) -> None:
     anchorpatch figure errors --data imagenet --limit 5000
     anchorpatch figure errors --scale 63 --classes typewriter,corn
     """
-    from anchorpatch.figures import ErrorsConfig, errors_figure, find_errors
-
-    options["scales"] = tuple(map(int, scales))
-    _draw(ErrorsConfig, find_errors, errors_figure, **options)
+    _draw(4, scales=tuple(map(int, scales)), **options)
 
 
 @figure.command(cls=Command)
@@ -213,9 +208,7 @@ def attention(**options: Any) -> None:
     anchorpatch figure attention --data imagenet --count 6
     anchorpatch figure attention --images n01440764/ILSVRC2012_val_00000293.JPEG
     """
-    from anchorpatch.figures import AttentionConfig, attention_figure, find_attention
-
-    _draw(AttentionConfig, find_attention, attention_figure, **options)
+    _draw(5, **options)
 
 
 @figure.command(cls=Command)

@@ -18,13 +18,13 @@ from PIL import Image, ImageDraw
 from anchorpatch.errors import SettingsError
 from anchorpatch.figures.canvas import (
     BLACK,
-    GREY,
     PAPER,
     Color,
     beside,
     bordered,
     font,
     rounded,
+    small,
     stacked,
     tiled,
     written,
@@ -93,8 +93,7 @@ def contact_sheet(
     for tile in tiles:
         corners = np.asarray(tile.corners).reshape(-1, 2)
         colors = [COLORS[tile.scale]] * len(corners)
-        bold = [rank == 0 for rank in range(len(corners))]
-        image = draw_frames(tile.pixels, corners, tile.scale, colors, zoom=zoom, bold=bold)
+        image = draw_frames(tile.pixels, corners, tile.scale, colors, zoom=zoom, bold=True)
         if tile.box is not None:
             _dash(ImageDraw.Draw(image), _zoomed(tile.box, zoom))
         cells.append(stacked([written(tile.caption, image.width), image], 4))
@@ -170,7 +169,7 @@ def localized_picture(
     ]
     most = max(1, round(len(pixels) / (theta + 3 * _FRAME)))  # rows beside the image
     if note:
-        image = stacked([image, written(note, image.width, size=12, fill=GREY)], _FRAME)
+        image = stacked([image, small(note, image.width)], _FRAME)
     columns = -(-len(cuts) // most)
     return beside([image, tiled(cuts, columns, 2 * _FRAME, down=_FRAME)], 2 * _FRAME)
 
@@ -179,7 +178,7 @@ def heading(scale: int, text: str) -> Image.Image:
     """Return the line above a block: the colour and the name of a scale, and a text."""
     swatch = Image.new("RGB", (16, 16), COLORS[scale])
     name = written(f"{scale} px", None, size=16, bold=True)
-    return beside([swatch, name, written(text, None, size=15, fill=GREY)])
+    return beside([swatch, name, small(text, None, 15)])
 
 
 def rank_color(rank: int, count: int) -> Color:
@@ -224,7 +223,7 @@ def draw_frames(
     *,
     zoom: float = 1,
     width: int = _FRAME,
-    bold: Sequence[bool] = (),
+    bold: bool = False,
 ) -> Image.Image:
     """Frame patches in their image, each with a mark; the first lies on top.
 
@@ -241,15 +240,15 @@ def draw_frames(
         marks: of the patches (k), or none at all.
         zoom: enlarge the picture so many times.
         width: of the frames, in pixels of the enlarged picture.
-        bold: which patches (k) have a frame three pixels wider; the others then have no seam.
+        bold: make the first frame three pixels wider, and leave out the seam of the others.
     """
     picture = _enlarged(pixels, zoom)
     draw = ImageDraw.Draw(picture)
     taken, marked = np.zeros((2, picture.height, picture.width), bool)
     places = [tuple(corner) for corner in np.asarray(corners).tolist()]
     # Width of each frame, and with its seam.
-    widths = [width + 3 * b for b in bold] or [width] * len(places)
-    edges = [w + b for w, b in zip(widths, bold or [True] * len(places), strict=True)]
+    widths = [width + 3 * (bold and rank == 0) for rank in range(len(places))]
+    edges = [w + (rank == 0 or not bold) for rank, w in enumerate(widths)]
     boxes: list[Box] = []
     for rank, (y, x) in enumerate(places):
         inset = sum(edges[i] for i in range(rank) if places[i] == (y, x))

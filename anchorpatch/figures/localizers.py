@@ -13,8 +13,8 @@ covers come last.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -24,6 +24,7 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook
 
 from anchorpatch.errors import NonFiniteError, SettingsError
 from anchorpatch.jobs.localizer import Runner
@@ -322,6 +323,9 @@ _PLANAR: Final = (
 #: Letters of a layout are axes: batch, channels, height, width, tokens.
 _LAYOUTS: Final = ("NCHW", "NHWC", "NLC")
 
+#: Layout by the axes that grow with the image.
+_GROWING: Final[dict[tuple[int, ...], str]] = {(1, 2): "NHWC", (2, 3): "NCHW"}
+
 #: An axis of an image twice as large has about twice as many places, one of place by place four
 #: times as many.
 _GROWTH: Final = 3.5
@@ -397,33 +401,33 @@ def last_feature_map(module: nn.Module, side: int = 224) -> FeatureMap:
     )
 
 
-@dataclass
-class _Trace:
+class _Trace(NamedTuple):
     """What the layers of a network gave: the last tensor of each, in the order of their ends."""
 
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    planar: list[Tensor] = field(default_factory=list)
-
-    def note(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(layer, _PLANAR):
-            self.planar += [tensor for tensor in (*inputs, output) if isinstance(tensor, Tensor)]
-        self.outputs.pop(name, None)
-        if isinstance(output, Tensor) and output.ndim > 1:
-            self.outputs[name] = output
+    outputs: dict[str, Tensor]
+    planar: list[Tensor]
 
 
 @contextmanager
 def _tracing(module: nn.Module) -> Iterator[_Trace]:
-    trace = _Trace()
+    trace = _Trace({}, [])
+    names = {layer: name for name, layer in module.named_modules() if name}
 
-    def hook(name: str) -> Callable[..., None]:
-        return lambda layer, inputs, output: trace.note(name, layer, inputs, output)
+    def note(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        name = names.get(layer)
+        if name is None:
+            return
+        if isinstance(layer, _PLANAR):
+            trace.planar.extend(t for t in (*inputs, output) if isinstance(t, Tensor))
+        trace.outputs.pop(name, None)
+        if isinstance(output, Tensor) and output.ndim > 1:
+            trace.outputs[name] = output
 
-    with ExitStack() as stack:
-        for name, layer in module.named_modules():
-            if name:
-                stack.callback(layer.register_forward_hook(hook(name)).remove)
+    hook = register_module_forward_hook(note)
+    try:
         yield trace
+    finally:
+        hook.remove()
 
 
 def _known(trace: _Trace, larger: _Trace | None) -> list[FeatureMap]:
@@ -454,15 +458,12 @@ def _layout(output: Tensor, trace: _Trace, larger: Tensor | None) -> str | None:
         return None
     if output.ndim == 4 and any(output is tensor for tensor in trace.planar):
         return "NCHW"
-    if larger is None or larger.ndim != output.ndim:
+    if larger is None or larger.ndim != 4 or output.ndim != 4:
         return None
-    growing = [i for i, (a, b) in enumerate(zip(output.shape, larger.shape, strict=True)) if a != b]
-    if any(larger.shape[i] > _GROWTH * output.shape[i] for i in growing):
-        return None
+    growth = [b / a for a, b in zip(output.shape, larger.shape, strict=True)]
     # What does not grow may be the map of a network that first resizes its input.
-    if output.ndim != 4 or growing not in ([1, 2], [2, 3]):
-        return None
-    return "NHWC" if growing == [1, 2] else "NCHW"
+    growing = tuple(i for i, ratio in enumerate(growth) if ratio != 1)
+    return _GROWING.get(growing) if max(growth) <= _GROWTH else None
 
 
 def _declared(module: nn.Module, trace: _Trace, image: Tensor) -> list[FeatureMap]:

@@ -25,6 +25,7 @@ from markupsafe import Markup, escape
 import anchorpatch
 from anchorpatch import storage
 from anchorpatch.errors import SettingsError
+from anchorpatch.figures import EXAMPLES
 from anchorpatch.figures.coverage import coverage_table
 from anchorpatch.jobs.results import Table3, Table4
 from anchorpatch.report.charts import Chart, comparison, draw, epoch_table, run_charts, run_table
@@ -39,7 +40,7 @@ from anchorpatch.report.collect import (
     collect,
     read_weights_facts,
 )
-from anchorpatch.report.pictures import MAKERS, Embedded, Made, embed, make_figures
+from anchorpatch.report.pictures import Embedded, Made, embed, make_figures
 from anchorpatch.runtime.checkpoint import versions
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.tables import (
@@ -309,7 +310,7 @@ def _figures(contents: Contents, made: Made) -> Section:
         if why:
             blocks.append(f"{name} has nothing to show: {why}.")
         else:
-            why = made.reason if no in MAKERS else ""
+            why = made.reason if no in EXAMPLES else ""
             blocks.append(f"{name} is not here{why and ': '}{why}; `{command}` makes it.")
         if why:
             missing.setdefault(why, []).append(str(no))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,8 @@ from PIL import Image
 
 from anchorpatch.demo import demo_weights
 from anchorpatch.errors import AnchorpatchError, NothingToShow, WeightsError
-from anchorpatch.figures import attention_figure, errors_figure, patches_figure
-from anchorpatch.figures.attention import AttentionConfig, find_attention
+from anchorpatch.figures import EXAMPLES
 from anchorpatch.figures.canvas import encoded as encoded_picture
-from anchorpatch.figures.errors import ErrorsConfig, find_errors
-from anchorpatch.figures.patches import PatchesConfig, find_patches
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.report.collect import Contents, FigureFile, LeftOut, Split
 from anchorpatch.runtime.checkpoint import load_weights
@@ -120,13 +117,8 @@ class Made:
     reason: str = ""
 
 
-#: Number of a figure -> how it is found, with which settings, and drawn. It looks at fewer images
-#: than the command does, so that a page is quick to make.
-MAKERS: Final[Mapping[int, tuple[Callable[..., Any], Any, Callable[..., Any]]]] = {
-    3: (find_patches, PatchesConfig(limit=150), patches_figure),
-    4: (find_errors, ErrorsConfig(limit=150), errors_figure),
-    5: (find_attention, AttentionConfig(limit=150), attention_figure),
-}
+#: Images that each figure looks at: fewer than its command does, so that a page is quick to make.
+_LIMIT: Final = 150
 
 
 def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -> Made:
@@ -141,7 +133,7 @@ def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -
     Raises:
         WeightsError: ``weights`` cannot be read, or made none of the shards that store crops.
     """
-    missing = [number for number in MAKERS if number not in {f.number for f in contents.figures}]
+    missing = [number for number in EXAMPLES if number not in {f.number for f in contents.figures}]
     splits = [s for s in contents.splits if s.facts.settings.store_images and s.facts.images]
     # Validation images tell more than those that the network was trained on.
     splits.sort(key=lambda split: split.facts.split == "train")
@@ -153,10 +145,10 @@ def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -
     figures, left_out, nothing = [], [], {}
     loaded = load_weights(path)
     for number in missing:
-        find, config, draw = MAKERS[number]
+        configure, find, draw = EXAMPLES[number]
         try:
             source = ImageSource.of_shards(ShardReader(split.folder, partial=True))
-            result = find(source, loaded, config, reporter)
+            result = find(source, loaded, configure(limit=_LIMIT), reporter)
             picture = draw(result)
             if isinstance(picture, Figure):
                 picture = Image.open(io.BytesIO(encoded_picture(picture, "PNG"))).convert("RGB")
