@@ -416,11 +416,11 @@ def _read_file(path: Path, name: str) -> _Found:
     Raises:
         WeightsError: the file is missing, damaged, of another kind, or of another network.
     """
-    if not path.exists():
+    kind = _kind(path)
+    if kind == "missing":
         raise WeightsError(
             f"{path}: expected a weights file, found none; --weights takes default, none or a file"
         )
-    kind = _kind(path)
     if kind == "ours":
         return _of_ours(path, name)
     if kind in ("torch", "other"):
@@ -434,7 +434,7 @@ def _read_file(path: Path, name: str) -> _Found:
 
 
 def _kind(path: Path) -> str:
-    """Return what a file is: "ours", "safetensors", "torch", "other" or "unreadable"."""
+    """Tell "ours", "safetensors" and "torch" files from "other", "unreadable" and "missing"."""
     try:
         with path.open("rb") as file:
             beginning = file.read(9)
@@ -442,6 +442,8 @@ def _kind(path: Path) -> str:
             return "torch" if beginning[:2] == b"PK" or beginning[:1] == b"\x80" else "other"
         with safetensors.safe_open(path, framework="pt") as content:
             return "ours" if "anchorpatch" in (content.metadata() or {}) else "safetensors"
+    except FileNotFoundError:
+        return "missing"
     except (OSError, safetensors.SafetensorError):
         return "unreadable"
 

@@ -262,6 +262,7 @@ def test_damaged_missing_and_other_files(tmp_path: Path) -> None:
     assert "file of 0 bytes" in error_of(CONV, THREE, path)
     assert "--weights takes default, none or a file" in error_of(CONV, THREE, tmp_path / "no")
     assert "Is a directory" in error_of(CONV, THREE, tmp_path)
+    assert "File name too long" in error_of(CONV, THREE, tmp_path / ("x" * 300))
 
 
 @pytest.fixture
