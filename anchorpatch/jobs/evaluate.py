@@ -33,7 +33,7 @@ from anchorpatch.jobs.patch_scores import (
     score_patches,
     sum_localized,
 )
-from anchorpatch.jobs.results import Costs, Speed, Table3, Table4, table_3_rows, table_4_rows
+from anchorpatch.jobs.results import Speed, Table3, Table4, table_3_rows, table_4_rows
 from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import check_sides, macs
@@ -141,7 +141,9 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
                     raise
                 why_not = str(error)  # networks of one scale have no say in whole images
         job.report.message(computing_on(job.device))
-        costs = job.costs(distinct[0].module)
+        module, localizer = distinct[0].module, AnchorNet(len(job.reader.network_classes))
+        gmacs = {side: macs(module, side) / 1e9 for side in (*config.scales, CROP)}
+        gmacs_anchornet = macs(localizer, CROP, localizer.localize) / 1e9
         figures = job.score_whole(asked, whole, config.scales) if asked and whole else None
         predictions = None
         if config.predictions is not None:
@@ -160,11 +162,11 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
             weights=one.source if one else by_scale,
             whole_weights=weights[str(CROP)],
             whole_source=whole.description if whole and asked else None,
-            gmacs_whole=costs.network[CROP],
-            gmacs_anchornet=costs.anchornet,
+            gmacs_whole=gmacs[CROP],
+            gmacs_anchornet=gmacs_anchornet,
             rows=tuple(
                 replace(row, weights=weights[row.scale])
-                for row in table_3_rows(patches, figures, costs)
+                for row in table_3_rows(patches, figures, gmacs, gmacs_anchornet)
             ),
             speed=speed,
             left_out=tuple(f"{what}: {why}" for what, why in missing.items() if why),
@@ -331,14 +333,6 @@ class _Evaluation:
     def _load(self, source: str | Path) -> Network:
         name, message = self.config.network, self.report.message
         return load_network(name, self.reader.classes, source, message)
-
-    def costs(self, module: torch.nn.Module) -> Costs:
-        """Count what a network and AnchorNet cost."""
-        anchornet = AnchorNet(len(self.reader.network_classes))
-        return Costs(
-            {side: macs(module, side) / 1e9 for side in (*self.config.scales, CROP)},
-            macs(anchornet, CROP, anchornet.localize) / 1e9,
-        )
 
     def score_patches(
         self, networks: Mapping[int, Network], *, most: int | None = None, keep: Keep | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.networks import asked_text
@@ -223,37 +223,26 @@ class Table3:
         return (with_total(f"Table 3: {self.network}", columns, rows, notes),)
 
 
-class Costs(NamedTuple):
-    """Multiply-accumulates of one input, 1e9.
-
-    Attributes:
-        network: of the network, by the side of its input in pixels; 224 is there.
-        anchornet: of localizing one image.
-    """
-
-    network: Mapping[int, float]
-    anchornet: float
-
-
 def table_3_rows(
-    figures: PatchFigures, whole: Figures | None, costs: Costs
+    figures: PatchFigures, whole: Figures | None, gmacs: Mapping[int, float], anchornet: float
 ) -> tuple[Table3Row, ...]:
     """Return the lines of Table 3: whole images, where there are any, each scale, and all.
 
     Args:
         figures: of the network on patches.
         whole: of the network on whole images.
-        costs: of the network for each scale and for 224 px, and of AnchorNet.
+        gmacs: of the network for one input, by its side: 224 px and each scale.
+        anchornet: GMACs of localizing one image.
     """
-    at_224 = costs.network[CROP]
+    at_224 = gmacs[CROP]
 
-    def saved(gmacs: float | None) -> float | None:
-        return None if gmacs is None or not at_224 else 1 - gmacs / at_224
+    def saved(spent: float | None) -> float | None:
+        return None if spent is None or not at_224 else 1 - spent / at_224
 
     def row(scale: str, found: Figures, spent: float) -> Table3Row:
-        gmacs = spent / found.images if found.images else None
-        both = None if gmacs is None else gmacs + costs.anchornet
-        cost = (found.mean_patches, gmacs, saved(gmacs), both, saved(both))
+        mean = spent / found.images if found.images else None
+        both = None if mean is None else mean + anchornet
+        cost = (found.mean_patches, mean, saved(mean), both, saved(both))
         return Table3Row(scale, found.images, *cost, found.top1, found.top5, found.loss)
 
     rows, total = [], 0.0
@@ -261,7 +250,7 @@ def table_3_rows(
         cost = (None, at_224, None, None, None)
         rows.append(Table3Row(str(CROP), whole.images, *cost, whole.top1, whole.top5, whole.loss))
     for scale, found in figures.by_scale.items():
-        spent = found.patches * costs.network[scale]
+        spent = found.patches * gmacs[scale]
         rows.append(row(str(scale), found, spent))
         total += spent
     return (*rows, row("all", figures, total))

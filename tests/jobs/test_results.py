@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchorpatch.jobs.results import Costs, Table3, table_3_rows, table_4_rows
+from anchorpatch.jobs.results import Table3, table_3_rows, table_4_rows
 from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.settings import SCALES
 from tests.report.samples import ANCHORNET, DASH, TABLE_3, TABLE_4, texts
 
-COSTS = Costs({63: 0.4, 95: 0.9, 111: 1.1, 224: 4.0}, anchornet=0.5)
+COSTS = ({63: 0.4, 95: 0.9, 111: 1.1, 224: 4.0}, 0.5)  # of the network, and of AnchorNet
 EMPTY = Figures(0, 0, None, None, None)
 
 
@@ -23,7 +23,7 @@ def test_costs_worked_out_by_hand():
     }
     figures = PatchFigures(8, 21, 2.5 / 8, 5 / 8, 1.3, by_scale)
     whole, small, middle, large, overall = table_3_rows(
-        figures, Figures(8, 8, 0.75, 1.0, 0.2), COSTS
+        figures, Figures(8, 8, 0.75, 1.0, 0.2), *COSTS
     )
     assert (whole.scale, whole.images, whole.gmacs, whole.top1) == ("224", 8, 4.0, 0.75)
     assert (whole.mean_patches, whole.saved, whole.gmacs_with_anchornet) == (None, None, None)
@@ -42,7 +42,7 @@ def test_costs_worked_out_by_hand():
 
 def test_without_whole_images_and_as_json():
     figures = PatchFigures(1, 2, 1.0, 1.0, 0.1, {95: Figures(1, 2, 1.0, 1.0, 0.1)})
-    rows = table_3_rows(figures, None, COSTS)
+    rows = table_3_rows(figures, None, *COSTS)
     assert [row.scale for row in rows] == ["95", "all"]
     table = Table3("resnet50", "val", "w", None, None, 4.0, 0.5, rows, None, ("row 224: no",))
     document = json.loads(json.dumps(table.to_json(), allow_nan=False))
@@ -62,13 +62,13 @@ def test_the_overall_line_weighs_scales_by_their_images(drawn: list[tuple[int, .
         patches, right, other = n + more if n else 0, min(right, n), min(other, n)
         by_scale[scale] = Figures(n, patches, right / n, 1.0, 0.5) if n else EMPTY
         rescaled[scale] = Figures(n, n, other / n, 1.0, 0.5) if n else EMPTY
-        added = (n, patches, right, other, patches * COSTS.network[scale])
+        added = (n, patches, right, other, patches * COSTS[0][scale])
         total = [a + b for a, b in zip(total, added, strict=True)]
     n, patches, right, other, gmacs = total
     if not n:
         return
     figures = PatchFigures(n, patches, right / n, 1.0, 0.5, by_scale)
-    overall = table_3_rows(figures, None, COSTS)[-1]
+    overall = table_3_rows(figures, None, *COSTS)[-1]
     assert overall.gmacs == pytest.approx(gmacs / n)
     assert overall.saved == pytest.approx(1 - gmacs / n / 4.0)
     *lines, last = table_4_rows(rescaled, figures)
