@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from anchorpatch.figures.canvas import fitted, font, rounded
+from anchorpatch.figures.canvas import Font, fitted, rounded
 from anchorpatch.figures.examples import Choice, Example, ShownImages, looking, spread
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.runtime.checkpoint import Weights
@@ -304,7 +304,7 @@ def _caption(axis: Axes, lines: Sequence[tuple[str, str, str]], *, chosen: bool 
 
     A line is a name that may be shortened, with what stands before and behind it.
     """
-    face, width = font(ceil(_SMALL * 100 / 72), bold=chosen), int(_SIDE * 100) - 4
+    face, width = Font(ceil(_SMALL * 100 / 72), bold=chosen), int(_SIDE * 100) - 4
     text = "\n".join(fitted(name, width, face, start=a, end=b) for a, name, b in lines)
     axis.set_xlabel(
         text.replace("$", r"\$"),  # else matplotlib reads it as mathematics

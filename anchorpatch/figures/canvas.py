@@ -51,10 +51,9 @@ class Font:
         face: DejaVu Sans.
     """
 
-    def __init__(self, size: int, *, bold: bool = False) -> None:
+    def __init__(self, size: int = 14, *, bold: bool = False) -> None:
         self._path = _dejavu(bold)
-        self._faces = {self._path: ImageFont.truetype(self._path, size)}
-        self.face = self._faces[self._path]
+        self.face = _face(self._path, size)
 
     def width(self, text: str) -> float:
         """Return how wide a line is, in pixels."""
@@ -78,18 +77,13 @@ class Font:
             known = (p for p in (self._path, *others) if ord(character) in _characters(p))
             return next(known, self._path)
 
-        return [("".join(run), self._face(path)) for path, run in groupby(text, path_of)]
-
-    def _face(self, path: str) -> ImageFont.FreeTypeFont:
-        if path not in self._faces:
-            self._faces[path] = ImageFont.truetype(path, int(self.face.size))
-        return self._faces[path]
+        size = int(self.face.size)
+        return [("".join(run), _face(path, size)) for path, run in groupby(text, path_of)]
 
 
-@lru_cache(maxsize=16)
-def font(size: int = 14, *, bold: bool = False) -> Font:
-    """Return the type of all pictures in a size in pixels."""
-    return Font(size, bold=bold)
+@lru_cache(maxsize=64)
+def _face(path: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
 
 
 @lru_cache(maxsize=1024)
@@ -163,9 +157,9 @@ def fitted(text: str, width: float, face: Font, *, start: str = "", end: str = "
         end: what stands behind it and is never shortened.
 
     Example:
-        >>> fitted("n02102040", 200, font())
+        >>> fitted("n02102040", 200, Font())
         'n02102040'
-        >>> fitted("a_very_long_class_name", 130, font(), end=", 87%")
+        >>> fitted("a_very_long_class_name", 130, Font(), end=", 87%")
         'a_ve…name, 87%'
     """
     text = _one_line(text)
@@ -198,7 +192,7 @@ def written(
         start: what stands before the text and is never shortened.
         end: what stands behind it and is never shortened.
     """
-    face, line = font(size, bold=bold), f"{start}{text}{end}"
+    face, line = Font(size, bold=bold), f"{start}{text}{end}"
     if width is None:
         width = ceil(face.width(line))
     else:

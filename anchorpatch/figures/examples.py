@@ -58,7 +58,7 @@ class Choice:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("limit", "per_scale", "count"):
+        for name in ("limit", "per_scale", "count"):  # of which a figure has what it needs
             if getattr(self, name, 1) < 1:
                 raise SettingsError(
                     f"{name}: expected at least one image, got {getattr(self, name)}"

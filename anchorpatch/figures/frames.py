@@ -20,9 +20,9 @@ from anchorpatch.figures.canvas import (
     BLACK,
     PAPER,
     Color,
+    Font,
     beside,
     bordered,
-    font,
     rounded,
     small,
     stacked,
@@ -303,7 +303,7 @@ def _dash(draw: ImageDraw.ImageDraw, box: Box, dash: int = 6) -> None:
 def number(value: int, color: Color) -> Image.Image:
     """Return a mark that shows a number, dark on a light colour and light on a dark one."""
     mark = Image.new("RGBA", (MARK, MARK), color)
-    face = font(11 if value < 100 else 6, bold=True).face
+    face = Font(11 if value < 100 else 6, bold=True).face
     light = (299 * color[0] + 587 * color[1] + 114 * color[2]) / 1000
     ink = BLACK if light > 100 else PAPER
     ImageDraw.Draw(mark).text((MARK / 2, MARK / 2), str(value), ink, face, anchor="mm")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from anchorpatch.figures import canvas
-from anchorpatch.figures.canvas import BLACK, PAPER, encoded, fallbacks, fitted, font, written
+from anchorpatch.figures.canvas import BLACK, PAPER, Font, encoded, fallbacks, fitted, written
 
 BOX = "\N{WHITE SQUARE}"
 
@@ -43,7 +43,7 @@ def system(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The paths of the system's fonts, of which there are none at first."""
     paths: list[str] = []
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: paths)
-    caches = (canvas._system_fonts, fallbacks, font)
+    caches = (canvas._system_fonts, fallbacks)
     for cached in caches:
         cached.cache_clear()
     yield paths
@@ -53,7 +53,7 @@ def system(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def test_other_scripts_are_boxes_where_no_font_has_them(system: list[str]) -> None:
     assert fallbacks("中文") == ()
-    assert font().width("a中文") == font().width(f"a{BOX}{BOX}")
+    assert Font().width("a中文") == Font().width(f"a{BOX}{BOX}")
     assert np.array_equal(written("中文", None), written(BOX * 2, None))
 
 
@@ -66,7 +66,7 @@ def test_other_scripts_come_from_a_font_of_the_system(system: list[str], tmp_pat
     assert [entry.name for entry in fallbacks("ä 中文")] == ["Test Of Three"]
     assert [entry.name for entry in fallbacks("中")] == ["Test Of One"]
     assert fallbacks("Übergröße кошка") == ()
-    face = font(20)
+    face = Font(20)
     assert face.width("a中文b") == pytest.approx(face.width("a") + 2 * 40 + face.width("b"))
     pixels = np.asarray(written("中", 40, size=20).convert("L"))
     # On the line of DejaVu Sans, and one em high.
@@ -96,7 +96,7 @@ def test_matplotlib_takes_the_same_fonts_and_warns_of_none(
     "text", ["a\nb\tc", "caf\udce9", "\x00\x1b[31m", "", "e\u0301", "👍🏽\u200d"]
 )
 def test_any_name_can_be_drawn_in_one_line(text: str) -> None:
-    face = font()
+    face = Font()
     picture = written(text, None)
     assert picture.height == written("a", None).height
     face.draw(ImageDraw.Draw(Image.new("RGB", (50, 20), PAPER)), 0, 0, text, BLACK)
@@ -117,7 +117,7 @@ def test_accents_are_composed() -> None:
 def test_shortened_names_fit_and_keep_what_stands_around_them(
     name: str, start: str, end: str, width: int
 ) -> None:
-    face = font(12)
+    face = Font(12)
     line = fitted(name, width, face, start=start, end=end)
     assert line.startswith(start)
     assert line.endswith(end)
