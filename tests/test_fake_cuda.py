@@ -230,7 +230,7 @@ def test_training_never_waits(
         init=None if start is None else weights_file(tmp_path, start),
         **options,
     )
-    images = open_images(config, GPU, World(), Reporter())
+    images = open_images(config, World(), Reporter())
 
     def batches(folder: Any, parts: Any, *_: Any, **__: Any) -> Iterator[Any]:
         while True:
@@ -244,7 +244,7 @@ def test_training_never_waits(
     monkeypatch.setattr(image_tasks, "load_training_batches", batches)
     monkeypatch.setattr(image_tasks, "load_batches", val_batches)
     gpu = request.getfixturevalue("gpu")
-    task = kind(config, images)
+    task = kind(config, *images, GPU, World())
     trainer = new_trainer(task, config)
     assert waits_of_a_step(gpu, trainer) == {}
     gpu.forget()

@@ -80,8 +80,8 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
         StorageError: the disk refused, or another run is at work in the folder.
     """
     with open_run(config, progress) as (device, world, report):
-        images = open_images(config, device, world, report)
-        classes = images.train.classes
+        train, val, cache = open_images(config, world, report)
+        classes = train.classes
         kind = AnchorNetTask if config.arch == "anchornet" else ImageTask
         stages: list[_Stage] = [(config.arch, kind, config)]
         if config.arch == "saccader":
@@ -95,7 +95,7 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
         for number, (name, of_task, of_stage) in enumerate(stages, start=1):
             if len(stages) > 1:
                 report.message(f"stage {number} of {len(stages)}, {name}")
-            task = of_task(of_stage, images)
+            task = of_task(of_stage, train, val, cache, device, world)
             records = Trainer(task, report).run()
             bad.update(task.bad)
             damaged.update(task.damaged)
@@ -110,12 +110,12 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
             weights=weights,
             epochs=len(records),
             classes=len(classes),
-            images=(len(images.train), len(images.val)),
+            images=(len(train), len(val)),
             best=best_record(records),
             last=records[-1],
             bad=dict(Counter(bad.values())),
             damaged=len(damaged),
-            ignored=dict(Counter(images.train.ignored) + Counter(images.val.ignored)),
+            ignored=dict(Counter(train.ignored) + Counter(val.ignored)),
             earlier=earlier,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,29 +39,14 @@ from anchorpatch.training.config import ANCHORNET_ONLY, TrainConfig
 from anchorpatch.training.loop import Batch, Task
 
 
-@dataclass(frozen=True)
-class TrainingImages:
-    """What a run learns from, where it computes, and with whom.
-
-    Attributes:
-        train: the training images.
-        val: the validation images, of the same classes.
-        cache: decoded training pictures; None decodes files each epoch.
-        device: CPU or GPU.
-        world: the processes of the run.
-    """
-
-    train: ImageFolder
-    val: ImageFolder
-    cache: PictureCache | None
-    device: torch.device
-    world: World
-
-
 def open_images(
-    config: TrainConfig, device: torch.device, world: World, report: Reporter
-) -> TrainingImages:
+    config: TrainConfig, world: World, report: Reporter
+) -> tuple[ImageFolder, ImageFolder, PictureCache | None]:
     """Scan the folders, and fill the cache where one is wanted.
+
+    Returns:
+        Training images; validation images, of the same classes; decoded training pictures, or
+        None where files are decoded each epoch.
 
     Raises:
         DataError: the folders do not fit together, or hold too few images.
@@ -90,7 +75,7 @@ def open_images(
             build_cache(train, config.image_cache, threads, config.background)
         world.wait(f"rank 0 to decode {counted(len(train), 'image')} into {config.image_cache}")
         cache = open_cache(train, config.image_cache, config.background)
-    return TrainingImages(train, val, cache, device, world)
+    return train, val, cache
 
 
 class ImageTask(Task):
@@ -98,7 +83,11 @@ class ImageTask(Task):
 
     Args:
         config: of the run.
-        images: of `open_images`.
+        train: training images.
+        val: validation images, of the same classes.
+        cache: decoded training pictures; None decodes files each epoch.
+        device: where the network is.
+        world: the processes of the run.
 
     Attributes:
         bad: training images that could not be decoded, with the reason.
@@ -119,9 +108,17 @@ class ImageTask(Task):
     #: Settings that mean nothing to the network.
     meaningless: ClassVar[frozenset[str]] = ANCHORNET_ONLY
 
-    def __init__(self, config: TrainConfig, images: TrainingImages) -> None:
-        super().__init__(config, images.device, images.world)
-        self.images, self.train, self.val = images, images.train, images.val
+    def __init__(
+        self,
+        config: TrainConfig,
+        train: ImageFolder,
+        val: ImageFolder,
+        cache: PictureCache | None,
+        device: torch.device,
+        world: World,
+    ) -> None:
+        super().__init__(config, device, world)
+        self.train, self.val, self.cache = train, val, cache
         self.steps = len(self.train) // config.batch_size
         self.size = self.steps * config.batch_size
         self.bad: dict[int, str] = {}
@@ -185,7 +182,7 @@ class ImageTask(Task):
                 config.crop_size, config.min_area, seed=config.seed, background=config.background
             ),
             workers=config.workers,
-            cache=self.images.cache,
+            cache=self.cache,
             pin_memory=self.device.type == "cuda",
         )
         share = 1 / self.world.size / config.accumulate

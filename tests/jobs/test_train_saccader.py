@@ -237,7 +237,8 @@ def test_the_right_places_are_those_of_the_true_class():
 
 def test_the_location_network_learns_to_look_where_the_class_is(data: Path, whole: Path):
     config = peer("saccader", data, whole, init=whole / STAGES[0] / WEIGHTS[0])
-    task = LocationTask(config, open_images(config, torch.device("cpu"), World(), Reporter()))
+    images = open_images(config, World(), Reporter())
+    task = LocationTask(config, *images, torch.device("cpu"), World())
     torch.manual_seed(0)
     module = task.build().train()
     with closing(task.batches(0, 0)) as batches:
