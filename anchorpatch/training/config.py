@@ -219,7 +219,9 @@ class TrainConfig(LoopConfig):
             )
         for name in sorted(ANCHORNET_ONLY):
             if self.arch != "anchornet" and not getattr(self, name):
-                raise SettingsError(f"{name}: only for anchornet, not for {self.arch}")
+                raise SettingsError(
+                    f"{name}: only for anchornet, not for {self.arch}; leave it out"
+                )
         object.__setattr__(self, "background", self.crop.background)
 
 
