@@ -8,7 +8,6 @@ from typing import Any, Final
 from anchorpatch.figures.attention import AttentionConfig, attention_figure, find_attention
 from anchorpatch.figures.coverage import CoverageConfig, coverage_figure, measure_coverage
 from anchorpatch.figures.errors import ErrorsConfig, errors_figure, find_errors
-from anchorpatch.figures.examples import Choice
 from anchorpatch.figures.patches import PatchesConfig, find_patches, patches_figure
 from anchorpatch.jobs.crops import ImageSource
 
@@ -22,7 +21,6 @@ EXAMPLES: Final[dict[int, tuple[Callable[..., Any], Callable[..., Any], Callable
 __all__ = [
     "EXAMPLES",
     "AttentionConfig",
-    "Choice",
     "CoverageConfig",
     "ErrorsConfig",
     "ImageSource",

@@ -324,8 +324,8 @@ def _figures(contents: Contents, made: Made) -> Section:
 
 def _plate(figure: FigureFile) -> Plate:
     facts = {
-        "images": figure.facts.get("source", ""),
-        "weights": figure.facts.get("weights_sha256", ""),
+        "images": figure.facts.get("source") or "",
+        "weights": figure.facts.get("weights_sha256") or "",
         **figure.facts.get("settings", {}),
         "from": figure.source,
     }
