@@ -129,7 +129,7 @@ def prepare(
     config: FinetuneConfig,
     device: torch.device,
     world: World,
-    message: Callable[[str], None] = print,
+    message: Callable[[str], None] = lambda text: None,
 ) -> FinetuneTask:
     """Look shards, network and settings over, and plan the run.
 
