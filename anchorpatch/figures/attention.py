@@ -210,7 +210,7 @@ def attention_figure(result: AttentionExamples) -> Figure:
     rows = len(result.examples)
     width = _COLUMNS * (_SIDE + _GAP) + _GAP
     height = _TITLE + rows * (_SIDE + _CAPTION) + _BARS
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), dpi=100)
     # In inches: matplotlib's layouts let captions move panels.
     grid = {
         "left": _GAP / width,

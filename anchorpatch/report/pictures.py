@@ -54,8 +54,8 @@ def embed(picture: Image.Image, encoded: bytes | None = None) -> Embedded:
         picture: RGB.
         encoded: its file, where there is one.
     """
-    kind = Image.open(io.BytesIO(encoded)).format if encoded else None
-    if encoded is None or kind not in ("PNG", "JPEG", "WEBP"):  # which every browser shows
+    kind = _kind(encoded or b"")
+    if encoded is None or not kind:
         encoded, kind = _encoded(picture, "PNG"), "PNG"
     if len(encoded) <= (_SMALL if kind == "PNG" else _MOST):
         return _embedded(kind, encoded, picture)
@@ -71,6 +71,12 @@ def embed(picture: Image.Image, encoded: bytes | None = None) -> Embedded:
         smaller = _at_most(smaller, max(1, int(smaller.width * share)))
         webp = _webp(smaller, _QUALITIES[1])
     return _embedded("WEBP", webp, smaller)
+
+
+def _kind(encoded: bytes) -> str:
+    """Return the kind of a file that every browser shows, or nothing."""
+    kinds = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WEBP"}
+    return next((kind for start, kind in kinds.items() if encoded.startswith(start)), "")
 
 
 def _at_most(picture: Image.Image, width: int) -> Image.Image:
