@@ -126,34 +126,29 @@ def extract(
     sbatch --array=0-7 --wrap 'anchorpatch extract --split train'
     anchorpatch extract --split train --task 0/8
     """
-    from anchorpatch.jobs.extract import (
-        ExtractConfig,
-        forecast,
-        run,
-        wait_for_ranks,
-        what_is_there,
-    )
+    from anchorpatch.jobs.extract import ExtractConfig, forecast, run
     from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.distributed import rank_and_size, resolve_task
     from anchorpatch.runtime.progress import Reporter, reporter
 
     use_threads(threads)
     part = resolve_task(task)
-    config = ExtractConfig(weights=find_weights(weights, runs), task=part, **options)
+    rank, ranks = rank_and_size()
+    config = ExtractConfig(
+        weights=find_weights(weights, runs),
+        task=part,
+        ranks=ranks if rank == 0 else 1,
+        **options,
+    )
     if dry_run:
         _print_forecast(forecast(config), as_json)
         return
-    rank, ranks = rank_and_size()
     if part.total > 1:
         click.echo(f"extract: part {part.index} of {part.total} ({part.source})", err=True)
     elif part.job is not None:
         click.echo(f"extract: sharing the work with other jobs ({part.source})", err=True)
-    before = what_is_there(config.out / config.split)
     summary = run(config, reporter() if rank == 0 else Reporter())
     if rank == 0:
-        # Shards may be those of other jobs, which this one need not wait for.
-        if ranks > 1 and part.job is None:
-            summary = wait_for_ranks(summary, part, ranks, before)
         print_summary(summary, as_json)
 
 
@@ -184,6 +179,9 @@ def print_summary(summary: ExtractSummary, as_json: bool) -> None:
             f"{summary.pending} of {facts.total_shards} shards of the split are pending: other "
             "jobs or tasks write them, or the same command without --task"
         )
+    if summary.advice:
+        waits = ", ".join(f"{stage} {share:.1%}" for stage, share in summary.waits.items())
+        lines += [f"time spent waiting for {waits}", summary.advice]
     click.echo("\n".join(lines))
 
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from anchorpatch.errors import DataError, NonFiniteError, SettingsError, ShardBusy, ShardError
+from anchorpatch.errors import DataError, NonFiniteError, SettingsError, ShardBusy
 from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows, without_images
 from anchorpatch.images.loader import Batch, load_batches
 from anchorpatch.jobs.localizer import Localizer, Pending
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, cpu_count, resolve_device
 from anchorpatch.runtime.distributed import Task
-from anchorpatch.runtime.progress import Reporter
+from anchorpatch.runtime.progress import Reporter, Stopwatch, Waits
 from anchorpatch.settings import PRESETS, LspSettings, default_preset
 from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import (
@@ -42,11 +42,13 @@ from anchorpatch.shards.manifest import (
     read_manifest,
     split_facts,
 )
-from anchorpatch.shards.splits import open_manifest
+from anchorpatch.shards.splits import files_in, open_manifest, wait_for_shards
 from anchorpatch.shards.verify import verify_shards
 from anchorpatch.shards.writer import PatchBatch, ShardSink, ShardWriter
-from anchorpatch.signals import waiting_for
 from anchorpatch.text import counted
+
+#: What an extraction may wait for, in the order of the pipeline.
+STAGES = ("decoding", "network", "writing")
 
 #: Images that a forecast looks at.
 _SAMPLE = 64
@@ -84,6 +86,8 @@ class ExtractConfig:
             that come out otherwise now.
         repair: verify the shards that are there, and make damaged ones again.
         task: the part of the shards that this process does.
+        ranks: processes of ``torchrun`` for whose parts `run` waits, to sum them up too; 1 for none
+            but this one's.
     """
 
     data: Path
@@ -111,6 +115,7 @@ class ExtractConfig:
     retry_skipped: bool = False
     repair: bool = False
     task: Task = field(default_factory=Task)
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,8 @@ class ExtractSummary:
         pending: shards of the whole split that are not done.
         damaged: images decoded with damage, which are stored all the same.
         seconds: of this run.
+        waited: seconds of this run in which each of `STAGES` was what it waited for.
+        advice: what limited it, and what would help; empty where nothing was left to do.
         images_run: images of this run, the skipped ones included.
         ignored: files of the images' folder that were passed over, by extension.
     """
@@ -161,6 +168,8 @@ class ExtractSummary:
     pending: int
     damaged: int
     seconds: float = 0.0
+    waited: Mapping[str, float] = field(default_factory=dict)
+    advice: str = ""
     images_run: int = 0
     ignored: Mapping[str, int] = field(default_factory=dict)
 
@@ -173,6 +182,11 @@ class ExtractSummary:
     def images_per_second(self) -> float:
         """Speed of this run; 0 where nothing was left to do."""
         return self.images_run / self.seconds if self.images_run else 0.0
+
+    @property
+    def waits(self) -> dict[str, float]:
+        """Share of the run in which each stage was what it waited for."""
+        return {stage: self.waited.get(stage, 0.0) / (self.seconds or 1.0) for stage in STAGES}
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object, with shares and means."""
@@ -202,6 +216,8 @@ class ExtractSummary:
             "bytes": facts.bytes,
             "images_per_second": round(self.images_per_second, 2),
             "seconds": round(self.seconds, 3),
+            "waits": {stage: round(share, 4) for stage, share in self.waits.items()},
+            "advice": self.advice or None,
         }
 
 
@@ -247,40 +263,54 @@ class _Plan:
 
 
 def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSummary:
-    """Extract what is not done yet and return the summary of this task's shards.
+    """Extract what is not done yet and return the summary of the task's shards.
 
     Raises:
         AnchorpatchError: see `anchorpatch.errors`. Shards that are done stay; the same call
             goes on behind them.
     """
-    reporter = reporter or Reporter()
+    before = files_in(config.out / config.split)
+    reporter, task = reporter or Reporter(), config.task
     plan = _plan(config)
     manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=config.overwrite)
     if rejected := _rejected(plan, manifest, reporter):
         manifest = manifest.forget(rejected)
-    absent = without_images(plan.folder.labels, plan.folder.classes)
-    for remark in (plan.folder.passed_over(), absent):
+    folder = plan.folder
+    for remark in (folder.passed_over(), without_images(folder.labels, folder.classes)):
         if remark:
             reporter.message(remark)
-    began, images = time.monotonic(), 0
+    began, images, waits = time.monotonic(), 0, Waits()
     if pending := _pending(plan, manifest):
         reporter.message(f"extract {plan.config.split}: {computing_on(plan.device)}")
         with plan.localizer() as localizer:
             # Again, as long as shards have come free whose process has failed.
-            while pending and (made := _extract(plan, manifest, pending, localizer, reporter)):
+            while pending and (
+                made := _extract(plan, manifest, pending, localizer, reporter, waits)
+            ):
                 images += made
                 manifest = manifest.refreshed()
                 pending = _pending(plan, manifest)
-    if pending and config.task.job is None:
+    if pending and task.job is None:
         raise ShardBusy(
             f"{manifest.shard_path(pending[0])}: another process is writing this shard: "
             "wait for it, or end it and run again"
         )
+    advice = _advice(plan, waits.seconds) if images else ""
+    # Jobs of an array need not wait for each other.
+    if config.ranks > 1 and task.job is None:
+        task = Task(task.index // config.ranks, task.total // config.ranks)
+        manifest = wait_for_shards(plan.out, task.owns)
+        new = {name for name, _, _ in files_in(plan.out) - before}
+        of_ranks = filter(task.owns, range(manifest.shard_count))
+        ranges = (manifest.shard_range(i) for i in of_ranks if manifest.shard_path(i).name in new)
+        images = sum(map(len, ranges))
     return replace(
-        _summary(plan.out, config.task),
+        _summary(plan.out, task),
         seconds=time.monotonic() - began,
+        waited=waits.seconds,
+        advice=advice,
         images_run=images,
-        ignored=plan.folder.ignored,
+        ignored=folder.ignored,
     )
 
 
@@ -301,7 +331,8 @@ def forecast(config: ExtractConfig) -> Forecast:
     with tempfile.TemporaryDirectory(prefix="anchorpatch-") as name:
         with plan.localizer() as localizer, ShardWriter(Path(name, "0.h5"), plan.header) as writer:
             for batch in plan.load([sample], 0):
-                _append(writer, plan=plan, batch=batch, pending=_submit(localizer, batch))
+                pending = localizer.submit(batch.pixels) if len(batch.index) else None
+                _append(writer, plan=plan, batch=batch, pending=pending, network=Stopwatch())
         entry = writer.entry
     if not entry.images:
         path, reason = entry.skipped[0]
@@ -335,9 +366,7 @@ def _plan(config: ExtractConfig) -> _Plan:
     preset = config.preset or default_preset(config.split)
     lsp = config.lsp or PRESETS[preset]
     settings = ShardSettings(
-        max_patches=lsp.max_patches,
-        iou_threshold=lsp.iou_threshold,
-        coverage=lsp.coverage,
+        **vars(lsp),
         codec=config.codec,
         store_images=config.store_images,
         shard_size=config.shard_size,
@@ -378,6 +407,7 @@ def _extract(
     shards: Sequence[int],
     localizer: Localizer,
     reporter: Reporter,
+    waits: Waits,
 ) -> int:
     """Make those of the pending shards that no other process makes, in one overlapping pipeline.
 
@@ -385,25 +415,28 @@ def _extract(
         The number of images of these shards.
     """
     total, left = (sum(len(manifest.shard_range(i)) for i in part) for part in (plan.owned, shards))
-    reasons: Counter[str] = Counter()
+    network, reasons = Stopwatch(), Counter[str]()
     begun: set[int] = set()
     sink = ShardSink(manifest, plan.files.shards, reporter.advance)
-    batches, made = _claimed(plan, sink, shards, begun), 0
+    batches, made = _claimed(plan, sink, shards, begun, waits), 0
     try:
         with closing(plan.load(batches, plan.config.workers)) as loader:
             reporter.start(f"extract {plan.config.split}", total, total - left)
-            for batch in loader:
+            for batch in waits.each("decoding", loader):
                 if batch.bad:
                     reasons.update(reason for _, reason in batch.bad)
                     _check_bad(plan, sink.manifest, begun, reasons, batch.bad[-1][0])
-                pending = _submit(localizer, batch)
-                write = partial(_append, plan=plan, batch=batch, pending=pending)
+                with waits.on("network"):
+                    pending = localizer.submit(batch.pixels) if len(batch.index) else None
+                write = partial(_append, plan=plan, batch=batch, pending=pending, network=network)
                 rows = [*batch.index.tolist(), *(row for row, _ in batch.bad)]
                 shard = rows[0] // plan.config.shard_size
                 last = max(rows) == manifest.shard_range(shard)[-1]
-                sink.put(shard, write, len(rows), len(batch.bad), last=last)
+                with waits.on("writing", behind=("network", network)):
+                    sink.put(shard, write, len(rows), len(batch.bad), last=last)
                 made += len(rows)
-            sink.drain()
+            with waits.on("writing", behind=("network", network)):
+                sink.drain()
     finally:
         sink.close()
         reporter.stop()
@@ -411,13 +444,16 @@ def _extract(
 
 
 def _claimed(
-    plan: _Plan, sink: ShardSink, shards: Sequence[int], begun: set[int]
+    plan: _Plan, sink: ShardSink, shards: Sequence[int], begun: set[int], waits: Waits
 ) -> Iterator[range]:
     """Yield the images of each batch; no batch crosses a shard.
 
     A shard is claimed when the loader asks for its first batch, and is added to ``begun``.
     """
-    for shard in filter(sink.claim, shards):
+    for shard in shards:
+        with waits.on("writing"):
+            if not sink.claim(shard):
+                continue
         begun.add(shard)
         images = sink.manifest.shard_range(shard)
         for start in range(0, len(images), plan.batch_size):
@@ -478,19 +514,18 @@ def _readable_now(plan: _Plan, entries: Sequence[ShardEntry]) -> tuple[Counter[s
     return Counter(shard for row, (shard, why) in was.items() if now.get(row) != why), len(was)
 
 
-def _submit(localizer: Localizer, batch: Batch) -> Pending | None:
-    return localizer.submit(batch.pixels) if len(batch.index) else None
-
-
-def _append(writer: ShardWriter, *, plan: _Plan, batch: Batch, pending: Pending | None) -> int:
-    """Write a batch into its shard; return the number of patches."""
+def _append(
+    writer: ShardWriter, *, plan: _Plan, batch: Batch, pending: Pending | None, network: Stopwatch
+) -> int:
+    """Write a batch into its shard, when the network is done; return the number of patches."""
     folder = plan.folder
     for row, reason in batch.bad:
         writer.skip(folder.path(row), reason)
     if pending is None:
         return 0
     try:
-        found = pending.result()
+        with network:
+            found = pending.result()
     except NonFiniteError as error:
         path = folder.path(int(batch.index[error.row or 0]))
         advice = "run without --amp" if plan.config.amp else "train or download them again"
@@ -517,12 +552,8 @@ def _check_bad(
 ) -> None:
     """Raise where the task's shards have more unreadable images than they may.
 
-    Args:
-        plan: of this run.
-        manifest: what earlier runs and other jobs have skipped counts too.
-        begun: shards of this process.
-        reasons: why it has skipped images of these.
-        last: row of the last one.
+    To ``reasons``, why this process has skipped images of the shards that it has begun, up to the
+    row ``last``, are added those of earlier runs and other jobs.
     """
     others = {manifest.shard_path(i).name for i in plan.owned if i not in begun}
     entries = (entry for entry in manifest.entries if entry.name in others)
@@ -532,6 +563,19 @@ def _check_bad(
         most = ", ".join(f"{n} {reason}" for reason, n in found.most_common(5))
         details = f": {most}; the last is {plan.folder.path(last)}"
         raise plan.folder.too_many_bad(found.total(), total, plan.config.max_bad, details)
+
+
+def _advice(plan: _Plan, waited: Mapping[str, float]) -> str:
+    """Say what a run waited for most, and what would help."""
+    config, on_gpu = plan.config, plan.device.type == "cuda"
+    limits = {
+        "decoding": "decoding: more "
+        + ("--workers" if config.workers < cpu_count() else "CPU cores"),
+        "network": "the network: "
+        + (("more GPUs" if config.amp else "--amp") if on_gpu else "more CPU cores, or a GPU"),
+        "writing": "writing: a faster disk for --out",
+    }
+    return f"limited by {limits[max(STAGES, key=lambda stage: waited.get(stage, 0.0))]}"
 
 
 # --- the summary --------------------------------------------------------------------------------
@@ -550,61 +594,3 @@ def _summary(folder: Path, task: Task) -> ExtractSummary:
         pending=len(missing),
         damaged=sum(len(entry.damaged) for entry in entries),
     )
-
-
-def wait_for_ranks(
-    summary: ExtractSummary,
-    task: Task,
-    ranks: int,
-    before: Collection[tuple[str, int, int]],
-    patience: float = 3600.0,
-) -> ExtractSummary:
-    """Wait until the other ranks of ``torchrun`` are done too, and sum up all of them.
-
-    The manifest tells when; no process talks to another. A rank that fails does not leave this
-    one waiting: torchrun ends the others then. Other launchers may not.
-
-    Args:
-        summary: of this rank.
-        task: of this rank.
-        ranks: how many there are.
-        before: what was in the folder when they began; new files are this run's.
-        patience: seconds without a change in the folder after which the others count as gone.
-
-    Raises:
-        ShardError: shards are missing, and nobody has written for ``patience`` seconds.
-    """
-    began, together = time.monotonic(), Task(task.index // ranks, task.total // ranks)
-    folder, seen, since = Path(summary.facts.folder), None, began
-    with waiting_for("the other ranks to write their shards"):
-        while (whole := _summary(folder, together)).facts.shards < whole.owned:
-            now, there = time.monotonic(), what_is_there(folder)
-            if there != seen:
-                seen, since = there, now
-            elif now - since > patience:
-                missing = counted(whole.owned - whole.facts.shards, "shard is", "shards are")
-                raise ShardError(
-                    f"{folder}: {missing} missing, and no rank has written for {patience:,.0f} s: "
-                    "one has probably failed; run the same command again"
-                )
-            time.sleep(0.2)
-    manifest = read_manifest(folder)
-    new = {name for name, _, _ in set(what_is_there(folder)).difference(before)}
-    made = [i for i in range(manifest.shard_count) if manifest.shard_path(i).name in new]
-    return replace(
-        whole,
-        seconds=summary.seconds + time.monotonic() - began,
-        images_run=sum(len(manifest.shard_range(i)) for i in made if together.owns(i)),
-        ignored=summary.ignored,
-    )
-
-
-def what_is_there(folder: Path) -> list[tuple[str, int, int]]:
-    """Return name, size and time of each file: they change while somebody writes."""
-    found = []
-    with suppress(FileNotFoundError):
-        for entry in os.scandir(folder):
-            with suppress(FileNotFoundError):  # just renamed
-                info = entry.stat()
-                found.append((entry.name, info.st_size, info.st_mtime_ns))
-    return sorted(found)

@@ -1,11 +1,15 @@
-"""Progress on stderr: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress on stderr, a live bar or plain lines now and then, and what a pipeline waited for."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
-from typing import TextIO
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO, TypeVar
+
+_T = TypeVar("_T")
 
 
 class Reporter:
@@ -98,3 +102,65 @@ def reporter(stream: TextIO | None = None) -> Reporter:
     """Return the reporter that suits a stream, by default stderr."""
     stream = stream or sys.stderr
     return _Bar(stream) if stream.isatty() else _Lines(stream)
+
+
+class Stopwatch:
+    """Measures the time within its ``with`` blocks; any thread may read it meanwhile."""
+
+    def __init__(self) -> None:
+        # Seconds of the blocks that have ended, and when the present one began.
+        self._state: tuple[float, float | None] = (0.0, None)
+
+    @property
+    def seconds(self) -> float:
+        """Time within the blocks, that of the present one included."""
+        total, since = self._state
+        return total if since is None else total + time.monotonic() - since
+
+    def __enter__(self) -> None:
+        self._state = self.seconds, time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self._state = self.seconds, None
+
+
+class Waits:
+    """How long one thread of a pipeline has waited for each stage.
+
+    Attributes:
+        seconds: by stage.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def on(self, stage: str, behind: tuple[str, Stopwatch] | None = None) -> Iterator[None]:
+        """Count the block as a wait for a stage, but for waits within the block.
+
+        Args:
+            stage: that is waited for.
+            behind: another stage, and for how long the first one has waited for it so far: such
+                waits during the block count as those for the other stage.
+        """
+        inner, began = sum(self.seconds.values()), time.monotonic()
+        other, watch = behind or (stage, Stopwatch())
+        before = watch.seconds
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - began - (sum(self.seconds.values()) - inner)
+            of_other = min(seconds, watch.seconds - before)
+            self.seconds[other] += of_other
+            self.seconds[stage] += seconds - of_other
+
+    def each(self, stage: str, items: Iterator[_T]) -> Iterator[_T]:
+        """Yield items, each of which is a wait for a stage."""
+        while True:
+            with self.on(stage):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+            del item  # or it would live on while the next one is waited for

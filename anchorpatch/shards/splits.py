@@ -7,6 +7,7 @@ message says how.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,8 @@ from anchorpatch.shards.manifest import (
     read_manifest,
     write_manifest,
 )
+from anchorpatch.signals import waiting_for
+from anchorpatch.text import counted
 
 #: Half-written files are removed when they are so old.
 _LEFTOVER_SECONDS: Final = 3600
@@ -182,6 +185,49 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 # --- comparing -----------------------------------------------------------------------------------
+
+
+def wait_for_shards(
+    folder: Path, owned: Callable[[int], bool], patience: float = 3600.0
+) -> Manifest:
+    """Wait until some shards of a split are done, whoever makes them.
+
+    The manifest tells when; no process talks to another. A rank of ``torchrun`` that fails does
+    not leave the others waiting, since torchrun ends them. Other launchers may not.
+
+    Args:
+        folder: the split's folder.
+        owned: tells whether a shard is waited for.
+        patience: seconds without a change in the folder after which nobody is writing any more.
+
+    Raises:
+        ShardError: shards are missing, and nobody has written for ``patience`` seconds.
+    """
+    seen, since = None, time.monotonic()
+    with waiting_for("the other ranks to write their shards"):
+        while missing := sum(map(owned, (manifest := read_manifest(folder)).missing())):
+            now, there = time.monotonic(), files_in(folder)
+            if there != seen:
+                seen, since = there, now
+            elif now - since > patience:
+                raise ShardError(
+                    f"{folder}: {counted(missing, 'shard is', 'shards are')} missing, and no rank "
+                    f"has written for {patience:,.0f} s: one has probably failed; run the same "
+                    "command again"
+                )
+            time.sleep(0.2)
+    return manifest
+
+
+def files_in(folder: Path) -> set[tuple[str, int, int]]:
+    """Return name, size and time of each file: they change while somebody writes."""
+    found = set()
+    with suppress(FileNotFoundError):
+        for entry in os.scandir(folder):
+            with suppress(FileNotFoundError):  # just renamed
+                info = entry.stat()
+                found.add((entry.name, info.st_size, info.st_mtime_ns))
+    return found
 
 
 def extract_options(header: ShardHeader) -> list[str]:

@@ -115,7 +115,12 @@ def test_tasks_do_their_parts(
     assert (first["complete"], first["pending"]) == (False, 4)
     second = program(*arguments, "--task", "1/3")
     assert "extract: part 1 of 3 (--task 1/3)" in second.stderr
-    assert second.stdout.splitlines()[-1] == (
+    *_, pending, waits, advice = second.stdout.splitlines()
+    assert re.fullmatch(
+        r"time spent waiting for decoding [\d.]+%, network [\d.]+%, writing [\d.]+%", waits
+    )
+    assert advice.startswith("limited by ")
+    assert pending == (
         "2 of 7 shards of the split are pending: other jobs or tasks write them, or the same "
         "command without --task"
     )

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,18 @@ from hypothesis import strategies as st
 
 from anchorpatch import storage
 from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError, TooManyBadImages
+from anchorpatch.images import loader
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.jobs import extract
 from anchorpatch.jobs.extract import (
     ExtractConfig,
     files_digest,
-    wait_for_ranks,
-    what_is_there,
 )
+from anchorpatch.jobs.localizer import Localized, Localizer
 from anchorpatch.runtime.distributed import Task
 from anchorpatch.shards.layout import ShardHeader
 from anchorpatch.shards.manifest import Manifest, read_manifest
-from anchorpatch.shards.splits import open_manifest
+from anchorpatch.shards.splits import open_manifest, wait_for_shards
 from anchorpatch.shards.writer import ShardWriter
 from tests.shards.samples import make_header
 
@@ -193,34 +195,37 @@ def test_a_shard_that_lacks_a_batch_is_not_kept(
 def test_ranks_that_no_longer_write_are_not_waited_for(
     tmp_path: Path, image_folder: Path, weights: Path
 ):
-    task = Task(0, 2)
     config = ExtractConfig(
-        image_folder, "val", weights, tmp_path, limit=8, shard_size=4, workers=0, task=task
+        image_folder, "val", weights, tmp_path, limit=8, shard_size=4, workers=0, task=Task(0, 2)
     )
-    summary = extract.run(config)
+    extract.run(config)
     with pytest.raises(ShardError, match="1 shard is missing, and no rank has written for 0 s"):
-        wait_for_ranks(summary, task, 2, (), patience=0.0)
+        wait_for_shards(tmp_path / "val", Task().owns, patience=0.0)
     extract.run(replace(config, task=Task(1, 2)))
-    assert wait_for_ranks(summary, task, 2, (), patience=0.0).complete
+    assert not wait_for_shards(tmp_path / "val", Task().owns, patience=0.0).missing()
 
 
-def test_the_images_of_all_ranks_are_counted(tmp_path: Path, image_folder: Path, weights: Path):
-    tasks = Task(0, 2), Task(1, 2)
-    config = ExtractConfig(
-        image_folder, "val", weights, tmp_path, limit=10, shard_size=4, workers=0, task=tasks[0]
+def test_the_images_of_all_ranks_are_counted(
+    tmp_path: Path, image_folder: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first, second = (
+        ExtractConfig(
+            image_folder, "val", weights, tmp_path, limit=10, shard_size=4, workers=0, task=task
+        )
+        for task in (Task(0, 2), Task(1, 2))
     )
-    before = what_is_there(tmp_path / "val")
-    summary = extract.run(config)
-    extract.run(replace(config, task=tasks[1]))
-    assert summary.images_run == 6
-    assert wait_for_ranks(summary, tasks[0], 2, before).images_run == 10
+
+    def others_write(*args: Any) -> Manifest:
+        assert extract.run(second).images_run == 4
+        return wait_for_shards(*args)
+
+    monkeypatch.setattr(extract, "wait_for_shards", others_write)
+    summary = extract.run(replace(first, ranks=2))
+    assert (summary.images_run, summary.facts.images, summary.complete) == (10, 10, True)
     # One rank has nothing to do, the other has.
     (tmp_path / "val" / "val-00001.h5").unlink()
-    before = what_is_there(tmp_path / "val")
-    summary = extract.run(config)
-    extract.run(replace(config, task=tasks[1]))
-    assert summary.images_run == 0
-    assert wait_for_ranks(summary, tasks[0], 2, before).images_run == 4
+    assert extract.run(replace(first, ranks=2)).images_run == 4
+    assert extract.run(first).images_run == 0
 
 
 def test_a_shard_that_another_process_writes_is_left_to_it(
@@ -253,3 +258,96 @@ def test_unreadable_images_of_other_jobs_and_earlier_runs_count(
     extract.run(replace(config, max_bad=0.2, task=Task(0, 4)))
     with pytest.raises(TooManyBadImages, match=r"3 of 40 .*: 3 empty file; the last"):
         extract.run(config)
+
+
+SLOW = 0.1
+
+
+def slowed(function: Callable[..., Any], seconds: float = SLOW) -> Callable[..., Any]:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    return slow
+
+
+class Found:
+    """What the network finds, at once."""
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+
+    def result(self) -> Localized:
+        n = self.images
+        return Localized(
+            branch_class=np.zeros((n, 3), np.int32),
+            branch_prob=np.ones((n, 3), np.float32),
+            predicted=np.zeros(n, np.int32),
+            scale=np.full(n, 63, np.uint8),
+            counts=np.ones(n, np.int32),
+            corners=np.zeros((n, 24, 2), np.int16),
+            scores=np.ones((n, 24), np.float32),
+        )
+
+
+@pytest.fixture
+def instant(
+    image_folder: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ExtractConfig:
+    """Eight batches of four images each, with a network that takes no time."""
+    monkeypatch.setattr(Localizer, "submit", lambda localizer, pixels: Found(len(pixels)))
+    return ExtractConfig(
+        *(image_folder, "val", weights, tmp_path),
+        **{"limit": 32, "shard_size": 16, "batch_size": 4, "workers": 0},
+    )
+
+
+# Every batch is slow in one place, but for a shard's beginning and end, of which there are two.
+@pytest.mark.parametrize(
+    ("stage", "where", "name", "times", "workers", "advice"),
+    [
+        ("decoding", loader, "_load", 8, 0, "decoding: more "),
+        ("decoding", loader, "_load", 8, 1, "decoding: more "),
+        ("network", Localizer, "submit", 8, 0, "the network: more CPU cores, or a GPU"),
+        ("network", Found, "result", 8, 1, "the network: more CPU cores, or a GPU"),
+        ("writing", ShardWriter, "append", 8, 1, "writing: a faster disk for --out"),
+        ("writing", ShardWriter, "close", 2, 0, "writing: a faster disk for --out"),
+        ("writing", ShardWriter, "__init__", 2, 0, "writing: a faster disk for --out"),
+    ],
+)
+def test_a_slow_stage_is_what_was_waited_for(
+    instant: ExtractConfig,
+    stage: str,
+    where: Any,
+    name: str,
+    times: int,
+    workers: int,
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pause = 8 * SLOW / times
+    monkeypatch.setattr(where, name, slowed(getattr(where, name), pause))
+    summary = extract.run(replace(instant, workers=workers))
+    waits = summary.to_json()["waits"]
+    assert list(waits) == ["decoding", "network", "writing"]
+    assert waits[stage] == max(waits.values())
+    # A worker begins before it is waited for, and writing goes on while others are waited for.
+    assert waits[stage] * summary.seconds > (times - 2 if times > 2 else 1) * pause
+    assert sum(waits.values()) <= 1.001
+    assert summary.advice.startswith(f"limited by {advice}")
+
+
+def test_two_slow_stages_share_the_time(
+    instant: ExtractConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "_load", slowed(loader._load))
+    monkeypatch.setattr(Found, "result", slowed(Found.result))
+    summary = extract.run(instant)
+    waits = summary.waits
+    # They overlap, but for the first batch and the last.
+    assert (waits["decoding"] + waits["network"]) * summary.seconds > 0.9 * 9 * SLOW
+    assert sum(waits.values()) <= 1
+    # Nothing was left to do: nothing was waited for, and nothing would help.
+    again = extract.run(instant)
+    assert (again.waits, again.advice) == (dict.fromkeys(extract.STAGES, 0.0), "")
+    assert again.to_json()["advice"] is None

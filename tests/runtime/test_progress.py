@@ -4,7 +4,8 @@ import io
 
 import pytest
 
-from anchorpatch.runtime.progress import _Bar, _Lines, reporter
+from anchorpatch.runtime import progress
+from anchorpatch.runtime.progress import Stopwatch, Waits, _Bar, _Lines, reporter
 
 
 class Terminal(io.StringIO):
@@ -52,3 +53,31 @@ def test_a_terminal_gets_a_bar() -> None:
     bar.stop()
     assert "a [message] with brackets" in stream.getvalue()
     assert "100/100" in stream.getvalue()
+
+
+def test_waits_count_once_for_the_innermost_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    waits, network = Waits(), Stopwatch()
+
+    def pass_time(seconds: float) -> None:
+        now[0] += seconds
+
+    with waits.on("decoding"):
+        pass_time(1)
+        with waits.on("writing"):
+            pass_time(2)
+        pass_time(4)
+    with network:
+        pass_time(8)  # while nobody waits
+        with waits.on("writing", behind=("network", network)):
+            pass_time(16)
+    with waits.on("writing", behind=("network", network)):
+        pass_time(32)
+        with network:
+            pass_time(64)
+    items = waits.each("decoding", (pass_time(128) for _ in range(2)))
+    for _ in items:
+        pass_time(256)
+    assert waits.seconds == {"decoding": 5 + 2 * 128, "writing": 2 + 32, "network": 16 + 64}
+    assert network.seconds == 8 + 16 + 64
