@@ -19,7 +19,6 @@ import pytest
 
 from anchorpatch.errors import StorageError, reason_of
 from anchorpatch.settings import CODECS
-from anchorpatch.shards import writer
 from anchorpatch.shards.layout import shard_name
 from anchorpatch.shards.manifest import FilesDigest
 from anchorpatch.shards.splits import open_manifest
@@ -39,9 +38,8 @@ class Disk:
         self.refuse = -1
         self.error = errno.ENOSPC
         self.log: list[str] = []
-        for name in ("fsync", "replace", "posix_fallocate", "copy_file_range"):
+        for name in ("fsync", "replace", "posix_fallocate"):
             monkeypatch.setattr(os, name, self.checked(name, getattr(os, name)))
-        monkeypatch.setattr(writer, "open", self.opening(open), raising=False)
         monkeypatch.setattr(Path, "open", self.opening(Path.open, reading=("r", "rb")))
         monkeypatch.setattr(tempfile, "TemporaryFile", self.opening(tempfile.TemporaryFile))
 
@@ -83,10 +81,6 @@ class AskingFile:
     def flush(self) -> None:
         self._disk.check("flush")
         self._file.flush()
-
-    def truncate(self, size: int) -> Any:
-        self._disk.check("truncate")
-        return self._file.truncate(size)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -154,8 +148,8 @@ def test_each_write_that_fails_is_one_line_and_leaves_nothing(
         write_split(folder, codec, (1, 1))
         assert verify_folder(folder, jobs=1) == []
         assert (folder / "val-00000.h5").read_bytes() == whole
-    # Syncing a folder is best effort, and a kernel that cannot copy leaves it to us.
-    assert set(survived) <= {"fsync", "copy_file_range"}
+    # Syncing a folder is best effort.
+    assert set(survived) <= {"fsync"}
 
 
 @pytest.fixture
@@ -313,27 +307,10 @@ def test_two_writers_of_a_shard_are_safe_without_locks(
     assert names(tmp_path) == {"whole", "val-00000.h5"}
 
 
-def test_copying_goes_on_where_the_kernel_cannot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_split(tmp_path / "a" / "val")
-
-    def refused(*args: object) -> int:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "copy_file_range", refused)
-    write_split(tmp_path / "b" / "val")
-    monkeypatch.delattr(os, "copy_file_range")
-    write_split(tmp_path / "c" / "val")
-    shards = [(tmp_path / x / "val" / "val-00000.h5").read_bytes() for x in "abc"]
-    assert len(set(shards)) == 1
-
-
 KILLED = """
 import os, sys
 from pathlib import Path
 from tests.test_storage import write_split
-from anchorpatch.shards import writer
 name, _, n = sys.argv[2].partition(":")
 real, left = getattr(os, name), int(n)
 def dying(*args, **kwargs):

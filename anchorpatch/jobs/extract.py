@@ -42,9 +42,10 @@ from anchorpatch.shards.manifest import (
     read_manifest,
     split_facts,
 )
+from anchorpatch.shards.sink import ShardSink
 from anchorpatch.shards.splits import files_in, open_manifest, wait_for_shards
 from anchorpatch.shards.verify import verify_shards
-from anchorpatch.shards.writer import PatchBatch, ShardSink, ShardWriter
+from anchorpatch.shards.writer import PatchBatch, ShardWriter
 from anchorpatch.text import counted
 
 #: What an extraction may wait for, in the order of the pipeline.

@@ -1,17 +1,16 @@
-"""Writing one shard: patches are spooled as they come, the file is made at the end.
+"""Writing one shard: crops are spooled as they come, the file is made at the end.
 
 A contiguous dataset needs its exact size before its first byte, and how many patches a shard
-holds is known only after its last image. So pixels go to spool files without a name in the
-output folder (gone even after SIGKILL), one for each large dataset. `ShardWriter.close` lays
-the HDF5 file out, copies the spools to their offsets, syncs it and gives it its final name.
-Memory does not grow with the number of patches but by some 12 bytes each; the disk needs room
-for a shard twice while it is closed.
+holds is known only after its last image. So crops go to a spool, a file without a name in the
+output folder (gone even after SIGKILL). `ShardWriter.close` lays the HDF5 file out and writes it
+from its first byte to its last, hashing on the way; patches are cut from the crops as their turn
+comes. Those of codec jpeg, which are encoded as they come, have spools of their own. Memory does
+not grow with the number of patches but by some 12 bytes each.
 
 HDF5 reacts badly to a disk that fills up: handles that cannot be closed, noise at the end of
 the interpreter. So it never sees the disk. It writes its metadata and the small tables into
 a `_Skeleton` in memory, which stores only the pages that were written; large datasets get their
-place in the file and nothing else. Plain file I/O then writes the skeleton's pages, and the
-pixels at their offsets.
+place in the file and nothing else.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -44,21 +43,17 @@ from anchorpatch.shards.layout import (
     encode_text,
     write_attributes,
 )
-from anchorpatch.shards.manifest import Manifest, ShardEntry
-from anchorpatch.signals import shut_down, waiting_for
+from anchorpatch.shards.manifest import ShardEntry
 
 #: Threads that encode JPEG; Pillow releases the interpreter lock. torchvision makes files of the
 #: same mean size at four fifths of the speed, as it wants the colours in planes.
 _JPEG_THREADS: Final = min(4, os.cpu_count() or 1)
 
-#: Patches of one cut: bounds the memory of a batch (37 MB at scale 111).
-_CUT_ROWS: Final = 1024
+#: Patches that are cut at once: of 2 MB, which the cache of a core holds until they are written.
+_CUT_ROWS: Final = 64
 
-#: Bytes that are hashed and written at once.
-_CHUNK: Final = 1 << 20
-
-#: Batches between decoding and the disk: enough to keep every stage busy.
-_IN_FLIGHT: Final = 3
+#: Crops, of 147 KiB, that are hashed and written at once.
+_CROPS: Final = 8
 
 #: Bytes of a page of the skeleton; large datasets start at multiples of it.
 _PAGE: Final = 1 << 12
@@ -130,6 +125,8 @@ class ShardWriter:
         path: final name of the shard. Its folder is made.
         header: the attributes.
         files_sha256: digest of the shard's part of the file list.
+        spools: of earlier shards, whose own are added when it ends: to write over a file takes
+            half the time of making a new one.
 
     Raises:
         ShardBusy: another process is writing this shard.
@@ -152,7 +149,14 @@ class ShardWriter:
 
     entry: ShardEntry
 
-    def __init__(self, path: Path, header: ShardHeader, *, files_sha256: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        header: ShardHeader,
+        *,
+        files_sha256: str = "",
+        spools: list[BinaryIO] | None = None,
+    ) -> None:
         self.path = Path(path)
         self.header = header
         self.files_sha256 = files_sha256
@@ -163,6 +167,7 @@ class ShardWriter:
         self._patch_count = dict.fromkeys(SCALES, 0)
         self._blob_sizes: dict[int, list[int]] = {scale: [] for scale in SCALES}
         self._spools: dict[str, BinaryIO] = {}
+        self._spare = spools
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
         lock_path = self.path.with_name(self.path.name + ".lock")
@@ -186,10 +191,10 @@ class ShardWriter:
         _check_batch(batch)
         with self._aborting():
             self._append_tables(batch)
-            if self.header.settings.store_images:
-                self._spool("images/pixels", np.ascontiguousarray(batch.pixels))
             for scale in SCALES:
                 self._append_patches(batch, scale)
+            if self.header.settings.store_images or self.header.settings.codec == "raw":
+                self._spool("images/pixels", np.ascontiguousarray(batch.pixels))
 
     def skip(self, path: str, reason: str) -> None:
         """Note an image that could not be read."""
@@ -221,13 +226,14 @@ class ShardWriter:
                 return storage.write_hashed(file, self._chunks(skeleton, placed))
 
             sha256 = storage.write_atomically(self.path, write, needed=skeleton.size)
-            scale, label, predicted = map(self._column, ("scale", "label", "predicted"))
+            scale = self._column("images/scale")
+            right = self._column("images/label") == self._column("images/predicted")
             self.entry = ShardEntry(
                 name=self.path.name,
                 images=len(self._paths),
                 patches=dict(self._patch_count),
                 chosen={theta: int((scale == theta).sum()) for theta in SCALES},
-                correct=int((label == predicted).sum()),
+                correct=int(right.sum()),
                 bytes=skeleton.size,
                 sha256=sha256,
                 skipped=tuple(self._skipped),
@@ -271,9 +277,12 @@ class ShardWriter:
     def _release(self) -> None:
         self._closed = True
         for file in self._spools.values():
-            # What a spool could not flush is not wanted any more.
-            with suppress(OSError):
-                file.close()
+            if self._spare is not None:
+                self._spare.append(file)
+            else:
+                with suppress(OSError):  # what it could not flush is not wanted any more
+                    file.close()
+        self._spools.clear()
         self._lock.close()
         if self._pool is not None:
             self._pool.shutdown()
@@ -282,8 +291,11 @@ class ShardWriter:
         """Add bytes, or an array's, to what will be a dataset."""
         with storage.refusals(self.path):
             if name not in self._spools:
-                # Lives until `_release`, and no longer than this process.
-                self._spools[name] = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+                if self._spare:
+                    self._spools[name] = self._spare.pop()
+                    self._spools[name].seek(0)
+                else:
+                    self._spools[name] = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
             self._spools[name].write(data)
 
     def _append_tables(self, batch: PatchBatch) -> None:
@@ -317,17 +329,12 @@ class ShardWriter:
         for name, (dtype, _) in PATCH_TABLE.items():
             self._columns[f"patches/{scale}/{name}"].append(np.array(table[name], dtype=dtype))
         self._patch_count[scale] += len(image)
-        codec = self.header.settings.codec
-        if codec == "image":
+        if self.header.settings.codec != "jpeg":
             check_corners(batch.pixels, image, corner, scale)
             return
         for start in range(0, len(image), _CUT_ROWS):
             rows = slice(start, start + _CUT_ROWS)
-            cut = cut_patches(batch.pixels, image[rows], corner[rows], scale)
-            if codec == "raw":
-                self._spool(f"patches/{scale}/pixels", cut)
-                continue
-            for blob in self._encoded(cut):
+            for blob in self._encoded(cut_patches(batch.pixels, image[rows], corner[rows], scale)):
                 self._blob_sizes[scale].append(len(blob))
                 self._spool(f"patches/{scale}/blob", blob)
 
@@ -338,21 +345,20 @@ class ShardWriter:
         return self._pool.map(lambda pixels: encode_jpeg(pixels, quality), cut)
 
     def _column(self, name: str) -> NDArray[Any]:
-        """Return all rows of a column of ``images`` or, by its full name, of ``patches/T``."""
+        """Return all rows of a column of ``images`` or ``patches/T``."""
         group, _, column = name.rpartition("/")
-        dtype, shape = (PATCH_TABLE if group else IMAGE_TABLE)[column]
-        parts = self._columns[name if group else f"images/{name}"]
-        return np.concatenate([np.empty((0, *shape), dtype), *parts])
+        dtype, shape = (IMAGE_TABLE if group == "images" else PATCH_TABLE)[column]
+        return np.concatenate([np.empty((0, *shape), dtype), *self._columns[name]])
 
     def _lay_out(self, skeleton: _Skeleton) -> dict[str, int]:
-        """Write all but the spooled datasets; return the offset of each of those."""
+        """Write all but the pixels; return the offset of each dataset of those."""
         settings = self.header.settings
         # create_dataset, never file[name] = ...: that would store the time of day.
         with _open_skeleton(skeleton) as file:
             write_attributes(file, self.header, self.files_sha256)
             file.create_dataset("images/path", data=encode_text(self._paths))
             for name in IMAGE_TABLE:
-                file.create_dataset(f"images/{name}", data=self._column(name))
+                file.create_dataset(f"images/{name}", data=self._column(f"images/{name}"))
             for i, name in enumerate(("path", "reason")):
                 text = encode_text([skipped[i] for skipped in self._skipped])
                 file.create_dataset(f"skipped/{name}", data=text)
@@ -362,16 +368,15 @@ class ShardWriter:
                 if settings.codec == "jpeg":
                     offsets = np.cumsum([0, *self._blob_sizes[scale]], dtype="<i8")
                     file.create_dataset(f"patches/{scale}/offset", data=offsets)
-            spooled: dict[str, tuple[int, ...]] = {}
+            shapes: dict[str, tuple[int, ...]] = {}
             if settings.store_images:
-                spooled["images/pixels"] = len(self._paths), CROP, CROP, 3
+                shapes["images/pixels"] = len(self._paths), CROP, CROP, 3
             for scale in SCALES:
                 if settings.codec == "raw":
-                    shape = self._patch_count[scale], scale, scale, 3
-                    spooled[f"patches/{scale}/pixels"] = shape
+                    shapes[f"patches/{scale}/pixels"] = self._patch_count[scale], scale, scale, 3
                 elif settings.codec == "jpeg":
-                    spooled[f"patches/{scale}/blob"] = (sum(self._blob_sizes[scale]),)
-            placed = {name: _reserve(file, name, shape) for name, shape in spooled.items()}
+                    shapes[f"patches/{scale}/blob"] = (sum(self._blob_sizes[scale]),)
+            placed = {name: _reserve(file, name, shape) for name, shape in shapes.items()}
         return {name: offset for name, offset in placed.items() if offset is not None}
 
     def _chunks(self, skeleton: _Skeleton, placed: Mapping[str, int]) -> Iterator[Any]:
@@ -379,109 +384,31 @@ class ShardWriter:
         position = 0
         for name, offset in sorted(placed.items(), key=lambda place: place[1]):
             yield skeleton.part(position, offset)
-            source = self._spools[name]
-            source.seek(0)
-            while chunk := source.read(_CHUNK):
+            position = offset
+            for chunk in self._pixels(name):
                 yield chunk
-            position = offset + source.tell()
+                position += chunk.nbytes
         yield skeleton.part(position, skeleton.size)
 
-
-class ShardSink:
-    """Fills shards in a thread of its own and passes errors on at the next call.
-
-    Args:
-        manifest: gets the entry of each shard that is done.
-        digests: of each shard's part of the file list.
-        advance: called with the images of each batch that is written, and the keywords ``patches``
-            and ``skipped``.
-
-    Attributes:
-        manifest: as of the last claim.
-    """
-
-    def __init__(
-        self, manifest: Manifest, digests: Sequence[str], advance: Callable[..., object]
-    ) -> None:
-        self.manifest, self._digests, self._advance = manifest, digests, advance
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
-        self._queue: deque[tuple[int, int, Future[int]]] = deque()
-        self._writers: dict[int, ShardWriter] = {}
-        self._failed = False
-
-    def claim(self, shard: int) -> bool:
-        """Begin a shard, so that no other process does.
-
-        Returns:
-            False for a shard that another process is writing, or has made meanwhile.
-
-        Raises:
-            ManifestMismatch: another run has replaced the folder's inputs meanwhile.
-            StorageError: the disk refuses.
-        """
-        path, header = self.manifest.shard_path(shard), self.manifest.header
-        try:
-            writer = ShardWriter(path, header, files_sha256=self._digests[shard])
-        except ShardBusy:
-            return False
-        self._writers[shard] = writer
-        self.manifest = self.manifest.refreshed()
-        if self.manifest.has(shard):
-            self._writers.pop(shard).abort()
-            return False
-        return True
-
-    def put(
-        self,
-        shard: int,
-        write: Callable[[ShardWriter], int],
-        images: int,
-        skipped: int,
-        *,
-        last: bool,
-    ) -> None:
-        """Hand a batch over; wait while too many are on their way.
-
-        Args:
-            shard: index of the shard that the batch belongs to, which must have been claimed.
-            write: adds the batch to the shard's writer and returns its number of patches.
-            images: of the batch, the skipped ones included.
-            skipped: of the batch.
-            last: the shard is done with this batch.
-        """
-        patches = self._thread.submit(self._write, shard, write, last)
-        self._queue.append((images, skipped, patches))
-        while len(self._queue) > _IN_FLIGHT:
-            self._pop()
-
-    def drain(self) -> None:
-        """Wait until everything is on disk."""
-        while self._queue:
-            self._pop()
-
-    def close(self) -> None:
-        """End the thread. Shards that are not finished leave nothing behind."""
-        shut_down(self._thread, "the thread that writes shards")
-        for writer in self._writers.values():
-            writer.abort()
-
-    def _pop(self) -> None:
-        images, skipped, written = self._queue.popleft()
-        with waiting_for("the thread that writes shards"):
-            patches = written.result()
-        self._advance(images, patches=patches, skipped=skipped)
-
-    def _write(self, shard: int, write: Callable[[ShardWriter], int], last: bool) -> int:
-        if self._failed:  # or a shard would be closed that lacks a batch
-            return 0
-        self._failed = True
-        writer = self._writers[shard]
-        patches = write(writer)
-        if last:
-            writer.close(self.manifest.commit)
-            del self._writers[shard]
-        self._failed = False
-        return patches
+    def _pixels(self, name: str) -> Iterator[NDArray[np.uint8]]:
+        """Yield a dataset of pixels piece by piece."""
+        group, _, kind = name.rpartition("/")
+        spool = self._spools[name if kind == "blob" else "images/pixels"]
+        spool.flush()
+        if kind == "blob":
+            size = sum(self._blob_sizes[int(group.rpartition("/")[2])])
+            yield np.memmap(spool, np.uint8, "r", shape=(size,))
+            return
+        crops = np.memmap(spool, np.uint8, "r", shape=(len(self._paths), CROP, CROP, 3))
+        if group == "images":
+            for start in range(0, len(crops), _CROPS):
+                yield crops[start : start + _CROPS]
+            return
+        image, corner = self._column(f"{group}/image"), self._column(f"{group}/corner")
+        scale = int(group.rpartition("/")[2])
+        for start in range(0, len(image), _CUT_ROWS):
+            rows = slice(start, start + _CUT_ROWS)
+            yield cut_patches(crops, image[rows], corner[rows], scale)
 
 
 class _Skeleton(io.RawIOBase):

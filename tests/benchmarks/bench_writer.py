@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,9 @@ from anchorpatch.shards.layout import ShardHeader, ShardSettings
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 BATCH = 64
+
+#: As a sink has them; writers had none once.
+SPOOLS: dict = {"spools": []} if "spools" in signature(ShardWriter).parameters else {}
 
 
 def make_batch(n: int) -> PatchBatch:
@@ -53,7 +57,7 @@ def begun(folder: Path, codec: str, batch: PatchBatch, images: int, number: int 
     """Return the writer of a shard that lacks nothing but its close."""
     settings = ShardSettings(*vars(PRESETS["finetune"]).values(), codec=codec)
     header = ShardHeader("val", ("a",), ("a",), settings, "0" * 64)
-    writer = ShardWriter(folder / f"val-{number:05d}.h5", header)
+    writer = ShardWriter(folder / f"val-{number:05d}.h5", header, **SPOOLS)
     for _ in range(images // BATCH):
         writer.append(batch)
     return writer
