@@ -1,9 +1,9 @@
 """The main job: folder -> decode -> AnchorNet -> decide -> LSP -> crop -> shards.
 
-Four things overlap: worker processes decode, the localizer computes, one thread cuts patches
-and writes shards, and this thread hands batches on. Batches never cross a shard, and only
-a few of them are on their way, and a shard goes to disk as it grows, so memory does not
-depend on the number of images.
+Five things overlap: worker processes decode, the localizer computes, one thread fills shards, a
+few cut patches and write full shards, and this thread hands batches on. Batches never cross
+a shard, and only a few of them are on their way, and a shard goes to disk as it grows, so memory
+does not depend on the number of images.
 """
 
 from __future__ import annotations
