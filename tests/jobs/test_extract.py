@@ -332,7 +332,8 @@ def test_a_slow_stage_is_what_was_waited_for(
     assert list(waits) == ["decoding", "network", "writing"]
     assert waits[stage] == max(waits.values())
     # A worker begins before it is waited for, and writing goes on while others are waited for.
-    assert waits[stage] * summary.seconds > (times - 2 if times > 2 else 1) * pause
+    least = times - 2 if times > 2 else 0.8
+    assert waits[stage] * summary.seconds > least * pause
     assert sum(waits.values()) <= 1.001
     assert summary.advice.startswith(f"limited by {advice}")
 
