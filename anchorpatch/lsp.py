@@ -2,8 +2,8 @@
 
 Algorithm 1 stands here twice: `localize_one` as the paper prints it, and `localize` for a batch,
 which is what the package runs. Tensors in, tensors out; no model and no file. Everything gives
-the same result on CPU and GPU, bit for bit, for the same input: arg max and sort ties are settled
-explicitly, and IoU is compared through whole pixels.
+the same result on CPU and GPU, bit for bit, for the same input: torch's arg max takes the first of
+equal values on both, sorts leave no ties, and IoU is compared through whole pixels.
 
 Shapes use N images, C classes, and an H x W heatmap per branch. Branches come in the order
 of `SCALES` everywhere.
@@ -21,19 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anchorpatch.errors import NonFiniteError, SettingsError
-from anchorpatch.settings import PRESETS, SCALES, STRIDE, LspSettings
+from anchorpatch.settings import SCALES, STRIDE, LspSettings
 
 __all__ = [
-    "PRESETS",
-    "SCALES",
-    "STRIDE",
     "Decision",
-    "LspSettings",
     "Patches",
     "candidate_count",
     "crop",
     "decide",
-    "first_argmax",
     "grid_size",
     "iou",
     "localize",
@@ -104,11 +99,6 @@ class Decision(NamedTuple):
     branch: Tensor
 
 
-def first_argmax(x: Tensor) -> Tensor:
-    """Arg max over the last axis; of equal values the first, on every device."""
-    return x.argmax(-1)
-
-
 def decide(probabilities: Tensor | NDArray[Any]) -> Decision:
     """Decide on the class and the branch of each image (Eq. 6-8); ties go to the smaller scale.
 
@@ -131,18 +121,18 @@ def decide(probabilities: Tensor | NDArray[Any]) -> Decision:
         raise SettingsError(
             f"probabilities: expected (N, {len(SCALES)}, C), got {tuple(probabilities.shape)}"
         )
-    branch_class = first_argmax(probabilities)
+    branch_class = probabilities.argmax(-1)
     branch_prob = probabilities.amax(-1)
     # (7): the class of two or three branches, else that of the surest branch.
     votes = (branch_class[:, :, None] == branch_class[:, None, :]).sum(-1)
-    majority = branch_class.gather(1, first_argmax(votes)[:, None])[:, 0]
-    surest = branch_class.gather(1, first_argmax(branch_prob)[:, None])[:, 0]
+    majority = branch_class.gather(1, votes.argmax(-1)[:, None])[:, 0]
+    surest = branch_class.gather(1, branch_prob.argmax(-1)[:, None])[:, 0]
     predicted = torch.where(votes.amax(-1) >= 2, majority, surest)
     # (8): of the branches whose own maximum is at gamma, the surest. A tie may have given such a
     # branch another class; and a compiler may compute the softmax twice, with another last bit.
     at_gamma = probabilities.gather(2, predicted[:, None, None].expand(-1, len(SCALES), 1))[..., 0]
     agrees = (branch_prob == at_gamma) | (branch_class == predicted[:, None])
-    branch = first_argmax(agrees * branch_prob)
+    branch = (agrees * branch_prob).argmax(-1)
     return Decision(branch_class, branch_prob, predicted, branch)
 
 
@@ -334,12 +324,10 @@ def _check_finite(heatmaps: Sequence[Tensor], branch: Tensor) -> None:
 def _chosen(heatmaps: Sequence[Tensor], branch: Tensor) -> Tensor:
     """Gather each image's heatmap as float32 (N, L); behind the end of a shorter one is -inf."""
     longest = max(m[0].numel() for m in heatmaps)
-    all_branches = torch.full(
-        (len(branch), len(heatmaps), longest), -torch.inf, device=branch.device
-    )
+    rows = torch.full((len(branch), len(heatmaps), longest), -torch.inf, device=branch.device)
     for j, heatmap in enumerate(heatmaps):
-        all_branches[:, j, : heatmap[0].numel()] = heatmap.flatten(1)
-    return all_branches[torch.arange(len(branch), device=branch.device), branch]
+        rows[:, j, : heatmap[0].numel()] = heatmap.flatten(1)
+    return rows[torch.arange(len(branch), device=branch.device), branch]
 
 
 def _strongest(activation: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from anchorpatch import lsp
 from anchorpatch.errors import NonFiniteError, SettingsError
+from anchorpatch.settings import PRESETS, SCALES, LspSettings
 from tests.lsp_oracle import algorithm_1, iou
 
 GRIDS = {63: (21, 21), 95: (17, 17), 111: (15, 15)}
@@ -31,7 +32,7 @@ def random_heatmaps(rng: np.random.Generator, n: int, shape: tuple[int, int]) ->
     return torch.from_numpy(maps)
 
 
-@pytest.mark.parametrize("theta", lsp.SCALES)
+@pytest.mark.parametrize("theta", SCALES)
 def test_equals_algorithm_1_on_2000_heatmaps(theta: int) -> None:
     rng = np.random.default_rng(theta)
     ties = 0
@@ -68,15 +69,15 @@ def test_mixed_scales_at_any_size_equal_algorithm_1(
     p: tuple[float, float, float],
 ) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    shapes = [lsp.grid_size(height, width, theta) for theta in lsp.SCALES]
+    shapes = [lsp.grid_size(height, width, theta) for theta in SCALES]
     heatmaps = [random_heatmaps(rng, 6, shape) for shape in shapes]
     branch = torch.from_numpy(rng.integers(0, 3, size=6))
-    found = lsp.localize(heatmaps, branch, lsp.LspSettings(k, t, p))
+    found = lsp.localize(heatmaps, branch, LspSettings(k, t, p))
     for i, j in enumerate(branch.tolist()):
-        expected = algorithm_1(heatmaps[j][i].tolist(), lsp.SCALES[j], k[j], t, p[j])
+        expected = algorithm_1(heatmaps[j][i].tolist(), SCALES[j], k[j], t, p[j])
         assert as_lists(found, i) == expected
-        assert all(y + lsp.SCALES[j] <= height for (y, _), _ in expected)
-        assert all(x + lsp.SCALES[j] <= width for (_, x), _ in expected)
+        assert all(y + SCALES[j] <= height for (y, _), _ in expected)
+        assert all(x + SCALES[j] <= width for (_, x), _ in expected)
     assert found.corners.shape == (6, max(k), 2)
 
 
@@ -90,14 +91,14 @@ def test_rows_behind_the_count_are_zero() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
 def test_non_finite_heatmaps_are_refused(value: float) -> None:
-    heatmaps = [torch.zeros(3, *GRIDS[theta]) for theta in lsp.SCALES]
+    heatmaps = [torch.zeros(3, *GRIDS[theta]) for theta in SCALES]
     heatmaps[1][2, 4, 5] = value
     branch = torch.tensor([0, 2, 1])
     with pytest.raises(NonFiniteError, match="image 2") as caught:
-        lsp.localize(heatmaps, branch, lsp.PRESETS["figure"])
+        lsp.localize(heatmaps, branch, PRESETS["figure"])
     assert caught.value.row == 2
     # A branch that was not chosen is not looked at.
-    lsp.localize(heatmaps, torch.tensor([0, 2, 0]), lsp.PRESETS["figure"])
+    lsp.localize(heatmaps, torch.tensor([0, 2, 0]), PRESETS["figure"])
 
 
 @given(st.integers(63, 400), st.integers(63, 400))
@@ -112,7 +113,7 @@ def test_an_image_smaller_than_the_patch_is_refused() -> None:
         lsp.grid_size(110, 300, 111)
 
 
-@pytest.mark.parametrize("theta", lsp.SCALES)
+@pytest.mark.parametrize("theta", SCALES)
 def test_iou_equals_counted_pixels(theta: int) -> None:
     for dh in (0, 1, 3, 7, 8, 15):
         for dw in (0, 1, 2, 9, 15):
@@ -187,34 +188,34 @@ def test_crop_equals_slices(seed: int, theta: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("preset", lsp.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_gpu_equals_cpu_bit_for_bit(preset: str) -> None:
     rng = np.random.default_rng(1)
-    heatmaps = [random_heatmaps(rng, 256, GRIDS[theta]) for theta in lsp.SCALES]
+    heatmaps = [random_heatmaps(rng, 256, GRIDS[theta]) for theta in SCALES]
     branch = torch.from_numpy(rng.integers(0, 3, size=256))
-    on_cpu = lsp.localize(heatmaps, branch, lsp.PRESETS[preset])
-    on_gpu = lsp.localize([m.cuda() for m in heatmaps], branch.cuda(), lsp.PRESETS[preset])
+    on_cpu = lsp.localize(heatmaps, branch, PRESETS[preset])
+    on_gpu = lsp.localize([m.cuda() for m in heatmaps], branch.cuda(), PRESETS[preset])
     for a, b in zip(on_cpu, on_gpu, strict=True):
         assert torch.equal(a, b.cpu())
 
 
 def test_arrays_are_taken_as_tensors_are() -> None:
     rng = np.random.default_rng(5)
-    heatmaps = [random_heatmaps(rng, 4, GRIDS[theta]) for theta in lsp.SCALES]
+    heatmaps = [random_heatmaps(rng, 4, GRIDS[theta]) for theta in SCALES]
     probabilities = torch.from_numpy(rng.random((4, 3, 7), np.float32)).softmax(-1)
     decision = lsp.decide(probabilities)
-    found = lsp.localize(heatmaps, decision.branch, lsp.PRESETS["evaluate"])
+    found = lsp.localize(heatmaps, decision.branch, PRESETS["evaluate"])
     arrays = [heatmap.numpy() for heatmap in heatmaps]
     branch = lsp.decide(probabilities.numpy()).branch.numpy().astype(np.int32)
-    assert all(map(torch.equal, found, lsp.localize(arrays, branch, lsp.PRESETS["evaluate"])))
+    assert all(map(torch.equal, found, lsp.localize(arrays, branch, PRESETS["evaluate"])))
     one = lsp.select(heatmaps[0], 63, 5, 0.3, 0.05)
     assert all(map(torch.equal, one, lsp.select(arrays[0], 63, 5, 0.3, 0.05)))
 
 
 @given(height=st.integers(111, 400), width=st.integers(111, 400))
 def test_the_grids_of_every_image_are_taken(height: int, width: int) -> None:
-    heatmaps = [torch.zeros(1, *lsp.grid_size(height, width, theta)) for theta in lsp.SCALES]
-    assert lsp.localize(heatmaps, torch.tensor([2]), lsp.PRESETS["figure"]).counts.item() >= 1
+    heatmaps = [torch.zeros(1, *lsp.grid_size(height, width, theta)) for theta in SCALES]
+    assert lsp.localize(heatmaps, torch.tensor([2]), PRESETS["figure"]).counts.item() >= 1
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_heatmaps_of_another_size_are_refused(
     shapes: list[tuple[int, ...]], branch: list[float], message: str
 ) -> None:
     with pytest.raises(SettingsError, match=re.escape(message)):
-        lsp.localize([torch.zeros(s) for s in shapes], torch.tensor(branch), lsp.PRESETS["figure"])
+        lsp.localize([torch.zeros(s) for s in shapes], torch.tensor(branch), PRESETS["figure"])
 
 
 def test_probabilities_of_another_shape_are_refused() -> None:

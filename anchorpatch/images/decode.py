@@ -179,16 +179,16 @@ def decode(data: bytes, settings: CropSettings | None = None) -> Decoded:
     whole, damaged = _load(data, settings.background)
     if damaged and settings.damaged == "skip":
         raise ImageError("damaged")
-    if isinstance(whole, Image.Image):
-        return Decoded(_resized(whole, settings.mode), (whole.height, whole.width), damaged)
-    height, width = whole.shape[:2]
-    if max(height, width) > _LONGEST_ASPECT * min(height, width):
-        pixels = _resized(Image.fromarray(whole), settings.mode)
-        return Decoded(pixels, (height, width), damaged)
-    h, w, top, left = geometry(height, width, settings.mode)
-    resized = F.resize(torch.from_numpy(whole).permute(2, 0, 1), [h, w], antialias=True)
-    crop = resized[:, top : top + CROP, left : left + CROP]
-    return Decoded(crop.permute(1, 2, 0).contiguous().numpy(), (height, width), damaged)
+    if isinstance(whole, np.ndarray):
+        height, width = whole.shape[:2]
+        if max(height, width) <= _LONGEST_ASPECT * min(height, width):
+            h, w, top, left = geometry(height, width, settings.mode)
+            resized = F.resize(torch.from_numpy(whole).permute(2, 0, 1), [h, w], antialias=True)
+            crop = resized[:, top : top + CROP, left : left + CROP]
+            pixels = crop.permute(1, 2, 0).contiguous().numpy()
+            return Decoded(pixels, (height, width), damaged)
+        whole = Image.fromarray(whole)
+    return Decoded(_resized(whole, settings.mode), (whole.height, whole.width), damaged)
 
 
 def decode_picture(data: bytes, background: str = "#ffffff") -> Picture:
@@ -208,10 +208,7 @@ def decode_picture(data: bytes, background: str = "#ffffff") -> Picture:
 def _load(data: bytes, background: str) -> tuple[Image.Image | npt.NDArray[np.uint8], bool]:
     """Return one image, upright, and whether it is damaged.
 
-    Whatever Pillow raises on bad files becomes an `ImageError`.
-
-    Returns:
-        A grey or RGB image, or RGB pixels (H, W, 3) where a JPEG was decoded without Pillow.
+    It is grey or RGB, or RGB pixels (H, W, 3) where a JPEG was decoded without Pillow.
     """
     if not data:
         raise ImageError("empty file")

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.lsp import first_argmax
 from anchorpatch.models.bagnet import WIDTH, BagNet
 
 #: Places that an image is judged by.
@@ -202,7 +201,7 @@ class Saccader(nn.Module):
         for g in range(count):
             logits = self.cell(maps.mixed, saliency, visited)
             scores = logits.detach() if noise is None else logits.detach() + noise[g]
-            place = first_argmax(scores)[:, None]
+            place = scores.argmax(-1, keepdim=True)
             picked.append(place)
             log_probs.append(logits.log_softmax(-1).gather(1, place))
             visited = visited.scatter(1, place, 1.0)
