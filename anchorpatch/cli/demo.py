@@ -61,7 +61,7 @@ def demo(
     anchorpatch shards inspect anchorpatch-demo/shards/val
     anchorpatch report anchorpatch-demo
     """
-    from anchorpatch.demo.scenes import make_scenes
+    from anchorpatch.demo.scene_folder import make_scenes
     from anchorpatch.demo.score import score_scenes
     from anchorpatch.errors import CorruptShard
     from anchorpatch.jobs.extract import ExtractConfig, run
@@ -121,7 +121,8 @@ def demo(
 
 def _write_picture(shards: Path, boxes_csv: Path, picture: Path, per_size: int = 3) -> None:
     """Frame the patches of some images of each size, a row for each, of many classes."""
-    from anchorpatch.demo.scenes import SIZES, read_boxes
+    from anchorpatch.demo.scene_folder import read_boxes
+    from anchorpatch.demo.scenes import SIZES
     from anchorpatch.figures.canvas import save_picture
     from anchorpatch.figures.frames import Tile, contact_sheet
     from anchorpatch.shards.reader import ShardReader

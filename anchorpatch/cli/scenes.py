@@ -37,7 +37,8 @@ def scenes(folder: Path, train: int, val: int, seed: int, jobs: int | None, as_j
     \b
     anchorpatch scenes data --train 4000 --val 1000
     """
-    from anchorpatch.demo.scenes import CLASSES, make_scenes
+    from anchorpatch.demo.scene_folder import make_scenes
+    from anchorpatch.demo.scenes import CLASSES
 
     drawn = make_scenes(folder, train, val, seed, jobs)
     if as_json:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorpatch.demo.scenes import SIZES, read_boxes
+from anchorpatch.demo.scene_folder import read_boxes
+from anchorpatch.demo.scenes import SIZES
 from anchorpatch.errors import DataError
 from anchorpatch.lsp import grid_size
 from anchorpatch.settings import CROP, SCALES, STRIDE

@@ -150,7 +150,7 @@ CPU = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate m
         ),
         (
             "scenes data",
-            "demo.scenes.make_scenes",
+            "demo.scene_folder.make_scenes",
             RuntimeError(CPU),
             "out of memory: close other programs",
         ),

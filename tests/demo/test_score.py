@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anchorpatch.demo.scenes import CLASSES, SIZES, make_scenes, read_boxes, scene_path
+from anchorpatch.demo.scene_folder import make_scenes, read_boxes, scene_path
+from anchorpatch.demo.scenes import CLASSES, SIZES
 from anchorpatch.demo.score import score_scenes
 from anchorpatch.errors import DataError, ShardError
 from anchorpatch.lsp import grid_size

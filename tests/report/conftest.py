@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from anchorpatch.demo import demo_weights
-from anchorpatch.demo.scenes import make_scenes
+from anchorpatch.demo.scene_folder import make_scenes
 from anchorpatch.jobs.extract import ExtractConfig, run
 
 
