@@ -50,7 +50,7 @@ def demo(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    r"""Run the pipeline on drawn scenes whose objects are known.
+    """Run the pipeline on drawn scenes whose objects are known.
 
     Draws scenes in DIR/scenes, extracts their patches to DIR/shards, verifies the shards,
     compares the patches with the true boxes, and draws some of them in DIR/patches.png. Takes

@@ -149,7 +149,7 @@ def evaluate(
     anchorpatch evaluate resnet50 --protocol rescale
     anchorpatch evaluate resnet50 --scale 63 --predictions 63.csv
     anchorpatch evaluate anchornet --data imagenet --split val
-    """  # noqa: D301 (click reads the character)
+    """
     form = "json" if as_json else format
     if network == "anchornet":
         _refuse(ctx, _OF_NETWORKS, "is only for classifiers, not for anchornet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,11 @@ from anchorpatch.cli.options import (
 )
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.settings import CODECS, DAMAGED
-from anchorpatch.storage import to_json
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
-    from anchorpatch.jobs.extract import ExtractSummary, Forecast
+    from anchorpatch.jobs.extract import ExtractSummary
+    from anchorpatch.settings import LspSettings
 
 
 @click.command(cls=Command)
@@ -113,7 +114,7 @@ def extract(
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Write the semantic patches of a folder of images to HDF5 shards.
+    """Write the semantic patches of a folder of images to HDF5 shards.
 
     The images are DATA/SPLIT/CLASS/*.JPEG (also PNG, WebP, BMP, GIF, TIFF, AVIF), or with
     --labels DATA/SPLIT/*.JPEG. How they are cropped to 224 px is recorded in the weights. Run an
@@ -141,7 +142,7 @@ def extract(
         **options,
     )
     if dry_run:
-        _print_forecast(forecast(config), as_json)
+        _print_forecast(forecast(config), config.lsp, as_json)
         return
     if part.total > 1:
         click.echo(f"extract: part {part.index} of {part.total} ({part.source})", err=True)
@@ -185,16 +186,16 @@ def print_summary(summary: ExtractSummary, as_json: bool) -> None:
     click.echo("\n".join(lines))
 
 
-def _print_forecast(forecast: Forecast, as_json: bool) -> None:
+def _print_forecast(found: Mapping[str, Any], lsp: LspSettings | None, as_json: bool) -> None:
     if as_json:
-        print_json(to_json(forecast))
+        print_json(found)
         return
-    settings = forecast.settings
+    settings = found["settings"]
     click.echo(
-        f"would write {forecast.pending:,} of {counted(forecast.shards, 'shard')} to "
-        f"{forecast.folder}: "
-        f"{counted(forecast.images, 'image')} of {counted(forecast.classes, 'class', 'classes')}\n"
-        f"settings: preset {settings.preset or 'none'}, {settings.lsp}, codec {settings.codec}\n"
-        f"about {bytes_text(forecast.bytes)} in all, {bytes_text(forecast.bytes_per_image)} per "
-        f"image (estimated from {counted(forecast.sample, 'image')})"
+        f"would write {found['pending']:,} of {counted(found['shards'], 'shard')} to "
+        f"{found['folder']}: {counted(found['images'], 'image')} of "
+        f"{counted(found['classes'], 'class', 'classes')}\n"
+        f"settings: preset {settings['preset'] or 'none'}, {lsp}, codec {settings['codec']}\n"
+        f"about {bytes_text(found['bytes'])} in all, {bytes_text(found['bytes_per_image'])} per "
+        f"image (estimated from {counted(found['sample'], 'image')})"
     )

@@ -37,7 +37,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 @click.group(cls=Group)
 def figure() -> None:
-    r"""Draw the figures of the paper from images and weights.
+    """Draw the figures of the paper from images and weights.
 
     Each command writes one picture, by default figures/NAME.png, and a .json file next to it,
     which `anchorpatch report` reads, and prints a summary of what the picture shows.
@@ -152,7 +152,7 @@ def _draw(
 @lsp_options("figure")
 @_example_options("patches")
 def patches(preset: str, **options: Any) -> None:
-    r"""Draw images by the scale they chose, with their patches framed and cut out (Figure 3).
+    """Draw images by the scale they chose, with their patches framed and cut out (Figure 3).
 
     The images are a random choice, by --seed, spread over the classes. Those that AnchorNet
     classifies wrongly are included, with the predicted class; --only-right leaves them out, as
@@ -179,7 +179,7 @@ def patches(preset: str, **options: Any) -> None:
 )
 @_example_options("errors", limit=500)
 def errors(scales: tuple[str, ...], **options: Any) -> None:
-    r"""Draw what misled a branch where another branch is right (Figure 4).
+    """Draw what misled a branch where another branch is right (Figure 4).
 
     Each row shows an image, the patches with the most evidence for the class that the branch
     predicts and for the true class, and the image of the mistaken class that the branch is most
@@ -197,7 +197,7 @@ def errors(scales: tuple[str, ...], **options: Any) -> None:
 @click.option("--count", type=click.IntRange(min=1), default=4, help="Number of images to show.")
 @_example_options("attention", limit=100)
 def attention(**options: Any) -> None:
-    r"""Draw spatial attention and class heatmaps of the three branches (Figure 5).
+    """Draw spatial attention and class heatmaps of the three branches (Figure 5).
 
     Each row shows an image, its attention maps S as multiples of uniform attention, and the
     heatmaps M of the predicted class. Each location is drawn at the center of the patch that it
@@ -285,7 +285,7 @@ def coverage(
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Compare localizers by what NETWORK makes of the areas they choose (Figure 6).
+    """Compare localizers by what NETWORK makes of the areas they choose (Figure 6).
 
     Every image is classified with everything but the chosen area set to 0, and with the chosen
     area set to 0. The sizes of the areas are the same for all localizers: AnchorNet, each of its

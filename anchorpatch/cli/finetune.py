@@ -94,7 +94,7 @@ def finetune(
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Fine-tune NETWORK on the patches in SHARDS/train and validate on SHARDS/val.
+    """Fine-tune NETWORK on the patches in SHARDS/train and validate on SHARDS/val.
 
     NETWORK is resnet50, resnext50, densenet169, hcgnet_b, hcgnet_c, any classifier of
     torchvision, or timm:NAME. An image is classified by the sum of the softmax outputs of its

@@ -71,7 +71,7 @@ class _Program(Group):
 )
 @click.pass_context
 def cli(ctx: click.Context, config: str | None) -> None:
-    r"""Localize multi-scale semantic patches in images and train classifiers on them.
+    """Localize multi-scale semantic patches in images and train classifiers on them.
 
     \b
     anchorpatch train                 train AnchorNet, which localizes the patches

@@ -31,7 +31,7 @@ def models(
     only_names: bool,
     as_json: bool,
 ) -> None:
-    r"""List networks with their parameters and their GMACs for whole images and for patches.
+    """List networks with their parameters and their GMACs for whole images and for patches.
 
     NAME is anchornet, bagnet33, bagnet77, saccader, hcgnet_b, hcgnet_c, resnext50, the name of
     any classifier of torchvision, or timm:NAME if timm is installed. The default is the networks

@@ -44,7 +44,6 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.help = with_layout(self.help)
         self.params.append(debug_option(hidden=True))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -79,10 +78,6 @@ class Command(click.Command):
 class Group(click.Group):
     """A group whose commands are listed in the order of their definition."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.help = with_layout(self.help)
-
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands."""
         return list(self.commands)
@@ -109,11 +104,6 @@ def _out_of_memory(error: Exception, options: Container[str]) -> str | None:
     known = [way for option, way in ways.items() if way and option in options]
     advice = f"use {' or '.join(known[:2])}" if known else "close other programs"
     return f"out of {'GPU ' if gpu else ''}memory{needed}: {advice}"
-
-
-def with_layout(text: str | None) -> str | None:
-    r"""Let a raw docstring ask click with ``\b`` to keep the line breaks of a paragraph."""
-    return text and text.replace("\\b\n", "\b\n")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -76,7 +76,7 @@ def predict(
     device: str,
     as_json: bool,
 ) -> int:
-    r"""Classify images by their patches, directly from image files.
+    """Classify images by their patches, directly from image files.
 
     AnchorNet localizes the patches of each IMAGE, and the network classifies it by the sum of
     their softmax outputs, as `extract` and `evaluate` do for a whole split. Corners are pixels

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def report(
     folder: Path, as_json: bool, weights: str | None, no_figures: bool, **options: Any
 ) -> int:
-    r"""Write a report on everything in DIR: one self-contained HTML page.
+    """Write a report on everything in DIR: one self-contained HTML page.
 
     Shows training runs (runs/*/log.jsonl) as curves, results of `anchorpatch evaluate --result`
     (results/*.json, runs/NETWORK/*.json) as Tables 3 and 4, figures (figures/*.json), shards

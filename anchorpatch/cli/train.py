@@ -126,7 +126,7 @@ def train(
     anchorpatch train --arch saccader --data photos --recipe small --amp \\
         --init runs/bagnet77/best.safetensors
     torchrun --nproc-per-node 8 -m anchorpatch train --data imagenet --sync-batchnorm
-    """  # noqa: D301 (click reads the character)
+    """
     from anchorpatch.jobs.train import run
     from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.distributed import is_main

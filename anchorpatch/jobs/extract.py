@@ -46,6 +46,7 @@ from anchorpatch.shards.sink import ShardSink
 from anchorpatch.shards.splits import files_in, open_manifest, wait_for_shards
 from anchorpatch.shards.verify import verify_shards
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
+from anchorpatch.storage import to_json
 from anchorpatch.text import counted
 
 #: What an extraction may wait for, in the order of the pipeline.
@@ -117,35 +118,6 @@ class ExtractConfig:
     repair: bool = False
     task: Task = field(default_factory=Task)
     ranks: int = 1
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a run would do.
-
-    Attributes:
-        folder: the split's folder.
-        images: of the split, unreadable ones included.
-        classes: of the split.
-        shards: that the split will have.
-        pending: shards of this task that are not done yet.
-        sample: number of images extracted to estimate the size.
-        bytes_per_image: of the sample.
-        bytes: of the whole split, foretold.
-        settings: of the shards.
-        ignored: files of the split's folder that are passed over, by extension.
-    """
-
-    folder: Path
-    images: int
-    classes: int
-    shards: int
-    pending: int
-    sample: int
-    bytes_per_image: float
-    bytes: int
-    settings: ShardSettings
-    ignored: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -315,11 +287,12 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
     )
 
 
-def forecast(config: ExtractConfig) -> Forecast:
-    """Tell what `run` would do, without writing into the output folder.
+def forecast(config: ExtractConfig) -> dict[str, Any]:
+    """Return what `run` would do, as JSON values, without writing into the output folder.
 
-    The bytes are foretold from up to 64 images, evenly spread over the list, that are
-    extracted into a temporary folder.
+    ``bytes``, those of the whole split, follow from the ``bytes_per_image`` of a ``sample`` of up
+    to 64 images, evenly spread over the list, that are extracted into a temporary folder.
+    ``images`` include unreadable ones; ``pending`` are the shards of this task that are not done.
     """
     plan = _plan(config)
     manifest = open_manifest(
@@ -342,18 +315,18 @@ def forecast(config: ExtractConfig) -> Forecast:
             f"the first is {path}: {reason}"
         )
     per_image = entry.bytes / entry.images
-    return Forecast(
-        folder=plan.out,
-        images=n,
-        classes=len(plan.folder.classes),
-        shards=len(plan.files.shards),
-        pending=len(_pending(plan, manifest)),
-        sample=len(sample),
-        bytes_per_image=per_image,
-        bytes=round(per_image * n),
-        settings=plan.header.settings,
-        ignored=plan.folder.ignored,
-    )
+    return {
+        "folder": str(plan.out),
+        "images": n,
+        "classes": len(plan.folder.classes),
+        "shards": len(plan.files.shards),
+        "pending": len(_pending(plan, manifest)),
+        "sample": len(sample),
+        "bytes_per_image": per_image,
+        "bytes": round(per_image * n),
+        "settings": to_json(plan.header.settings),
+        "ignored": dict(plan.folder.ignored),
+    }
 
 
 def _plan(config: ExtractConfig) -> _Plan:
