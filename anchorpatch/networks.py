@@ -42,6 +42,7 @@ from anchorpatch.runtime.checkpoint import (
     load_weights,
     read_meta,
     reading_safetensors,
+    tensor_differences,
 )
 from anchorpatch.text import few
 
@@ -542,25 +543,26 @@ def _fill(
         for key, value in found.tensors.items()
         if key in state or not key.startswith(_AUXILIARY)
     }
-    expected, given = (
-        {key: tuple(value.shape) for key, value in of.items()} for of in (state, tensors)
-    )
-    wrong = [
-        key
-        for key in sorted(expected.keys() | given.keys())
-        if expected.get(key) != given.get(key)
-        and not (key.endswith("num_batches_tracked") and key not in given)
-    ]
-    for key in wrong:
-        shape = expected.get(key)
-        if key not in head or shape is None or given.get(key, shape)[1:] != shape[1:]:
-            raise WeightsError(
-                f"{found.source}: expected weights of {meta.architecture}, found other tensors "
-                f"({_differences(expected, given, wrong)}); name a file of this network"
-            )
+    wrong = {
+        key: difference
+        for key, difference in tensor_differences(state, tensors).items()
+        if key in tensors or not key.endswith("num_batches_tracked")
+    }
+    if any(
+        key not in head
+        or key not in state
+        or tensors.get(key, state[key]).shape[1:] != state[key].shape[1:]
+        for key in wrong
+    ):
+        first = "; ".join(f"{key}: {text}" for key, text in list(wrong.items())[:3])
+        more = f"; and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
+        raise WeightsError(
+            f"{found.source}: expected weights of {meta.architecture}, found other tensors "
+            f"({first}{more}); name a file of this network"
+        )
     ours = f"{len(meta.classes):,}"
     if wrong or (found.classes is not None and found.classes != meta.classes):
-        sizes = [f"{given[key][0]:,}" for key in head if key in given] or ["no classes"]
+        sizes = [f"{len(tensors[key]):,}" for key in head if key in tensors] or ["no classes"]
         theirs = sizes[0]
         if found.classes is not None:
             theirs = f"{len(found.classes):,} ({few(found.classes)})"
@@ -582,16 +584,3 @@ def _fill(
         )
     state.update(tensors)
     module.load_state_dict(state)
-
-
-def _differences(
-    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], keys: list[str]
-) -> str:
-    def described(shape: tuple[int, ...] | None) -> str:
-        return "nothing" if shape is None else " x ".join(map(str, shape)) or "a number"
-
-    first = "; ".join(
-        f"{key}: expected {described(expected.get(key))}, found {described(given.get(key))}"
-        for key in keys[:3]
-    )
-    return first + (f"; and {len(keys) - 3:,} more" if len(keys) > 3 else "")

@@ -244,6 +244,27 @@ def check_tensors(source: str, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def tensor_differences(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Say of each tensor that two states do not share in one shape what was expected, and found.
+
+    Example:
+        >>> tensor_differences({"a": torch.zeros(2, 3)}, {"a": torch.zeros(3), "b": torch.ones(())})
+        {'a': 'expected 2 x 3, found 3', 'b': 'expected nothing, found a number'}
+    """
+    shapes: list[dict[str, str]] = [
+        {name: " x ".join(map(str, value.shape)) or "a number" for name, value in state.items()}
+        for state in (expected, found)
+    ]
+    differences = {}
+    for name in sorted(expected.keys() | found.keys()):
+        wanted, there = (state.get(name, "nothing") for state in shapes)
+        if wanted != there:
+            differences[name] = f"expected {wanted}, found {there}"
+    return differences
+
+
 def load_into(module: nn.Module, weights: Weights) -> None:
     """Fill a network with weights, all of them.
 
@@ -251,17 +272,11 @@ def load_into(module: nn.Module, weights: Weights) -> None:
         WeightsError: the file's tensors are not those of the network.
     """
     check_tensors(str(weights.path), weights.tensors)
-    expected, found = (
-        {name: f"shape {' x '.join(map(str, value.shape)) or 1}" for name, value in state.items()}
-        for state in (module.state_dict(), weights.tensors)
-    )
-    for name in sorted(expected.keys() | found.keys()):
-        wanted, there = (shapes.get(name, "nothing") for shapes in (expected, found))
-        if wanted != there:
-            raise WeightsError(
-                f"{weights.path}: expected {wanted} for {name}, found {there}; the file belongs to "
-                "a network built otherwise (other classes or options)"
-            )
+    for name, difference in tensor_differences(module.state_dict(), weights.tensors).items():
+        raise WeightsError(
+            f"{weights.path}: {name}: {difference}; the file belongs to a network built otherwise "
+            "(other classes or options)"
+        )
     module.load_state_dict(weights.tensors)
 
 
@@ -281,19 +296,15 @@ def load_torch(path: Path, what: str, advice: str, *, harmless: Sequence[Any] = 
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(harmless)):
             warnings.simplefilter("ignore")  # torch warns of old formats
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = (
-            f"an object of {named[1]}" if named else "a damaged file or a pickle of other objects"
-        )
-        raise WeightsError(
-            f"{path}: expected {what}, found {found}, which was not run; {advice}"
-        ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, ValueError, ... by damage
-        raise WeightsError(
-            f"{path}: expected {what}, found a damaged, cut-off or other file of "
-            f"{path.stat().st_size} bytes; {advice}"
-        ) from error
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if not isinstance(error, pickle.UnpicklingError):
+            found = f"a damaged, cut-off or other file of {path.stat().st_size} bytes"
+        elif named:
+            found = f"an object of {named[1]}, which was not run"
+        else:
+            found = "a damaged file or a pickle of other objects, which was not run"
+        raise WeightsError(f"{path}: expected {what}, found {found}; {advice}") from error
 
 
 def save_state(path: str | os.PathLike[str], kind: str, state: Mapping[str, Any]) -> None:
