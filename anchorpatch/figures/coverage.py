@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -57,22 +57,33 @@ if TYPE_CHECKING:
 #: Localizers with weights of their own.
 PEERS: Final = ("bagnet33", "bagnet77", "saccader")
 
-#: All localizers of Figure 6 with the names that tables show, in the order of the summary.
-LABELS: Final = {
-    "anchornet": "AnchorNet",
-    "branch63": "branch 63 px alone",
-    "branch95": "branch 95 px alone",
-    "branch111": "branch 111 px alone",
-    "bagnet33": "BagNet-33",
-    "bagnet77": "BagNet-77",
-    "saccader": "Saccader",
-    "gradcam": "Grad-CAM",
-    "sobel": "Sobel energy",
-    "centre": "centre",
-    "random": "random",
+
+class _Look(NamedTuple):
+    """How a localizer is shown: each of colour, dash and mark is enough by itself."""
+
+    label: str
+    color: str
+    dash: str
+    mark: str
+
+
+#: All localizers of Figure 6, in the order of the summary. The colours are Okabe and Ito's, with
+#: greys; AnchorNet and its branches are solid.
+LOOKS: Final = {
+    "anchornet": _Look("AnchorNet", "#000000", "-", "o"),
+    "branch63": _Look("branch 63 px alone", "#56b4e9", "-", "v"),
+    "branch95": _Look("branch 95 px alone", "#0072b2", "-", "^"),
+    "branch111": _Look("branch 111 px alone", "#009e73", "-", "s"),
+    "bagnet33": _Look("BagNet-33", "#e69f00", "--", "P"),
+    "bagnet77": _Look("BagNet-77", "#b8860b", "--", "X"),
+    "saccader": _Look("Saccader", "#d55e00", "--", "D"),
+    "gradcam": _Look("Grad-CAM", "#cc79a7", "--", "*"),
+    "sobel": _Look("Sobel energy", "#777777", ":", "h"),
+    "centre": _Look("centre", "#444444", ":", "p"),
+    "random": _Look("random", "#999999", "-.", "."),
 }
 
-LOCALIZERS: Final = tuple(LABELS)
+LOCALIZERS: Final = tuple(LOOKS)
 
 #: Fields of a `Series` that the summary has, each as "covered_" and as "masked_".
 AUC_FIGURES: Final = ("auc", "auc_error", "auc_spread", "gain", "gain_error")
@@ -214,7 +225,7 @@ class CoverageResult:
     def winners(self) -> tuple[str, ...]:
         """Return a sentence for each localizer that beats AnchorNet by two standard errors."""
         return tuple(
-            f"{LABELS[curve.localizer]} is better than AnchorNet by {way} area: "
+            f"{LOOKS[curve.localizer].label} is better than AnchorNet by {way} area: "
             f"{_gain(series.gain, series.gain_error)}"
             for curve in self.curves
             for way, series in curve.ways
@@ -386,7 +397,7 @@ def _localizers(
         if name in wanted:
             known[name], weights[name] = [peer(load_checkpoint(path), device)], str(path)
     left_out = [
-        f"{LABELS[name]}: no {path}; `anchorpatch train --arch {name}` makes it"
+        f"{LOOKS[name].label}: no {path}; `anchorpatch train --arch {name}` makes it"
         for name, path in best.items()
         if name not in known
     ]
@@ -395,7 +406,7 @@ def _localizers(
         if "gradcam" in wanted:
             known["gradcam"] = [gradcam(module, network.meta, device)]
     except SettingsError as error:
-        left_out.append(f"{LABELS['gradcam']}: {error}")
+        left_out.append(f"{LOOKS['gradcam'].label}: {error}")
     chosen = [name for name in LOCALIZERS if name in wanted and name in known]
     return [(name, localize) for name in chosen for localize in known[name]], weights, left_out
 
@@ -496,7 +507,7 @@ def coverage_table(
     rows = []
     for row in summary:
         name = str(row.get("localizer", ""))
-        cells = [text(LABELS.get(name, name))]
+        cells = [text(LOOKS[name].label if name in LOOKS else name)]
         for way in ("covered", "masked"):
             auc, error, spread, gain, gain_error = (
                 number(row, f"{way}_{field}") for field in AUC_FIGURES
@@ -514,23 +525,6 @@ def coverage_table(
 
 def _gain(gain: float | None, error: float | None) -> str:
     return f"{decimal(gain or 0, 4, sign=True)} ± {decimal(error or 0, 4)}"
-
-
-#: Colour (Okabe and Ito's, with greys), dash and mark: each is enough by itself. AnchorNet and its
-#: branches are solid.
-_LOOKS: Final = {
-    "anchornet": ("#000000", "-", "o"),
-    "branch63": ("#56b4e9", "-", "v"),
-    "branch95": ("#0072b2", "-", "^"),
-    "branch111": ("#009e73", "-", "s"),
-    "bagnet33": ("#e69f00", "--", "P"),
-    "bagnet77": ("#b8860b", "--", "X"),
-    "saccader": ("#d55e00", "--", "D"),
-    "gradcam": ("#cc79a7", "--", "*"),
-    "sobel": ("#777777", ":", "h"),
-    "centre": ("#444444", ":", "p"),
-    "random": ("#999999", "-.", "."),
-}
 
 
 def coverage_figure(result: CoverageResult) -> Figure:
@@ -555,23 +549,23 @@ def _panel(axes: Axes, result: CoverageResult, way: str) -> None:
     best_first = sorted(series, key=lambda name: series[name].auc, reverse=covered)
     x = 100 * np.array(result.areas)
     for rank, name in enumerate(best_first):
-        (color, dash, mark), one = _LOOKS[name], series[name]
+        look, one = LOOKS[name], series[name]
         y = 100 * np.array(one.top1)
         bold = name == "anchornet"
         axes.plot(
             x,
             y,
-            color=color,
-            linestyle=dash,
-            marker=mark,
+            color=look.color,
+            linestyle=look.dash,
+            marker=look.mark,
             markersize=6 if bold else 5,
             linewidth=2.4 if bold else 1.3,
-            label=f"{LABELS[name]}  {one.auc:.3f}",
+            label=f"{look.label}  {one.auc:.3f}",
             zorder=3 + len(series) - rank + 20 * bold,
         )
         if one.spread is not None:
             deviation = 100 * np.array(one.spread)
-            axes.fill_between(x, y - deviation, y + deviation, color=color, alpha=0.3, lw=0)
+            axes.fill_between(x, y - deviation, y + deviation, color=look.color, alpha=0.3, lw=0)
     axes.set_xlim(0, 100)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anchorpatch.figures.coverage import LABELS
+from anchorpatch.figures.coverage import LOOKS
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from tests.conftest import Program
@@ -46,7 +46,7 @@ def test_it_draws_tells_and_writes_every_point(
         *("gradcam", "sobel", "centre", "random"),
     ]
     for line, name in zip(lines[2:10], listed, strict=True):
-        assert line.startswith(f"{LABELS[name]} ")
+        assert line.startswith(f"{LOOKS[name].label} ")
     assert "Left out: BagNet-33: no" in done.stdout
     assert "`anchorpatch train --arch saccader` makes it" in done.stdout
     with Image.open(tmp_path / "figures" / "coverage.png") as picture:
