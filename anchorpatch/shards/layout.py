@@ -51,8 +51,11 @@ MANIFEST_NAME: Final = "manifest.json"
 #: Settings that the first shards of version 1 do not have; their defaults are what held then.
 _NEWER: Final = frozenset({"crop_mode", "background", "damaged", "device", "batch_size", "compile"})
 
-#: Columns of ``images/`` but for ``path`` and ``pixels``: type, and shape of one row.
-IMAGE_TABLE: Final[Mapping[str, tuple[str, tuple[int, ...]]]] = {
+#: Columns of a table: type, and shape of one row.
+Schema = Mapping[str, tuple[str, tuple[int, ...]]]
+
+#: Columns of ``images/`` but for ``path`` and ``pixels``.
+IMAGE_TABLE: Final[Schema] = {
     "label": ("<i4", ()),
     "predicted": ("<i4", ()),
     "scale": ("u1", ()),
@@ -63,8 +66,8 @@ IMAGE_TABLE: Final[Mapping[str, tuple[str, tuple[int, ...]]]] = {
     "size": ("<i4", (2,)),
 }
 
-#: Columns of ``patches/T/`` but for the pixels: type, and shape of one row.
-PATCH_TABLE: Final[Mapping[str, tuple[str, tuple[int, ...]]]] = {
+#: Columns of ``patches/T/`` but for the pixels.
+PATCH_TABLE: Final[Schema] = {
     "corner": ("<i2", (2,)),
     "score": ("<f4", ()),
     "image": ("<i4", ()),

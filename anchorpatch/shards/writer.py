@@ -19,9 +19,10 @@ import io
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -37,6 +38,7 @@ from anchorpatch.settings import CROP, SCALES
 from anchorpatch.shards.layout import (
     IMAGE_TABLE,
     PATCH_TABLE,
+    Schema,
     ShardHeader,
     check_corners,
     cut_patches,
@@ -168,7 +170,7 @@ class ShardWriter:
         self._blob_sizes: dict[int, list[int]] = {scale: [] for scale in SCALES}
         self._spools: dict[str, BinaryIO] = {}
         self._spare = spools
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(_JPEG_THREADS)
         self._closed = False
         lock_path = self.path.with_name(self.path.name + ".lock")
         with storage.refusals(lock_path):
@@ -189,11 +191,26 @@ class ShardWriter:
             StorageError: the disk refuses.
         """
         _check_batch(batch)
+        settings, before = self.header.settings, len(self._paths)
+        first = np.zeros(len(batch.path), np.int32)
         with self._aborting():
-            self._append_tables(batch)
             for scale in SCALES:
-                self._append_patches(batch, scale)
-            if self.header.settings.store_images or self.header.settings.codec == "raw":
+                chosen = batch.scale == scale
+                counts = np.where(chosen, batch.counts, 0)
+                first[chosen] = (self._patch_count[scale] + np.cumsum(counts) - counts)[chosen]
+                self._patch_count[scale] += int(counts.sum())
+                taken = np.arange(batch.corners.shape[1]) < counts[:, None]
+                image = np.repeat(np.arange(len(counts)), counts)
+                corner, score = batch.corners[taken], batch.scores[taken]
+                check_corners(batch.pixels, image, corner, scale)
+                table = {"corner": corner, "score": score, "image": image + before}
+                self._note(f"patches/{scale}", PATCH_TABLE, table)
+                if settings.codec == "jpeg":
+                    self._spool_blobs(batch.pixels, image, corner, scale)
+            table = {**batch._asdict(), "first": first, "count": batch.counts}
+            self._note("images", IMAGE_TABLE, table)
+            self._paths += [bytes(path) for path in batch.path]
+            if settings.store_images or settings.codec == "raw":
                 self._spool("images/pixels", np.ascontiguousarray(batch.pixels))
 
     def skip(self, path: str, reason: str) -> None:
@@ -284,8 +301,7 @@ class ShardWriter:
                     file.close()
         self._spools.clear()
         self._lock.close()
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._pool.shutdown()
 
     def _spool(self, name: str, data: Any) -> None:
         """Add bytes, or an array's, to what will be a dataset."""
@@ -298,51 +314,18 @@ class ShardWriter:
                     self._spools[name] = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
             self._spools[name].write(data)
 
-    def _append_tables(self, batch: PatchBatch) -> None:
-        first = np.zeros(len(batch.path), np.int32)
-        for scale in SCALES:
-            chosen = batch.scale == scale
-            counts = batch.counts[chosen]
-            first[chosen] = self._patch_count[scale] + np.cumsum(counts) - counts
-        columns = {
-            "label": batch.label,
-            "predicted": batch.predicted,
-            "scale": batch.scale,
-            "branch_class": batch.branch_class,
-            "branch_prob": batch.branch_prob,
-            "first": first,
-            "count": batch.counts,
-            "size": batch.size,
-        }
-        for name, (dtype, _) in IMAGE_TABLE.items():
-            self._columns[f"images/{name}"].append(np.array(columns[name], dtype=dtype))
-        self._paths += [bytes(path) for path in batch.path]
-
-    def _append_patches(self, batch: PatchBatch, scale: int) -> None:
-        """Add the patches of the images of one scale, image-major."""
-        counts = np.where(batch.scale == scale, batch.counts, 0)
-        taken = np.arange(batch.corners.shape[1]) < counts[:, None]
-        image = np.repeat(np.arange(len(counts)), counts)
-        corner, score = batch.corners[taken], batch.scores[taken]
-        before = len(self._paths) - len(counts)
-        table = {"corner": corner, "score": score, "image": image + before}
-        for name, (dtype, _) in PATCH_TABLE.items():
-            self._columns[f"patches/{scale}/{name}"].append(np.array(table[name], dtype=dtype))
-        self._patch_count[scale] += len(image)
-        if self.header.settings.codec != "jpeg":
-            check_corners(batch.pixels, image, corner, scale)
-            return
-        for start in range(0, len(image), _CUT_ROWS):
-            rows = slice(start, start + _CUT_ROWS)
-            for blob in self._encoded(cut_patches(batch.pixels, image[rows], corner[rows], scale)):
+    def _spool_blobs(
+        self, crops: NDArray[np.uint8], image: NDArray[Any], corner: NDArray[Any], scale: int
+    ) -> None:
+        encode = partial(encode_jpeg, quality=self.header.settings.jpeg_quality)
+        for cut in _cut(crops, image, corner, scale):
+            for blob in self._pool.map(encode, cut):
                 self._blob_sizes[scale].append(len(blob))
                 self._spool(f"patches/{scale}/blob", blob)
 
-    def _encoded(self, cut: NDArray[np.uint8]) -> Iterable[bytes]:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(_JPEG_THREADS)
-        quality = self.header.settings.jpeg_quality
-        return self._pool.map(lambda pixels: encode_jpeg(pixels, quality), cut)
+    def _note(self, group: str, schema: Schema, columns: Mapping[str, Any]) -> None:
+        for name, (dtype, _) in schema.items():
+            self._columns[f"{group}/{name}"].append(np.array(columns[name], dtype=dtype))
 
     def _column(self, name: str) -> NDArray[Any]:
         """Return all rows of a column of ``images`` or ``patches/T``."""
@@ -405,10 +388,16 @@ class ShardWriter:
                 yield crops[start : start + _CROPS]
             return
         image, corner = self._column(f"{group}/image"), self._column(f"{group}/corner")
-        scale = int(group.rpartition("/")[2])
-        for start in range(0, len(image), _CUT_ROWS):
-            rows = slice(start, start + _CUT_ROWS)
-            yield cut_patches(crops, image[rows], corner[rows], scale)
+        yield from _cut(crops, image, corner, int(group.rpartition("/")[2]))
+
+
+def _cut(
+    crops: NDArray[np.uint8], image: NDArray[Any], corner: NDArray[Any], scale: int
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield what `cut_patches` returns, piece by piece."""
+    for start in range(0, len(image), _CUT_ROWS):
+        rows = slice(start, start + _CUT_ROWS)
+        yield cut_patches(crops, image[rows], corner[rows], scale)
 
 
 class _Skeleton(io.RawIOBase):
