@@ -242,7 +242,7 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
         AnchorpatchError: see `anchorpatch.errors`. Shards that are done stay; the same call
             goes on behind them.
     """
-    before = files_in(config.out / config.split)
+    before = files_in(config.out / config.split) if config.ranks > 1 else set()
     reporter, task = reporter or Reporter(), config.task
     plan = _plan(config)
     manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=config.overwrite)
