@@ -10,7 +10,6 @@ of them too. Processes share the pages, so the file is in memory once at most.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -19,18 +18,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from anchorpatch.errors import DataError, ImageError, StorageError, reason_of
+from anchorpatch.errors import DataError, ImageError
 from anchorpatch.images.decode import Decoded, Picture, decode_picture
 from anchorpatch.images.folder import ImageFolder
 from anchorpatch.images.loader import Batch, read_image, serve_batches
 from anchorpatch.signals import shut_down, waiting_for
-from anchorpatch.storage import locked, write_atomically
+from anchorpatch.storage import locked, refusals, write_atomically
 
 #: Longer short sides of cached pictures are shrunk to this, in pixels.
 SHORT_SIDE: Final = 256
@@ -204,7 +203,7 @@ def build_cache(
         cache = open_cache(folder, where, background)
         if not (cache.bad or cache.damaged) or not os.access(where, os.W_OK):
             return cache
-    try:
+    with refusals(where):
         where.mkdir(parents=True, exist_ok=True)
         with locked(where / ".lock"):
             if not index.is_file():
@@ -212,11 +211,6 @@ def build_cache(
             else:
                 _add(open_cache(folder, where, background), folder, index, threads, background)
             return open_cache(folder, where, background)
-    except OSError as error:
-        raise StorageError(
-            f"{where}: the image cache could not be written: {reason_of(error)}; "
-            "free space, choose another folder, or run without --image-cache"
-        ) from error
 
 
 def open_cache(folder: ImageFolder, where: Path, background: str = "#ffffff") -> PictureCache:
@@ -254,23 +248,18 @@ def _make(folder: ImageFolder, pixels: Path, index: Path, threads: int, backgrou
     shapes: list[tuple[int, int]] = []
     bad: dict[int, str] = {}
     damaged: list[int] = []
-    temporary = pixels.with_name(f".{pixels.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for row, item in _pictures(folder, range(len(folder)), threads, background):
-                if isinstance(item, str):
-                    bad[row] = item
-                    shapes.append((0, 0))
-                    continue
-                file.write(item.image.tobytes())
-                shapes.append((item.image.height, item.image.width))
-                damaged += [row] * item.damaged
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, pixels)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+
+    def write(file: BinaryIO) -> None:
+        for row, item in _pictures(folder, range(len(folder)), threads, background):
+            if isinstance(item, str):
+                bad[row] = item
+                shapes.append((0, 0))
+                continue
+            file.write(item.image.tobytes())
+            shapes.append((item.image.height, item.image.width))
+            damaged.extend([row] * item.damaged)
+
+    write_atomically(pixels, write)
     # The index last: where it is, the pixels are whole.
     _write_index(index, {"shapes": shapes, "bad": bad, "damaged": damaged, "late": []})
 
