@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 #: What no HTML may hold: control characters, and halves of surrogate pairs, which stand for
@@ -49,19 +49,26 @@ def percent(share: float, digits: int = 2, *, sign: bool = False) -> str:
     return f"{decimal(100 * share, digits, sign=sign)}%"
 
 
-def counted(count: int, noun: str, nouns: str = "") -> str:
+def counted(count: int, noun: str) -> str:
     """Write a count with its noun, in the plural where it is not one.
 
-    Args:
-        count: the number.
-        noun: in the singular.
-        nouns: in the plural; by default with an s.
+    Example:
+        >>> counted(1, "image"), counted(1200, "patch"), counted(0, "class"), counted(2, "epoch")
+        ('1 image', '1,200 patches', '0 classes', '2 epochs')
+    """
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "tch")) else "s"
+    return f"{count:,} {noun}{ending}"
+
+
+def tally(counts: Mapping[str, int]) -> str:
+    """Write how many things there are in all, and how many of each kind.
 
     Example:
-        >>> counted(1, "image"), counted(1200, "patch", "patches")
-        ('1 image', '1,200 patches')
+        >>> tally({"truncated": 1200, "empty file": 3}), tally({})
+        ('1,203 (1,200 truncated, 3 empty file)', '0')
     """
-    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    return f"{sum(counts.values()):,}" + (f" ({kinds})" if kinds else "")
 
 
 def few(names: Sequence[str], most: int = 3) -> str:

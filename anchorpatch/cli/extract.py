@@ -30,7 +30,7 @@ from anchorpatch.cli.options import (
 )
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.settings import CODECS, DAMAGED
-from anchorpatch.text import counted
+from anchorpatch.text import counted, tally
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.extract import ExtractSummary
@@ -160,11 +160,10 @@ def print_summary(summary: ExtractSummary, as_json: bool) -> None:
         return
     facts = summary.facts
     print_tables([facts.table()])
-    reasons = ", ".join(f"{count} {reason}" for reason, count in facts.skipped.items())
     lines = [
         f"{counted(facts.images, 'image')} in {counted(facts.shards, 'shard')}, "
         f"{bytes_text(facts.bytes)}: {facts.folder}",
-        f"skipped: {sum(facts.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
+        f"skipped: {tally(facts.skipped)}",
     ]
     if summary.damaged:
         lines.append(f"decoded with damage: {summary.damaged:,}")
@@ -194,7 +193,7 @@ def _print_forecast(found: Mapping[str, Any], lsp: LspSettings | None, as_json: 
     click.echo(
         f"would write {found['pending']:,} of {counted(found['shards'], 'shard')} to "
         f"{found['folder']}: {counted(found['images'], 'image')} of "
-        f"{counted(found['classes'], 'class', 'classes')}\n"
+        f"{counted(found['classes'], 'class')}\n"
         f"settings: preset {settings['preset'] or 'none'}, {lsp}, codec {settings['codec']}\n"
         f"about {bytes_text(found['bytes'])} in all, {bytes_text(found['bytes_per_image'])} per "
         f"image (estimated from {counted(found['sample'], 'image')})"

@@ -150,7 +150,7 @@ def print_forecast(plan: Mapping[str, Any], as_json: bool) -> None:
         f"{plan['network']} from {known.get(plan['weights'], plan['weights'])}, on "
         f"{plan['source']}: "
         f"{train:,} training and {val:,} validation images of "
-        f"{counted(plan['classes'], 'class', 'classes')}"
+        f"{counted(plan['classes'], 'class')}"
     )
     click.echo(
         f"{counted(cost['epochs'], 'epoch')} of {counted(cost['steps_an_epoch'], 'step')} of "
@@ -192,5 +192,5 @@ def print_summary(summary: FinetuneSummary, as_json: bool) -> None:
     click.echo(
         f"{summary.network}: {counted(summary.epochs, 'epoch')} on {summary.source} "
         f"({cost['macs'] / 1e9:,.1f} GMACs forward), {counted(train, 'image')} of "
-        f"{counted(summary.classes, 'class', 'classes')}, measured on {val:,}: {summary.weights}"
+        f"{counted(summary.classes, 'class')}, measured on {val:,}: {summary.weights}"
     )

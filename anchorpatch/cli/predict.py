@@ -199,7 +199,7 @@ def _text(result: Prediction, drawn: Path | None) -> str:
 
 
 def _counted(result: Prediction) -> str:
-    return counted(len(result.scores), "patch", "patches")
+    return counted(len(result.scores), "patch")
 
 
 def _draw(result: Prediction, folder: Path, drawn: Counter[str]) -> Path:

@@ -14,7 +14,7 @@ from anchorpatch.cli.options import PATH, Command, Group, did_you_mean, json_opt
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.errors import ShardError, WeightsError
 from anchorpatch.storage import sha256_of, to_json
-from anchorpatch.text import counted, few
+from anchorpatch.text import counted, few, tally
 
 if TYPE_CHECKING:
     from anchorpatch.shards.manifest import Manifest, SplitFacts
@@ -231,7 +231,7 @@ def show(folder: Path, image: str, out: Path) -> None:
     path = bytes(reader.path[row]).decode("utf-8", "replace")
     label = reader.classes[reader.label[row]]
     predicted = reader.network_classes[reader.predicted[row]]
-    patches = counted(len(found.pixels), "patch", "patches")
+    patches = counted(len(found.pixels), "patch")
     caption = f"{path}: label {label}, predicted {predicted}, {patches} of {found.scale} px"
     picture = patch_figure(
         found.pixels,
@@ -265,14 +265,13 @@ def _lines(facts: SplitFacts) -> list[str]:
     """Return what `inspect` prints of a split below its table."""
     s = facts.settings
     each = f", {bytes_text(facts.bytes / facts.images)} per image" if facts.images else ""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts.skipped.items())
     stored = "images stored" if s.store_images else "images not stored"
     quality = f" of quality {s.jpeg_quality}" if s.codec == "jpeg" else ""
     same = ", the same as" if facts.same_classes else "; other than"
     return [
         f"shards: {facts.shards} of {facts.total_shards}, {counted(s.shard_size, 'image')} each",
         f"images: {facts.images:,} in {bytes_text(facts.bytes)}{each}",
-        f"skipped: {sum(facts.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
+        f"skipped: {tally(facts.skipped)}",
         f"classes: {facts.classes:,}{same} the network's {facts.network_classes:,}",
         f"settings: preset {s.preset or 'none'}, {s.lsp}, {s.precision}"
         + (f" on {s.device}" if s.device else "")

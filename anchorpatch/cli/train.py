@@ -23,7 +23,7 @@ from anchorpatch.cli.options import (
 from anchorpatch.cli.output import print_json, print_records
 from anchorpatch.settings import ARCHITECTURES, CROP_MODES
 from anchorpatch.storage import to_json
-from anchorpatch.text import counted
+from anchorpatch.text import counted, tally
 from anchorpatch.training.config import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
@@ -152,12 +152,11 @@ def print_summary(summary: TrainSummary, as_json: bool) -> None:
     stages = " per stage" if summary.earlier else ""
     lines = [
         f"{counted(summary.epochs, 'epoch')}{stages} on {counted(train_images, 'image')} of "
-        f"{counted(summary.classes, 'class', 'classes')}, measured on {val_images:,}: "
+        f"{counted(summary.classes, 'class')}, measured on {val_images:,}: "
         f"{summary.weights}"
     ]
     if summary.bad:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in summary.bad.items())
-        lines.append(f"skipped: {sum(summary.bad.values()):,} ({reasons})")
+        lines.append(f"skipped: {tally(summary.bad)}")
     if summary.damaged:
         lines.append(f"decoded with damage: {summary.damaged:,}")
     click.echo("\n".join(lines))

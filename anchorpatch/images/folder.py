@@ -171,7 +171,7 @@ def without_images(labels: npt.NDArray[np.integer], classes: Sequence[str]) -> s
         return None
     have = "has" if len(absent) == 1 else "have"
     return (
-        f"{len(absent):,} of {counted(len(classes), 'class', 'classes')} {have} no image among the "
+        f"{len(absent):,} of {counted(len(classes), 'class')} {have} no image among the "
         f"{counted(len(labels), 'image')} taken: {few([classes[i] for i in absent])}"
     )
 

@@ -30,14 +30,7 @@ from anchorpatch.networks import OR_NONE, find_pretrained, load_network
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import CROP, SCALES
-from anchorpatch.shards.dataset import (
-    Loaded,
-    batches_of,
-    epoch_rows,
-    load_rows,
-    pieces_of,
-    visited,
-)
+from anchorpatch.shards.dataset import Loaded, batches_of, epoch_rows, load_rows, pieces_of, visited
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.storage import sha256_of, to_json
 from anchorpatch.text import counted, differing

@@ -21,13 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from anchorpatch.errors import (
-    DataError,
-    SettingsError,
-    ShardError,
-    StorageError,
-    WeightsError,
-)
+from anchorpatch.errors import DataError, SettingsError, ShardError, StorageError, WeightsError
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.localizer import Localized
 from anchorpatch.lsp import crop

@@ -26,12 +26,7 @@ from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.patch_scores import Distributions, sum_localized
 from anchorpatch.models.complexity import check_sides
 from anchorpatch.models.registry import check_name
-from anchorpatch.networks import (
-    Network,
-    best_weights,
-    load_checkpoint,
-    load_network,
-)
+from anchorpatch.networks import Network, best_weights, load_checkpoint, load_network
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
 from anchorpatch.settings import PRESETS, SCALES, CropSettings, LspSettings

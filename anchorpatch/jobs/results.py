@@ -13,17 +13,7 @@ from typing import Any
 from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.networks import asked_text
 from anchorpatch.settings import CROP
-from anchorpatch.tables import (
-    Cell,
-    Column,
-    Table,
-    count,
-    decimal,
-    named,
-    share,
-    text,
-    with_total,
-)
+from anchorpatch.tables import Cell, Column, Table, count, decimal, named, share, text, with_total
 from anchorpatch.text import counted
 
 

@@ -37,13 +37,7 @@ from anchorpatch.storage import write_atomically
 from anchorpatch.training.config import TrainConfig
 from anchorpatch.training.image_tasks import AnchorNetTask, ImageTask, open_images
 from anchorpatch.training.loop import Batch, Trainer
-from anchorpatch.training.run_folder import (
-    BEST,
-    RunSummary,
-    best_record,
-    open_run,
-    refuse_foreign,
-)
+from anchorpatch.training.run_folder import BEST, RunSummary, best_record, open_run, refuse_foreign
 
 #: A run of the trainer: its name, what is trained, and how and in which folder.
 _Stage: TypeAlias = "tuple[str, type[ImageTask], TrainConfig]"

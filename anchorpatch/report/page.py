@@ -55,7 +55,7 @@ from anchorpatch.tables import (
     shown_value,
     text,
 )
-from anchorpatch.text import clean, counted, percent
+from anchorpatch.text import clean, counted, percent, tally
 from anchorpatch.training.run_folder import best_record
 
 
@@ -351,20 +351,18 @@ def _shards(splits: Sequence[Split]) -> Section:
 
 def _split_blocks(split: Split) -> Iterator[Any]:
     facts = split.facts
-    reasons = ", ".join(f"{n:,} {reason}" for reason, n in facts.skipped.items())
-    skipped = sum(facts.skipped.values())
     top1 = f" AnchorNet decides {facts.top1:.2%} of them right." if facts.top1 is not None else ""
     of = "" if facts.shards == facts.total_shards else f"{facts.shards:,} of "
     yield (
-        f"{counted(facts.images, 'image')} of {counted(facts.classes, 'class', 'classes')} in "
+        f"{counted(facts.images, 'image')} of {counted(facts.classes, 'class')} in "
         f"{of}{counted(facts.total_shards, 'shard')}.{top1} "
-        f"Skipped: {skipped:,}{f' ({reasons})' if reasons else ''}."
+        f"Skipped: {tally(facts.skipped)}."
     )
     yield facts.table()
     if any(split.histogram.values()):
         yield histogram_table(split)
     if split.skipped:
-        shown = len(split.skipped)
+        shown, skipped = len(split.skipped), sum(facts.skipped.values())
         notes = (f"The first {shown:,} of {skipped:,}.",) if skipped > shown else ()
         columns = (Column("image", numeric=False), Column("reason", numeric=False))
         rows = tuple(tuple(map(text, image)) for image in split.skipped)

@@ -211,7 +211,7 @@ def wait_for_shards(
                 seen, since = there, now
             elif now - since > patience:
                 raise ShardError(
-                    f"{folder}: {counted(missing, 'shard is', 'shards are')} missing, and no rank "
+                    f"{folder}: {counted(missing, 'shard')} missing, and no rank "
                     f"has written for {patience:,.0f} s: one has probably failed; run the same "
                     "command again"
                 )

@@ -38,13 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from anchorpatch.errors import (
-    Interrupted,
-    NonFiniteError,
-    SettingsError,
-    WeightsError,
-    reason_of,
-)
+from anchorpatch.errors import Interrupted, NonFiniteError, SettingsError, WeightsError, reason_of
 from anchorpatch.metrics import hits
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_state, save_state, save_weights

@@ -12,13 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from anchorpatch.errors import (
-    DataError,
-    MissingDependency,
-    StorageError,
-    WeightsError,
-    reason_of,
-)
+from anchorpatch.errors import DataError, MissingDependency, StorageError, WeightsError, reason_of
 from anchorpatch.runtime.checkpoint import versions
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.distributed import World, any_rank, process_group, sum_ranks

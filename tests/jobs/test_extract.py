@@ -199,7 +199,7 @@ def test_ranks_that_no_longer_write_are_not_waited_for(
         image_folder, "val", weights, tmp_path, limit=8, shard_size=4, workers=0, task=Task(0, 2)
     )
     extract.run(config)
-    with pytest.raises(ShardError, match="1 shard is missing, and no rank has written for 0 s"):
+    with pytest.raises(ShardError, match="1 shard missing, and no rank has written for 0 s"):
         wait_for_shards(tmp_path / "val", Task().owns, patience=0.0)
     extract.run(replace(config, task=Task(1, 2)))
     assert not wait_for_shards(tmp_path / "val", Task().owns, patience=0.0).missing()
