@@ -157,6 +157,7 @@ class PictureCache:
         shapes: height and width, int32 (n, 2); a picture that could not be decoded has no pixels.
         bad: reason by row of what could not be decoded.
         damaged: rows that were decoded with damage.
+        end: bytes of the file that hold pictures.
     """
 
     file: Path
@@ -164,6 +165,7 @@ class PictureCache:
     shapes: npt.NDArray[np.int32]
     bad: dict[int, str]
     damaged: frozenset[int]
+    end: int
 
     def __getitem__(self, row: int) -> Picture:
         """Return a picture.
@@ -224,18 +226,19 @@ def open_cache(folder: ImageFolder, where: Path, background: str = "#ffffff") ->
         content = json.loads(index.read_text(encoding="utf-8"))
         shapes = np.array(content["shapes"], np.int32).reshape(-1, 2)
         bad = {int(row): reason for row, reason in content["bad"].items()}
-        damaged, late = frozenset(content["damaged"]), np.array(content["late"], np.int64)
+        damaged = frozenset(content["damaged"])
+        added = np.array(content["added"], np.int64).reshape(-1, 3)
+        rows, shapes = np.arange(len(shapes)), np.concatenate((shapes, added[:, 1:]))
         sizes = shapes.astype(np.int64).prod(1) * 3
-        # In the order of the rows, but for those that were added later.
-        order = np.concatenate((np.delete(np.arange(len(sizes)), late), late))
-        offsets = np.zeros(len(sizes), np.int64)
-        offsets[order] = np.cumsum(sizes[order]) - sizes[order]
+        # The last one of a row holds.
+        rows[added[:, 0]] = np.arange(len(rows), len(shapes))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"{index}: expected the index of an image cache; remove it") from error
-    total = int(sizes.sum())
-    if len(shapes) != len(folder) or not pixels.is_file() or pixels.stat().st_size < total:
-        raise DataError(f"{pixels}: expected {total} bytes; remove the cache and run again")
-    return PictureCache(pixels, offsets, shapes, bad, damaged)
+    end = int(sizes.sum())
+    if len(rows) != len(folder) or not pixels.is_file() or pixels.stat().st_size < end:
+        raise DataError(f"{pixels}: expected {end} bytes; remove the cache and run again")
+    offsets = np.cumsum(sizes) - sizes
+    return PictureCache(pixels, offsets[rows], shapes[rows].astype(np.int32), bad, damaged, end)
 
 
 def _files(folder: ImageFolder, where: Path, background: str) -> tuple[Path, Path]:
@@ -261,44 +264,34 @@ def _make(folder: ImageFolder, pixels: Path, index: Path, threads: int, backgrou
 
     write_atomically(pixels, write)
     # The index last: where it is, the pixels are whole.
-    _write_index(index, {"shapes": shapes, "bad": bad, "damaged": damaged, "late": []})
+    _write_index(index, {"shapes": shapes, "bad": bad, "damaged": damaged, "added": []})
 
 
 def _add(
     cache: PictureCache, folder: ImageFolder, index: Path, threads: int, background: str
 ) -> None:
-    """Add what can be decoded by now to a cache.
+    """Add what can be decoded by now to a cache, or without damage.
 
-    Appended, or in place of the same picture with damage, since other runs may have the cache
-    open: nothing moves that they know of.
+    At its end, since other runs may have the cache open: nothing moves that they know of.
     """
     content = json.loads(index.read_text(encoding="utf-8"))
-    found = False
+    rows, damaged, known = {*cache.bad, *cache.damaged}, set(cache.damaged), len(content["added"])
     with open(cache.file, "r+b") as file:
-        for row, item in _pictures(folder, sorted(cache.damaged), threads, background):
-            if isinstance(item, str) or item.damaged:
+        file.seek(cache.end)  # what a run that was killed here has left behind is overwritten
+        for row, item in _pictures(folder, sorted(rows), threads, background):
+            if isinstance(item, str) or (item.damaged and row in cache.damaged):
                 continue
-            if [item.image.height, item.image.width] == cache.shapes[row].tolist():
-                found = True
-                file.seek(int(cache.offsets[row]))
-                file.write(item.image.tobytes())
-                content["damaged"].remove(row)
-        # What a run that was killed here has left behind the end is overwritten.
-        file.seek(int(cache.shapes.astype(np.int64).prod(1).sum()) * 3)
-        for row, item in _pictures(folder, sorted(cache.bad), threads, background):
-            if isinstance(item, str):
-                content["bad"][str(row)] = item
-                continue
-            found = True
             file.write(item.image.tobytes())
-            content["shapes"][row] = [item.image.height, item.image.width]
-            content["late"].append(row)
-            content["damaged"] += [row] * item.damaged
-            del content["bad"][str(row)]
+            content["added"].append([row, item.image.height, item.image.width])
+            content["bad"].pop(str(row), None)
+            if item.damaged:
+                damaged.add(row)
+            else:
+                damaged.discard(row)
         file.flush()
         os.fsync(file.fileno())
-    if found:
-        _write_index(index, content)
+    if len(content["added"]) > known:
+        _write_index(index, {**content, "damaged": sorted(damaged)})
 
 
 def _write_index(index: Path, content: dict[str, Any]) -> None:

@@ -308,8 +308,8 @@ def instant(
     [
         ("decoding", loader, "_load", 8, 0, "decoding: more "),
         ("decoding", loader, "_load", 8, 1, "decoding: more "),
-        ("network", Localizer, "submit", 8, 0, "the network: more CPU cores, or a GPU"),
-        ("network", Found, "result", 8, 1, "the network: more CPU cores, or a GPU"),
+        ("network", Localizer, "submit", 8, 0, "the network: "),
+        ("network", Found, "result", 8, 1, "the network: "),
         ("writing", ShardWriter, "append", 8, 1, "writing: a faster disk for --out"),
         ("writing", ShardWriter, "close", 2, 0, "writing: a faster disk for --out"),
         ("writing", ShardWriter, "__init__", 2, 0, "writing: a faster disk for --out"),
