@@ -230,7 +230,7 @@ def open_cache(folder: ImageFolder, where: Path, background: str = "#ffffff") ->
         added = np.array(content["added"], np.int64).reshape(-1, 3)
         rows, shapes = np.arange(len(shapes)), np.concatenate((shapes, added[:, 1:]))
         sizes = shapes.astype(np.int64).prod(1) * 3
-        # The last one of a row holds.
+        # Of several pictures of a row, the last one counts.
         rows[added[:, 0]] = np.arange(len(rows), len(shapes))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"{index}: expected the index of an image cache; remove it") from error
