@@ -259,8 +259,7 @@ def scan_folder(
 
 def _loose(folder: Path) -> list[str]:
     """Return the extensions of the images that lie directly in a folder."""
-    names = [entry.name for entry in _entries(os.fsencode(folder)) if entry.name[:1] != b"."]
-    found = [splitext(name)[1].lower() for name in names]
+    found = [splitext(entry.name)[1].lower() for entry in _entries(os.fsencode(folder))]
     return [extension.decode() for extension in found if extension in _EXTENSIONS]
 
 
@@ -294,8 +293,6 @@ def _walk(top: bytes, below: bytes, listing: _Listing, above: tuple[tuple[int, i
     prefix = below + b"/" if below else b""
     for entry in _entries(folder):
         name = entry.name
-        if name.startswith(b"."):
-            continue
         extension = name[name.rfind(b".") :].lower() if b"." in name else b""
         if extension in _EXTENSIONS:
             listing.paths.append(prefix + name)
@@ -311,9 +308,11 @@ def _walk(top: bytes, below: bytes, listing: _Listing, above: tuple[tuple[int, i
 
 
 def _entries(folder: bytes) -> list[os.DirEntry[bytes]]:
+    """Return what a folder holds, but for what is hidden."""
+
     def read() -> list[os.DirEntry[bytes]]:
         with os.scandir(folder) as entries:
-            return list(entries)
+            return [entry for entry in entries if not entry.name.startswith(b".")]
 
     try:
         return patiently(folder, read)
@@ -338,11 +337,7 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
 
 def _class_names(root: Path) -> list[str]:
     """Return the folders directly below ``root``, sorted by their bytes."""
-    names = [
-        entry.name
-        for entry in _entries(os.fsencode(root))
-        if not entry.name.startswith(b".") and _is_folder(entry)
-    ]
+    names = [entry.name for entry in _entries(os.fsencode(root)) if _is_folder(entry)]
     _check_names(root, names)
     return [name.decode() for name in sorted(names)]
 
