@@ -51,10 +51,10 @@ from anchorpatch.shards.manifest import ShardEntry
 #: same mean size at four fifths of the speed, as it wants the colours in planes.
 _JPEG_THREADS: Final = min(4, os.cpu_count() or 1)
 
-#: Patches that are cut at once: of 2 MB, which the cache of a core holds until they are written.
-_CUT_ROWS: Final = 64
+#: Patches that are cut and encoded at once, which bounds the memory.
+_CUT_ROWS: Final = 1024
 
-#: Crops, of 147 KiB, that are hashed and written at once.
+#: Crops that are read, cut, hashed and written at once: the cache of a core holds them.
 _CROPS: Final = 8
 
 #: Bytes of a page of the skeleton; large datasets start at multiples of it.
@@ -318,8 +318,11 @@ class ShardWriter:
         self, crops: NDArray[np.uint8], image: NDArray[Any], corner: NDArray[Any], scale: int
     ) -> None:
         encode = partial(encode_jpeg, quality=self.header.settings.jpeg_quality)
-        for cut in _cut(crops, image, corner, scale):
-            for blob in self._pool.map(encode, cut):
+        for start in range(0, len(image), _CUT_ROWS):
+            rows = slice(start, start + _CUT_ROWS)
+            for blob in self._pool.map(
+                encode, cut_patches(crops, image[rows], corner[rows], scale)
+            ):
                 self._blob_sizes[scale].append(len(blob))
                 self._spool(f"patches/{scale}/blob", blob)
 
@@ -370,34 +373,39 @@ class ShardWriter:
             position = offset
             for chunk in self._pixels(name):
                 yield chunk
-                position += chunk.nbytes
+                position += memoryview(chunk).nbytes
         yield skeleton.part(position, skeleton.size)
 
-    def _pixels(self, name: str) -> Iterator[NDArray[np.uint8]]:
+    def _pixels(self, name: str) -> Iterator[Any]:
         """Yield a dataset of pixels piece by piece."""
         group, _, kind = name.rpartition("/")
-        spool = self._spools[name if kind == "blob" else "images/pixels"]
-        spool.flush()
-        if kind == "blob":
-            size = sum(self._blob_sizes[int(group.rpartition("/")[2])])
-            yield np.memmap(spool, np.uint8, "r", shape=(size,))
-            return
-        crops = np.memmap(spool, np.uint8, "r", shape=(len(self._paths), CROP, CROP, 3))
         if group == "images":
-            for start in range(0, len(crops), _CROPS):
-                yield crops[start : start + _CROPS]
+            for start in range(0, len(self._paths), _CROPS):
+                yield self._crops(np.arange(start, min(start + _CROPS, len(self._paths))))
+            return
+        scale = int(group.rpartition("/")[2])
+        if kind == "blob":
+            self._spools[name].seek(0)
+            left = sum(self._blob_sizes[scale])
+            while chunk := self._spools[name].read(min(left, 1 << 20)):
+                yield chunk
+                left -= len(chunk)
             return
         image, corner = self._column(f"{group}/image"), self._column(f"{group}/corner")
-        yield from _cut(crops, image, corner, int(group.rpartition("/")[2]))
+        rows = np.unique(image)
+        for start in range(0, len(rows), _CROPS):
+            some = rows[start : start + _CROPS]
+            first, last = np.searchsorted(image, (some[0], some[-1] + 1))
+            local = np.searchsorted(some, image[first:last])
+            yield cut_patches(self._crops(some), local, corner[first:last], scale)
 
-
-def _cut(
-    crops: NDArray[np.uint8], image: NDArray[Any], corner: NDArray[Any], scale: int
-) -> Iterator[NDArray[np.uint8]]:
-    """Yield what `cut_patches` returns, piece by piece."""
-    for start in range(0, len(image), _CUT_ROWS):
-        rows = slice(start, start + _CUT_ROWS)
-        yield cut_patches(crops, image[rows], corner[rows], scale)
+    def _crops(self, rows: NDArray[Any]) -> NDArray[np.uint8]:
+        """Read crops from their spool; a map of it would count as memory of this process."""
+        found, spool = np.empty((len(rows), CROP, CROP, 3), np.uint8), self._spools["images/pixels"]
+        for crop, row in zip(found, rows.tolist(), strict=True):
+            spool.seek(row * crop.nbytes)
+            spool.readinto(crop)  # type: ignore[attr-defined]
+        return found
 
 
 class _Skeleton(io.RawIOBase):
