@@ -180,23 +180,21 @@ class Manifest:
             ManifestMismatch: another run has replaced the folder's inputs meanwhile.
             StorageError: the disk refuses; the manifest is as it was.
         """
-        with storage.locked(self.folder / LOCK_NAME):
-            now = self.refreshed()
-            others = [e for e in now.entries if e.name != entry.name]
-            # val-100000.h5 goes behind val-99999.h5.
-            entries = sorted([*others, entry], key=lambda e: (len(e.name), e.name))
-            now = replace(now, entries=tuple(entries))
-            write_manifest(now)
-        return now
+        return self._changed(lambda found: [*(e for e in found if e.name != entry.name), entry])
 
     def forget(self, entries: Collection[ShardEntry]) -> Manifest:
         """Remove entries, unless they have changed meanwhile, so that their shards are made again.
 
         Returns and raises as `commit`.
         """
+        return self._changed(lambda found: [e for e in found if e not in entries])
+
+    def _changed(self, change: Callable[[Sequence[ShardEntry]], list[ShardEntry]]) -> Manifest:
         with storage.locked(self.folder / LOCK_NAME):
             now = self.refreshed()
-            now = replace(now, entries=tuple(e for e in now.entries if e not in entries))
+            # val-100000.h5 goes behind val-99999.h5.
+            entries = sorted(change(now.entries), key=lambda e: (len(e.name), e.name))
+            now = replace(now, entries=tuple(entries))
             write_manifest(now)
         return now
 

@@ -29,8 +29,8 @@ class ShardSink:
     Args:
         manifest: gets the entry of each shard that is done.
         digests: of each shard's part of the file list.
-        advance: called with the images of each batch that is written, and the keywords ``patches``
-            and ``skipped``.
+        advance: called with the images of each batch that a shard has taken, and the keywords
+            ``patches`` and ``skipped``.
         closing: threads that close shards.
 
     Attributes:

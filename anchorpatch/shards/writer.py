@@ -24,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Final, NamedTuple
 
 import h5py
@@ -270,16 +269,10 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            self.abort()
-        elif not self._closed:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None and not self._closed:
             self.close()
+        self.abort()
 
     @contextmanager
     def _aborting(self) -> Iterator[None]:
