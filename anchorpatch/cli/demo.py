@@ -16,6 +16,7 @@ from anchorpatch.cli.options import (
     workers_option,
 )
 from anchorpatch.cli.output import print_json, print_tables
+from anchorpatch.storage import to_json
 from anchorpatch.text import counted
 
 _PICTURE = "patches.png"
@@ -107,7 +108,7 @@ def demo(
                 },
                 "extract": extracted.to_json(),
                 "verified_shards": number,
-                "score": score.to_json(),
+                "score": to_json(score),
                 "picture": str(folder / _PICTURE),
             }
         )

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,6 @@ from anchorpatch.errors import DataError
 from anchorpatch.lsp import grid_size
 from anchorpatch.settings import CROP, SCALES, STRIDE
 from anchorpatch.shards.reader import ShardReader
-from anchorpatch.storage import to_json
 from anchorpatch.tables import Cell, Table, decimal, named, share, text
 from anchorpatch.text import counted, percent
 
@@ -61,6 +59,7 @@ class SceneScore:
         ordered: of all pairs of images with objects of different size, the share in which the
             larger object has the larger scale, equal scales counting one half (0.5 is chance);
             None where all objects have one size.
+        grows: whether the mean chosen scale rises from each size to the next.
     """
 
     images: int
@@ -72,16 +71,7 @@ class SceneScore:
     mean_scale: dict[str, float | None]
     matched: float
     ordered: float | None
-
-    @property
-    def grows(self) -> bool:
-        """Whether the mean chosen scale rises from each size to the next."""
-        means = [mean for mean in self.mean_scale.values() if mean is not None]
-        return len(means) > 1 and all(a < b for a, b in pairwise(means))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the score for JSON."""
-        return {**to_json(self), "grows": self.grows}
+    grows: bool
 
     def tables(self) -> tuple[Table, Table]:
         """Return how well patches fit, beside chance, and the chosen scales by object size."""
@@ -153,6 +143,7 @@ def score_scenes(shards_folder: Path, boxes_csv: Path) -> SceneScore:
     table = np.zeros((len(SIZES), len(SCALES)), np.int64)
     np.add.at(table, (sizes, branch), 1)
     means = [float(scale[sizes == s].mean()) if table[s].any() else None for s in range(len(SIZES))]
+    there = [mean for mean in means if mean is not None]
     return SceneScore(
         images=len(reader),
         top1=float((reader.label == reader.predicted).mean())
@@ -168,6 +159,7 @@ def score_scenes(shards_folder: Path, boxes_csv: Path) -> SceneScore:
         mean_scale=dict(zip(SIZES, means, strict=True)),
         matched=float((sizes == branch).mean()),
         ordered=_ordered(table),
+        grows=len(there) > 1 and all(a < b for a, b in pairwise(there)),
     )
 
 

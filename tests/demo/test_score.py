@@ -20,6 +20,7 @@ from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
 from anchorpatch.shards.manifest import FilesDigest
 from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
+from anchorpatch.storage import to_json
 
 IMAGES = 30  # one of each class and size
 
@@ -154,7 +155,7 @@ def test_perfect_patches_score_one(boxes_csv: Path, tmp_path: Path) -> None:
     assert score.strongest.hit > score.centre.hit > 0
     assert score.strongest.hit > score.random.hit > 0
     assert score.strongest.covered > 0.75
-    text = score.to_json()
+    text = to_json(score)
     assert json.loads(json.dumps(text)) == text
     assert text["counts"]["small"] == {"63": 10, "95": 0, "111": 0}
     assert text["grows"] is True
