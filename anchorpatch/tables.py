@@ -154,16 +154,13 @@ def written(value: Any, form: Callable[[Any], str]) -> Cell:
     return Cell(form(value), value)
 
 
-def facts_table(
-    caption: str, first: str, rows: Mapping[str, Mapping[str, Any]], *, folded: bool = False
-) -> Table:
+def facts_table(caption: str, first: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return a line for each thing, a column for each fact that any of them has.
 
     Args:
         caption: of the table.
         first: heading of the things' names.
         rows: name -> fact -> value.
-        folded: shown on request alone.
     """
     names = list(dict.fromkeys(name for facts in rows.values() for name in facts))
     columns = (
@@ -174,7 +171,7 @@ def facts_table(
         (text(thing), *(text(shown_value(facts.get(name, ""))) for name in names))
         for thing, facts in rows.items()
     )
-    return Table(caption, columns, cells, folded=folded)
+    return Table(caption, columns, cells)
 
 
 def scale_table(images: Mapping[int, int], patches: Mapping[int, int]) -> Table:

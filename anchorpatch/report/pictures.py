@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,8 +171,15 @@ def _matching(
 ) -> tuple[Split | None, Path | None]:
     """Return the first split whose weights are at hand, and their file."""
     known: dict[str, Path] = {}
-    for digest, path in _known_weights(contents, given):
-        known.setdefault(digest, path)
+    if given is not None:
+        known[load_weights(given).sha256] = given
+    else:
+        with suppress(WeightsError):
+            known[load_weights(demo_weights()).sha256] = demo_weights()
+        # Of equal files, the first run's counts.
+        for file in reversed(contents.weights):
+            if file.meta.architecture == "anchornet":
+                known[file.sha256] = file.path
     made_by = [split.facts.weights_sha256 for split in splits]
     for split, digest in zip(splits, made_by, strict=True):
         if digest in known:
@@ -186,18 +193,6 @@ def _matching(
             "--no-figures"
         )
     return None, None
-
-
-def _known_weights(contents: Contents, given: Path | None) -> Iterator[tuple[str, Path]]:
-    if given is not None:
-        yield load_weights(given).sha256, given
-        return
-    for file in contents.weights:
-        if file.meta.architecture == "anchornet":
-            yield file.sha256, file.path
-    with suppress(WeightsError):
-        path = demo_weights()
-        yield load_weights(path).sha256, path
 
 
 def _lacking(contents: Contents, splits: Sequence[Split]) -> str:
