@@ -37,14 +37,13 @@ __all__ = [
 ]
 
 
-def grid_size(height: int, width: int, theta: int, stride: int = STRIDE) -> tuple[int, int]:
+def grid_size(height: int, width: int, theta: int) -> tuple[int, int]:
     """Return (H, W), the locations that a patch of side ``theta`` has in an image (section 3.1).
 
     Args:
         height: of the image, in pixels.
         width: of the image, in pixels.
         theta: side of the patch, in pixels.
-        stride: distance of neighbouring locations, in pixels.
 
     Raises:
         SettingsError: the image is smaller than the patch.
@@ -57,7 +56,7 @@ def grid_size(height: int, width: int, theta: int, stride: int = STRIDE) -> tupl
         raise SettingsError(
             f"an image of {height} x {width} px is smaller than a patch of {theta} x {theta} px"
         )
-    return (height - theta) // stride + 1, (width - theta) // stride + 1
+    return (height - theta) // STRIDE + 1, (width - theta) // STRIDE + 1
 
 
 def iou(a: tuple[int, int], b: tuple[int, int], theta: int) -> float:

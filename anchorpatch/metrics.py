@@ -268,14 +268,11 @@ def places(scores: Tensor, labels: Tensor) -> Tensor:
     return (~(scores <= own) | ((scores == own) & lower)).sum(-1)
 
 
-def hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Return 1 where an image's label is among the k best of `places`, else 0.
-
-    Returns:
-        float32 (n, ...).
+def hits(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return 1 where an image's label is the best of `places`, else 0; float32 (n, ...).
 
     Example:
-        >>> hits(torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.1, 0.4]]), torch.tensor([2, 0]), 1)
+        >>> hits(torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.1, 0.4]]), torch.tensor([2, 0]))
         tensor([0., 1.])
     """
-    return (places(scores, labels) < k).float()
+    return (places(scores, labels) < 1).float()

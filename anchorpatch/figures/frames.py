@@ -15,7 +15,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
-from anchorpatch.errors import SettingsError
 from anchorpatch.figures.canvas import (
     BLACK,
     PAPER,
@@ -45,6 +44,12 @@ MARK: Final = 15
 #: Width of a frame in pixels.
 _FRAME: Final = 2
 
+#: How many times a contact sheet enlarges its images.
+_ZOOM: Final = 1.5
+
+#: Length of a dash in pixels.
+_DASH: Final = 6
+
 #: Height that a sheet of patches aims at, in pixels: that of the crop, twice enlarged.
 _SHEET_HEIGHT: Final = 448
 
@@ -71,34 +76,24 @@ class Tile:
     box: Box | None = None
 
 
-def contact_sheet(
-    tiles: Sequence[Tile], columns: int = 3, title: str = "", zoom: float = 1.5
-) -> Image.Image:
+def contact_sheet(tiles: Sequence[Tile], columns: int, title: str) -> Image.Image:
     """Draw images in rows: the strongest patch with a bold frame, the others with thin ones.
 
     Args:
-        tiles: images of one size.
+        tiles: images of one size, one at least.
         columns: images in a row.
         title: one line above all.
-        zoom: enlarge the images so many times.
-
-    Raises:
-        SettingsError: no tile, or no column.
     """
-    if not tiles or columns < 1:
-        raise SettingsError(
-            f"a contact sheet needs a tile and a column, got {len(tiles)} and {columns}"
-        )
     cells = []
     for tile in tiles:
         corners = np.asarray(tile.corners).reshape(-1, 2)
         colors = [COLORS[tile.scale]] * len(corners)
-        image = draw_frames(tile.pixels, corners, tile.scale, colors, zoom=zoom, bold=True)
+        image = draw_frames(tile.pixels, corners, tile.scale, colors, zoom=_ZOOM, bold=True)
         if tile.box is not None:
-            _dash(ImageDraw.Draw(image), _zoomed(tile.box, zoom))
+            _dash(ImageDraw.Draw(image), _zoomed(tile.box, _ZOOM))
         cells.append(stacked([written(tile.caption, image.width), image], 4))
     sheet = tiled(cells, columns, 12)
-    return bordered(stacked([written(title, sheet.width), sheet], 16) if title else sheet, 12)
+    return bordered(stacked([written(title, sheet.width), sheet], 16), 12)
 
 
 def patch_figure(
@@ -283,17 +278,17 @@ def _zoomed(box: Box, zoom: float) -> Box:
     return x0, y0, x1, y1
 
 
-def _dash(draw: ImageDraw.ImageDraw, box: Box, dash: int = 6) -> None:
+def _dash(draw: ImageDraw.ImageDraw, box: Box) -> None:
     """Draw the edge of a box in dashes of two colours, which show on any ground."""
     x0, y0, right, bottom = box
     x1, y1 = right - 1, bottom - 1
-    for k, x in enumerate(range(x0, x1 + 1, dash)):
+    for k, x in enumerate(range(x0, x1 + 1, _DASH)):
         for y in (y0, y1):
-            ends = (x, y, min(x + dash - 1, x1), y)
+            ends = (x, y, min(x + _DASH - 1, x1), y)
             draw.line(ends, fill=BLACK if k % 2 else TRUTH, width=2)
-    for k, y in enumerate(range(y0, y1 + 1, dash)):
+    for k, y in enumerate(range(y0, y1 + 1, _DASH)):
         for x in (x0, x1):
-            ends = (x, y, x, min(y + dash - 1, y1))
+            ends = (x, y, x, min(y + _DASH - 1, y1))
             draw.line(ends, fill=BLACK if k % 2 else TRUTH, width=2)
 
 

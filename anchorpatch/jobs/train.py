@@ -181,7 +181,7 @@ class LocationTask(_SaccaderTask):
         n, glimpses, size = logits.shape
         flat, right = logits.reshape(n * glimpses, size), places.reshape(-1)
         return functional.cross_entropy(flat, right), {
-            "place_top1": hits(flat.detach(), right, 1).mean()
+            "place_top1": hits(flat.detach(), right).mean()
         }
 
 
@@ -208,7 +208,7 @@ class ReinforceTask(_SaccaderTask):
             "reinforce": reinforce,
             "reward": reward.mean(),
             "baseline": baseline.mean(),
-            "top1": hits(logits.detach(), batch.labels, 1).mean(),
+            "top1": hits(logits.detach(), batch.labels).mean(),
         }
 
 

@@ -131,7 +131,7 @@ class Task(ABC):
         loss = functional.cross_entropy(
             logits, batch.labels, label_smoothing=self.config.label_smoothing
         )
-        return loss, {"top1": hits(logits.detach(), batch.labels, 1).mean()}
+        return loss, {"top1": hits(logits.detach(), batch.labels).mean()}
 
     def save(self, path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Write a weights file."""
