@@ -36,6 +36,9 @@ CODECS: Final = ("raw", "jpeg", "image")
 #: Types that AnchorNet computes in.
 PRECISIONS: Final = ("float32", "bfloat16")
 
+#: What computes them. OpenVINO is for CPUs.
+ENGINES: Final = ("torch", "openvino")
+
 #: timm's names. ``center``: resize the short side to 256 px, then take the centre crop of 224 px,
 #: which is the usual validation transform of ImageNet. ``squash``: resize both sides to 224 px
 #: whatever the aspect ratio, as the paper does.

@@ -16,7 +16,7 @@ from torch import Tensor
 from anchorpatch.images.loader import Batch
 from anchorpatch.jobs import extract, finetune
 from anchorpatch.jobs.crops import Crops
-from anchorpatch.jobs.evaluate_anchornet import _Meter
+from anchorpatch.jobs.evaluate_anchornet import EvaluateAnchorNetConfig, _Meter
 from anchorpatch.jobs.finetune import FinetuneConfig, Request
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.patch_scores import Distributions, Part, added_by_image, score_images
@@ -97,9 +97,12 @@ def test_shards_record_what_decides_their_bytes(
     assert (settings.device, settings.batch_size, settings.compile) == (kind, recorded, True)
 
 
-@pytest.mark.parametrize(("preset", "amp"), [("finetune", False), ("figure", True)])
-def test_extraction_never_waits(gpu: FakeGpu, anchornet: Weights, preset: str, amp: bool) -> None:
-    with Localizer(anchornet, PRESETS[preset], GPU, batch_size=32, amp=amp) as localizer:
+@pytest.mark.parametrize(("preset", "precision"), [("finetune", "float32"), ("figure", "bfloat16")])
+def test_extraction_never_waits(
+    gpu: FakeGpu, anchornet: Weights, preset: str, precision: str
+) -> None:
+    settings = PRESETS[preset]
+    with Localizer(anchornet, settings, GPU, batch_size=32, precision=precision) as localizer:
         gpu.forget()
         first = localizer.submit(pixels(32))
         # The settings of Algorithm 1 go to the device once.
@@ -155,7 +158,8 @@ def test_float32_is_restored(gpu: FakeGpu) -> None:
 
 
 def test_anchornet_is_evaluated_without_waits(gpu: FakeGpu, anchornet: Weights) -> None:
-    meter = _Meter(anchornet, GPU, amp=False)
+    config = EvaluateAnchorNetConfig(Path(), Path())
+    meter = _Meter(anchornet, GPU, config)
     labels = torch.zeros(16, dtype=torch.int64)
     meter.update(pixels(16), labels)
     gpu.forget()

@@ -11,8 +11,10 @@ from anchorpatch.cli.options import (
     PATH,
     Command,
     device_option,
+    engine_option,
     find_weights,
     json_option,
+    precision_options,
     workers_option,
 )
 from anchorpatch.cli.output import print_json, print_tables
@@ -39,6 +41,8 @@ _PICTURE = "patches.png"
 )
 @workers_option
 @device_option
+@engine_option
+@precision_options
 @click.option("--overwrite", is_flag=True, help="Replace shards made from other inputs.")
 @json_option
 def demo(
@@ -48,6 +52,8 @@ def demo(
     weights: str,
     workers: int,
     device: str,
+    engine: str,
+    precision: str,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -84,6 +90,8 @@ def demo(
         store_images=True,
         workers=workers,
         device=device,
+        engine=engine,
+        precision=precision,
         overwrite=overwrite,
     )
     extracted = run(config, progress)

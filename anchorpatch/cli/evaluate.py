@@ -13,11 +13,13 @@ from anchorpatch.cli.options import (
     batch_size_option,
     data_option,
     device_option,
+    engine_option,
     find_weights,
     json_option,
     labels_option,
     limit_option,
     max_bad_option,
+    precision_options,
     runs_option,
     shards_option,
     split_option,
@@ -103,7 +105,8 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 @workers_option
 @threads_option
 @device_option
-@click.option("--amp", is_flag=True, help="Compute in bfloat16 (mixed precision).")
+@engine_option
+@precision_options
 @limit_option
 @max_bad_option
 @click.option(

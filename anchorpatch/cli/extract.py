@@ -15,6 +15,7 @@ from anchorpatch.cli.options import (
     batch_size_option,
     data_option,
     device_option,
+    engine_option,
     find_weights,
     folder_option,
     json_option,
@@ -22,6 +23,7 @@ from anchorpatch.cli.options import (
     limit_option,
     lsp_options,
     max_bad_option,
+    precision_options,
     runs_option,
     split_option,
     threads_option,
@@ -65,7 +67,8 @@ if TYPE_CHECKING:
 @workers_option
 @threads_option
 @device_option
-@click.option("--amp", is_flag=True, help="Compute in bfloat16 (mixed precision); needs a GPU.")
+@engine_option
+@precision_options
 @click.option("--compile", "compile", is_flag=True, help="Use torch.compile.")
 @limit_option
 @background_option("that of the weights")
@@ -123,7 +126,7 @@ def extract(
 
     \b
     anchorpatch extract --split val --data imagenet --weights demo --out shards
-    torchrun --nproc-per-node 8 -m anchorpatch extract --split train --amp
+    torchrun --nproc-per-node 8 -m anchorpatch extract --split train --precision bfloat16
     sbatch --array=0-7 --wrap 'anchorpatch extract --split train'
     anchorpatch extract --split train --task 0/8
     """

@@ -18,11 +18,13 @@ from anchorpatch.cli.options import (
     batch_size_option,
     data_option,
     device_option,
+    engine_option,
     find_weights,
     grouped,
     json_option,
     labels_option,
     lsp_options,
+    precision_options,
     runs_option,
     split_option,
     weights_option,
@@ -98,6 +100,8 @@ def _example_options(name: str, limit: int = 300) -> Callable[[_F], _F]:
         ),
         workers_option,
         device_option,
+        engine_option,
+        precision_options,
         json_option,
     )
 
@@ -270,6 +274,7 @@ def attention(**options: Any) -> None:
 @batch_size_option("32 on CPU, 256 on a GPU")
 @workers_option
 @device_option
+@engine_option
 @click.option("--amp", is_flag=True, help="Compute NETWORK in bfloat16 (mixed precision).")
 @json_option
 def coverage(

@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from anchorpatch.errors import OutOfMemory, WeightsError
-from anchorpatch.settings import PRESETS, default_preset
+from anchorpatch.settings import ENGINES, PRECISIONS, PRESETS, default_preset
 from anchorpatch.training.config import CHOICES, LoopConfig
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -284,6 +284,41 @@ device_option = click.option(
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     help="Device to compute on; auto: a GPU if there is one.",
+)
+
+engine_option = click.option(
+    "--engine",
+    cls=SharedOption,
+    type=click.Choice(["auto", *ENGINES]),
+    default="auto",
+    help="What computes AnchorNet on a CPU; auto: openvino where it can be used, else torch.",
+)
+
+
+def _note_amp(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.meta["anchorpatch.amp"] = value
+
+
+def _precision(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    return "bfloat16" if ctx.meta["anchorpatch.amp"] else value
+
+
+precision_options = grouped(
+    click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default="float32",
+        callback=_precision,
+        help="Type to compute in; bfloat16 needs a device with instructions for it.",
+    ),
+    click.option(
+        "--amp",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_note_amp,
+        help="The same as --precision bfloat16.",
+    ),
 )
 
 

@@ -17,9 +17,11 @@ from anchorpatch.cli.options import (
     Command,
     anchornet_weights_option,
     device_option,
+    engine_option,
     find_weights,
     json_option,
     lsp_options,
+    precision_options,
     runs_option,
 )
 from anchorpatch.cli.output import print_json
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
     "--out", type=PATH, help="Write a picture of each image and its patches to this folder."
 )
 @device_option
+@engine_option
+@precision_options
 @json_option
 def predict(
     images: tuple[str, ...],
@@ -74,6 +78,8 @@ def predict(
     top: int,
     out: Path | None,
     device: str,
+    engine: str,
+    precision: str,
     as_json: bool,
 ) -> int:
     """Classify images by their patches, directly from image files.
@@ -113,6 +119,8 @@ def predict(
         lsp=lsp,
         top=top,
         device=device,
+        engine=engine,
+        precision=precision,
     )
     predictor = Predictor(config, reporter().message)
     pictures: Counter[str] = Counter()

@@ -275,6 +275,7 @@ def _lines(facts: SplitFacts) -> list[str]:
         f"classes: {facts.classes:,}{same} the network's {facts.network_classes:,}",
         f"settings: preset {s.preset or 'none'}, {s.lsp}, {s.precision}"
         + (f" on {s.device}" if s.device else "")
+        + (f" by {s.engine}" if s.engine != "torch" else "")
         + (f" in batches of {s.batch_size}" if s.batch_size else "")
         + (", compiled" if s.compile else ""),
         f"codec: {s.codec}{quality}, {stored}",

@@ -109,6 +109,7 @@ class CoverageConfig:
         seed: of the choice of images.
         batch_size: images in a batch; None for 32 on CPU and 256 on a GPU.
         device: auto, cpu or cuda.
+        engine: of AnchorNet, for CPUs: auto, torch or openvino.
         amp: let the network compute in bfloat16.
 
     Raises:
@@ -128,6 +129,7 @@ class CoverageConfig:
     seed: int = 0
     batch_size: int | None = None
     device: str = "auto"
+    engine: str = "auto"
     amp: bool = False
 
     def __post_init__(self) -> None:
@@ -316,7 +318,7 @@ def measure_coverage(
         network = load_network(name, classes, config.weights, say)
     else:
         network = load_for_whole_images(name, classes, config.runs, say, option="--weights")
-    see = See(anchornet, device, config.iou_threshold)
+    see = See(anchornet, device, config.iou_threshold, config.engine)
     localizers, weights, left_out = _localizers(config, network, device)
     if not localizers:
         raise SettingsError(f"no localizer is left: {'; '.join(left_out)}")

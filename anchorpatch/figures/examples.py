@@ -46,6 +46,8 @@ class Choice:
         seed: of the order in which images are looked at.
         limit: the most images to look at.
         device: auto, cpu or cuda.
+        engine: auto, torch or openvino, for CPUs.
+        precision: float32 or bfloat16.
 
     Raises:
         SettingsError: values that contradict each other, or that no figure could use.
@@ -56,6 +58,8 @@ class Choice:
     seed: int = 0
     limit: int = 300
     device: str = "auto"
+    engine: str = "auto"
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("limit", "per_scale", "count"):  # of which a figure has what it needs
@@ -90,7 +94,7 @@ class Choice:
     def settings(self) -> dict[str, Any]:
         """What decides what the figure shows, as JSON."""
         facts = asdict(self)
-        del facts["device"]
+        del facts["device"], facts["engine"], facts["precision"]
         lsp = facts.pop("lsp", {})
         return {**facts, **lsp}
 
@@ -214,7 +218,14 @@ def looking(
         SettingsError: no image or class has a name that was asked for.
     """
     rows = config.rows(source)
-    with Localizer(weights, lsp, resolve_device(config.device), batch_size=64) as localizer:
+    with Localizer(
+        weights,
+        lsp,
+        resolve_device(config.device),
+        batch_size=64,
+        engine=config.engine,
+        precision=config.precision,
+    ) as localizer:
         yield localizer, look_at(source, weights, localizer, rows, reporter)
 
 

@@ -69,10 +69,17 @@ class See(Runner):
         weights: of AnchorNet.
         device: where it computes.
         iou_threshold: T of Algorithm 1, for localizers whose patches may not overlap.
+        engine: as for `Runner`.
     """
 
-    def __init__(self, weights: Weights, device: torch.device, iou_threshold: float = 0.3) -> None:
-        super().__init__(weights, device)
+    def __init__(
+        self,
+        weights: Weights,
+        device: torch.device,
+        iou_threshold: float = 0.3,
+        engine: str = "auto",
+    ) -> None:
+        super().__init__(weights, device, engine=engine)
         self.source, self.iou_threshold = weights.path, iou_threshold
 
     @torch.inference_mode()
@@ -84,7 +91,7 @@ class See(Runner):
             NonFiniteError: AnchorNet gave NaN or infinity.
         """
         pixels = pixels.to(self.device, non_blocking=True)
-        logits, features, decision, heatmaps = self.run(self.normalize(pixels))
+        logits, features, decision, heatmaps = self.run(pixels)
         if not bool(logits.isfinite().all()):
             raise NonFiniteError(f"{self.source} gave NaN or infinity: train AnchorNet again")
         own = tuple(

@@ -47,6 +47,7 @@ from anchorpatch.networks import (
 )
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import (
+    check_precision,
     computing_on,
     keep_freed_memory,
     resolve_device,
@@ -89,7 +90,8 @@ class EvaluateConfig:
         batch_size: patches or images in a batch; None for 32 on CPU and 256 on a GPU.
         workers: processes that decode the images of ``data``.
         device: auto, cpu or cuda.
-        amp: compute in bfloat16.
+        engine: of AnchorNet, for CPUs: auto, torch or openvino.
+        precision: float32 or bfloat16.
         limit: take only so many images, evenly spread over the split.
     """
 
@@ -109,7 +111,8 @@ class EvaluateConfig:
     batch_size: int | None = None
     workers: int = 0
     device: str = "auto"
-    amp: bool = False
+    engine: str = "auto"
+    precision: str = "float32"
     limit: int | None = None
 
 
@@ -227,6 +230,7 @@ class _Evaluation:
     def prepare(cls, config: EvaluateConfig, progress: Reporter | None) -> Iterator[_Evaluation]:
         """Open and check everything; see `anchorpatch.jobs.evaluate.run` for errors."""
         device = resolve_device(config.device)
+        check_precision(config.precision, device)
         with process_group(device) as world:
             report = progress if progress is not None and world.is_main else Reporter()
             if device.type == "cpu":
@@ -371,7 +375,8 @@ class _Evaluation:
     def _on_device(self, network: Network) -> Distributions:
         # Channels last takes the pixels as they lie in the shards.
         module = network.module.eval().to(self.device).to(memory_format=torch.channels_last)
-        return Distributions(module, self.device, network.meta, self.config.amp)
+        amp = self.config.precision == "bfloat16"
+        return Distributions(module, self.device, network.meta, amp)
 
     @contextmanager
     def _counting(
@@ -399,8 +404,14 @@ class _Evaluation:
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         runs = {scale: self._on_device(network) for scale, network in networks.items()}
-        lsp, amp = self.reader.settings.lsp, self.config.amp
-        with Localizer(weights, lsp, self.device, batch_size=size, amp=amp) as localizer:
+        with Localizer(
+            weights,
+            self.reader.settings.lsp,
+            self.device,
+            batch_size=size,
+            engine=self.config.engine,
+            precision=self.config.precision,
+        ) as localizer:
             return _measured(runs, localizer, pixels, size)
 
 

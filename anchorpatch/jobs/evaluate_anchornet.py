@@ -19,6 +19,7 @@ from anchorpatch.jobs.localizer import Runner
 from anchorpatch.jobs.results import AnchorNetFigures
 from anchorpatch.lsp import localize
 from anchorpatch.metrics import AnchorNetAccuracy, per_branch
+from anchorpatch.models.anchornet import Logits
 from anchorpatch.models.complexity import macs
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import (
@@ -46,7 +47,8 @@ class EvaluateAnchorNetConfig:
         batch_size: images in a batch; None for 16 on CPU and 256 on a GPU.
         workers: loading processes.
         device: auto, cpu or cuda.
-        amp: compute in bfloat16.
+        engine: auto, torch or openvino, for CPUs.
+        precision: float32 or bfloat16.
         limit: take only so many images, evenly spread over the split.
         max_bad: share of unreadable images that fails the run.
     """
@@ -58,7 +60,8 @@ class EvaluateAnchorNetConfig:
     batch_size: int | None = None
     workers: int = 0
     device: str = "auto"
-    amp: bool = False
+    engine: str = "auto"
+    precision: str = "float32"
     limit: int | None = None
     max_bad: float = 0.01
 
@@ -87,7 +90,7 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
         for remark in (folder.passed_over(), without_images(folder.labels, folder.classes)):
             if remark:
                 report.message(remark)
-        meter = _Meter(weights, device, amp=config.amp)
+        meter = _Meter(weights, device, config)
         rows = list(world.share(len(folder)))
         size = config.batch_size or (16 if device.type == "cpu" else 256)
         loaded = load_batches(
@@ -98,7 +101,7 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
             pin_memory=device.type == "cuda",
         )
         bad = damaged = 0
-        report.message(computing_on(device))
+        report.message(computing_on(device, meter.engine))
         report.start("evaluating", len(folder))
         advance = world.counter(report.advance, len(rows), len(folder))
         try:
@@ -126,8 +129,10 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
 class _Meter(Runner):
     """Runs the network on batches and counts."""
 
-    def __init__(self, weights: Weights, device: torch.device, *, amp: bool) -> None:
-        super().__init__(weights, device, amp=amp)
+    def __init__(
+        self, weights: Weights, device: torch.device, config: EvaluateAnchorNetConfig
+    ) -> None:
+        super().__init__(weights, device, engine=config.engine, precision=config.precision)
         self._accuracy, self._seconds = AnchorNetAccuracy(device), 0.0
         # Images by chosen scale, and their patches by preset and scale.
         self._images = torch.zeros(len(SCALES), dtype=torch.float64, device=device)
@@ -139,14 +144,14 @@ class _Meter(Runner):
     def update(self, pixels: Tensor, labels: Tensor) -> None:
         """Count a batch: uint8 pixels (n, 224, 224, 3) and labels (n,)."""
         labels = to_device(labels, self.device)
-        inputs = self.normalize(pixels)
+        pixels = pixels.to(self.device, non_blocking=True)
         # Localizing alone is timed: the outputs of the attention branches are no part of it.
         began = self._now()
-        found = self.run(inputs)
+        found = self.run(pixels)
         self._seconds += self._now() - began
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            logits = self.net(inputs)
-        self._accuracy.update(logits, labels)
+            attention = self.net.attention_logits(found.features)
+        self._accuracy.update(Logits(found.logits, attention), labels)
         self.count_patches(found.heatmaps, found.decision.branch)
 
     def count_patches(self, heatmaps: Sequence[Tensor], branch: Tensor) -> None:
@@ -176,7 +181,7 @@ class _Meter(Runner):
         if bad := int(sum_ranks(self._bad)):
             raise NonFiniteError(
                 f"AnchorNet gave NaN or infinity for {counted(bad, 'image')}; the weights may be "
-                "damaged or badly trained: use others, or no --amp"
+                "damaged or badly trained: use others, or --precision float32"
             )
         images = sum_ranks(self._images).tolist()
         means: dict[str, dict[str, float | None]] = {}

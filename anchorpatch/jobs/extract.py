@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from anchorpatch.errors import DataError, NonFiniteError, SettingsError, ShardBusy
+from anchorpatch.errors import DataError, NonFiniteError, ShardBusy, ShardError
 from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows, without_images
 from anchorpatch.images.loader import Batch, load_batches
-from anchorpatch.jobs.localizer import Localizer, Pending
+from anchorpatch.jobs.localizer import Localizer, Pending, resolve_engine
 from anchorpatch.runtime.checkpoint import Weights, load_weights
-from anchorpatch.runtime.device import computing_on, cpu_count, resolve_device
+from anchorpatch.runtime.device import computing_on, cpu_count, has_bfloat16, resolve_device
 from anchorpatch.runtime.distributed import Task
 from anchorpatch.runtime.progress import Reporter, Stopwatch, Waits
 from anchorpatch.settings import PRESETS, LspSettings, default_preset
@@ -76,7 +76,9 @@ class ExtractConfig:
             batch size may differ.
         workers: decoding processes; by default one per CPU core.
         device: auto, cpu or cuda.
-        amp: bfloat16 features, on a GPU.
+        engine: auto, torch or openvino, for CPUs; auto: as the shards in ``out`` were made, else
+            as for `anchorpatch.jobs.localizer.resolve_engine`.
+        precision: of AnchorNet's features, float32 or bfloat16.
         compile: use ``torch.compile``.
         limit: take only so many images, evenly spread over the sorted list.
         background: colour behind transparent pixels; None: that of the weights.
@@ -106,7 +108,8 @@ class ExtractConfig:
     batch_size: int | None = None
     workers: int = field(default_factory=cpu_count)
     device: str = "auto"
-    amp: bool = False
+    engine: str = "auto"
+    precision: str = "float32"
     compile: bool = False
     limit: int | None = None
     background: str | None = None
@@ -230,7 +233,8 @@ class _Plan:
             self.header.settings.lsp,
             self.device,
             batch_size=self.batch_size,
-            amp=self.config.amp,
+            engine=self.header.settings.engine,
+            precision=self.config.precision,
             compile=self.config.compile,
         )
 
@@ -254,7 +258,8 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
             reporter.message(remark)
     began, images, waits = time.monotonic(), 0, Waits()
     if pending := _pending(plan, manifest):
-        reporter.message(f"extract {plan.config.split}: {computing_on(plan.device)}")
+        where = computing_on(plan.device, plan.header.settings.engine)
+        reporter.message(f"extract {plan.config.split}: {where}")
         with plan.localizer() as localizer:
             # Again, as long as shards have come free whose process has failed.
             while pending and (
@@ -329,10 +334,18 @@ def forecast(config: ExtractConfig) -> dict[str, Any]:
     }
 
 
+def _engine(config: ExtractConfig, device: torch.device) -> str:
+    name = config.engine
+    if name == "auto" and device.type == "cpu":
+        with suppress(ShardError):
+            begun = read_manifest(config.out / config.split).header.settings
+            if begun.device != "cuda" and begun.engine == "torch":
+                name = "torch"
+    return resolve_engine(name, device, config.precision, compile=config.compile)
+
+
 def _plan(config: ExtractConfig) -> _Plan:
     device = resolve_device(config.device)
-    if config.amp and device.type == "cpu":
-        raise SettingsError("--amp: expected a GPU, as results on CPU are always float32")
     batch_size = config.batch_size or (256 if device.type == "cuda" else 64)
     weights = load_weights(config.weights)
     folder = scan_folder(config.data, config.split, config.labels, allow_empty=config.allow_empty)
@@ -344,7 +357,7 @@ def _plan(config: ExtractConfig) -> _Plan:
         codec=config.codec,
         store_images=config.store_images,
         shard_size=config.shard_size,
-        precision="bfloat16" if config.amp else "float32",
+        precision=config.precision,
         preset=preset if PRESETS[preset] == lsp else None,
         jpeg_quality=config.jpeg_quality,
         crop_mode=weights.meta.crop_mode,
@@ -353,6 +366,7 @@ def _plan(config: ExtractConfig) -> _Plan:
         device=device.type,
         batch_size=batch_size,
         compile=config.compile,
+        engine=_engine(config, device),
     )
     header = ShardHeader(
         split=config.split,
@@ -502,7 +516,9 @@ def _append(
             found = pending.result()
     except NonFiniteError as error:
         path = folder.path(int(batch.index[error.row or 0]))
-        advice = "run without --amp" if plan.config.amp else "train or download them again"
+        advice = "train or download them again"
+        if plan.config.precision == "bfloat16":
+            advice = "run with --precision float32"
         raise NonFiniteError(
             f"{folder.root / path}: {error}; the weights {plan.weights.path} may be damaged or "
             f"badly trained: {advice}"
@@ -541,12 +557,14 @@ def _check_bad(
 
 def _advice(plan: _Plan, waited: Mapping[str, float]) -> str:
     """Say what a run waited for most, and what would help."""
-    config, on_gpu = plan.config, plan.device.type == "cuda"
+    config = plan.config
+    faster = "more GPUs" if plan.device.type == "cuda" else "more CPU cores, or a GPU"
+    if config.precision == "float32" and has_bfloat16(plan.device):
+        faster = "--precision bfloat16"
     limits = {
         "decoding": "decoding: more "
         + ("--workers" if config.workers < cpu_count() else "CPU cores"),
-        "network": "the network: "
-        + (("more GPUs" if config.amp else "--amp") if on_gpu else "more CPU cores, or a GPU"),
+        "network": f"the network: {faster}",
         "writing": "writing: a faster disk for --out",
     }
     return f"limited by {limits[max(STAGES, key=lambda stage: waited.get(stage, 0.0))]}"

@@ -3,7 +3,7 @@
 The stage works in chunks of one fixed shape. Convolution kernels sum in another order for
 other shapes and other numbers of threads; with chunks that are always full, and one thread a
 chunk on CPU, an image's result does not depend on the batch around it, on the batch size or on
-the number of cores.
+the number of cores. This holds for each engine and precision.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anchorpatch.errors import NonFiniteError, WeightsError
+from anchorpatch.errors import NonFiniteError, SettingsError, WeightsError
 from anchorpatch.lsp import Decision, decide, localize
 from anchorpatch.models.anchornet import AnchorNet, Features
+from anchorpatch.models.anchornet_openvino import OpenVinoFeatures, import_openvino
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import Weights, load_into
-from anchorpatch.runtime.device import exact_float32
+from anchorpatch.runtime.device import check_precision, exact_float32
 from anchorpatch.settings import SCALES, LspSettings
 from anchorpatch.signals import shut_down, waiting_for
 
@@ -116,6 +117,38 @@ def load_anchornet(weights: Weights) -> AnchorNet:
     return net.eval()
 
 
+def resolve_engine(
+    name: str, device: torch.device, precision: str = "float32", *, compile: bool = False
+) -> str:
+    """Return what computes AnchorNet's features, ``torch`` or ``openvino``.
+
+    Args:
+        name: of the engine, or ``auto``: OpenVINO where it can be used, else torch.
+        device: that computes.
+        precision: one of `anchorpatch.settings.PRECISIONS`.
+        compile: torch.compile is asked for.
+
+    Raises:
+        SettingsError: the engine cannot be used, or the device does not have the precision.
+    """
+    check_precision(precision, device)
+    if name == "torch":
+        return name
+    why = "is for CPUs" if device.type != "cpu" else "goes without --compile" if compile else None
+    if why is None:
+        try:
+            types = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+            if precision == "bfloat16" and "BF16" not in types:
+                why = "has no bfloat16 on this CPU"
+        except (ImportError, RuntimeError) as error:
+            why = f"cannot be loaded ({error}): pip install openvino"
+    if why is None:
+        return "openvino"
+    if name == "auto":
+        return "torch"
+    raise SettingsError(f"--engine openvino {why}; or use --engine torch")
+
+
 @dataclass(frozen=True)
 class _OnDevice:
     """A chunk whose results the GPU copies to host memory."""
@@ -156,24 +189,47 @@ class Runner:
     Args:
         weights: of AnchorNet.
         device: a CPU or a CUDA device.
-        amp: compute the features in bfloat16; logits and heatmaps stay float32.
+        engine: as for `resolve_engine`.
+        precision: that the features are computed in; logits and heatmaps are always float32.
+        compile: the features are for ``torch.compile``.
+        streams: calls of `features` at once, which share the threads that torch has.
+
+    Raises:
+        SettingsError: as `resolve_engine` says.
     """
 
-    def __init__(self, weights: Weights, device: torch.device, *, amp: bool = False) -> None:
-        self.device, self.amp = device, amp
-        # A channels-last network takes the decoder's pixels as they lie in memory.
+    def __init__(
+        self,
+        weights: Weights,
+        device: torch.device,
+        *,
+        engine: str = "auto",
+        precision: str = "float32",
+        compile: bool = False,
+        streams: int = 1,
+    ) -> None:
+        self.device, self.amp = device, precision == "bfloat16"
+        self.engine = resolve_engine(engine, device, precision, compile=compile)
         net = load_anchornet(weights).fuse().to(device)
+        # A channels-last network takes the decoder's pixels as they lie in memory.
         self.net = net.to(memory_format=torch.channels_last)
-        self.normalize = Normalization(weights.meta, device)
+        self._normalize = Normalization(weights.meta, device)
+        self._openvino = None
+        if self.engine == "openvino":
+            mean, std = weights.meta.mean, weights.meta.std
+            self._openvino = OpenVinoFeatures(net, mean, std, precision=precision, streams=streams)
 
-    def features(self, inputs: Tensor) -> tuple[Tensor, Features]:
-        """Return logits and features of normalized images (n, 3, 224, 224)."""
+    def features(self, pixels: Tensor) -> Features:
+        """Return the features of uint8 pixels (n, 224, 224, 3)."""
+        if self._openvino is not None:
+            return self._openvino(pixels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self.net.localize(inputs)
+            return self.net.features(self._normalize(pixels))
 
-    def run(self, inputs: Tensor) -> Run:
-        """Decide on normalized images (n, 3, 224, 224), and return the heatmaps of the decision."""
-        logits, features = self.features(inputs)
+    def run(self, pixels: Tensor) -> Run:
+        """Decide on uint8 pixels (n, 224, 224, 3), and return the heatmaps of the decision."""
+        features = self.features(pixels)
+        logits = self.net.logits(features)
         decision = decide(logits.softmax(-1))
         return Run(logits, features, decision, self.net.heatmaps(features, decision.predicted))
 
@@ -186,7 +242,7 @@ class Localizer(Runner):
         settings: K, T and P of Algorithm 1.
         device: a CPU or a CUDA device.
         batch_size: images in a chunk on a GPU; on CPU chunks have `CPU_CHUNK` images.
-        amp: compute the features in bfloat16; logits, heatmaps and LSP stay float32.
+        engine: as for `Runner`; with ``precision``.
         compile: pass the stage through ``torch.compile``.
     """
 
@@ -197,17 +253,20 @@ class Localizer(Runner):
         device: torch.device,
         *,
         batch_size: int = 256,
-        amp: bool = False,
+        engine: str = "auto",
+        precision: str = "float32",
         compile: bool = False,
     ) -> None:
-        super().__init__(weights, device, amp=amp)
+        threads = torch.get_num_threads()
+        super().__init__(
+            weights, device, engine=engine, precision=precision, compile=compile, streams=threads
+        )
         self.settings = settings
         self._scales = torch.tensor(SCALES, device=device)
         self._stage: Callable[[Tensor], Sequence[Tensor]] = self._localize
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cpu":
             self.chunk = CPU_CHUNK
-            threads = torch.get_num_threads()
             # The number of threads is a matter of each thread, and new ones start with all cores.
             self._pool = ThreadPoolExecutor(
                 threads, initializer=torch.set_num_threads, initargs=(1,)
@@ -257,13 +316,13 @@ class Localizer(Runner):
 
     def _maps(self, chunk: Tensor, classes: Tensor) -> list[NDArray[np.float32]]:
         with torch.inference_mode(), exact_float32():
-            logits, features = self.features(self.normalize(self._filled(chunk)))
+            features = self.features(self._filled(chunk))
             attention = [s.float().squeeze(1) for s in features.attention]
             # Without `weighted_mean` the network's S sums to 1, else to H * W.
             attention = [s / s.mean((1, 2), keepdim=True) for s in attention]
             of_class = [self.net.heatmaps(features, c) for c in self._filled(classes).T]
             heatmaps = [torch.stack(branch, 1) for branch in zip(*of_class, strict=True)]
-            out = [logits.softmax(-1), *attention, *heatmaps]
+            out = [self.net.logits(features).softmax(-1), *attention, *heatmaps]
             return [tensor.cpu().numpy() for tensor in out]
 
     def _filled(self, chunk: Tensor) -> Tensor:
@@ -286,7 +345,7 @@ class Localizer(Runner):
         return _OnDevice(host, done)
 
     def _localize(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        _, _, decision, heatmaps = self.run(self.normalize(pixels))
+        _, _, decision, heatmaps = self.run(pixels)
         # Unchecked, which would wait for the GPU: `Pending.result` checks what comes back.
         patches = localize(heatmaps, decision.branch, self.settings, check=False)
         return (

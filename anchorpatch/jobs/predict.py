@@ -57,6 +57,8 @@ class PredictConfig:
         lsp: K, T and P of Algorithm 1.
         top: classes to tell of each picture.
         device: auto, cpu or cuda.
+        engine: of AnchorNet, for CPUs: auto, torch or openvino.
+        precision: float32 or bfloat16.
     """
 
     network: str | Path
@@ -67,6 +69,8 @@ class PredictConfig:
     lsp: LspSettings = PRESETS["evaluate"]
     top: int = 5
     device: str = "auto"
+    engine: str = "auto"
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -149,9 +153,17 @@ class Predictor:
         self.network = _load(config, anchornet.meta.classes, message)
         check_sides(self.network.meta.architecture, self.network.module)
         self._crop = anchornet.meta.cropping
-        self._localizer = Localizer(anchornet, config.lsp, device, batch_size=_GPU_IMAGES)
+        self._localizer = Localizer(
+            anchornet,
+            config.lsp,
+            device,
+            batch_size=_GPU_IMAGES,
+            engine=config.engine,
+            precision=config.precision,
+        )
         module = self.network.module.to(device)
-        self._run = Distributions(module, device, self.network.meta, amp=False)
+        amp = config.precision == "bfloat16"
+        self._run = Distributions(module, device, self.network.meta, amp=amp)
         # Images are too small to share out, and a new thread starts with all cores.
         self._decoders = ThreadPoolExecutor(
             cpu_count(), initializer=torch.set_num_threads, initargs=(1,)

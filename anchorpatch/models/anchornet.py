@@ -210,10 +210,11 @@ class Logits(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What localising needs of each branch: S * X_loc (N, 96, H, W) and S (N, 1, H, W)."""
+    """What the outputs need of each branch: S * X_loc (N, 96, H, W), S (N, 1, H, W), X's mean."""
 
     weighted: tuple[Tensor, ...]
     attention: tuple[Tensor, ...]
+    pooled: tuple[Tensor, ...]
 
 
 class AnchorNet(nn.Module):
@@ -273,39 +274,46 @@ class AnchorNet(nn.Module):
         Args:
             images: normalised pixels (N, 3, H, W), at least 111 px a side.
         """
-        head = self.head(self.stem(images))
-        localization, attention = [], []
-        for branch in self._branches():
-            local, s, x = branch.features(head)
-            localization.append(branch.pooled_logits(local * s, s))
-            attention.append(branch.attention_classifier(x.mean((2, 3))))
-        return Logits(torch.stack(localization, 1), torch.stack(attention, 1))
+        features = self.features(images)
+        return Logits(self.logits(features), self.attention_logits(features))
 
     def full(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return F of each branch, (N, C, H, W): the slow oracle of `localize`."""
+        """Return F of each branch, (N, C, H, W): the slow oracle of `features`."""
         head = self.head(self.stem(images))
         return tuple(branch.full(head) for branch in self._branches())
+
+    def features(self, images: Tensor) -> Features:
+        """Return what `logits`, `attention_logits` and `heatmaps` read."""
+        head = self.head(self.stem(images))
+        found = []
+        for branch in self._branches():
+            local, s, x = branch.features(head)
+            found.append((local * s, s, x.mean((2, 3))))
+        return Features(*zip(*found, strict=True))
+
+    def logits(self, features: Features) -> Tensor:
+        """Return the logits of the localization branches (N, 3, C)."""
+        parts = zip(self._branches(), features.weighted, features.attention, strict=True)
+        return torch.stack([branch.pooled_logits(local, s) for branch, local, s in parts], 1)
+
+    def attention_logits(self, features: Features) -> Tensor:
+        """Return the logits of the attention branches (N, 3, C)."""
+        parts = zip(self._branches(), features.pooled, strict=True)
+        return torch.stack([branch.attention_classifier(x) for branch, x in parts], 1)
 
     def localize(self, images: Tensor) -> tuple[Tensor, Features]:
         """Return the logits (N, 3, C) and the features that `heatmaps` reads.
 
         The C-channel tensor F is never built: 0.39 instead of 0.49 GMACs at 1,000 classes.
         """
-        head = self.head(self.stem(images))
-        logits, weighted, attention = [], [], []
-        for branch in self._branches():
-            local, s, _ = branch.features(head)
-            local = local * s
-            logits.append(branch.pooled_logits(local, s))
-            weighted.append(local)
-            attention.append(s)
-        return torch.stack(logits, 1), Features(tuple(weighted), tuple(attention))
+        features = self.features(images)
+        return self.logits(features), features
 
     def heatmaps(self, features: Features, gamma: Tensor) -> tuple[Tensor, ...]:
         """Return M = F[..., gamma] of each branch, (N, H, W).
 
         Args:
-            features: from `localize`.
+            features: from `features`.
             gamma: class index of each image (N,), int64.
         """
         return tuple(

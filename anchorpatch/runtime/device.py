@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import resource
 import sys
 from collections.abc import Iterator
@@ -76,6 +77,31 @@ def exact_float32() -> Iterator[None]:
         yield
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device computes in bfloat16, rather than emulate it slowly.
+
+    oneDNN's ONEDNN_MAX_CPU_ISA can hide that of a CPU.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if platform.machine() in ("x86_64", "AMD64"):
+        # That counts AVX-512 without these instructions, too.
+        isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+        able = able and torch.cpu._is_avx512_bf16_supported()
+        able = able and isa not in ("AVX512_CORE", "AVX512_CORE_VNNI")
+    return able
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise SettingsError for bfloat16 on a device that would emulate it."""
+    if precision == "bfloat16" and not has_bfloat16(device):
+        raise SettingsError(
+            "--precision bfloat16: expected a device with bfloat16 instructions, which this "
+            f"{'CPU' if device.type == 'cpu' else 'GPU'} lacks; use --precision float32"
+        )
+
+
 def to_device(array: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
     """Copy from the host without waiting for what the GPU is doing.
 
@@ -108,11 +134,12 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def computing_on(device: torch.device) -> str:
+def computing_on(device: torch.device, engine: str = "torch") -> str:
     """Return a line that says where a job computes, and with how many threads on a CPU."""
     if device.type != "cpu":
         return f"computing on {torch.cuda.get_device_name(device)}"
-    return f"computing on {counted(torch.get_num_threads(), 'CPU thread')} (--threads)"
+    by = "" if engine == "torch" else f" by {engine}"
+    return f"computing on {counted(torch.get_num_threads(), 'CPU thread')} (--threads){by}"
 
 
 def keep_freed_memory() -> None:

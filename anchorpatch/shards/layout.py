@@ -42,14 +42,24 @@ from numpy.typing import NDArray
 
 import anchorpatch
 from anchorpatch.errors import CorruptShard, SettingsError, ShardError, reason_of
-from anchorpatch.settings import CODECS, CROP, PRECISIONS, SCALES, CropSettings, LspSettings
+from anchorpatch.settings import (
+    CODECS,
+    CROP,
+    ENGINES,
+    PRECISIONS,
+    SCALES,
+    CropSettings,
+    LspSettings,
+)
 from anchorpatch.storage import from_json, to_json
 
 FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 
 #: Settings that the first shards of version 1 do not have; their defaults are what held then.
-_NEWER: Final = frozenset({"crop_mode", "background", "damaged", "device", "batch_size", "compile"})
+_NEWER: Final = frozenset(
+    {"crop_mode", "background", "damaged", "device", "batch_size", "compile", "engine"}
+)
 
 #: Columns of a table: type, and shape of one row.
 Schema = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -98,6 +108,7 @@ class ShardSettings:
         batch_size: images in a batch on a GPU, whose kernels sum in another order for other
             shapes; None on CPU, where it changes nothing.
         compile: AnchorNet ran through ``torch.compile``.
+        engine: what computed AnchorNet's features, one of `anchorpatch.settings.ENGINES`.
 
     Raises:
         SettingsError: a value outside its range.
@@ -122,6 +133,7 @@ class ShardSettings:
     device: str | None = None
     batch_size: int | None = None
     compile: bool = False
+    engine: str = "torch"
 
     @property
     def lsp(self) -> LspSettings:
@@ -139,6 +151,7 @@ class ShardSettings:
             ("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             ("shard_size", self.shard_size >= 1, "at least 1 image"),
             ("jpeg_quality", 1 <= self.jpeg_quality <= 100, "1 to 100"),
+            ("engine", self.engine in ENGINES, f"one of {', '.join(ENGINES)}"),
             ("device", self.device in (None, "cpu", "cuda"), "cpu or cuda"),
             ("batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1 image"),
         ):
@@ -152,6 +165,13 @@ class ShardSettings:
             object.__setattr__(self, "store_images", True)
         if self.codec != "jpeg":
             object.__setattr__(self, "jpeg_quality", 95)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as shards have them: torch is not said, as older ones knew no other."""
+        data: dict[str, Any] = to_json(self)
+        if self.engine == "torch":
+            del data["engine"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShardSettings:
@@ -226,7 +246,7 @@ def write_attributes(file: h5py.File, header: ShardHeader, files_sha256: str) ->
     for name, text in (
         ("anchorpatch_version", header.version),
         ("split", header.split),
-        ("settings", json.dumps(to_json(header.settings))),
+        ("settings", json.dumps(header.settings.to_json())),
         ("weights_sha256", header.weights_sha256),
         ("files_sha256", files_sha256),
     ):

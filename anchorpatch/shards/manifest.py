@@ -262,7 +262,7 @@ def write_manifest(manifest: Manifest) -> None:
         "format_version": FORMAT_VERSION,
         "anchorpatch_version": header.version,
         "split": header.split,
-        "settings": storage.to_json(header.settings),
+        "settings": header.settings.to_json(),
         "weights_sha256": header.weights_sha256,
         "files_count": manifest.files_count,
         "files_sha256": manifest.files_sha256,

@@ -47,7 +47,7 @@ _LEFTOVER_SECONDS: Final = 3600
 _OF_A_PRESET: Final = ("max_patches", "iou_threshold", "coverage")
 
 #: Settings that no option of the same name decides.
-_NOT_OPTIONS: Final = {"precision": "precision (--amp)", "crop_mode": "crop mode (of the weights)"}
+_NOT_OPTIONS: Final = {"crop_mode": "crop mode (of the weights)"}
 
 
 def open_manifest(
@@ -246,12 +246,14 @@ def extract_options(header: ShardHeader) -> list[str]:
     implied = {"crop_mode", *(_OF_A_PRESET if settings.preset is not None else ())}
     implied |= {"store_images"} if settings.codec == "image" else set()
     defaults = {field.name: field.default for field in fields(settings)}
+    if settings.device == "cpu":
+        defaults["engine"] = "auto"
     words = ["--split", header.split]
     for name, value in storage.to_json(settings).items():
         if name in implied or value == defaults[name]:
             continue
-        words.append("--amp" if name == "precision" else _option(name))
-        if name != "precision" and value is not True:
+        words.append(_option(name))
+        if value is not True:
             words.append(_shown(value))
     return words
 

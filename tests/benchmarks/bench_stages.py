@@ -97,6 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     device = resolve_device(args.device)
     gpu = device.type == "cuda"
+    precision = "bfloat16" if gpu else "float32"
     sizes = [int(n) for n in args.batch_sizes.split(",")]
     print(f"{torch.cuda.get_device_name(device) if gpu else 'CPU'}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as name:
@@ -120,7 +121,12 @@ def main() -> None:
                 pixels = torch.randint(0, 256, (n, 224, 224, 3), dtype=torch.uint8)
                 pixels = pixels.pin_memory() if gpu else pixels
                 with Localizer(
-                    weights, PRESETS["evaluate"], device, batch_size=n, amp=gpu, compile=compile
+                    weights,
+                    PRESETS["evaluate"],
+                    device,
+                    batch_size=n,
+                    precision=precision,
+                    compile=compile,
                 ) as localizer:
                     speed = model_stage(localizer, pixels)
                     if n == sizes[0] and not compile:
@@ -133,7 +139,7 @@ def main() -> None:
         for codec in ("raw", "image"):
             config = ExtractConfig(
                 args.data, args.split, tmp / "w", tmp / codec, codec=codec, limit=args.limit,
-                batch_size=sizes[0], workers=args.workers, device=args.device, amp=gpu,
+                batch_size=sizes[0], workers=args.workers, device=args.device, precision=precision,
             )  # fmt: skip
             summary = run(config)
             stages = {k: speeds[k] for k in ("decode", "model", f"writing {codec}")}

@@ -69,6 +69,32 @@ def test_workers_and_batches_do_not_change_the_bytes(
     assert contents(tmp_path / "shards/val") == reference
 
 
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    [("torch", "float32"), ("torch", "bfloat16"), ("openvino", "bfloat16")],
+)
+def test_this_holds_for_each_engine_and_precision(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path,
+    engine: str, precision: str,
+) -> None:  # fmt: skip
+    arguments = [*common(image_folder, weights), "--engine", engine, "--precision", precision]
+    for threads, batch in ((1, 5), (2, 64)):
+        more = ["--threads", threads, "--batch-size", batch, "--out", tmp_path / str(threads)]
+        result = program(*arguments, *more, "--workers", 0)
+        if "instructions" in result.stderr or "pip install openvino" in result.stderr:
+            pytest.skip(result.stderr)
+        assert result.returncode == 0, result.stderr
+    found = contents(tmp_path / "1/val")
+    assert found == contents(tmp_path / "2/val")
+    settings = ShardReader(tmp_path / "1/val").settings
+    assert (settings.engine, settings.precision) == (engine, precision)
+    other = {"torch": "openvino", "openvino": "torch"}[engine]
+    refused = program(*arguments, *more, "--engine", other)
+    assert f"--engine was {engine}, now {other}" in refused.stderr
+    again = program(*common(image_folder, weights), *more, "--precision", precision)
+    assert again.returncode == 0, again.stderr  # auto goes on, with torch if that began
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_killed_and_run_again_gives_the_same_bytes(
     program: Program, tmp_path: Path, image_folder: Path, weights: Path,

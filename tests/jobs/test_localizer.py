@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from anchorpatch.errors import NonFiniteError, WeightsError
-from anchorpatch.jobs.localizer import Localized, Localizer, load_anchornet
+from anchorpatch.errors import NonFiniteError, SettingsError, WeightsError
+from anchorpatch.jobs import localizer
+from anchorpatch.jobs.localizer import Localized, Localizer, load_anchornet, resolve_engine
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights, save_weights
-from anchorpatch.settings import PRESETS, SCALES
+from anchorpatch.settings import ENGINES, PRESETS, SCALES
 from tests.conftest import draw_photo
 from tests.lsp_oracle import algorithm_1
 from tests.test_lsp import decide_slowly
@@ -56,17 +57,63 @@ def test_equals_the_straight_way(weights: Path, pixels: torch.Tensor, preset: st
     assert compared > 2 * len(pixels)
 
 
-@pytest.mark.parametrize("size", [1, 7, 16])
+@pytest.mark.parametrize(
+    ("size", "engine", "precision"),
+    [
+        (1, "torch", "float32"),
+        (7, "torch", "bfloat16"),
+        (7, "openvino", "float32"),
+        (16, "openvino", "bfloat16"),
+    ],
+)
 def test_an_image_does_not_depend_on_its_batch(
-    weights: Path, pixels: torch.Tensor, size: int
+    weights: Path, pixels: torch.Tensor, size: int, engine: str, precision: str
 ) -> None:
-    with Localizer(load_weights(weights), PRESETS["evaluate"], CPU) as localizer:
+    try:
+        resolve_engine(engine, CPU, precision)
+    except SettingsError as error:
+        pytest.skip(str(error))
+    options = {"engine": engine, "precision": precision}
+    with Localizer(load_weights(weights), PRESETS["evaluate"], CPU, **options) as localizer:
         whole = localizer.submit(pixels).result()
         parts = [localizer.submit(part).result() for part in torch.split(pixels, size)]
     for name, column in zip(Localized._fields, whole, strict=True):
         joined = np.concatenate([getattr(part, name) for part in parts])
         assert column.dtype == joined.dtype
         np.testing.assert_array_equal(column, joined, err_msg=name)
+
+
+def test_engines_find_the_same_patches(weights: Path, pixels: torch.Tensor) -> None:
+    pytest.importorskip("openvino", reason="needs OpenVINO")
+    found = []
+    for engine in ENGINES:
+        s = PRESETS["finetune"]
+        with Localizer(load_weights(weights), s, CPU, engine=engine) as localizer:
+            found.append(localizer.submit(pixels).result())
+    a, b = found
+    np.testing.assert_array_equal(a.scale, b.scale)
+    np.testing.assert_array_equal(a.counts, b.counts)
+    np.testing.assert_array_equal(a.corners, b.corners)
+    np.testing.assert_allclose(a.branch_prob, b.branch_prob, rtol=1e-4)
+    np.testing.assert_allclose(a.scores, b.scores, rtol=1e-3, atol=1e-4 * a.scores.max())
+
+
+def test_auto_is_openvino_where_it_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino", reason="needs OpenVINO")
+    assert resolve_engine("auto", CPU) == "openvino"
+    assert resolve_engine("auto", CPU, compile=True) == "torch"
+    assert resolve_engine("auto", torch.device("cuda")) == "torch"
+    for device, compile, message in (("cuda", False, "is for CPUs"), ("cpu", True, "--compile")):
+        with pytest.raises(SettingsError, match=f"--engine openvino .*{message}.*--engine torch"):
+            resolve_engine("openvino", torch.device(device), compile=compile)
+
+    def missing() -> None:
+        raise ImportError("No module named 'openvino'")
+
+    monkeypatch.setattr(localizer, "import_openvino", missing)
+    assert resolve_engine("auto", CPU) == "torch"
+    with pytest.raises(SettingsError, match=r"No module named 'openvino'.*pip install openvino"):
+        resolve_engine("openvino", CPU)
 
 
 def test_nan_names_the_image(tmp_path: Path, pixels: torch.Tensor) -> None:
@@ -96,7 +143,8 @@ def test_gpu_agrees_with_cpu(weights: Path, pixels: torch.Tensor, amp: bool, com
     loaded, s, gpu = load_weights(weights), PRESETS["evaluate"], torch.device("cuda", 0)
     with Localizer(loaded, s, CPU) as localizer:
         expected = localizer.submit(pixels).result()
-    with Localizer(loaded, s, gpu, batch_size=8, amp=amp, compile=compile) as localizer:
+    precision = "bfloat16" if amp else "float32"
+    with Localizer(loaded, s, gpu, batch_size=8, precision=precision, compile=compile) as localizer:
         found = localizer.submit(pixels).result()
     tolerance = 0.05 if amp else 1e-3
     np.testing.assert_allclose(found.branch_prob, expected.branch_prob, atol=tolerance)

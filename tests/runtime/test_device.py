@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import platform
+
 import joblib
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from anchorpatch.errors import SettingsError
 from anchorpatch.runtime.device import (
+    check_precision,
     computing_on,
     cpu_count,
     exact_float32,
@@ -39,6 +42,25 @@ def test_ranks_take_their_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(SettingsError, match="local rank 2 has no GPU: 2 found"):
         resolve_device("cuda")
+
+
+def test_bfloat16_is_refused_where_it_would_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    check_precision("float32", cpu)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    check_precision("bfloat16", cpu)
+    with monkeypatch.context() as hidden:
+        hidden.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+        with pytest.raises(SettingsError, match="which this CPU lacks; use --precision float32"):
+            check_precision("bfloat16", cpu)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.raises(SettingsError, match="which this CPU lacks"):
+        check_precision("bfloat16", cpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    with pytest.raises(SettingsError, match="which this GPU lacks"):
+        check_precision("bfloat16", torch.device("cuda"))
 
 
 def precisions() -> list[object]:
