@@ -120,33 +120,24 @@ def load_anchornet(weights: Weights) -> AnchorNet:
 def resolve_engine(
     name: str, device: torch.device, precision: str = "float32", *, compile: bool = False
 ) -> str:
-    """Return what computes AnchorNet's features, ``torch`` or ``openvino``.
-
-    Args:
-        name: of the engine, or ``auto``: OpenVINO where it can be used, else torch.
-        device: that computes.
-        precision: one of `anchorpatch.settings.PRECISIONS`.
-        compile: torch.compile is asked for.
+    """Return what computes AnchorNet's features: ``auto`` is OpenVINO where it works, else torch.
 
     Raises:
         SettingsError: the engine cannot be used, or the device does not have the precision.
     """
     check_precision(precision, device)
-    if name == "torch":
-        return name
     why = "is for CPUs" if device.type != "cpu" else "goes without --compile" if compile else None
-    if why is None:
+    if why is None and name != "torch":
         try:
             types = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-            if precision == "bfloat16" and "BF16" not in types:
-                why = "has no bfloat16 on this CPU"
+            if precision == "float32" or "BF16" in types:
+                return "openvino"
+            why = "has no bfloat16 on this CPU"
         except (ImportError, RuntimeError) as error:
             why = f"cannot be loaded ({error}): pip install openvino"
-    if why is None:
-        return "openvino"
-    if name == "auto":
-        return "torch"
-    raise SettingsError(f"--engine openvino {why}; or use --engine torch")
+    if name == "openvino":
+        raise SettingsError(f"--engine openvino {why}; or use --engine torch")
+    return "torch"
 
 
 @dataclass(frozen=True)

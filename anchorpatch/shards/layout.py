@@ -167,7 +167,7 @@ class ShardSettings:
             object.__setattr__(self, "jpeg_quality", 95)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as shards have them: torch is not said, as older ones knew no other."""
+        """Return the settings as shards have them; torch goes unsaid, as in older ones."""
         data: dict[str, Any] = to_json(self)
         if self.engine == "torch":
             del data["engine"]
