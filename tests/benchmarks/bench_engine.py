@@ -1,0 +1,185 @@
+"""CPU time per image of AnchorNet's features, by engine, precision and number of threads.
+
+python -m tests.benchmarks.bench_engine [--weights FILE|demo] [--data DATA --split val]
+    [--images 64] [--rounds 9] [--threads 1,2] [--others]
+
+The engines take turns on the same pixels. Errors are relative to torch in float32: the largest
+difference over the largest value. A second table counts the images whose patches differ from
+torch's in float32. To hide instructions of the CPU, set ONEDNN_MAX_CPU_ISA=AVX2. --others adds
+ONNX Runtime, if it and onnx are installed, and torch.compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anchorpatch.demo import demo_weights
+from anchorpatch.demo.scenes import make_scenes
+from anchorpatch.errors import SettingsError
+from anchorpatch.images.folder import scan_folder
+from anchorpatch.images.loader import load_batches
+from anchorpatch.jobs.localizer import CPU_CHUNK, Localized, Localizer, Runner, resolve_engine
+from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.runtime.checkpoint import Weights, load_weights
+from anchorpatch.settings import ENGINES, PRECISIONS, PRESETS
+from tests.benchmarks.bench_stages import random_weights
+
+CPU = torch.device("cpu")
+
+
+def pixels_of(data: Path | None, split: str, images: int, tmp: Path) -> Tensor:
+    if data is None:
+        data = tmp / "scenes"
+        make_scenes(data, 0, images, 1)
+    folder = scan_folder(data, split).limited(images)
+    rows = [range(i, min(i + 64, len(folder))) for i in range(0, len(folder), 64)]
+    return torch.cat([batch.pixels for batch in load_batches(folder, rows, workers=0)])
+
+
+def usable() -> list[tuple[str, str]]:
+    found = []
+    for precision in PRECISIONS:
+        for engine in ENGINES:
+            try:
+                resolve_engine(engine, CPU, precision)
+            except SettingsError as error:
+                print(f"left out: {engine} {precision}: {error}")
+            else:
+                found.append((engine, precision))
+    return found
+
+
+class Flat(nn.Module):
+    def __init__(self, net: AnchorNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor for part in self.net.features(inputs) for tensor in part)
+
+
+def others(weights: Weights, threads: int, tmp: Path) -> dict[str, Callable[[Tensor], Any]]:
+    runner = Runner(weights, CPU, engine="torch")
+    flat, normalize = Flat(runner.net), runner._normalize
+    compiled = torch.compile(flat)
+    found: dict[str, Callable[[Tensor], Any]] = {
+        "torch.compile float32": lambda pixels: compiled(normalize(pixels))
+    }
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+    except ImportError as error:
+        print(f"left out: ONNX Runtime: {error}")
+        return found
+    path = tmp / "anchornet.onnx"
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(flat, (torch.zeros(CPU_CHUNK, 3, 224, 224),), path, dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    found["ONNX Runtime float32"] = lambda pixels: list(
+        map(torch.from_numpy, session.run(None, {name: normalize(pixels).contiguous().numpy()}))
+    )
+    return found
+
+
+def forward(weights: Weights, pixels: Tensor, rounds: int, more: bool, tmp: Path) -> None:
+    """Print start-up, CPU time, wall time and error of each engine."""
+    threads, ways, starts = torch.get_num_threads(), {}, {}
+    for engine, precision in usable():
+        began = time.perf_counter()
+        runner = Runner(weights, CPU, engine=engine, precision=precision)
+        ways[f"{engine} {precision}"] = runner.features
+        runner.features(pixels[:CPU_CHUNK])
+        starts[f"{engine} {precision}"] = time.perf_counter() - began
+    if more:
+        for name, way in others(weights, threads, tmp).items():
+            began = time.perf_counter()
+            way(pixels[:CPU_CHUNK])
+            ways[name], starts[name] = way, time.perf_counter() - began
+    chunks = [chunk for chunk in pixels.split(CPU_CHUNK) if len(chunk) == CPU_CHUNK]
+    first = [flatten(way(chunks[0])) for way in ways.values()]
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for i in range(rounds):
+        for name, way in ways.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            way(chunks[i % len(chunks)])
+            seconds[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    for name, tensors in zip(ways, first, strict=True):
+        cpu, wall = (
+            statistics.median(t) / CPU_CHUNK * 1e3 for t in zip(*seconds[name], strict=True)
+        )
+        pairs = zip(tensors, first[0], strict=True)
+        error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+        print(
+            f"{name:>22}, {threads} threads: {cpu:5.2f} ms CPU, {wall:5.2f} ms wall an image, "
+            f"error {error:.1e}, start {starts[name]:.1f} s"
+        )
+
+
+def flatten(features: Any) -> list[Tensor]:
+    parts = [[part] if isinstance(part, Tensor) else part for part in features]
+    return [tensor.float() for part in parts for tensor in part]
+
+
+def patches(weights: Weights, pixels: Tensor) -> None:
+    """Print how many images get other patches than by torch in float32."""
+    found: dict[tuple[str, str], Localized] = {}
+    for engine, precision in usable():
+        settings = PRESETS["evaluate"]
+        options = {"engine": engine, "precision": precision}
+        with Localizer(weights, settings, CPU, **options) as localizer:
+            found[engine, precision] = localizer.submit(pixels).result()
+    expected = found["torch", "float32"]
+    for (engine, precision), got in found.items():
+        same = (got.corners == expected.corners).all((1, 2)) & (got.counts == expected.counts)
+        same &= (got.scale == expected.scale) & (got.predicted == expected.predicted)
+        decided = np.mean(got.predicted == expected.predicted)
+        print(
+            f"{engine} {precision}: {(~same).mean():.2%} of {len(same)} images have other "
+            f"patches, {1 - decided:.2%} another class"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--weights", help="default: random ones for 1,000 classes")
+    parser.add_argument("--data", type=Path, help="default: the demo's scenes")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--others", action="store_true")
+    args = parser.parse_args()
+    hidden = os.environ.get("ONEDNN_MAX_CPU_ISA", "nothing hidden")
+    print(f"{torch.backends.cpu.get_cpu_capability()} ({hidden}), torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as name, torch.inference_mode():
+        tmp = Path(name)
+        if args.weights is None:
+            weights = random_weights(tmp / "w", 1000)
+        else:
+            own = demo_weights() if args.weights == "demo" else Path(args.weights)
+            weights = load_weights(own)
+        pixels = pixels_of(args.data, args.split, args.images, tmp)
+        for threads in map(int, args.threads.split(",")):
+            torch.set_num_threads(threads)
+            forward(weights, pixels, args.rounds, args.others, tmp)
+        patches(weights, pixels)
+
+
+if __name__ == "__main__":
+    main()
