@@ -16,7 +16,7 @@ from torch import Tensor
 from anchorpatch.images.loader import Batch
 from anchorpatch.jobs import extract, finetune
 from anchorpatch.jobs.crops import Crops
-from anchorpatch.jobs.evaluate_anchornet import EvaluateAnchorNetConfig, _Meter
+from anchorpatch.jobs.evaluate_anchornet import _Meter
 from anchorpatch.jobs.finetune import FinetuneConfig, Request
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.patch_scores import Distributions, Part, added_by_image, score_images
@@ -158,8 +158,7 @@ def test_float32_is_restored(gpu: FakeGpu) -> None:
 
 
 def test_anchornet_is_evaluated_without_waits(gpu: FakeGpu, anchornet: Weights) -> None:
-    config = EvaluateAnchorNetConfig(Path(), Path())
-    meter = _Meter(anchornet, GPU, config)
+    meter = _Meter(anchornet, GPU)
     labels = torch.zeros(16, dtype=torch.int64)
     meter.update(pixels(16), labels)
     gpu.forget()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -51,11 +52,9 @@ def demo(
     seed: int,
     weights: str,
     workers: int,
-    device: str,
-    engine: str,
-    precision: str,
     overwrite: bool,
     as_json: bool,
+    **computing: Any,
 ) -> None:
     """Run the pipeline on drawn scenes whose objects are known.
 
@@ -89,9 +88,7 @@ def demo(
         out=folder / "shards",
         store_images=True,
         workers=workers,
-        device=device,
-        engine=engine,
-        precision=precision,
+        **computing,
         overwrite=overwrite,
     )
     extracted = run(config, progress)

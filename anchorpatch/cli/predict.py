@@ -77,10 +77,8 @@ def predict(
     lsp: LspSettings,
     top: int,
     out: Path | None,
-    device: str,
-    engine: str,
-    precision: str,
     as_json: bool,
+    **computing: Any,
 ) -> int:
     """Classify images by their patches, directly from image files.
 
@@ -118,9 +116,7 @@ def predict(
         runs=runs,
         lsp=lsp,
         top=top,
-        device=device,
-        engine=engine,
-        precision=precision,
+        **computing,
     )
     predictor = Predictor(config, reporter().message)
     pictures: Counter[str] = Counter()

@@ -218,14 +218,9 @@ def looking(
         SettingsError: no image or class has a name that was asked for.
     """
     rows = config.rows(source)
-    with Localizer(
-        weights,
-        lsp,
-        resolve_device(config.device),
-        batch_size=64,
-        engine=config.engine,
-        precision=config.precision,
-    ) as localizer:
+    device = resolve_device(config.device)
+    computing = device, config.engine, config.precision
+    with Localizer(weights, lsp, *computing, batch_size=64) as localizer:
         yield localizer, look_at(source, weights, localizer, rows, reporter)
 
 

@@ -73,13 +73,9 @@ class See(Runner):
     """
 
     def __init__(
-        self,
-        weights: Weights,
-        device: torch.device,
-        iou_threshold: float = 0.3,
-        engine: str = "auto",
+        self, weights: Weights, device: torch.device, iou_threshold: float = 0.3, *engine: str
     ) -> None:
-        super().__init__(weights, device, engine=engine)
+        super().__init__(weights, device, *engine)
         self.source, self.iou_threshold = weights.path, iou_threshold
 
     @torch.inference_mode()

@@ -404,14 +404,9 @@ class _Evaluation:
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         runs = {scale: self._on_device(network) for scale, network in networks.items()}
-        with Localizer(
-            weights,
-            self.reader.settings.lsp,
-            self.device,
-            batch_size=size,
-            engine=self.config.engine,
-            precision=self.config.precision,
-        ) as localizer:
+        computing = self.device, self.config.engine, self.config.precision
+        lsp = self.reader.settings.lsp
+        with Localizer(weights, lsp, *computing, batch_size=size) as localizer:
             return _measured(runs, localizer, pixels, size)
 
 

@@ -90,7 +90,7 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
         for remark in (folder.passed_over(), without_images(folder.labels, folder.classes)):
             if remark:
                 report.message(remark)
-        meter = _Meter(weights, device, config)
+        meter = _Meter(weights, device, config.engine, config.precision)
         rows = list(world.share(len(folder)))
         size = config.batch_size or (16 if device.type == "cpu" else 256)
         loaded = load_batches(
@@ -129,10 +129,8 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
 class _Meter(Runner):
     """Runs the network on batches and counts."""
 
-    def __init__(
-        self, weights: Weights, device: torch.device, config: EvaluateAnchorNetConfig
-    ) -> None:
-        super().__init__(weights, device, engine=config.engine, precision=config.precision)
+    def __init__(self, weights: Weights, device: torch.device, *computing: str) -> None:
+        super().__init__(weights, device, *computing)
         self._accuracy, self._seconds = AnchorNetAccuracy(device), 0.0
         # Images by chosen scale, and their patches by preset and scale.
         self._images = torch.zeros(len(SCALES), dtype=torch.float64, device=device)

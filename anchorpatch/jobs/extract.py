@@ -228,14 +228,15 @@ class _Plan:
         )
 
     def localizer(self) -> Localizer:
+        settings = self.header.settings
         return Localizer(
             self.weights,
-            self.header.settings.lsp,
+            settings.lsp,
             self.device,
+            settings.engine,
+            settings.precision,
             batch_size=self.batch_size,
-            engine=self.header.settings.engine,
-            precision=self.config.precision,
-            compile=self.config.compile,
+            compile=settings.compile,
         )
 
 

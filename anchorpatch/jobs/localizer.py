@@ -193,9 +193,9 @@ class Runner:
         self,
         weights: Weights,
         device: torch.device,
-        *,
         engine: str = "auto",
         precision: str = "float32",
+        *,
         compile: bool = False,
         streams: int = 1,
     ) -> None:
@@ -232,8 +232,8 @@ class Localizer(Runner):
         weights: of AnchorNet.
         settings: K, T and P of Algorithm 1.
         device: a CPU or a CUDA device.
-        batch_size: images in a chunk on a GPU; on CPU chunks have `CPU_CHUNK` images.
         engine: as for `Runner`; with ``precision``.
+        batch_size: images in a chunk on a GPU; on CPU chunks have `CPU_CHUNK` images.
         compile: pass the stage through ``torch.compile``.
     """
 
@@ -242,16 +242,14 @@ class Localizer(Runner):
         weights: Weights,
         settings: LspSettings,
         device: torch.device,
-        *,
-        batch_size: int = 256,
         engine: str = "auto",
         precision: str = "float32",
+        *,
+        batch_size: int = 256,
         compile: bool = False,
     ) -> None:
         threads = torch.get_num_threads()
-        super().__init__(
-            weights, device, engine=engine, precision=precision, compile=compile, streams=threads
-        )
+        super().__init__(weights, device, engine, precision, compile=compile, streams=threads)
         self.settings = settings
         self._scales = torch.tensor(SCALES, device=device)
         self._stage: Callable[[Tensor], Sequence[Tensor]] = self._localize

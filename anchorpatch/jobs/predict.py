@@ -153,14 +153,8 @@ class Predictor:
         self.network = _load(config, anchornet.meta.classes, message)
         check_sides(self.network.meta.architecture, self.network.module)
         self._crop = anchornet.meta.cropping
-        self._localizer = Localizer(
-            anchornet,
-            config.lsp,
-            device,
-            batch_size=_GPU_IMAGES,
-            engine=config.engine,
-            precision=config.precision,
-        )
+        computing = device, config.engine, config.precision
+        self._localizer = Localizer(anchornet, config.lsp, *computing, batch_size=_GPU_IMAGES)
         module = self.network.module.to(device)
         amp = config.precision == "bfloat16"
         self._run = Distributions(module, device, self.network.meta, amp=amp)

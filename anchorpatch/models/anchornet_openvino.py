@@ -41,15 +41,13 @@ def import_openvino() -> Any:
 
 
 class OpenVinoFeatures:
-    """Computes `Features` of pixels. Threads may call it at once.
-
-    Inferences have one shape, so that an image's features do not depend on the others.
+    """Computes `Features` of pixels; an image's do not depend on the others.
 
     Args:
         net: AnchorNet, fused.
         mean: of the weights' normalization; with ``std``.
-        precision: one of `anchorpatch.settings.PRECISIONS`.
-        streams: calls at once; they share the threads that torch has.
+        precision: float32 or bfloat16.
+        streams: threads that may call at once; their calls share the threads that torch has.
 
     Raises:
         SettingsError: OpenVINO cannot compile the network, and says why.
@@ -101,9 +99,7 @@ def _graph(ov: Any, ops: Any, net: AnchorNet, mean: Sequence[float], std: Sequen
     """Return the model from uint8 pixels to the tensors of `Features`, one after another."""
     pixels = ops.parameter([_IMAGES, CROP, CROP, 3], np.uint8)
     x = ops.convert(ops.transpose(pixels, [0, 3, 1, 2]), "f32")
-    stem = copy.deepcopy(net.stem)
-    stem[0] = _on_pixels(stem[0], torch.tensor(mean).double(), torch.tensor(std).double())
-    head = _apply(ops, _apply(ops, x, stem), net.head)
+    head = _apply(ops, _apply(ops, x, _on_pixels(net.stem, mean, std)), net.head)
     weighted, attention, pooled = [], [], []
     for branch in net._branches():
         local = _apply(ops, head, branch.localization)
@@ -159,15 +155,14 @@ def _spatial_attention(ops: Any, x: Any, gate: Any) -> Any:
     return ops.reshape(s, [n, 1, h, w], special_zero=False)
 
 
-def _on_pixels(conv: nn.Module, mean: Tensor, std: Tensor) -> nn.Conv2d:
-    """Return a convolution of pixels from 0 to 255 from one of normalized ones."""
-    assert isinstance(conv, nn.Conv2d)
-    assert conv.bias is not None
-    weight = conv.weight.detach().double()
-    bias = conv.bias.detach() - (weight * (mean / std)[:, None, None]).sum((1, 2, 3))
-    conv.weight.data = (weight / (255 * std)[:, None, None]).float()
-    conv.bias.data = bias.float()
-    return conv
+def _on_pixels(stem: Any, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    """Return the stem for pixels from 0 to 255 instead of normalized ones."""
+    conv, *rest = copy.deepcopy(stem)
+    scale, shift = torch.tensor(std).double(), torch.tensor(mean).double()
+    weight = conv.weight.data.double() / scale[:, None, None]
+    conv.bias.data -= (weight * shift[:, None, None]).sum((1, 2, 3)).float()
+    conv.weight.data = (weight / 255).float()
+    return nn.Sequential(conv, *rest)
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:

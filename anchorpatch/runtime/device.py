@@ -78,23 +78,19 @@ def exact_float32() -> Iterator[None]:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether a device computes in bfloat16, rather than emulate it slowly.
-
-    oneDNN's ONEDNN_MAX_CPU_ISA can hide that of a CPU.
-    """
+    """Return whether a device has instructions for bfloat16; ONEDNN_MAX_CPU_ISA may hide them."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     able: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if platform.machine() in ("x86_64", "AMD64"):
-        # That counts AVX-512 without these instructions, too.
-        isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-        able = able and torch.cpu._is_avx512_bf16_supported()
-        able = able and isa not in ("AVX512_CORE", "AVX512_CORE_VNNI")
+        # There, AVX-512 without these instructions counts too.
+        hidden = os.environ.get("ONEDNN_MAX_CPU_ISA") in ("AVX512_CORE", "AVX512_CORE_VNNI")
+        able = able and not hidden and torch.cpu._is_avx512_bf16_supported()
     return able
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raise SettingsError for bfloat16 on a device that would emulate it."""
+    """Raise SettingsError for bfloat16 on a device that would emulate it, slowly."""
     if precision == "bfloat16" and not has_bfloat16(device):
         raise SettingsError(
             "--precision bfloat16: expected a device with bfloat16 instructions, which this "

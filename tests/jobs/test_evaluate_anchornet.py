@@ -44,7 +44,7 @@ def test_a_limit_is_spread_over_the_classes(
 
 
 def test_an_evaluation_refuses_nan(weights: Path) -> None:
-    meter = _Meter(load_weights(weights), torch.device("cpu"), amp=False)
+    meter = _Meter(load_weights(weights), torch.device("cpu"))
     heatmaps = tuple(torch.ones(2, side, side) for side in (21, 17, 15))
     heatmaps[2][0, 3, 4] = float("nan")  # of a branch that is not chosen
     meter.count_patches(heatmaps, torch.tensor([0, 1]))
