@@ -288,7 +288,6 @@ device_option = click.option(
 
 engine_option = click.option(
     "--engine",
-    cls=SharedOption,
     type=click.Choice(["auto", *ENGINES]),
     default="auto",
     help="What computes AnchorNet on a CPU; auto: openvino where it can be used, else torch.",
