@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import resource
 import threading
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -97,10 +96,12 @@ class ShardReader:
                 f"{self.folder}: {len(missing)} of {manifest.shard_count} shards are not made yet "
                 f"(first {manifest.shard_path(missing[0]).name}): run the same extract again"
             )
-        self._image_start = _starts([entry.images for entry in self._entries])
-        self._patch_start = {
-            scale: _starts([entry.patches[scale] for entry in self._entries]) for scale in SCALES
+        counts = {
+            "images": [entry.images for entry in self._entries],
+            **{f"patches/{s}": [entry.patches[s] for entry in self._entries] for s in SCALES},
         }
+        # The first row of each shard in all of a table, and at the end the number of rows.
+        self._starts = {table: np.cumsum([0, *n], dtype=np.int64) for table, n in counts.items()}
         self._shards: dict[int, Survey] = {}
         self._columns: dict[str, NDArray[Any]] = {}
         self._prepare()
@@ -111,7 +112,7 @@ class ShardReader:
 
     def __len__(self) -> int:
         """Return how many images there are."""
-        return int(self._image_start[-1])
+        return int(self._starts["images"][-1])
 
     def __repr__(self) -> str:
         return f"ShardReader({str(self.folder)!r}): {counted(len(self), 'image')}"
@@ -144,7 +145,7 @@ class ShardReader:
 
     def patch_count(self, scale: int) -> int:
         """Return how many patches of a scale there are."""
-        return int(self._patch_start[scale][-1])
+        return int(self._starts[f"patches/{scale}"][-1])
 
     def patches(self, scale: int, rows: ArrayLike) -> NDArray[np.uint8]:
         """Gather the pixels of patches.
@@ -164,7 +165,7 @@ class ShardReader:
         out = np.empty((len(index), scale, scale, 3), np.uint8)
         # In the order of the file: of each shard at once, and the disk reads ahead.
         order = np.argsort(index, kind="stable")
-        shard, local = _locate(self._patch_start[scale], index[order])
+        shard, local = _locate(self._starts[f"patches/{scale}"], index[order])
         bounds = [*np.flatnonzero(np.diff(shard, prepend=-1)).tolist(), len(shard)]
         for start, stop in pairwise(bounds):
             rows_of_shard, target = local[start:stop], order[start:stop].tolist()
@@ -202,7 +203,7 @@ class ShardReader:
             raise ShardError(
                 f"{self.folder}: the images are not stored: extract with --store-images"
             )
-        shard, local = _locate(self._image_start, _rows([i], len(self)))
+        shard, local = _locate(self._starts["images"], _rows([i], len(self)))
         return np.array(self._pixels(int(shard[0]), "images/pixels")[local[0]])
 
     def _gather(
@@ -216,8 +217,8 @@ class ShardReader:
                 out[k] = pixels[row]
         elif self.settings.codec == "image":
             pixels = self._pixels(shard, "images/pixels")
-            everywhere = rows + self._patch_start[scale][shard]
-            image = self.patch_image(scale, everywhere) - self._image_start[shard]
+            everywhere = rows + self._starts[f"patches/{scale}"][shard]
+            image = self.patch_image(scale, everywhere) - self._starts["images"][shard]
             corner = self.corners(scale, everywhere)
             for k, i, (y, x) in zip(target, image.tolist(), corner.tolist(), strict=True):
                 out[k] = pixels[i, y : y + scale, x : x + scale]
@@ -276,19 +277,14 @@ class ShardReader:
             with open_shard(path) as file:
                 tables.append({name: file[f"{group}/{name}"][:] for name in schema})
         columns = {name: np.concatenate([t[name] for t in tables]) for name in schema}
-        counts = (
-            self._image_start
-            if group == "images"
-            else self._patch_start[int(group.removeprefix("patches/"))]
-        )
-        shard = np.repeat(np.arange(len(self._files)), np.diff(counts))
+        shard = np.repeat(np.arange(len(self._files)), np.diff(self._starts[group]))
         if group == "images":
             columns["first"] = columns["first"].astype(np.int64)
             for scale in SCALES:
                 chosen = columns["scale"] == scale
-                columns["first"][chosen] += self._patch_start[scale][shard[chosen]]
+                columns["first"][chosen] += self._starts[f"patches/{scale}"][shard[chosen]]
         else:
-            columns["image"] = columns["image"] + self._image_start[shard]
+            columns["image"] = columns["image"] + self._starts["images"][shard]
         for name, column in columns.items():
             column.flags.writeable = False
             self._columns[f"{group}/{name}"] = column
@@ -314,11 +310,6 @@ def _map_limit() -> int:
     process's. An array that is in use keeps its map alive.
     """
     return max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 8192) // 2)
-
-
-def _starts(counts: Sequence[int]) -> NDArray[np.int64]:
-    """Return the first row of each shard, and the number of rows at the end."""
-    return np.cumsum([0, *counts], dtype=np.int64)
 
 
 def _locate(

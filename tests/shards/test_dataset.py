@@ -148,7 +148,7 @@ def test_a_corrupt_shard_is_named_when_its_turn_comes(tmp_path: Path, threads: i
     with open(path, "r+b") as file:
         file.seek(offset)
         file.write(b"\0" * 64)
-    start = reader._patch_start[63]
+    start = reader._starts["patches/63"]
     requests = [Request(63, np.arange(start[i], start[i] + 1)) for i in (0, 2, 1, 0)]
     loaded = load_rows(reader, requests, threads=threads)
     next(loaded)
