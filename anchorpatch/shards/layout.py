@@ -356,48 +356,44 @@ def open_shard(path: Path) -> Iterator[h5py.File]:
         ) from error
 
 
-def _member(group: h5py.Group, name: str) -> Any:
-    """Return a member of a group that is stored in it, and not linked from somewhere else."""
-    if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
-        raise CorruptShard(
-            f"{group.name.lstrip('/')}/{name}: expected data of this file, found a soft or "
-            "external link"
-        )
-    return group[name]
-
-
-def find_group(file: h5py.File, name: str) -> h5py.Group:
-    """Return a group that is stored in the file itself.
-
-    Raises:
-        CorruptShard: it is a link or a dataset.
-        KeyError: there is none.
-    """
-    found = file
-    for part in name.split("/"):
-        found = _member(found, part)
-        if not isinstance(found, h5py.Group):
-            raise CorruptShard(f"{name}: expected a group, found a dataset")
-    return found
-
-
-def find_dataset(
-    group: h5py.Group, name: str, dtype: str, shape: tuple[int | None, ...], size: int
-) -> h5py.Dataset:
-    """Return a dataset, of which all that is declared is as the schema says.
+def find_datasets(
+    file: h5py.File, expected: Mapping[str, tuple[str, tuple[int | None, ...]]], size: int
+) -> dict[str, h5py.Dataset]:
+    """Return datasets, of which all that is declared is as the schema says.
 
     Args:
-        group: that it is in.
-        name: of the dataset, from the root of the file.
-        dtype: its type in the file; "S" for strings of any fixed length.
-        shape: its shape; None stands for any length.
+        file: an open shard.
+        expected: type and shape by name, as `expected_datasets` returns them; None stands for any
+            length.
         size: of the file in bytes.
 
     Raises:
-        CorruptShard: it is not.
+        CorruptShard: one is not, or is a link to somewhere else.
         KeyError: there is none.
     """
-    found = _member(group, name.rpartition("/")[2])
+    found: dict[str, Any] = {"": file}
+    for name, (dtype, shape) in expected.items():
+        above = ""
+        for part in name.split("/"):
+            path = f"{above}/{part}".lstrip("/")
+            if path not in found:
+                found[path] = _member(found[above], part, path)
+            above = path
+        _check_dataset(found[name], name, dtype, shape, size)
+    return {name: found[name] for name in expected}
+
+
+def _member(group: Any, part: str, path: str) -> Any:
+    if not isinstance(group, h5py.Group):
+        raise CorruptShard(f"{path}: expected in a group, found in a dataset")
+    if group.id.links.get_info(part.encode()).type != h5py.h5l.TYPE_HARD:
+        raise CorruptShard(f"{path}: expected data of this file, found a soft or external link")
+    return group[part]
+
+
+def _check_dataset(
+    found: Any, name: str, dtype: str, shape: tuple[int | None, ...], size: int
+) -> None:
     if not isinstance(found, h5py.Dataset):
         raise CorruptShard(f"{name}: expected a dataset, found a group")
     alike = found.shape is not None and len(found.shape) == len(shape)
@@ -421,7 +417,6 @@ def find_dataset(
     offset = found.id.get_offset() if needed else 0
     if offset is None or offset + needed > size:
         raise CorruptShard(f"{name} is not in the file, or reaches beyond its end")
-    return found
 
 
 def check_corners(

@@ -22,8 +22,7 @@ from anchorpatch.shards.layout import (
     MANIFEST_NAME,
     ShardHeader,
     decode_text,
-    find_dataset,
-    find_group,
+    find_datasets,
     open_shard,
     shard_name,
 )
@@ -357,11 +356,10 @@ def _stored_paths(path: Path) -> list[str]:
         ShardError: they cannot be read.
     """
     with open_shard(path) as file:
-        size = path.stat().st_size
-        groups = [find_group(file, name) for name in ("images", "skipped")]
-        found = [find_dataset(group, f"{group.name}/path", "S", (None,), size) for group in groups]
+        expected = {name: ("S", (None,)) for name in ("images/path", "skipped/path")}
+        found = find_datasets(file, expected, path.stat().st_size)
         # They were one list, sorted by bytes.
-        stored = sorted(path for dataset in found for path in dataset[:].tolist())
+        stored = sorted(path for dataset in found.values() for path in dataset[:].tolist())
         return [decode_text(path) for path in stored]
 
 

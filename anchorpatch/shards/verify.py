@@ -24,8 +24,7 @@ from anchorpatch.shards.layout import (
     MANIFEST_NAME,
     ShardHeader,
     expected_datasets,
-    find_dataset,
-    find_group,
+    find_datasets,
     open_shard,
     read_attributes,
     shard_name,
@@ -203,12 +202,7 @@ def survey(manifest: Manifest, entry: ShardEntry) -> Survey:
     with open_shard(manifest.folder / entry.name) as file:
         header, files_sha256 = read_attributes(file)
         expected = expected_datasets(header.settings, entry.images, entry.patches)
-        names = dict.fromkeys(name.rpartition("/")[0] for name in expected)
-        groups = {name: find_group(file, name) for name in names}
-        found = {
-            name: find_dataset(groups[name.rpartition("/")[0]], name, *like, entry.bytes)
-            for name, like in expected.items()
-        }
+        found = find_datasets(file, expected, entry.bytes)
         tables: dict[str, _Table] = {"images": {}, **{f"patches/{s}": {} for s in SCALES}}
         places: dict[str, tuple[int, tuple[int, ...]]] = {}
         offsets: dict[int, NDArray[np.int64]] = {}

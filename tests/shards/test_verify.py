@@ -298,7 +298,7 @@ STRUCTURES = {
     "a group": (replaced(LABEL, lambda f, v: f.create_group("other")), "found a group"),
     "a dataset for a group": (
         lambda f: f.move("patches", "p") or f.create_dataset("patches", data=1),
-        "patches/63: expected a group, found a dataset",
+        "patches/63: expected in a group, found in a dataset",
     ),
     "missing": (replaced(LABEL, lambda f, v: None), "expected a shard, cannot be read: "),
 }
