@@ -131,15 +131,7 @@ class StorageError(AnchorpatchError):
 
 
 class NonFiniteError(AnchorpatchError):
-    """NaN or infinity where a number was needed.
-
-    Attributes:
-        row: the image of the batch that it is about, where there is one.
-    """
-
-    def __init__(self, message: str, row: int | None = None) -> None:
-        super().__init__(message)
-        self.row = row
+    """NaN or infinity where a number was needed."""
 
 
 class OutOfMemory(AnchorpatchError):

@@ -317,7 +317,7 @@ def _check_finite(heatmaps: Sequence[Tensor], branch: Tensor) -> None:
     finite = zero.gather(1, branch[:, None])
     if not bool(finite.all()):
         bad = int((~finite[:, 0]).nonzero()[0])
-        raise NonFiniteError(f"the heatmap of image {bad} of the batch holds NaN or infinity", bad)
+        raise NonFiniteError(f"the heatmap of image {bad} of the batch holds NaN or infinity")
 
 
 def _chosen(heatmaps: Sequence[Tensor], branch: Tensor) -> Tensor:

@@ -94,9 +94,8 @@ def test_non_finite_heatmaps_are_refused(value: float) -> None:
     heatmaps = [torch.zeros(3, *GRIDS[theta]) for theta in SCALES]
     heatmaps[1][2, 4, 5] = value
     branch = torch.tensor([0, 2, 1])
-    with pytest.raises(NonFiniteError, match="image 2") as caught:
+    with pytest.raises(NonFiniteError, match="image 2 of the batch"):
         lsp.localize(heatmaps, branch, PRESETS["figure"])
-    assert caught.value.row == 2
     # A branch that was not chosen is not looked at.
     lsp.localize(heatmaps, torch.tensor([0, 2, 0]), PRESETS["figure"])
 

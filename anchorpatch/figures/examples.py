@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from anchorpatch.errors import DataError, NonFiniteError, SettingsError
+from anchorpatch.errors import DataError, SettingsError
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.localizer import Localized, Localizer, Pending
 from anchorpatch.runtime.checkpoint import Weights
@@ -246,14 +246,7 @@ def look_at(
 
     def take() -> None:
         part, pending = waiting.popleft()
-        try:
-            found.append(pending.result())
-        except NonFiniteError as error:
-            path = source.path(int(part[error.row or 0]))
-            raise NonFiniteError(
-                f"{source.name}/{path}: {error}; the weights {weights.path} may be damaged or "
-                "badly trained: train or download them again"
-            ) from error
+        found.append(pending.result(lambda i: f"{source.name}/{source.path(int(part[i]))}"))
         seen.append(part)
         reporter.advance(len(part))
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anchorpatch.errors import DataError, NonFiniteError, ShardBusy, ShardError
+from anchorpatch.errors import DataError, ShardBusy, ShardError
 from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows, without_images
 from anchorpatch.images.loader import Batch, load_batches
 from anchorpatch.jobs.localizer import Localizer, Pending, resolve_engine
@@ -512,18 +512,8 @@ def _append(
         writer.skip(folder.path(row), reason)
     if pending is None:
         return 0
-    try:
-        with network:
-            found = pending.result()
-    except NonFiniteError as error:
-        path = folder.path(int(batch.index[error.row or 0]))
-        advice = "train or download them again"
-        if plan.config.precision == "bfloat16":
-            advice = "run with --precision float32"
-        raise NonFiniteError(
-            f"{folder.root / path}: {error}; the weights {plan.weights.path} may be damaged or "
-            f"badly trained: {advice}"
-        ) from error
+    with network:
+        found = pending.result(lambda i: str(folder.root / folder.path(int(batch.index[i]))))
     writer.append(
         PatchBatch(
             path=folder.paths[batch.index],

@@ -158,19 +158,24 @@ class Pending:
 
     chunks: Sequence[Future[Localized] | _OnDevice]
     images: int
+    advice: str
 
-    def result(self) -> Localized:
+    def result(self, name: Callable[[int], str] = "image {}".format) -> Localized:
         """Wait for the results.
 
+        Args:
+            name: returns what an error calls an image, by its row in the batch.
+
         Raises:
-            NonFiniteError: the network gave NaN or infinity; its ``row`` says for which image.
+            NonFiniteError: the network gave NaN or infinity; names the image and the weights.
         """
         with waiting_for("AnchorNet"):
             parts = [chunk.result() for chunk in self.chunks]
         joined = Localized(*(np.concatenate(c)[: self.images] for c in zip(*parts, strict=True)))
         finite = np.isfinite(joined.branch_prob).all(1) & np.isfinite(joined.scores).all(1)
         if not finite.all():
-            raise NonFiniteError("AnchorNet gave NaN or infinity", int(np.argmin(finite)))
+            image = name(int(np.argmin(finite)))
+            raise NonFiniteError(f"{image}: AnchorNet gave NaN or infinity; {self.advice}")
         return joined
 
 
@@ -251,6 +256,8 @@ class Localizer(Runner):
         threads = torch.get_num_threads()
         super().__init__(weights, device, engine, precision, compile=compile, streams=threads)
         self.settings = settings
+        other = "use --precision float32" if self.amp else "train or download them again"
+        self._advice = f"the weights {weights.path} may be damaged or badly trained: {other}"
         self._scales = torch.tensor(SCALES, device=device)
         self._stage: Callable[[Tensor], Sequence[Tensor]] = self._localize
         self._pool: ThreadPoolExecutor | None = None
@@ -281,9 +288,10 @@ class Localizer(Runner):
             pixels: uint8 (n, 224, 224, 3), n at least 1; in pinned memory for a GPU.
         """
         chunks = torch.split(pixels, self.chunk)
-        if self._pool is not None:
-            return Pending([self._pool.submit(self._on_cpu, c) for c in chunks], len(pixels))
-        return Pending([self._on_gpu(chunk) for chunk in chunks], len(pixels))
+        pool, results = self._pool, []
+        for chunk in chunks:
+            results.append(pool.submit(self._on_cpu, chunk) if pool else self._on_gpu(chunk))
+        return Pending(results, len(pixels), self._advice)
 
     def maps(self, pixels: Tensor, classes: Tensor) -> Maps:
         """Return attention maps and class heatmaps, the numbers that `submit` decides on.

@@ -203,13 +203,7 @@ class Predictor:
     @torch.inference_mode()
     def _decide(self, images: list[tuple[str, Decoded]]) -> list[Prediction]:
         pixels = torch.from_numpy(np.stack([image.pixels for _, image in images]))
-        try:
-            local = self._localizer.submit(pixels).result()
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"{images[error.row or 0][0]}: {error}; {self.config.anchornet_weights} may be "
-                "damaged or badly trained: train AnchorNet or download its weights again"
-            ) from error
+        local = self._localizer.submit(pixels).result(lambda i: images[i][0])
         sums = sum_localized(dict.fromkeys(SCALES, self._run), local, pixels, _PATCHES)
         means = sums / torch.from_numpy(local.counts)[:, None]
         predictions = []

@@ -122,10 +122,9 @@ def test_nan_names_the_image(tmp_path: Path, pixels: torch.Tensor) -> None:
     save_weights(tmp_path / "w", net.state_dict(), WeightsMeta("anchornet", ("a", "b")))
     with (
         Localizer(load_weights(tmp_path / "w"), PRESETS["figure"], CPU) as localizer,
-        pytest.raises(NonFiniteError) as caught,
+        pytest.raises(NonFiniteError, match=r"^image 0: .* gave NaN .* weights .*w may be damaged"),
     ):
         localizer.submit(pixels).result()
-    assert caught.value.row == 0
 
 
 def test_weights_for_another_transform_are_refused(tmp_path: Path) -> None:
