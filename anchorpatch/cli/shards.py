@@ -175,7 +175,7 @@ def _extract_command(manifest: Manifest, *options: str) -> str:
     DATA and WEIGHTS-SHA256, with the first digits of the checksum that the weights must have.
     """
     from anchorpatch.demo import demo_weights
-    from anchorpatch.shards.splits import extract_options
+    from anchorpatch.shards.header import extract_options
 
     split, wanted = manifest.header.split, manifest.header.weights_sha256
     data = Path(os.environ.get("ANCHORPATCH_DATA") or "data")

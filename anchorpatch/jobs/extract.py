@@ -33,7 +33,7 @@ from anchorpatch.runtime.device import computing_on, cpu_count, has_bfloat16, re
 from anchorpatch.runtime.distributed import Task
 from anchorpatch.runtime.progress import Reporter, Stopwatch, Waits
 from anchorpatch.settings import PRESETS, LspSettings, default_preset
-from anchorpatch.shards.layout import ShardHeader, ShardSettings
+from anchorpatch.shards.header import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import (
     FilesDigest,
     Manifest,

@@ -32,7 +32,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,26 +39,15 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-import anchorpatch
-from anchorpatch.errors import CorruptShard, SettingsError, ShardError, reason_of
+from anchorpatch.errors import CorruptShard, ShardError, reason_of
 from anchorpatch.settings import (
-    CODECS,
     CROP,
-    ENGINES,
-    PRECISIONS,
     SCALES,
-    CropSettings,
-    LspSettings,
 )
-from anchorpatch.storage import from_json, to_json
+from anchorpatch.shards.header import ShardHeader, ShardSettings
 
 FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
-
-#: Settings that the first shards of version 1 do not have; their defaults are what held then.
-_NEWER: Final = frozenset(
-    {"crop_mode", "background", "damaged", "device", "batch_size", "compile", "engine"}
-)
 
 #: Columns of a table: type, and shape of one row.
 Schema = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -82,133 +70,6 @@ PATCH_TABLE: Final[Schema] = {
     "score": ("<f4", ()),
     "image": ("<i4", ()),
 }
-
-
-@dataclass(frozen=True)
-class ShardSettings:
-    """Everything that decides the bytes of a shard beside the images and the weights.
-
-    Workers and processes are not among it.
-
-    Attributes:
-        max_patches: K of Algorithm 1 for each scale.
-        iou_threshold: T of Algorithm 1.
-        coverage: P of Algorithm 1 for each scale.
-        codec: one of `anchorpatch.settings.CODECS`.
-        store_images: store the crop of each image; always true for codec ``image``.
-        shard_size: images in a shard.
-        precision: one of `anchorpatch.settings.PRECISIONS`, the type that AnchorNet computed in.
-        preset: name of the preset that K, T and P came from, if any.
-        jpeg_quality: 1 to 100; without meaning, and 95, for the other codecs.
-        crop_mode: as the fields below, of `anchorpatch.settings.CropSettings`.
-        background: colour behind transparent pixels.
-        damaged: what became of images that were decoded with damage.
-        device: kind of device that AnchorNet ran on, "cpu" or "cuda"; None where an older version
-            did not record it.
-        batch_size: images in a batch on a GPU, whose kernels sum in another order for other
-            shapes; None on CPU, where it changes nothing.
-        compile: AnchorNet ran through ``torch.compile``.
-        engine: what computed AnchorNet's features, one of `anchorpatch.settings.ENGINES`.
-
-    Raises:
-        SettingsError: a value outside its range.
-
-    Example:
-        >>> ShardSettings((1, 1, 1), 0.3, (0.1, 0.1, 0.1), codec="image").store_images
-        True
-    """
-
-    max_patches: tuple[int, int, int]
-    iou_threshold: float
-    coverage: tuple[float, float, float]
-    codec: str = "raw"
-    store_images: bool = False
-    shard_size: int = 1024
-    precision: str = "float32"
-    preset: str | None = None
-    jpeg_quality: int = 95
-    crop_mode: str = "center"
-    background: str = "#ffffff"
-    damaged: str = "keep"
-    device: str | None = None
-    batch_size: int | None = None
-    compile: bool = False
-    engine: str = "torch"
-
-    @property
-    def lsp(self) -> LspSettings:
-        """The parameters of Algorithm 1."""
-        return LspSettings(self.max_patches, self.iou_threshold, self.coverage)
-
-    @property
-    def crop(self) -> CropSettings:
-        """How the images became crops."""
-        return CropSettings(self.crop_mode, self.background, self.damaged)
-
-    def __post_init__(self) -> None:
-        for name, fits, expected in (
-            ("codec", self.codec in CODECS, f"one of {', '.join(CODECS)}"),
-            ("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-            ("shard_size", self.shard_size >= 1, "at least 1 image"),
-            ("jpeg_quality", 1 <= self.jpeg_quality <= 100, "1 to 100"),
-            ("engine", self.engine in ENGINES, f"one of {', '.join(ENGINES)}"),
-            ("device", self.device in (None, "cpu", "cuda"), "cpu or cuda"),
-            ("batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1 image"),
-        ):
-            if not fits:
-                raise SettingsError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-        # One spelling for one meaning, so that equal shards have equal settings.
-        object.__setattr__(self, "background", self.crop.background)
-        if self.device != "cuda":
-            object.__setattr__(self, "batch_size", None)
-        if self.codec == "image":
-            object.__setattr__(self, "store_images", True)
-        if self.codec != "jpeg":
-            object.__setattr__(self, "jpeg_quality", 95)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as shards have them; torch goes unsaid, as in older ones."""
-        data: dict[str, Any] = to_json(self)
-        if self.engine == "torch":
-            del data["engine"]
-        return data
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ShardSettings:
-        """Return settings from JSON, where all that format 1 began with must be there.
-
-        Raises:
-            ShardError: a field is missing, or one is there that this version does not know.
-            ValueError: a value is of another type, or outside its range.
-        """
-        names = {field.name for field in fields(cls)}
-        if odd := (names ^ data.keys()) - (_NEWER - data.keys()):
-            raise ShardError(
-                "settings: expected exactly the fields of format 1, differs: "
-                + ", ".join(sorted(odd))
-            )
-        return from_json(cls, data)
-
-
-@dataclass(frozen=True)
-class ShardHeader:
-    """What the shards of a split have in common: the attributes of each file.
-
-    Attributes:
-        split: name of the split, and of its folder.
-        classes: the folders; ``label`` indexes it.
-        network_classes: the weights' classes; ``predicted`` and ``branch_class`` index it.
-        settings: what decides the bytes.
-        weights_sha256: of the weights file.
-        version: of anchorpatch.
-    """
-
-    split: str
-    classes: tuple[str, ...]
-    network_classes: tuple[str, ...]
-    settings: ShardSettings
-    weights_sha256: str
-    version: str = anchorpatch.__version__
 
 
 def shard_name(split: str, index: int) -> str:

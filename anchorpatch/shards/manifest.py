@@ -29,13 +29,8 @@ from typing import Final
 from anchorpatch import storage
 from anchorpatch.errors import ManifestMismatch, ShardError, reason_of
 from anchorpatch.settings import SCALES
-from anchorpatch.shards.layout import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    ShardHeader,
-    ShardSettings,
-    shard_name,
-)
+from anchorpatch.shards.header import ShardHeader, ShardSettings
+from anchorpatch.shards.layout import FORMAT_VERSION, MANIFEST_NAME, shard_name
 from anchorpatch.tables import Table, scale_table
 
 LOCK_NAME: Final = ".manifest.lock"

@@ -12,15 +12,15 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 from anchorpatch import storage
 from anchorpatch.errors import CorruptShard, ManifestMismatch, ShardBusy, ShardError, reason_of
+from anchorpatch.shards.header import ShardHeader, first_difference, header_differences
 from anchorpatch.shards.layout import (
     MANIFEST_NAME,
-    ShardHeader,
     decode_text,
     find_datasets,
     open_shard,
@@ -41,12 +41,6 @@ from anchorpatch.text import counted
 
 #: Half-written files are removed when they are so old.
 _LEFTOVER_SECONDS: Final = 3600
-
-#: Settings that a preset decides.
-_OF_A_PRESET: Final = ("max_patches", "iou_threshold", "coverage")
-
-#: Settings that no option of the same name decides.
-_NOT_OPTIONS: Final = {"crop_mode": "crop mode (of the weights)"}
 
 
 def open_manifest(
@@ -229,97 +223,6 @@ def files_in(folder: Path) -> set[tuple[str, int, int]]:
     return found
 
 
-def extract_options(header: ShardHeader) -> list[str]:
-    """Return the options of ``anchorpatch extract`` that a split was made with.
-
-    What is as by default is left out, and so are the data and the weights, whose place a header
-    does not know.
-
-    Example:
-        >>> from anchorpatch.shards.layout import ShardSettings
-        >>> settings = ShardSettings((6, 3, 2), 0.3, (0.3, 0.3, 0.3), codec="jpeg", preset=None)
-        >>> " ".join(extract_options(ShardHeader("val", (), (), settings, "")))
-        '--split val --max-patches 6,3,2 --iou-threshold 0.3 --coverage 0.3,0.3,0.3 --codec jpeg'
-    """
-    settings = header.settings
-    implied = {"crop_mode", *(_OF_A_PRESET if settings.preset is not None else ())}
-    implied |= {"store_images"} if settings.codec == "image" else set()
-    defaults = {field.name: field.default for field in fields(settings)}
-    if settings.device == "cpu":
-        defaults["engine"] = "auto"
-    words = ["--split", header.split]
-    for name, value in storage.to_json(settings).items():
-        if name in implied or value == defaults[name]:
-            continue
-        words.append(_option(name))
-        if value is not True:
-            words.append(_shown(value))
-    return words
-
-
-def header_differences(old: ShardHeader, new: ShardHeader) -> list[str]:
-    """Say what differs in two headers, one phrase each; the version of anchorpatch may.
-
-    Example:
-        >>> from dataclasses import replace
-        >>> from anchorpatch.shards.layout import ShardSettings
-        >>> settings = ShardSettings((1, 1, 1), 0.3, (0.1, 0.1, 0.1))
-        >>> old = ShardHeader("val", ("cat",), ("cat",), settings, weights_sha256="0" * 64)
-        >>> header_differences(old, replace(old, settings=replace(settings, iou_threshold=0.8)))
-        ['--iou-threshold was 0.3, now 0.8']
-    """
-    found = []
-    then, now = storage.to_json(old.settings), storage.to_json(new.settings)
-    if then["device"] is None and now["device"] == "cpu":
-        # Not recorded by older versions, whose bytes on a CPU are the same. On a GPU they are not:
-        # convolutions were rounded to TF32.
-        then["device"] = "cpu"
-    if then["device"] != now["device"]:
-        then["device"] = then["device"] or "not recorded"
-        then["batch_size"] = now["batch_size"]  # goes with the device
-    for name, before in then.items():
-        if before != now[name]:
-            option = _NOT_OPTIONS.get(name) or _option(name)
-            found.append(f"{option} was {_shown(before)}, now {_shown(now[name])}")
-    if old.split != new.split:
-        found.append(f"--split was {old.split}, now {new.split}")
-    if old.weights_sha256 != new.weights_sha256:
-        was, is_now = old.weights_sha256[:12], new.weights_sha256[:12]
-        found.append(f"--weights had SHA-256 {was}..., now {is_now}...")
-    for what, was_list, now_list in (
-        ("classes of the folder", old.classes, new.classes),
-        ("classes of the weights", old.network_classes, new.network_classes),
-    ):
-        if was_list != now_list:
-            counts = f"{what} were {len(was_list)}, now {len(now_list)}"
-            found.append(f"{counts} ({_first_difference(was_list, now_list)})")
-    return found
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)
-
-
-def _first_difference(was: Sequence[str], now: Sequence[str]) -> str:
-    """Say the first of each list that the other one lacks."""
-    known, present = set(was), set(now)
-    gone = next((x for x in was if x not in present), None)
-    come = next((x for x in now if x not in known), None)
-    parts = [f"{gone} removed"] if gone is not None else []
-    parts += [f"{come} added"] if come is not None else []
-    return ", ".join(parts) or "in another order"
-
-
 def _changed_files(manifest: Manifest, files: FilesDigest, shard_size: int) -> str:
     """Say how the file list has changed, with the first change if a shard knows its names."""
     said = f"images were {manifest.files_count}, now {files.count}"
@@ -345,7 +248,7 @@ def _changed_files(manifest: Manifest, files: FilesDigest, shard_size: int) -> s
         now = files.paths(index * shard_size, min((index + 1) * shard_size, files.count))
         if sorted(was) == sorted(now):
             return f"{said} ({path.name} has the same names, but a file's size or label changed)"
-        return f"{said} (first in {path.name}: {_first_difference(was, now)})"
+        return f"{said} (first in {path.name}: {first_difference(was, now)})"
     return f"{said} (those after number {manifest.files_count} are new)"
 
 

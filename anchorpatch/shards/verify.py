@@ -20,9 +20,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from anchorpatch import storage
 from anchorpatch.errors import CorruptShard, ShardError, reason_of
 from anchorpatch.settings import CROP, SCALES
+from anchorpatch.shards.header import ShardHeader
 from anchorpatch.shards.layout import (
     MANIFEST_NAME,
-    ShardHeader,
     expected_datasets,
     find_datasets,
     open_shard,

@@ -34,11 +34,11 @@ from PIL import Image
 from anchorpatch import storage
 from anchorpatch.errors import ShardBusy
 from anchorpatch.settings import CROP, SCALES
+from anchorpatch.shards.header import ShardHeader
 from anchorpatch.shards.layout import (
     IMAGE_TABLE,
     PATCH_TABLE,
     Schema,
-    ShardHeader,
     check_corners,
     cut_patches,
     encode_text,
@@ -138,7 +138,7 @@ class ShardWriter:
         Every image of this shard was unreadable.
 
         >>> import tempfile
-        >>> from anchorpatch.shards.layout import ShardSettings
+        >>> from anchorpatch.shards.header import ShardSettings
         >>> settings = ShardSettings((1, 1, 1), 0.3, (0.1, 0.1, 0.1))
         >>> header = ShardHeader("val", ("cat",), ("cat",), settings, weights_sha256="0" * 64)
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ import numpy as np
 
 from anchorpatch.settings import CODECS, CROP
 from anchorpatch.shards import PatchDataset, ShardReader
-from anchorpatch.shards.layout import ShardHeader, ShardSettings
+from anchorpatch.shards.header import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import FilesDigest, Manifest
 from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import PatchBatch, ShardWriter

@@ -27,7 +27,7 @@ from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights, save_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
 from anchorpatch.settings import PRESETS
-from anchorpatch.shards.layout import ShardHeader, ShardSettings
+from anchorpatch.shards.header import ShardHeader, ShardSettings
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 SECONDS = 5.0

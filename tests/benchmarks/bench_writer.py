@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from anchorpatch.settings import PRESETS, SCALES
-from anchorpatch.shards.layout import ShardHeader, ShardSettings
+from anchorpatch.shards.header import ShardHeader, ShardSettings
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 BATCH = 64

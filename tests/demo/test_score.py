@@ -16,7 +16,8 @@ from anchorpatch.demo.score import score_scenes
 from anchorpatch.errors import DataError, ShardError
 from anchorpatch.lsp import grid_size
 from anchorpatch.settings import SCALES
-from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
+from anchorpatch.shards.header import ShardHeader, ShardSettings
+from anchorpatch.shards.layout import shard_name
 from anchorpatch.shards.manifest import FilesDigest
 from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import PatchBatch, ShardWriter

@@ -12,7 +12,8 @@ from torch import nn
 
 from anchorpatch.jobs.finetune import FinetuneConfig
 from anchorpatch.models import registry
-from anchorpatch.shards.layout import ShardHeader, shard_name
+from anchorpatch.shards.header import ShardHeader
+from anchorpatch.shards.layout import shard_name
 from anchorpatch.shards.manifest import FilesDigest
 from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import PatchBatch, ShardWriter

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from anchorpatch.runtime.checkpoint import WeightsMeta
-from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
+from anchorpatch.shards.header import ShardHeader, ShardSettings
+from anchorpatch.shards.layout import shard_name
 from anchorpatch.shards.manifest import FilesDigest
 from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import PatchBatch, ShardWriter

@@ -25,7 +25,7 @@ from anchorpatch.jobs.extract import (
 )
 from anchorpatch.jobs.localizer import Localized, Localizer
 from anchorpatch.runtime.distributed import Task
-from anchorpatch.shards.layout import ShardHeader
+from anchorpatch.shards.header import ShardHeader
 from anchorpatch.shards.manifest import Manifest, read_manifest
 from anchorpatch.shards.splits import open_manifest, wait_for_shards
 from anchorpatch.shards.writer import ShardWriter

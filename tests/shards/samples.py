@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from anchorpatch.settings import SCALES
-from anchorpatch.shards.layout import ShardHeader, ShardSettings, shard_name
+from anchorpatch.shards.header import ShardHeader, ShardSettings
+from anchorpatch.shards.layout import shard_name
 from anchorpatch.shards.manifest import FilesDigest, Manifest, ShardEntry, read_manifest
 from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import PatchBatch, ShardWriter

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from anchorpatch.errors import ShardError
-from anchorpatch.settings import CropSettings
-from anchorpatch.shards.layout import ShardHeader, ShardSettings
+from anchorpatch.shards.header import ShardHeader
 from anchorpatch.shards.manifest import (
     ShardEntry,
     read_manifest,
@@ -24,7 +23,6 @@ from tests.shards.samples import (
     edit_manifest,
     entry,
     make_header,
-    make_settings,
     make_split,
 )
 
@@ -40,19 +38,7 @@ def test_entries_and_header_survive_the_file(tmp_path: Path) -> None:
     assert [again.shard_range(i) for i in range(3)] == [range(8), range(8, 16), range(16, 20)]
 
 
-def test_the_first_files_of_version_1_stay_readable() -> None:
-    settings = make_header().settings
-    old = to_json(settings)
-    for name in ("crop_mode", "background", "damaged"):
-        del old[name]
-    assert ShardSettings.from_json(old) == settings
-    assert settings.crop == CropSettings()
-    for odd in ({**old, "crop_mode": "stretch"}, {**old, "background": 7}):
-        with pytest.raises(ValueError, match="expected"):
-            ShardSettings.from_json(odd)
-    for odd in ({**old, "cropping": "center"}, {k: v for k, v in old.items() if k != "codec"}):
-        with pytest.raises(ShardError, match=r"cropping|codec"):
-            ShardSettings.from_json(odd)
+def test_entries_without_damaged_images_stay_readable() -> None:
     document = to_json(entry(0, damaged=("cat/1.jpg",)))
     assert from_json(ShardEntry, document) == entry(0, damaged=("cat/1.jpg",))
     del document["damaged"]
@@ -84,17 +70,6 @@ def test_an_entry_replaces_the_older_one(tmp_path: Path) -> None:
     manifest = open_manifest(tmp_path, make_header(), digest_of(["a"]))
     manifest.commit(entry(0))
     assert manifest.commit(entry(0, images=2)).entries == (entry(0, images=2),)
-
-
-def test_settings_of_older_versions_are_read() -> None:
-    settings = make_settings(device="cuda", batch_size=256, compile=True)
-    assert ShardSettings.from_json(to_json(settings)) == settings
-    older = {
-        name: value
-        for name, value in to_json(settings).items()
-        if name not in ("device", "batch_size", "compile")
-    }
-    assert ShardSettings.from_json(older) == make_settings()
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pytest
 
 from anchorpatch import storage
 from anchorpatch.errors import CorruptShard, ManifestMismatch, ShardBusy, ShardError
-from anchorpatch.shards.layout import ShardSettings, decode_text
+from anchorpatch.shards.header import ShardSettings
+from anchorpatch.shards.layout import decode_text
 from anchorpatch.shards.manifest import FilesDigest, Manifest, read_manifest
-from anchorpatch.shards.splits import header_differences, merge_split, open_manifest
+from anchorpatch.shards.splits import merge_split, open_manifest
 from anchorpatch.shards.verify import verify_folder
 from anchorpatch.shards.writer import ShardWriter
 from tests.shards.samples import (
@@ -31,9 +32,6 @@ def test_the_same_inputs_continue(tmp_path: Path) -> None:
     files = FilesDigest(21, "f0" * 32, ())
     newer = replace(manifest.header, version="99.0")
     assert open_manifest(manifest.folder, newer, files) == manifest
-
-
-CPU, GPU = {"device": "cpu"}, {"device": "cuda", "batch_size": 256}
 
 
 SETTINGS = [
@@ -71,22 +69,6 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, change: dict, messag
 def test_every_setting_is_compared() -> None:
     tested = {name for change, _ in SETTINGS for name in change}
     assert tested | {"jpeg_quality"} == set(ShardSettings.__dataclass_fields__)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "difference"),
-    [
-        ({}, CPU, []),  # an older version's, whose bytes on CPU are the same
-        (CPU, {"device": "cpu", "batch_size": 7}, []),  # changes nothing there
-        (CPU, GPU, ["--device was cpu, now cuda"]),
-        (GPU, CPU, ["--device was cuda, now cpu"]),
-        (GPU, {"device": "cuda", "batch_size": 64}, ["--batch-size was 256, now 64"]),
-    ],
-)
-def test_what_computed_is_compared_where_it_decides_bytes(
-    old: dict, new: dict, difference: list[str]
-) -> None:
-    assert header_differences(make_header(**old), make_header(**new)) == difference
 
 
 def test_jpeg_quality_counts_for_jpeg_alone(tmp_path: Path) -> None:

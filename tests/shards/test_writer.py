@@ -15,7 +15,8 @@ from PIL import Image
 from anchorpatch.errors import ShardError
 from anchorpatch.settings import CODECS, SCALES
 from anchorpatch.shards import layout
-from anchorpatch.shards.layout import ShardHeader, cut_patches
+from anchorpatch.shards.header import ShardHeader
+from anchorpatch.shards.layout import cut_patches
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 from tests.shards.samples import make_batch, make_header, make_settings, split_batch
 
