@@ -201,6 +201,7 @@ def load_for_whole_images(
     classes: tuple[str, ...],
     runs: Path,
     message: Callable[[str], None] = lambda text: None,
+    weights: str | os.PathLike[str] | None = None,
     *,
     at_hand: Network | None = None,
     option: str = "--whole-weights",
@@ -215,12 +216,15 @@ def load_for_whole_images(
         classes: names of the outputs, in their order.
         runs: folder of training runs.
         message: called with downloads, and warned of a network that was fine-tuned on patches.
+        weights: as `load_network` takes them, in place of this choice.
         at_hand: the network that decides on patches; None for RUNS/NETWORK where it exists.
         option: that names other weights.
 
     Raises:
         WeightsError: there is none, or a file cannot be used.
     """
+    if weights is not None:
+        return load_network(name, classes, weights, message)
     baseline = best_weights(runs, name, baseline=True)
     if baseline.is_file():
         return load_network(name, classes, baseline, message)

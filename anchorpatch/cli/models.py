@@ -96,14 +96,11 @@ def _rows(names: tuple[str, ...], classes: int, sides: list[int]) -> list[dict[s
         check_name(name)
     wanted = tuple(dict.fromkeys(names)) or tuple(NETWORKS)
     progress = reporter()
-    progress.start("counting", len(wanted), unit="networks")
     rows: list[dict[str, Any]] = []
-    try:
+    with progress.counting("counting", len(wanted), unit="networks"):
         for name in wanted:
             rows += summaries(name, classes, sides)
             progress.advance(1)
-    finally:
-        progress.stop()
     return rows
 
 

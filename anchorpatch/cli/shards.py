@@ -73,13 +73,9 @@ def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
         manifest: Manifest | None = None
         with suppress(ShardError):  # a damaged manifest is the problem that is found
             manifest = read_manifest(split)
-        report.start(
-            f"verify {split.name}", sum(e.images for e in manifest.entries) if manifest else 0
-        )
-        try:
+        images = sum(entry.images for entry in manifest.entries) if manifest else 0
+        with report.counting(f"verify {split.name}", images):
             problems = verify_folder(split, jobs=jobs or -1, done=report.advance)
-        finally:
-            report.stop()
         found = {"folder": str(split), "shards": None, "problems": [p._asdict() for p in problems]}
         splits.append({**found, "repair": None})
         if manifest is not None:
@@ -144,11 +140,8 @@ def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
     splits = []
     for name in sorted(parts[0]):
         sources = [of_folder[name] for of_folder in parts]
-        report.start(f"merge {name}", read_manifest(sources[0]).files_count)
-        try:
+        with report.counting(f"merge {name}", read_manifest(sources[0]).files_count):
             splits.append(merge_split(sources, out / name, report.advance))
-        finally:
-            report.stop()
     failed = any(merged.problems for merged in splits)
     if as_json:
         print_json({"ok": not failed, "splits": [to_json(merged) for merged in splits]})

@@ -36,13 +36,7 @@ from anchorpatch.figures.localizers import (
 from anchorpatch.images.folder import without_images
 from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.jobs.patch_scores import Distributions
-from anchorpatch.networks import (
-    Network,
-    asked_text,
-    load_checkpoint,
-    load_for_whole_images,
-    load_network,
-)
+from anchorpatch.networks import Network, asked_text, load_checkpoint, load_for_whole_images
 from anchorpatch.runtime.checkpoint import load_weights, read_meta
 from anchorpatch.runtime.device import exact_float32, keep_freed_memory, resolve_device, to_device
 from anchorpatch.runtime.progress import Reporter
@@ -314,10 +308,9 @@ def measure_coverage(
         keep_freed_memory()
     anchornet = load_weights(config.anchornet_weights)
     name, classes, say = config.network, source.classes, report.message
-    if config.weights is not None:
-        network = load_network(name, classes, config.weights, say)
-    else:
-        network = load_for_whole_images(name, classes, config.runs, say, option="--weights")
+    network = load_for_whole_images(
+        name, classes, config.runs, say, config.weights, option="--weights"
+    )
     see = See(anchornet, device, config.iou_threshold, config.engine)
     localizers, weights, left_out = _localizers(config, network, device)
     if not localizers:
@@ -340,16 +333,13 @@ def measure_coverage(
     batches = []
     # Deciding on one batch in every way may take a minute: each decision counts.
     ways = 2 + 2 * len(localizers) * len(config.areas)
-    report.start("measuring coverage", len(rows) * ways, unit="decisions")
-    try:
+    with report.counting("measuring coverage", len(rows) * ways, unit="decisions"):
         for crops in source.batches(rows.tolist(), size):
             with exact_float32():
                 seen = see(crops.rows, crops.pixels)
                 labels = to_device(crops.labels, device)
                 shown = _shown(seen, [localize for _, localize in localizers], config.areas)
                 batches.append(np.stack([right(pixels, labels) for pixels in shown]))
-    finally:
-        report.stop()
     if not batches:
         raise DataError(f"{source.name}: none of the chosen images can be decoded")
     black, whole, *parts = np.concatenate(batches, -1)

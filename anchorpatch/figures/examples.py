@@ -250,16 +250,13 @@ def look_at(
         seen.append(part)
         reporter.advance(len(part))
 
-    reporter.start("look at images", len(rows))
-    try:
+    with reporter.counting("look at images", len(rows)):
         for crops in source.batches(rows, _BATCH):
             waiting.append((crops.rows, localizer.submit(crops.pixels)))
             if len(waiting) > 2:
                 take()
         while waiting:
             take()
-    finally:
-        reporter.stop()
     if not seen:
         raise DataError(
             f"{source.name}: none of {len(rows)} images can be decoded; the first is "

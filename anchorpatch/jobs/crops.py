@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.transforms import v2
 
 from anchorpatch.errors import CorruptShard, DataError, ShardError
 from anchorpatch.images.folder import ImageFolder, scan_folder
@@ -72,6 +73,12 @@ class Crops(NamedTuple):
     rows: NDArray[np.int64]
     pixels: Tensor
     labels: NDArray[np.int64]
+
+    def rescaled(self, side: int) -> Crops:
+        """Return the images in another size, antialiased bilinear."""
+        images = self.pixels.permute(0, 3, 1, 2)
+        resized: Tensor = v2.functional.resize(images, [side, side], antialias=True)
+        return self._replace(pixels=resized.permute(0, 2, 3, 1))
 
 
 class _Stored(NamedTuple):

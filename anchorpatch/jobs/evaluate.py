@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import v2
 
 from anchorpatch.errors import DataError, WeightsError
 from anchorpatch.images.folder import spread_rows, without_images
@@ -46,13 +45,8 @@ from anchorpatch.networks import (
     load_tuned,
 )
 from anchorpatch.runtime.checkpoint import Weights, load_weights
-from anchorpatch.runtime.device import (
-    check_precision,
-    computing_on,
-    keep_freed_memory,
-    resolve_device,
-)
-from anchorpatch.runtime.distributed import World, process_group
+from anchorpatch.runtime.device import computing_on, joined
+from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import CROP, SCALES
 from anchorpatch.shards.reader import ShardReader
@@ -79,8 +73,7 @@ class EvaluateConfig:
         per_scale: take one network per scale also where there is one for all.
         whole: also evaluate whole images, where there are some.
         whole_weights: the same as ``weights`` for whole images, and for both columns of
-            Table 4; None for the first of RUNS/NETWORK-baseline/best.safetensors, ``weights``
-            unless they were fine-tuned on patches, the pretrained set, and ``weights``.
+            Table 4; None: as `anchorpatch.networks.load_for_whole_images` chooses.
         data: folder of the images, for shards that hold no whole images.
         anchornet_weights: of AnchorNet, to measure speed; None for
             RUNS/anchornet/best.safetensors where it exists.
@@ -127,9 +120,10 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
         SettingsError: no such network, or it cannot take a patch.
         StorageError: the predictions cannot be written.
     """
-    if config.predictions is not None:
-        Predictions.check(config.predictions)
     with _Evaluation.prepare(config, progress) as job:
+        predictions = None
+        if config.predictions is not None:
+            predictions = Predictions(config.predictions, job.reader, job.device)
         whole, why_not = job.find_whole()
         anchornet, no_speed = job.find_anchornet(whole, why_not)
         networks = job.for_patches()
@@ -148,9 +142,6 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
         gmacs = {side: macs(module, side) / 1e9 for side in (*config.scales, CROP)}
         gmacs_anchornet = macs(localizer, CROP, localizer.localize) / 1e9
         figures = job.score_whole(asked, whole, config.scales) if asked and whole else None
-        predictions = None
-        if config.predictions is not None:
-            predictions = Predictions(config.predictions, job.reader, job.device)
         patches = job.score_patches(networks, keep=predictions.keep if predictions else None)
         if predictions is not None:
             predictions.write(job.world)
@@ -167,10 +158,7 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
             whole_source=whole.description if whole and asked else None,
             gmacs_whole=gmacs[CROP],
             gmacs_anchornet=gmacs_anchornet,
-            rows=tuple(
-                replace(row, weights=weights[row.scale])
-                for row in table_3_rows(patches, figures, gmacs, gmacs_anchornet)
-            ),
+            rows=table_3_rows(patches, figures, gmacs, gmacs_anchornet, weights),
             speed=speed,
             left_out=tuple(f"{what}: {why}" for what, why in missing.items() if why),
             whole_trained_on=asked.trained_on if asked else "",
@@ -193,7 +181,7 @@ def run_rescale(config: EvaluateConfig, progress: Reporter | None = None) -> Tab
         network = job.for_whole_images()
         job.report.message(computing_on(job.device))
         rescaled = {
-            scale: job.score_whole(network, whole, (scale,), partial(_rescaled, side=scale))
+            scale: job.score_whole(network, whole, (scale,), partial(Crops.rescaled, side=scale))
             for scale in config.scales
         }
         localized = job.score_patches(dict.fromkeys(config.scales, network), most=1)
@@ -205,14 +193,6 @@ def run_rescale(config: EvaluateConfig, progress: Reporter | None = None) -> Tab
             rows=table_4_rows(rescaled, localized),
             trained_on=network.trained_on,
         )
-
-
-def _rescaled(batch: Crops, side: int) -> Crops:
-    """Make whole images as small as a patch: antialiased bilinear."""
-    pixels: Tensor = v2.functional.resize(
-        batch.pixels.permute(0, 3, 1, 2), [side, side], antialias=True
-    )
-    return batch._replace(pixels=pixels.permute(0, 2, 3, 1))
 
 
 @dataclass(frozen=True)
@@ -229,12 +209,7 @@ class _Evaluation:
     @contextmanager
     def prepare(cls, config: EvaluateConfig, progress: Reporter | None) -> Iterator[_Evaluation]:
         """Open and check everything; see `anchorpatch.jobs.evaluate.run` for errors."""
-        device = resolve_device(config.device)
-        check_precision(config.precision, device)
-        with process_group(device) as world:
-            report = progress if progress is not None and world.is_main else Reporter()
-            if device.type == "cpu":
-                keep_freed_memory()
+        with joined(config.device, progress, config.precision) as (device, world, report):
             # Without weights yet: what cannot be is said at once.
             check_name(config.network)
             check_sides(config.network, build_on_meta(config.network), config.scales)
@@ -269,20 +244,17 @@ class _Evaluation:
         self, whole: ImageSource | None, why_not: str | None
     ) -> tuple[Weights | None, str | None]:
         """Return AnchorNet's weights if speed can be measured, or why it cannot."""
-        path = self.config.anchornet_weights
-        best = best_weights(self.config.runs, "anchornet")
-        if not self.config.speed:
+        config = self.config
+        path = config.anchornet_weights or best_weights(config.runs, "anchornet")
+        if not config.speed:
             return None, None
-        if self.config.scales != SCALES:
+        if config.scales != SCALES:
             return None, "needs the images of all scales"
         if whole is None:
             return None, why_not
-        if path is None and not best.is_file():
-            return None, (
-                f"needs AnchorNet's weights, and {best} does not exist: name them with "
-                "--anchornet-weights"
-            )
-        weights = load_weights(path or best)
+        if config.anchornet_weights is None and not path.is_file():
+            return None, f"needs --anchornet-weights, as {path} does not exist"
+        weights = load_weights(path)
         if weights.sha256 != self.reader.header.weights_sha256:
             self.report.message(
                 f"{weights.path}: not the weights that the shards were made with; AnchorNet may "
@@ -297,23 +269,23 @@ class _Evaluation:
             WeightsError: there is none, or it cannot be used.
         """
         config, name = self.config, self.config.network
-        load = partial(load_tuned, name, self.reader.classes, message=self.report.message)
+        classes, message = self.reader.classes, self.report.message
         if config.weights is not None:
-            return dict.fromkeys(config.scales, self._load(config.weights))
+            given = load_network(name, classes, config.weights, message)
+            return dict.fromkeys(config.scales, given)
         path = best_weights(config.runs, name)
         paths = {scale: best_weights(config.runs, name, scale=scale) for scale in config.scales}
         missing = [scale for scale, file in paths.items() if not file.is_file()]
         if path.is_file() and not config.per_scale:
-            return dict.fromkeys(config.scales, load(path))
+            return dict.fromkeys(config.scales, load_tuned(name, classes, path, message))
         if not missing:
-            return {scale: load(file) for scale, file in paths.items()}
-        advice = f"run `anchorpatch finetune {name}`"
-        if config.per_scale or len(missing) < len(paths):
-            path = paths[missing[0]]
-            advice = f"run `anchorpatch finetune {name} --scale {missing[0]}`"
+            return {s: load_tuned(name, classes, file, message) for s, file in paths.items()}
+        one_of_several = config.per_scale or len(missing) < len(paths)
+        option = f" --scale {missing[0]}" if one_of_several else ""
         raise WeightsError(
-            f"{path} does not exist: {advice}, or name weights with --weights FILE (--weights "
-            "default: the published ones)"
+            f"{paths[missing[0]] if one_of_several else path} does not exist: run `anchorpatch "
+            f"finetune {name}{option}`, or name weights with --weights FILE (--weights default: "
+            "the published ones)"
         )
 
     def for_whole_images(self, at_hand: Network | None = None) -> Network:
@@ -323,20 +295,9 @@ class _Evaluation:
             at_hand: the network that decides on all patches, where there is one.
         """
         config = self.config
+        name, classes, message = config.network, self.reader.classes, self.report.message
         given = config.whole_weights or (config.weights if at_hand is None else None)
-        if given is not None:
-            return self._load(given)
-        return load_for_whole_images(
-            config.network,
-            self.reader.classes,
-            config.runs,
-            self.report.message,
-            at_hand=at_hand,
-        )
-
-    def _load(self, source: str | Path) -> Network:
-        name, message = self.config.network, self.report.message
-        return load_network(name, self.reader.classes, source, message)
+        return load_for_whole_images(name, classes, config.runs, message, given, at_hand=at_hand)
 
     def score_patches(
         self, networks: Mapping[int, Network], *, most: int | None = None, keep: Keep | None = None
@@ -385,16 +346,16 @@ class _Evaluation:
         """Give this process's images of the scales, and what counts those that are done."""
         rows = self.rows(scales)
         mine = rows[list(self.world.share(len(rows)))]
-        self.report.start(f"evaluating {what}", len(rows))
-        try:
+        with self.report.counting(f"evaluating {what}", len(rows)):
             yield mine, self.world.counter(self.report.advance, len(mine), len(rows))
-        finally:
-            self.report.stop()
 
     def measure(
         self, networks: Mapping[int, Network], whole: ImageSource, weights: Weights
     ) -> Speed | None:
-        """Measure both ways in the main process; None in the others."""
+        """Time both ways from pixels in memory to decisions in memory, taking turns.
+
+        That is for the main process: None in the others.
+        """
         if not self.world.is_main:
             return None
         self.report.message("measuring speed")
@@ -403,47 +364,31 @@ class _Evaluation:
         pixels = torch.cat([batch.pixels for batch in whole.batches(some, size)])
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
+        batches, patches = torch.split(pixels, size), 0
         runs = {scale: self._on_device(network) for scale, network in networks.items()}
         computing = self.device, self.config.engine, self.config.precision
-        lsp = self.reader.settings.lsp
-        with Localizer(weights, lsp, *computing, batch_size=size) as localizer:
-            return _measured(runs, localizer, pixels, size)
+        localizer = Localizer(weights, self.reader.settings.lsp, *computing, batch_size=size)
 
+        def whole_images() -> list[Tensor]:
+            return [runs[SCALES[0]](batch).argmax(1) for batch in batches]
 
-@torch.inference_mode()
-def _measured(
-    networks: Mapping[int, Distributions], localizer: Localizer, pixels: Tensor, batch_size: int
-) -> Speed:
-    """Time both ways from pixels in memory to decisions in memory, taking turns.
+        def by_patches() -> list[Tensor]:
+            nonlocal patches
+            patches, decided = 0, []
+            for batch in batches:
+                found = localizer.submit(batch).result()
+                on_device = batch.to(self.device, non_blocking=True)
+                decided.append(sum_localized(runs, found, on_device, size).argmax(1))
+                patches += int(found.counts.sum())
+            return decided
 
-    Args:
-        networks: of one architecture, by the scale of the patches that they decide on.
-        localizer: AnchorNet, the decision and LSP, on the same device.
-        pixels: uint8 (n, 224, 224, 3), n at least 1; in pinned memory for a GPU.
-        batch_size: of whole images, and of patches.
-    """
-    batches, patches = torch.split(pixels, batch_size), 0
-
-    def whole_images() -> None:
-        decided = [networks[SCALES[0]](batch).argmax(1) for batch in batches]
-        torch.cat(decided).cpu()  # waits for the device
-
-    def by_patches() -> None:
-        nonlocal patches
-        patches, decided = 0, []
-        for batch in batches:
-            found = localizer.submit(batch).result()
-            on_device = batch.to(localizer.device, non_blocking=True)
-            decided.append(sum_localized(networks, found, on_device, batch_size).argmax(1))
-            patches += int(found.counts.sum())
-        torch.cat(decided).cpu()
-
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(1 + _ROUNDS):
-        for way, times in zip((whole_images, by_patches), seconds, strict=True):
-            began = time.perf_counter()
-            way()
-            times.append(time.perf_counter() - began)
-    n = len(pixels)
-    whole, by = (n / median(times[1:]) for times in seconds)
-    return Speed(n, _ROUNDS, whole, by, by / whole, patches / n)
+        seconds: tuple[list[float], list[float]] = ([], [])
+        with localizer, torch.inference_mode():
+            for _ in range(1 + _ROUNDS):
+                for way, times in zip((whole_images, by_patches), seconds, strict=True):
+                    began = time.perf_counter()
+                    torch.cat(way()).cpu()  # waits for the device
+                    times.append(time.perf_counter() - began)
+        n = len(pixels)
+        of_whole, of_patches = (n / median(times[1:]) for times in seconds)
+        return Speed(n, _ROUNDS, of_whole, of_patches, of_patches / of_whole, patches / n)

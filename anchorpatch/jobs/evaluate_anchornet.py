@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,8 @@ from anchorpatch.metrics import AnchorNetAccuracy, per_branch
 from anchorpatch.models.anchornet import Logits
 from anchorpatch.models.complexity import macs
 from anchorpatch.runtime.checkpoint import Weights, load_weights
-from anchorpatch.runtime.device import (
-    computing_on,
-    exact_float32,
-    keep_freed_memory,
-    resolve_device,
-    to_device,
-)
-from anchorpatch.runtime.distributed import World, process_group, sum_ranks
+from anchorpatch.runtime.device import computing_on, exact_float32, joined, to_device
+from anchorpatch.runtime.distributed import World, sum_ranks
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import CROP, PRESETS, SCALES
 from anchorpatch.text import counted
@@ -74,11 +69,7 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
         WeightsError: the weights cannot be used.
         TooManyBadImages: too many images cannot be decoded.
     """
-    device = resolve_device(config.device)
-    with process_group(device) as world:
-        report = progress if progress is not None and world.is_main else Reporter()
-        if device.type == "cpu":
-            keep_freed_memory()
+    with joined(config.device, progress) as (device, world, report):
         weights = load_weights(config.weights)
         folder = scan_folder(
             config.data,
@@ -102,9 +93,8 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
         )
         bad = damaged = 0
         report.message(computing_on(device, meter.engine))
-        report.start("evaluating", len(folder))
         advance = world.counter(report.advance, len(rows), len(folder))
-        try:
+        with report.counting("evaluating", len(folder)), closing(loaded):
             for batch in loaded:
                 bad += len(batch.bad)
                 damaged += len(batch.damaged)
@@ -112,9 +102,6 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
                     labels = torch.from_numpy(folder.labels[batch.index].astype(np.int64))
                     meter.update(batch.pixels, labels)
                 advance(len(batch.index) + len(batch.bad))
-        finally:
-            loaded.close()
-            report.stop()
         skipped, damaged = sum_ranks(torch.tensor([bad, damaged], device=device)).tolist()
         if skipped > config.max_bad * len(folder):
             raise folder.too_many_bad(skipped, len(folder), config.max_bad)

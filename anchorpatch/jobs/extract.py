@@ -465,11 +465,10 @@ def _rejected(plan: _Plan, manifest: Manifest, reporter: Reporter) -> list[Shard
     entries = [entry for entry in manifest.entries if entry.name in set(done)]
     rejected: set[str] = set()
     if plan.config.repair:
-        reporter.start(f"verify {plan.config.split}", sum(entry.images for entry in entries))
-        try:
+        with reporter.counting(
+            f"verify {plan.config.split}", sum(entry.images for entry in entries)
+        ):
             problems = verify_shards(manifest, entries, plan.config.workers or 1, reporter.advance)
-        finally:
-            reporter.stop()
         rejected |= {problem.shard for problem in problems}
         reporter.message(f"repair: {len(rejected)} of {len(entries)} shards are damaged")
     if plan.config.retry_skipped:

@@ -145,13 +145,8 @@ def added_by_image(probabilities: Tensor, part: Part, carry: Tensor | None) -> T
         # Put in front, a sum goes on patch by patch as if no batch had ended.
         probabilities = torch.cat((carry[None], probabilities))
         lengths = np.concatenate((lengths[:1] + 1, lengths[1:]))
-    return torch.segment_reduce(
-        probabilities,
-        "sum",
-        lengths=to_device(lengths, probabilities.device),
-        axis=0,
-        unsafe=True,
-    )
+    on_device = to_device(lengths, probabilities.device)
+    return torch.segment_reduce(probabilities, "sum", lengths=on_device, axis=0, unsafe=True)
 
 
 @torch.inference_mode()
@@ -297,24 +292,14 @@ class Predictions:
         path: of the file: .csv to read, .npz for programs.
         reader: of the shards.
         device: which the processes exchange tensors on.
+
+    Raises:
+        SettingsError: the suffix is neither .csv nor .npz.
+        StorageError: the file's folder cannot be made or written to, or the path is a folder.
     """
 
     def __init__(self, path: Path, reader: ShardReader, device: torch.device) -> None:
-        n, classes = len(reader), len(reader.classes)
-        self.path, self._reader, self._device = path, reader, device
-        self._csv = path.suffix.lower() == ".csv"
-        self._top = np.zeros((n, min(_TOP, classes)), np.int32)
-        self._best = np.zeros(self._top.shape, np.float64)
-        self._all = np.zeros((0 if self._csv else n, classes), np.float32)
-
-    @staticmethod
-    def check(path: Path) -> None:
-        """Raise where predictions could not be written, before the work and not after it.
-
-        Raises:
-            SettingsError: the suffix is neither .csv nor .npz.
-            StorageError: the file's folder cannot be made or written to, or the path is a folder.
-        """
+        # Before the work, and not after it.
         if path.suffix.lower() not in (".csv", ".npz"):
             raise SettingsError(
                 f"--predictions {path}: expected a file that ends with .csv or .npz, "
@@ -325,6 +310,12 @@ class Predictions:
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             what = "it is a folder" if path.is_dir() else f"{path.parent} is not writable"
             raise StorageError(f"{path}: cannot write: {what}: choose another --predictions")
+        n, classes = len(reader), len(reader.classes)
+        self.path, self._reader, self._device = path, reader, device
+        self._csv = path.suffix.lower() == ".csv"
+        self._top = np.zeros((n, min(_TOP, classes)), np.int32)
+        self._best = np.zeros(self._top.shape, np.float64)
+        self._all = np.zeros((0 if self._csv else n, classes), np.float32)
 
     def keep(self, rows: NDArray[np.int64], probabilities: NDArray[np.float64]) -> None:
         """Note images (n,) and their mean distributions (n, C)."""

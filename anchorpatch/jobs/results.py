@@ -213,8 +213,16 @@ class Table3:
         return (with_total(f"Table 3: {self.network}", columns, rows, notes),)
 
 
+#: Columns of a row from ``mean_patches`` to ``saved_with_anchornet``.
+_Cost = tuple[float | None, float | None, float | None, float | None, float | None]
+
+
 def table_3_rows(
-    figures: PatchFigures, whole: Figures | None, gmacs: Mapping[int, float], anchornet: float
+    figures: PatchFigures,
+    whole: Figures | None,
+    gmacs: Mapping[int, float],
+    anchornet: float,
+    weights: Mapping[str, str | None],
 ) -> tuple[Table3Row, ...]:
     """Return the lines of Table 3: whole images, where there are any, each scale, and all.
 
@@ -223,27 +231,30 @@ def table_3_rows(
         whole: of the network on whole images.
         gmacs: of the network for one input, by its side: 224 px and each scale.
         anchornet: GMACs of localizing one image.
+        weights: what the network of each row was loaded from.
     """
     at_224 = gmacs[CROP]
 
     def saved(spent: float | None) -> float | None:
         return None if spent is None or not at_224 else 1 - spent / at_224
 
-    def row(scale: str, found: Figures, spent: float) -> Table3Row:
+    def row(scale: str, found: Figures, cost: _Cost) -> Table3Row:
+        decided = (found.top1, found.top5, found.loss)
+        return Table3Row(scale, found.images, *cost, *decided, weights.get(scale))
+
+    def of_patches(scale: str, found: Figures, spent: float) -> Table3Row:
         mean = spent / found.images if found.images else None
         both = None if mean is None else mean + anchornet
-        cost = (found.mean_patches, mean, saved(mean), both, saved(both))
-        return Table3Row(scale, found.images, *cost, found.top1, found.top5, found.loss)
+        return row(scale, found, (found.mean_patches, mean, saved(mean), both, saved(both)))
 
     rows, total = [], 0.0
     if whole is not None:
-        cost = (None, at_224, None, None, None)
-        rows.append(Table3Row(str(CROP), whole.images, *cost, whole.top1, whole.top5, whole.loss))
+        rows.append(row(str(CROP), whole, (None, at_224, None, None, None)))
     for scale, found in figures.by_scale.items():
         spent = found.patches * gmacs[scale]
-        rows.append(row(str(scale), found, spent))
+        rows.append(of_patches(str(scale), found, spent))
         total += spent
-    return (*rows, row("all", figures, total))
+    return (*rows, of_patches("all", figures, total))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.runtime.distributed import environment_number
+from anchorpatch.runtime.distributed import World, environment_number, process_group
+from anchorpatch.runtime.progress import Reporter
 from anchorpatch.text import counted
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -152,6 +153,31 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+@contextmanager
+def joined(
+    name: str, progress: Reporter | None, precision: str = "float32"
+) -> Iterator[tuple[torch.device, World, Reporter]]:
+    """Join the processes of a job that computes, and keep freed memory on a CPU.
+
+    Args:
+        name: of the device, as `resolve_device` takes it.
+        progress: where the main process shows progress.
+        precision: that the device must have.
+
+    Yields:
+        Device, processes, and where this one shows progress.
+
+    Raises:
+        SettingsError: the device or the precision cannot be used.
+    """
+    device = resolve_device(name)
+    check_precision(precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    with process_group(device) as world:
+        yield device, world, progress if progress is not None and world.is_main else Reporter()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -18,6 +18,15 @@ class Reporter:
     def start(self, description: str, total: int, done: int = 0, unit: str = "images") -> None:
         """Begin to count up to ``total``; ``done`` of it was done by an earlier run."""
 
+    @contextmanager
+    def counting(self, description: str, total: int, unit: str = "images") -> Iterator[None]:
+        """Count up to ``total`` during the block."""
+        self.start(description, total, unit=unit)
+        try:
+            yield
+        finally:
+            self.stop()
+
     def advance(self, n: int, **counts: int) -> None:
         """Add ``n`` to the count, and numbers to the further counts beside it."""
 

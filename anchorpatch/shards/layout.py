@@ -40,10 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorpatch.errors import CorruptShard, ShardError, reason_of
-from anchorpatch.settings import (
-    CROP,
-    SCALES,
-)
+from anchorpatch.settings import CROP, SCALES
 from anchorpatch.shards.header import ShardHeader, ShardSettings
 
 FORMAT_VERSION: Final = 1

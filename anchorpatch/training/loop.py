@@ -42,7 +42,7 @@ from anchorpatch.errors import Interrupted, NonFiniteError, SettingsError, Weigh
 from anchorpatch.metrics import hits
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_state, save_state, save_weights
-from anchorpatch.runtime.device import computing_on, keep_freed_memory, peak_memory, to_device
+from anchorpatch.runtime.device import computing_on, peak_memory, to_device
 from anchorpatch.runtime.distributed import World, any_rank, average_buffers
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.signals import StopRequested, StopSignals
@@ -229,8 +229,6 @@ class Trainer:
         self.device, self.world = device, task.world
         self.folder, self._checkpoint = config.folder, config.folder / CHECKPOINT
         self.log = RunLog(self.folder, main=self.world.is_main, tensorboard=config.tensorboard)
-        if device.type == "cpu":
-            keep_freed_memory()
         torch.manual_seed(config.seed)
         self.module = task.build()
         if config.channels_last:

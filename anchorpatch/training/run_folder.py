@@ -14,8 +14,8 @@ import torch
 
 from anchorpatch.errors import DataError, MissingDependency, StorageError, WeightsError, reason_of
 from anchorpatch.runtime.checkpoint import versions
-from anchorpatch.runtime.device import resolve_device
-from anchorpatch.runtime.distributed import World, any_rank, process_group, sum_ranks
+from anchorpatch.runtime.device import joined
+from anchorpatch.runtime.distributed import World, any_rank, sum_ranks
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.storage import lock_file, refusals, write_atomically
 from anchorpatch.tables import number
@@ -155,9 +155,11 @@ def open_run(
         SettingsError: the device cannot be used.
         StorageError: another run is at work in the folder, or the disk refuses.
     """
-    device = resolve_device(config.device)
-    with process_group(device) as world, alone_in(config.folder, world, device):
-        yield device, world, progress if progress is not None and world.is_main else Reporter()
+    with (
+        joined(config.device, progress) as (device, world, report),
+        alone_in(config.folder, world, device),
+    ):
+        yield device, world, report
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.settings import SCALES
 from tests.report.samples import ANCHORNET, DASH, TABLE_3, TABLE_4, texts
 
-COSTS = ({63: 0.4, 95: 0.9, 111: 1.1, 224: 4.0}, 0.5)  # of the network, and of AnchorNet
+COSTS = ({63: 0.4, 95: 0.9, 111: 1.1, 224: 4.0}, 0.5, {})  # of the network, and of AnchorNet
 EMPTY = Figures(0, 0, None, None, None)
 
 
