@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 #: What no HTML may hold: control characters, and halves of surrogate pairs, which stand for
@@ -93,3 +94,26 @@ def differing(train: Sequence[str], val: Sequence[str]) -> str:
     lacking = [f"{name} only in train" for name in sorted(ours - theirs)]
     lacking += [f"{name} only in val" for name in sorted(theirs - ours)]
     return few(lacking, 5) or "another order"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that ends as a mistyped one, or is most like it; None without one.
+
+    Example:
+        >>> nearest("0001.JPEG", ["cat/0000.JPEG", "cat/0001.JPEG"]), nearest("xyz", ["cat"])
+        ('cat/0001.JPEG', None)
+    """
+    words = list(known)
+    ending = [other for other in words if other.endswith(word)]
+    return next(iter(ending or difflib.get_close_matches(word, words, 1)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean ...?`` for a mistyped word, or nothing.
+
+    Example:
+        >>> did_you_mean("bach-size", ["batch-size", "workers"])
+        " Did you mean 'batch-size'?"
+    """
+    near = nearest(word, known)
+    return f" Did you mean {near!r}?" if near else ""

@@ -13,12 +13,12 @@ from anchorpatch.cli.options import (
     Command,
     device_option,
     engine_option,
-    find_weights,
     json_option,
     precision_options,
     workers_option,
 )
 from anchorpatch.cli.output import print_json, print_tables
+from anchorpatch.demo import find_weights
 from anchorpatch.storage import to_json
 from anchorpatch.text import counted
 

@@ -14,7 +14,6 @@ from anchorpatch.cli.options import (
     data_option,
     device_option,
     engine_option,
-    find_weights,
     json_option,
     labels_option,
     limit_option,
@@ -27,6 +26,7 @@ from anchorpatch.cli.options import (
     workers_option,
 )
 from anchorpatch.cli.output import print_result
+from anchorpatch.demo import find_weights
 from anchorpatch.settings import SCALES
 from anchorpatch.storage import write_atomically
 

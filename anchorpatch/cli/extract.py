@@ -16,7 +16,6 @@ from anchorpatch.cli.options import (
     data_option,
     device_option,
     engine_option,
-    find_weights,
     folder_option,
     json_option,
     labels_option,
@@ -31,6 +30,7 @@ from anchorpatch.cli.options import (
     workers_option,
 )
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
+from anchorpatch.demo import find_weights
 from anchorpatch.settings import CODECS, DAMAGED
 from anchorpatch.text import counted, tally
 

@@ -19,7 +19,6 @@ from anchorpatch.cli.options import (
     data_option,
     device_option,
     engine_option,
-    find_weights,
     grouped,
     json_option,
     labels_option,
@@ -31,6 +30,7 @@ from anchorpatch.cli.options import (
     workers_option,
 )
 from anchorpatch.cli.output import print_json, print_tables
+from anchorpatch.demo import find_weights
 from anchorpatch.settings import SCALES
 from anchorpatch.text import counted
 

@@ -14,10 +14,10 @@ from anchorpatch.cli.options import (
     data_option,
     runs_option,
     shards_option,
-    training_options,
     workers_option,
 )
 from anchorpatch.cli.output import print_json, print_records, print_table
+from anchorpatch.cli.train import training_options
 from anchorpatch.settings import SCALES
 from anchorpatch.storage import to_json
 from anchorpatch.text import counted

@@ -16,17 +16,11 @@ from typing import Any, NoReturn
 import click
 
 from anchorpatch import __version__
-from anchorpatch.cli.options import (
-    Group,
-    SharedOption,
-    debug_option,
-    did_you_mean,
-    options_of,
-    variable_name,
-)
+from anchorpatch.cli.options import Group, SharedOption, debug_option, options_of, variable_name
 from anchorpatch.cli.output import ReaderGone, open_streams
 from anchorpatch.errors import AnchorpatchError, Interrupted
 from anchorpatch.signals import STOP_SIGNALS, ending, watch_waits
+from anchorpatch.text import did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib

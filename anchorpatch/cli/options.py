@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from functools import reduce, wraps
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from anchorpatch.errors import OutOfMemory, WeightsError
+from anchorpatch.errors import OutOfMemory
 from anchorpatch.settings import ENGINES, PRECISIONS, PRESETS, default_preset
-from anchorpatch.training.config import CHOICES, LoopConfig
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -59,8 +57,7 @@ class Command(click.Command):
                 source = ctx.get_parameter_source(option.name)
                 if source is ParameterSource.ENVIRONMENT and not error.param_hint:
                     own = str(option.envvar)
-                    shared = getattr(option, "variable", own)
-                    variable = own if os.environ.get(own) else shared
+                    variable = own if os.environ.get(own) else getattr(option, "variable", own)
                     error.param_hint = f"{option.get_error_hint(ctx)} (from ${variable})"
             raise
 
@@ -69,10 +66,9 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            message = _out_of_memory(error, options_of(self))
-            if message is None:
-                raise
-            raise OutOfMemory(message) from error
+            if message := _out_of_memory(error, options_of(self)):
+                raise OutOfMemory(message) from error
+            raise
 
 
 class Group(click.Group):
@@ -104,17 +100,6 @@ def _out_of_memory(error: Exception, options: Container[str]) -> str | None:
     known = [way for option, way in ways.items() if way and option in options]
     advice = f"use {' or '.join(known[:2])}" if known else "close other programs"
     return f"out of {'GPU ' if gpu else ''}memory{needed}: {advice}"
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean ...?`` for a mistyped word, or nothing.
-
-    Example:
-        >>> did_you_mean("bach-size", ["batch-size", "workers"])
-        " Did you mean 'batch-size'?"
-    """
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def options_of(command: click.Command) -> dict[str, click.Option]:
@@ -379,8 +364,8 @@ def lsp_options(default: str | None = None, shown: str | None = None) -> Callabl
         @wraps(command)
         def with_settings(*, preset: str | None, **rest: Any) -> Any:
             name = preset or default_preset(rest["split"])
-            values = {key: rest.pop(key) for key in ("max_patches", "iou_threshold", "coverage")}
-            given = {key: value for key, value in values.items() if value is not None}
+            names = ("max_patches", "iou_threshold", "coverage")
+            given = {key: value for key in names if (value := rest.pop(key)) is not None}
             return command(preset=name, lsp=replace(PRESETS[name], **given), **rest)
 
         return options(with_settings)  # type: ignore[return-value]
@@ -412,87 +397,3 @@ def lsp_options(default: str | None = None, shown: str | None = None) -> Callabl
         ),
     )
     return add
-
-
-def training_options(default: Callable[[str], str], unit: str = "images") -> Callable[[_F], _F]:
-    """Return a decorator that adds how a network is trained, computed and recorded.
-
-    Those of the loop are None where they are not given, and the job's own defaults hold.
-
-    Args:
-        default: returns what the help says of the default of a setting, by its name.
-        unit: what is trained on.
-    """
-
-    def loop(name: str, text: str) -> Callable[[Any], Any]:
-        kind: Any = click.IntRange(min=1) if type(getattr(LoopConfig, name)) is int else float
-        if name in CHOICES:
-            kind = click.Choice(CHOICES[name])
-        option = f"--{name.replace('_', '-')}"
-        return click.option(option, type=kind, help=f"{text}  [default: {default(name)}]")
-
-    texts = {
-        "epochs": "Number of passes over the training split.",
-        "batch_size": f"Number of {unit} per step, over all processes.",
-        "accumulate": "Split each step into N smaller batches and accumulate their gradients.",
-        "optimizer": "Optimizer.",
-        "lr": "Learning rate for a batch size of 256; scaled to others, linearly for sgd and by "
-        "the square root for adamw.",
-        "weight_decay": "Weight decay, of all parameters.",
-        "schedule": "Learning rate schedule: a tenth every 30 epochs, or a cosine to 0.",
-        "warmup_epochs": "Epochs of linear warm-up.",
-        "label_smoothing": "Label smoothing.",
-        "ema_decay": "Decay of the exponential moving average of the weights; 0 disables it.",
-    }
-    return grouped(
-        *(loop(name, text) for name, text in texts.items()),
-        threads_option,
-        device_option,
-        click.option("--amp", is_flag=True, help="Compute in bfloat16 (mixed precision)."),
-        click.option(
-            "--channels-last/--no-channels-last",
-            default=LoopConfig.channels_last,
-            help="Use channels-last memory.",
-        ),
-        click.option("--compile", "compile", is_flag=True, help="Use torch.compile."),
-        click.option("--sync-batchnorm", is_flag=True, help="Synchronize BatchNorm across GPUs."),
-        click.option(
-            "--checkpoint-minutes",
-            type=click.FloatRange(min=0),
-            default=LoopConfig.checkpoint_minutes,
-            help="Minutes between checkpoints within an epoch.",
-        ),
-        click.option("--tensorboard", is_flag=True, help="Write TensorBoard event files too."),
-        click.option(
-            "--overwrite",
-            is_flag=True,
-            help="Replace a run of other settings, or weights without a checkpoint.",
-        ),
-        json_option,
-    )
-
-
-def find_weights(weights: str | None, runs: Path, option: str = "--weights") -> Path:
-    """Return the file of AnchorNet's weights that an option means.
-
-    Args:
-        weights: a file, "demo", or None where the option is not given.
-        runs: folder of training runs.
-        option: its name.
-
-    Raises:
-        WeightsError: the option is not given and there is no trained network.
-    """
-    if weights == "demo":
-        from anchorpatch.demo import demo_weights
-
-        return demo_weights()
-    if weights is not None:
-        return Path(weights)
-    trained = runs / "anchornet" / "best.safetensors"
-    if not trained.is_file():
-        raise WeightsError(
-            f"{trained} does not exist: train AnchorNet with `anchorpatch train`, pass a weights "
-            f"file with {option}, or use the bundled demo weights with {option} demo"
-        )
-    return trained

@@ -18,13 +18,13 @@ from anchorpatch.cli.options import (
     anchornet_weights_option,
     device_option,
     engine_option,
-    find_weights,
     json_option,
     lsp_options,
     precision_options,
     runs_option,
 )
 from anchorpatch.cli.output import print_json
+from anchorpatch.demo import find_weights
 from anchorpatch.errors import DataError, reason_of
 from anchorpatch.settings import LspSettings
 from anchorpatch.text import counted

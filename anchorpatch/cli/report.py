@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.options import PATH, Command, find_weights, json_option
+from anchorpatch.cli.options import PATH, Command, json_option
 from anchorpatch.cli.output import bytes_text, print_json
+from anchorpatch.demo import find_weights
 from anchorpatch.text import clean, counted
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.options import PATH, Command, Group, did_you_mean, json_option
+from anchorpatch.cli.options import PATH, Command, Group, json_option
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.errors import ShardError, WeightsError
 from anchorpatch.storage import sha256_of, to_json
-from anchorpatch.text import counted, few, tally
+from anchorpatch.text import counted, did_you_mean, few, tally
 
 if TYPE_CHECKING:
     from anchorpatch.shards.manifest import Manifest, SplitFacts
@@ -296,8 +296,8 @@ def _find(reader: ShardReader, image: str) -> int:
     elif image in skipped:
         problem = f"{image} was skipped: {skipped[image]}"
     else:
-        ending = [path for path in paths if path.endswith(image)]
-        near = f" Did you mean {ending[0]!r}?" if ending else did_you_mean(image, paths)
         images = counted(len(paths), "image")
-        problem = f"{image!r} is none of the {images} of {reader.folder}.{near}"
+        problem = f"{image!r} is none of the {images} of {reader.folder}." + did_you_mean(
+            image, paths
+        )
     raise click.BadParameter(problem, param_hint="'IMAGE'")

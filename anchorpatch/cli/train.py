@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -14,20 +15,84 @@ from anchorpatch.cli.options import (
     allow_empty_option,
     background_option,
     data_option,
+    device_option,
+    grouped,
+    json_option,
     labels_option,
     max_bad_option,
     runs_option,
-    training_options,
+    threads_option,
     workers_option,
 )
 from anchorpatch.cli.output import print_json, print_records
 from anchorpatch.settings import ARCHITECTURES, CROP_MODES
 from anchorpatch.storage import to_json
 from anchorpatch.text import counted, tally
-from anchorpatch.training.config import RECIPES, TrainConfig
+from anchorpatch.training.config import CHOICES, RECIPES, LoopConfig, TrainConfig
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.train import TrainSummary
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def training_options(default: Callable[[str], str], unit: str = "images") -> Callable[[_F], _F]:
+    """Return a decorator that adds how a network is trained, computed and recorded.
+
+    Those of the loop are None where they are not given, and the job's own defaults hold.
+
+    Args:
+        default: returns what the help says of the default of a setting, by its name.
+        unit: what is trained on.
+    """
+
+    def loop(name: str, text: str) -> Callable[[Any], Any]:
+        kind: Any = click.IntRange(min=1) if type(getattr(LoopConfig, name)) is int else float
+        if name in CHOICES:
+            kind = click.Choice(CHOICES[name])
+        option = f"--{name.replace('_', '-')}"
+        return click.option(option, type=kind, help=f"{text}  [default: {default(name)}]")
+
+    texts = {
+        "epochs": "Number of passes over the training split.",
+        "batch_size": f"Number of {unit} per step, over all processes.",
+        "accumulate": "Split each step into N smaller batches and accumulate their gradients.",
+        "optimizer": "Optimizer.",
+        "lr": "Learning rate for a batch size of 256; scaled to others, linearly for sgd and by "
+        "the square root for adamw.",
+        "weight_decay": "Weight decay, of all parameters.",
+        "schedule": "Learning rate schedule: a tenth every 30 epochs, or a cosine to 0.",
+        "warmup_epochs": "Epochs of linear warm-up.",
+        "label_smoothing": "Label smoothing.",
+        "ema_decay": "Decay of the exponential moving average of the weights; 0 disables it.",
+    }
+    return grouped(
+        *(loop(name, text) for name, text in texts.items()),
+        threads_option,
+        device_option,
+        click.option("--amp", is_flag=True, help="Compute in bfloat16 (mixed precision)."),
+        click.option(
+            "--channels-last/--no-channels-last",
+            default=LoopConfig.channels_last,
+            help="Use channels-last memory.",
+        ),
+        click.option("--compile", "compile", is_flag=True, help="Use torch.compile."),
+        click.option("--sync-batchnorm", is_flag=True, help="Synchronize BatchNorm across GPUs."),
+        click.option(
+            "--checkpoint-minutes",
+            type=click.FloatRange(min=0),
+            default=LoopConfig.checkpoint_minutes,
+            help="Minutes between checkpoints within an epoch.",
+        ),
+        click.option("--tensorboard", is_flag=True, help="Write TensorBoard event files too."),
+        click.option(
+            "--overwrite",
+            is_flag=True,
+            help="Replace a run of other settings, or weights without a checkpoint.",
+        ),
+        json_option,
+    )
 
 
 @click.command(cls=Command)

@@ -1,6 +1,6 @@
-"""The procedural sample set, and the weights that come with the package.
+"""The procedural sample set, and which weights of AnchorNet an option means.
 
-The bundled weights are those of an AnchorNet trained on scenes.
+The bundled ones are those of an AnchorNet trained on scenes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 
 from anchorpatch.errors import WeightsError
 
-__all__ = ["NAME", "demo_weights"]
+__all__ = ["NAME", "demo_weights", "find_weights"]
 
 #: File name of the bundled weights, in this package.
 NAME: Final = "anchornet-scenes.safetensors"
@@ -31,3 +31,27 @@ def demo_weights() -> Path:
             "train on scenes and name the file with --weights"
         )
     return path
+
+
+def find_weights(weights: str | None, runs: Path, option: str = "--weights") -> Path:
+    """Return the file of AnchorNet's weights that an option means.
+
+    Args:
+        weights: a file, "demo", or None where the option is not given.
+        runs: folder of training runs.
+        option: its name.
+
+    Raises:
+        WeightsError: the option is not given and there is no trained network.
+    """
+    if weights == "demo":
+        return demo_weights()
+    if weights is not None:
+        return Path(weights)
+    trained = runs / "anchornet" / "best.safetensors"
+    if not trained.is_file():
+        raise WeightsError(
+            f"{trained} does not exist: train AnchorNet with `anchorpatch train`, pass a weights "
+            f"file with {option}, or use the bundled demo weights with {option} demo"
+        )
+    return trained

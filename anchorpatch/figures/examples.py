@@ -7,7 +7,6 @@ choice depends on the seed and the list of images alone.
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import PRESETS, SCALES, LspSettings
 from anchorpatch.tables import Table, named, text
-from anchorpatch.text import counted
+from anchorpatch.text import counted, nearest
 
 _T = TypeVar("_T")
 
@@ -296,8 +295,7 @@ def _concatenated(parts: Sequence[Localized]) -> Localized:
 def _index(name: str, known: Sequence[str], where: str, what: str) -> int:
     if name in known:
         return known.index(name)
-    ending = (path for path in known if path.endswith(name))
-    near = next(ending, None) or next(iter(difflib.get_close_matches(name, known, 1)), None)
+    near = nearest(name, known)
     hint = f"did you mean {near}?" if near else f"the first is {known[0]}"
     raise SettingsError(
         f"--{what}: {name!r} is none of the {len(known):,} {what} of {where}; {hint}"

@@ -19,7 +19,6 @@ split folder, with or without the extension.
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import io
 import os
@@ -37,7 +36,7 @@ import numpy.typing as npt
 
 from anchorpatch.errors import DataError, SettingsError, TooManyBadImages, reason_of
 from anchorpatch.storage import patiently
-from anchorpatch.text import counted, few
+from anchorpatch.text import counted, few, nearest
 
 #: What an image's name ends with, in any case.
 EXTENSIONS: Final = (
@@ -362,8 +361,8 @@ def _check_layout(data: Path, split: str) -> None:
             f"({few(splits, 5)}): it looks like a split itself; "
             f"did you mean --data {here.parent} --split {here.name}?"
         )
-    near = difflib.get_close_matches(split, splits, 1)
-    hint = f"did you mean --split {near[0]}?" if near else "choose one with --split"
+    near = nearest(split, splits)
+    hint = f"did you mean --split {near}?" if near else "choose one with --split"
     there = f"there are {few(splits, 5)}; {hint}"
     raise DataError(f"{data}: no folder of the split {split!r}; {there}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any, Final
@@ -16,6 +15,7 @@ from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.bagnet import bagnet33, bagnet77
 from anchorpatch.models.hcgnet import hcgnet_b, hcgnet_c
 from anchorpatch.models.saccader import saccader
+from anchorpatch.text import nearest
 
 #: What the name of a network of timm begins with.
 TIMM: Final = "timm:"
@@ -108,8 +108,8 @@ def check_name(name: str) -> None:
         known: Iterable[str] = (TIMM + other for other in timm.list_models())
     else:
         known = (*NETWORKS, *torchvision_names())
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    near = nearest(name, known)
+    hint = f"did you mean {near!r}? " if near else ""
     raise SettingsError(
         f"no network is named {name!r}: {hint}`anchorpatch models` lists those of the paper; any "
         f"classifier of torchvision works by its name, and timm's as {TIMM}NAME"
