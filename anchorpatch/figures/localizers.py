@@ -28,7 +28,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from anchorpatch.errors import NonFiniteError, SettingsError
 from anchorpatch.jobs.localizer import Runner
-from anchorpatch.lsp import Decision, select
+from anchorpatch.lsp import Decision, grid_size, select
 from anchorpatch.models.bagnet import BagNet
 from anchorpatch.models.complexity import refusal
 from anchorpatch.models.saccader import Saccader
@@ -159,8 +159,8 @@ def gradcam(module: nn.Module, meta: WeightsMeta, device: torch.device) -> Local
     Raises:
         SettingsError: the network has no feature map.
     """
-    cam, normalized = GradCam(module), Normalization(meta, device)
-    return lambda seen: -cam(normalized(seen.pixels))
+    features, normalized = last_feature_map(module), Normalization(meta, device)
+    return lambda seen: -class_heatmaps(module, features, normalized(seen.pixels))
 
 
 def peer(network: Network, device: torch.device) -> Localize:
@@ -189,11 +189,9 @@ def peer(network: Network, device: torch.device) -> Localize:
 
 def _glimpsed(saccader: Saccader, inputs: Tensor) -> Tensor:
     """Order patches as Saccader looks at them, all of them."""
-    h, w = ((side - saccader.theta) // STRIDE + 1 for side in inputs.shape[2:])
+    h, w = grid_size(inputs.shape[2], inputs.shape[3], saccader.theta)
     places = saccader.look(saccader.maps(inputs), h * w).places
-    rank = torch.empty_like(places)
-    rank.scatter_(1, places, torch.arange(h * w, device=places.device).expand_as(places))
-    return arrival(rank.view(-1, h, w), saccader.theta, CROP)
+    return arrival(_inverse(places).view(-1, h, w), saccader.theta, CROP)
 
 
 def _arrivals(heatmap: Tensor, theta: int, iou_threshold: float | None) -> Tensor:
@@ -501,44 +499,31 @@ def _equal(found: FeatureMap, output: Tensor, expected: Any) -> bool:
     return tensor.shape == expected.shape and torch.allclose(tensor, expected, 1e-3, 1e-4)
 
 
-class GradCam:
-    """Heatmaps of the class that a network predicts.
+def class_heatmaps(module: nn.Module, features: FeatureMap, inputs: Tensor) -> Tensor:
+    """Return Grad-CAM of the class that a network predicts for each image.
 
     Args:
         module: the network, in evaluation mode and on its device.
+        features: from `last_feature_map`.
+        inputs: normalised pixels (N, 3, S, S).
 
-    Raises:
-        SettingsError: it has no feature map of a known layout.
+    Returns:
+        float32 (N, S, S): feature maps weighted by the mean gradient of the predicted class's
+        logit, enlarged bilinearly. The rectifier of the original, which would make all places
+        without evidence equal, is left out: the order among them stays.
     """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.features = last_feature_map(module)
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the heatmap of each image.
-
-        Args:
-            inputs: normalised pixels (N, 3, S, S).
-
-        Returns:
-            float32 (N, S, S): feature maps weighted by the mean gradient of the predicted
-            class's logit, enlarged bilinearly. The rectifier of the original, which would make
-            all places without evidence equal, is left out: the order among them stays.
-        """
-        maps: list[Tensor] = []
-        layer = self.module.get_submodule(self.features.layer)
-        handle = layer.register_forward_hook(lambda *call: maps.append(call[2]))
-        try:
-            with torch.enable_grad():
-                # The map needs a gradient also where no parameter asks for one.
-                logits = self.module(inputs.detach().requires_grad_())
-                # An image's logit depends on its own map alone, so the sum parts by image.
-                best = logits.amax(1).sum()
-                (gradient,) = torch.autograd.grad(best, maps[-1])
-        finally:
-            handle.remove()
-        weights = self.features.of(gradient).mean((2, 3), keepdim=True)
-        heatmap = (weights * self.features.of(maps[-1].detach())).sum(1, keepdim=True).float()
-        size = (inputs.shape[2], inputs.shape[3])
-        return functional.interpolate(heatmap, size, mode="bilinear", align_corners=False)[:, 0]
+    maps: list[Tensor] = []
+    layer = module.get_submodule(features.layer)
+    handle = layer.register_forward_hook(lambda *call: maps.append(call[2]))
+    try:
+        with torch.enable_grad():
+            # The map needs a gradient also where no parameter asks for one.
+            logits = module(inputs.detach().requires_grad_())
+            # An image's logit depends on its own map alone, so the sum parts by image.
+            (gradient,) = torch.autograd.grad(logits.amax(1).sum(), maps[-1])
+    finally:
+        handle.remove()
+    weights = features.of(gradient).mean((2, 3), keepdim=True)
+    heatmap = (weights * features.of(maps[-1].detach())).sum(1, keepdim=True).float()
+    size = (inputs.shape[2], inputs.shape[3])
+    return functional.interpolate(heatmap, size, mode="bilinear", align_corners=False)[:, 0]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.figures.localizers import FeatureMap, GradCam, last_feature_map
+from anchorpatch.figures.localizers import FeatureMap, class_heatmaps, last_feature_map
 
 
 class Small(nn.Module):
@@ -170,7 +170,7 @@ def test_heat_is_that_of_the_true_layout(name: str):
         if isinstance(layer, nn.Linear) and layer.out_features == 4:
             nn.init.normal_(layer.weight)  # some begin with a head of zeros
     images = torch.randn(2, 3, 224, 224)
-    found = GradCam(net)(images)
+    found = class_heatmaps(net, last_feature_map(net), images)
     given = features(net, images).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(rest(net, given).amax(1).sum(), given)
     values = given.detach()
@@ -186,7 +186,7 @@ def test_heat_is_that_of_the_true_layout(name: str):
 def test_heat_is_the_gradient_by_hand_of_each_image_alone():
     net = Small().eval()
     images = torch.randn(3, 3, 224, 224, generator=torch.manual_seed(1))
-    found = GradCam(net)(images)
+    found = class_heatmaps(net, last_feature_map(net), images)
     assert found.shape == (3, 224, 224)
     for i in range(3):
         maps = net.maps(net.stem(images[i : i + 1]).relu())
@@ -207,7 +207,7 @@ def test_heat_is_the_gradient_by_hand_of_each_image_alone():
 def test_it_works_where_no_parameter_asks_for_gradients_and_within_inference():
     net = Small().eval()
     images = torch.randn(2, 3, 224, 224, generator=torch.manual_seed(2))
-    expected = GradCam(net)(images)
-    cam = GradCam(net.requires_grad_(False))
+    expected = class_heatmaps(net, last_feature_map(net), images)
+    features = last_feature_map(net.requires_grad_(False))
     with torch.no_grad():
-        assert cam(images).equal(expected)
+        assert class_heatmaps(net, features, images).equal(expected)
