@@ -105,6 +105,11 @@ def count(value: Any) -> Cell:
     return written(value, lambda v: f"{v:,.0f}")
 
 
+def barred(n: int, most: int) -> Cell:
+    """Return a cell of a count, with a bar as long as its share of the largest."""
+    return Cell(f"{n:,}", n, n / most if most and n else None)
+
+
 def decimal(value: Any, digits: int = 2) -> Cell:
     """Return a cell of a number with decimals."""
     return written(value, lambda v: decimal_text(v, digits))
@@ -188,12 +193,7 @@ def scale_table(images: Mapping[int, int], patches: Mapping[int, int]) -> Table:
         return name, n, share(of / total if total else None, 1), count(found), mean
 
     rows = tuple(
-        row(
-            Cell(f"{scale} px", scale),
-            Cell(f"{n:,}", n, n / most if most else None),
-            n,
-            patches[scale],
-        )
+        row(Cell(f"{scale} px", scale), barred(n, most), n, patches[scale])
         for scale, n in images.items()
     )
     foot = row(text("all"), count(total), total, sum(patches.values()))

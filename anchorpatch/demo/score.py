@@ -21,7 +21,7 @@ from anchorpatch.errors import DataError
 from anchorpatch.lsp import grid_size
 from anchorpatch.settings import CROP, SCALES, STRIDE
 from anchorpatch.shards.reader import ShardReader
-from anchorpatch.tables import Cell, Table, decimal, named, share, text
+from anchorpatch.tables import Cell, Table, barred, decimal, named, share, text
 from anchorpatch.text import counted, percent
 
 Floats = NDArray[np.float64]
@@ -87,7 +87,7 @@ class SceneScore:
         sizes = tuple(
             (
                 Cell(size, i),
-                *(Cell(f"{n:,}", n, n / most if n else None) for n in row.values()),
+                *(barred(n, most) for n in row.values()),
                 decimal(self.mean_scale[size], 1),
             )
             for i, (size, row) in enumerate(self.counts.items())

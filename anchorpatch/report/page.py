@@ -47,6 +47,7 @@ from anchorpatch.tables import (
     Cell,
     Column,
     Table,
+    barred,
     decimal,
     facts_table,
     named,
@@ -373,19 +374,16 @@ def histogram_table(split: Split) -> Table:
     """Return how many images have how many patches, a column for each scale."""
     longest = max(map(len, split.histogram.values()))
     width = -(-(longest - 1) // 24)  # at most 24 lines
-    rows = []
+    starts = range(1, longest, width)
     bins = {
-        scale: [sum(n[start : start + width]) for start in range(1, longest, width)]
+        scale: [sum(n[start : start + width]) for start in starts]
         for scale, n in split.histogram.items()
     }
     most = max((max(n, default=0) for n in bins.values()), default=0)
-    for i, start in enumerate(range(1, longest, width)):
-        stop = start + width - 1
-        name = f"{start}" if width == 1 else f"{start} to {stop}"
-        cells = [
-            Cell(f"{n[i]:,}", n[i], n[i] / most if most and n[i] else None) for n in bins.values()
-        ]
-        rows.append((Cell(name, start), *cells))
+    rows = []
+    for i, start in enumerate(starts):
+        name = f"{start}" if width == 1 else f"{start} to {start + width - 1}"
+        rows.append((Cell(name, start), *(barred(n[i], most) for n in bins.values())))
     columns = named("patches", *(f"{scale} px" for scale in bins), first_numeric=True)
     caption = "Images by number of patches and chosen scale"
     return Table(caption, columns, tuple(rows), folded=len(rows) > 8)
