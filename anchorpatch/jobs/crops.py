@@ -155,14 +155,11 @@ class ImageSource:
         labels = reader.label.astype(np.int64)
         if reader.has_images:
             return cls(str(reader.folder), reader.classes, labels, reader=reader)
-        if data is None:
-            raise ShardError(
-                f"{reader.folder}: the images are not stored: extract with --store-images, or "
-                "name the images' folder with --data"
-            )
-        root = data / split
         without = f"{reader.folder} holds no whole images"
         advice = "extract with --store-images, or name the images' folder with --data"
+        if data is None:
+            raise ShardError(f"{without}: {advice}")
+        root = data / split
         if not root.is_dir():
             raise DataError(f"{without}, and there is no folder {root}: {advice}")
         missing = [path for path in reader.path.tolist() if not (root / path.decode()).exists()]

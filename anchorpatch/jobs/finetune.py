@@ -365,7 +365,7 @@ class FinetuneTask(Task):
         """Yield the augmented pieces from a step of an epoch to the end of the run."""
         loaded = self.load(self.plan.pieces(epoch, step))
         with closing(loaded):
-            for request, (pixels, labels) in self.watch(loaded):
+            for request, (pixels, labels) in self.waits.each("data", loaded):
                 rng = np.random.default_rng(request.key)
                 inputs = self.augment(pixels.to(self.device, non_blocking=True), rng)
                 yield self.batch(inputs.permute(0, 2, 3, 1), labels, request.share)

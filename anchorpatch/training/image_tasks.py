@@ -187,7 +187,7 @@ class ImageTask(Task):
         )
         share = 1 / self.world.size / config.accumulate
         with closing(loaded):
-            for batch in self.watch(loaded):
+            for batch in self.waits.each("data", loaded):
                 self.damaged.update(batch.damaged)
                 self.bad.update(batch.bad)
                 bad, total = len(self.bad), len(self.train)

@@ -22,12 +22,12 @@ import signal
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_state, save_state, save_weights
 from anchorpatch.runtime.device import computing_on, peak_memory, to_device
 from anchorpatch.runtime.distributed import World, any_rank, average_buffers
-from anchorpatch.runtime.progress import Reporter
+from anchorpatch.runtime.progress import Reporter, Waits
 from anchorpatch.signals import StopRequested, StopSignals
 from anchorpatch.training.config import LoopConfig, rate_factor
 from anchorpatch.training.run_folder import (
@@ -57,8 +57,6 @@ from anchorpatch.training.run_folder import (
     refuse_foreign,
     write_config,
 )
-
-_T = TypeVar("_T")
 
 #: On a GPU, reading a loss waits for it: steps between two looks, and between two questions to
 #: the other processes whether to stop.
@@ -110,8 +108,8 @@ class Task(ABC):
 
     def __init__(self, config: LoopConfig, device: torch.device, world: World) -> None:
         self.config, self.device, self.world = config, device, world
-        #: Seconds that `batches` has waited for data, since the trainer last looked.
-        self.waited = 0.0
+        #: How long `batches` has waited for "data", since the trainer last looked.
+        self.waits = Waits()
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -137,19 +135,6 @@ class Task(ABC):
         """Write a weights file."""
         training = {**self.origin, "record": dict(record)}
         save_weights(path, tensors, replace(self.meta, training=training))
-
-    def watch(self, items: Iterator[_T]) -> Iterator[_T]:
-        """Yield the items, and add the time until each is there to ``waited``."""
-        while True:
-            began = time.perf_counter()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            finally:
-                self.waited += time.perf_counter() - began
-            yield item
-            del item  # or it would live on while the next one is waited for
 
     @cached_property
     def _normalize(self) -> Normalization:
@@ -469,8 +454,7 @@ class Trainer:
             self.place.sums[name] = self.place.sums.get(name, 0.0) + float(value)
         sums.clear()
         self.place.seconds += time.monotonic() - began
-        self.place.waited += self.task.waited
-        self.task.waited = 0.0
+        self.place.waited += self.task.waits.seconds.pop("data", 0.0)
 
     def _check_stop(self) -> None:
         """Stop an evaluation that signals do not reach, as it is another thread's."""
