@@ -7,16 +7,8 @@ from typing import Any
 
 import click
 
+from anchorpatch.cli import options as opt
 from anchorpatch.cli.extract import print_summary
-from anchorpatch.cli.options import (
-    PATH,
-    Command,
-    device_option,
-    engine_option,
-    json_option,
-    precision_options,
-    workers_option,
-)
 from anchorpatch.cli.output import print_json, print_tables
 from anchorpatch.demo import find_weights
 from anchorpatch.storage import to_json
@@ -25,8 +17,8 @@ from anchorpatch.text import counted
 _PICTURE = "patches.png"
 
 
-@click.command(cls=Command)
-@click.argument("folder", metavar="[DIR]", type=PATH, default=Path("anchorpatch-demo"))
+@click.command(cls=opt.Command)
+@click.argument("folder", metavar="[DIR]", type=opt.PATH, default=Path("anchorpatch-demo"))
 @click.option("--images", type=click.IntRange(min=1), default=300, help="Number of scenes to draw.")
 @click.option(
     "--seed",
@@ -40,12 +32,12 @@ _PICTURE = "patches.png"
     metavar="FILE|demo",
     help="AnchorNet weights trained on scenes; demo: the bundled ones.",
 )
-@workers_option
-@device_option
-@engine_option
-@precision_options
+@opt.workers
+@opt.device
+@opt.engine
+@opt.precision
 @click.option("--overwrite", is_flag=True, help="Replace shards made from other inputs.")
-@json_option
+@opt.as_json
 def demo(
     folder: Path,
     images: int,

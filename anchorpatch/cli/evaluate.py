@@ -7,24 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.options import (
-    PATH,
-    Command,
-    batch_size_option,
-    data_option,
-    device_option,
-    engine_option,
-    json_option,
-    labels_option,
-    limit_option,
-    max_bad_option,
-    precision_options,
-    runs_option,
-    shards_option,
-    split_option,
-    threads_option,
-    workers_option,
-)
+from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import print_result
 from anchorpatch.demo import find_weights
 from anchorpatch.settings import SCALES
@@ -51,19 +34,19 @@ _OF_NETWORKS = (
 _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions")
 
 
-@click.command(cls=Command)
+@click.command(cls=opt.Command)
 @click.argument("network")
-@shards_option
-@data_option
-@split_option
-@labels_option
+@opt.shards
+@opt.data
+@opt.split
+@opt.labels
 @click.option(
     "--weights",
     metavar="FILE|default|demo",
     help="Weights; default: the published ones of NETWORK; demo: the bundled ones of anchornet.  "
     "[default: RUNS/NETWORK/best.safetensors, or one network per scale as with --per-scale]",
 )
-@runs_option
+@opt.runs
 @click.option(
     "--protocol",
     type=click.Choice(["patches", "rescale"]),
@@ -98,17 +81,17 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 @click.option("--speed/--no-speed", default=True, help="Measure images per second.")
 @click.option(
     "--predictions",
-    type=PATH,
+    type=opt.PATH,
     help="Write the prediction for each image to this .csv or .npz file.",
 )
-@batch_size_option("32 on CPU (anchornet: 16), 256 on a GPU", "patches or images")
-@workers_option
-@threads_option
-@device_option
-@engine_option
-@precision_options
-@limit_option
-@max_bad_option
+@opt.batch_size("32 on CPU (anchornet: 16), 256 on a GPU", "patches or images")
+@opt.workers
+@opt.threads
+@opt.device
+@opt.engine
+@opt.precision
+@opt.limit
+@opt.max_bad
 @click.option(
     "--format",
     type=click.Choice(["table", "markdown", "csv", "json"]),
@@ -117,10 +100,10 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 )
 @click.option(
     "--result",
-    type=PATH,
+    type=opt.PATH,
     help="Also write the result to this .json file, for `anchorpatch report`.",
 )
-@json_option
+@opt.as_json
 @click.pass_context
 def evaluate(
     ctx: click.Context,

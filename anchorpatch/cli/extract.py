@@ -8,27 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.options import (
-    Command,
-    allow_empty_option,
-    background_option,
-    batch_size_option,
-    data_option,
-    device_option,
-    engine_option,
-    folder_option,
-    json_option,
-    labels_option,
-    limit_option,
-    lsp_options,
-    max_bad_option,
-    precision_options,
-    runs_option,
-    split_option,
-    threads_option,
-    weights_option,
-    workers_option,
-)
+from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.demo import find_weights
 from anchorpatch.settings import CODECS, DAMAGED
@@ -39,14 +19,14 @@ if TYPE_CHECKING:
     from anchorpatch.settings import LspSettings
 
 
-@click.command(cls=Command)
-@data_option
-@split_option
-@labels_option
-@weights_option
-@runs_option
-@folder_option("--out", "shards", "Folder for the shards, OUT/SPLIT/SPLIT-00000.h5, ...")
-@lsp_options(shown="finetune for the split train, evaluate for others")
+@click.command(cls=opt.Command)
+@opt.data
+@opt.split
+@opt.labels
+@opt.weights
+@opt.runs
+@opt.folder("--out", "shards", "Folder for the shards, OUT/SPLIT/SPLIT-00000.h5, ...")
+@opt.lsp(shown="finetune for the split train, evaluate for others")
 @click.option(
     "--codec",
     type=click.Choice(CODECS),
@@ -61,17 +41,17 @@ if TYPE_CHECKING:
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=1024, help="Number of images per shard."
 )
-@batch_size_option(
+@opt.batch_size(
     "64 on CPU, 256 on a GPU", "images", "; on a GPU, the same for all shards of a split"
 )
-@workers_option
-@threads_option
-@device_option
-@engine_option
-@precision_options
+@opt.workers
+@opt.threads
+@opt.device
+@opt.engine
+@opt.precision
 @click.option("--compile", "compile", is_flag=True, help="Use torch.compile.")
-@limit_option
-@background_option("that of the weights")
+@opt.limit
+@opt.background("that of the weights")
 @click.option(
     "--damaged",
     type=click.Choice(DAMAGED),
@@ -79,8 +59,8 @@ if TYPE_CHECKING:
     help="What to do with JPEGs that can be decoded although data is missing or corrupt: keep and "
     "count them, or skip them.",
 )
-@allow_empty_option
-@max_bad_option
+@opt.allow_empty
+@opt.max_bad
 @click.option(
     "--task",
     metavar="I/N",
@@ -107,7 +87,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Show what would be written and the estimated size, then exit.",
 )
-@json_option
+@opt.as_json
 def extract(
     weights: str | None,
     runs: Path,

@@ -8,27 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from anchorpatch.cli.options import (
-    PATH,
-    Command,
-    Group,
-    Names,
-    NumberList,
-    anchornet_weights_option,
-    batch_size_option,
-    data_option,
-    device_option,
-    engine_option,
-    grouped,
-    json_option,
-    labels_option,
-    lsp_options,
-    precision_options,
-    runs_option,
-    split_option,
-    weights_option,
-    workers_option,
-)
+from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import print_json, print_tables
 from anchorpatch.demo import find_weights
 from anchorpatch.settings import SCALES
@@ -37,7 +17,7 @@ from anchorpatch.text import counted
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-@click.group(cls=Group)
+@click.group(cls=opt.Group)
 def figure() -> None:
     """Draw the figures of the paper from images and weights.
 
@@ -64,22 +44,22 @@ def _example_options(name: str, limit: int = 300) -> Callable[[_F], _F]:
         name: of the command.
         limit: images that it looks at.
     """
-    return grouped(
-        data_option,
-        split_option,
-        labels_option,
-        weights_option,
-        runs_option,
+    return opt.grouped(
+        opt.data,
+        opt.split,
+        opt.labels,
+        opt.weights,
+        opt.runs,
         click.option(
             "--images",
-            type=Names(),
+            type=opt.Names(),
             default=(),
             metavar="PATH[,PATH...]",
             help="Show exactly these images, given by their paths below the split's folder.",
         ),
         click.option(
             "--classes",
-            type=Names(),
+            type=opt.Names(),
             default=(),
             metavar="NAME[,NAME...]",
             help="Show only images of these classes.",
@@ -93,16 +73,16 @@ def _example_options(name: str, limit: int = 300) -> Callable[[_F], _F]:
         ),
         click.option(
             "--out",
-            type=PATH,
+            type=opt.PATH,
             default=Path("figures", f"{name}.png"),
             help="Picture to write: .png, .jpg, .webp or .pdf. A .json file next to it says what "
             "it shows.",
         ),
-        workers_option,
-        device_option,
-        engine_option,
-        precision_options,
-        json_option,
+        opt.workers,
+        opt.device,
+        opt.engine,
+        opt.precision,
+        opt.as_json,
     )
 
 
@@ -148,12 +128,12 @@ def _draw(
     click.echo(f"{result.caption}\n{out}")
 
 
-@figure.command(cls=Command)
+@figure.command(cls=opt.Command)
 @click.option(
     "--per-scale", type=click.IntRange(min=1), default=3, help="Number of images per scale."
 )
 @click.option("--only-right", is_flag=True, help="Show only images that are classified correctly.")
-@lsp_options("figure")
+@opt.lsp("figure")
 @_example_options("patches")
 def patches(preset: str, **options: Any) -> None:
     """Draw images by the scale they chose, with their patches framed and cut out (Figure 3).
@@ -169,7 +149,7 @@ def patches(preset: str, **options: Any) -> None:
     _draw(3, **options)
 
 
-@figure.command(cls=Command)
+@figure.command(cls=opt.Command)
 @click.option(
     "--per-scale", type=click.IntRange(min=1), default=3, help="Number of errors per branch."
 )
@@ -197,7 +177,7 @@ def errors(scales: tuple[str, ...], **options: Any) -> None:
     _draw(4, scales=tuple(map(int, scales)), **options)
 
 
-@figure.command(cls=Command)
+@figure.command(cls=opt.Command)
 @click.option("--count", type=click.IntRange(min=1), default=4, help="Number of images to show.")
 @_example_options("attention", limit=100)
 def attention(**options: Any) -> None:
@@ -215,12 +195,12 @@ def attention(**options: Any) -> None:
     _draw(5, **options)
 
 
-@figure.command(cls=Command)
+@figure.command(cls=opt.Command)
 @click.argument("network")
-@data_option
-@split_option
-@labels_option
-@runs_option
+@opt.data
+@opt.split
+@opt.labels
+@opt.runs
 @click.option(
     "--weights",
     metavar="FILE|default",
@@ -228,18 +208,18 @@ def attention(**options: Any) -> None:
     "RUNS/NETWORK-baseline/best.safetensors where it exists, else the published ones where they "
     "fit, else RUNS/NETWORK/best.safetensors]",
 )
-@anchornet_weights_option
+@opt.anchornet_weights
 @click.option(
     "--peer",
     "peers",
-    type=PATH,
+    type=opt.PATH,
     multiple=True,
     help="Weights of a BagNet or Saccader; may be given several times.  [default: those in "
     "RUNS/bagnet33, RUNS/bagnet77 and RUNS/saccader]",
 )
 @click.option(
     "--localizers",
-    type=Names(),
+    type=opt.Names(),
     default=(),
     metavar="NAME[,NAME...]",
     help="Localizers to compare: some of anchornet, branch63, branch95, branch111, bagnet33, "
@@ -247,7 +227,7 @@ def attention(**options: Any) -> None:
 )
 @click.option(
     "--areas",
-    type=NumberList(float, length=None),
+    type=opt.NumberList(float, length=None),
     default="0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
     help="Shares of the image's area that are kept, or set to 0.",
 )
@@ -267,16 +247,16 @@ def attention(**options: Any) -> None:
 @_seed_option
 @click.option(
     "--out",
-    type=PATH,
+    type=opt.PATH,
     default=Path("figures/coverage.png"),
     help="Picture to write; a .csv and a .json file are written next to it.",
 )
-@batch_size_option("32 on CPU, 256 on a GPU")
-@workers_option
-@device_option
-@engine_option
+@opt.batch_size("32 on CPU, 256 on a GPU")
+@opt.workers
+@opt.device
+@opt.engine
 @click.option("--amp", is_flag=True, help="Compute NETWORK in bfloat16 (mixed precision).")
-@json_option
+@opt.as_json
 def coverage(
     data: Path,
     split: str,

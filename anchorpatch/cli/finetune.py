@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.options import (
-    Command,
-    Share,
-    data_option,
-    runs_option,
-    shards_option,
-    workers_option,
-)
+from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import print_json, print_records, print_table
 from anchorpatch.cli.train import training_options
 from anchorpatch.settings import SCALES
@@ -32,10 +25,10 @@ def _default(name: str) -> str:
     return f"{getattr(FinetuneConfig, name)}{note}"
 
 
-@click.command(cls=Command)
+@click.command(cls=opt.Command)
 @click.argument("network")
-@shards_option
-@runs_option
+@opt.shards
+@opt.runs
 @click.option(
     "--weights",
     default=FinetuneConfig.weights,
@@ -58,7 +51,7 @@ def _default(name: str) -> str:
     help="Train on whole images instead, with as many MACs as the run on patches in RUNS/NETWORK, "
     "or as such a run would take; or for --epochs, if given.",
 )
-@data_option
+@opt.data
 @click.option(
     "--flip/--no-flip", default=FinetuneConfig.flip, help="Random horizontal flip (p = 0.5)."
 )
@@ -70,7 +63,7 @@ def _default(name: str) -> str:
 )
 @click.option(
     "--min-area",
-    type=Share(),
+    type=opt.Share(),
     default=FinetuneConfig.min_area,
     help="--baseline: smallest share of an image's area that a training crop covers.",
 )
@@ -80,7 +73,7 @@ def _default(name: str) -> str:
     default=FinetuneConfig.seed,
     help="Random seed for new weights, order and augmentation.",
 )
-@workers_option
+@opt.workers
 @click.option(
     "--dry-run", is_flag=True, help="Show what would be trained and its cost in MACs, then exit."
 )

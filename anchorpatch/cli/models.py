@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from anchorpatch.cli.options import Command, json_option
+from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import print_json, print_table
 from anchorpatch.settings import CROP, SCALES
 from anchorpatch.text import percent
 
 
-@click.command(cls=Command)
+@click.command(cls=opt.Command)
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--classes", type=click.IntRange(min=1), default=1000, help="Number of classes.")
 @click.option(
@@ -22,7 +22,7 @@ from anchorpatch.text import percent
     "--table3", is_flag=True, help="Compare computed GMACs with those printed in Table 3."
 )
 @click.option("--names", "only_names", is_flag=True, help="Print all names and nothing else.")
-@json_option
+@opt.as_json
 def models(
     names: tuple[str, ...],
     classes: int,

@@ -1,4 +1,4 @@
-"""Commands, the types of their options, and the options that several of them share."""
+"""Commands, the types of their options, and the options that several share: ``@opt.data``."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def grouped(*options: Callable[[Any], Any]) -> Callable[[_F], _F]:
     return lambda command: reduce(lambda f, option: option(f), reversed(options), command)
 
 
-def folder_option(name: str, shared: str, text: str) -> Callable[[_F], _F]:
+def folder(name: str, shared: str, text: str) -> Callable[[_F], _F]:
     """Return the option of a folder that all commands share, by default ./SHARED."""
     return click.option(
         name,
@@ -223,37 +223,37 @@ def folder_option(name: str, shared: str, text: str) -> Callable[[_F], _F]:
     )
 
 
-data_option = folder_option("--data", "data", "Folder of the images, SPLIT/CLASS/*.JPEG")
-runs_option = folder_option("--runs", "runs", "Folder of the training runs")
-shards_option = folder_option("--shards", "shards", "Folder of the shards, with a folder per split")
+data = folder("--data", "data", "Folder of the images, SPLIT/CLASS/*.JPEG")
+runs = folder("--runs", "runs", "Folder of the training runs")
+shards = folder("--shards", "shards", "Folder of the shards, with a folder per split")
 
-split_option = click.option("--split", default="val", help="Name of the split's folder.")
+split = click.option("--split", default="val", help="Name of the split's folder.")
 
-labels_option = click.option(
+labels = click.option(
     "--labels",
     type=PATH,
     help="Labels for a split whose images are not in class folders: LOC_val_solution.csv, or a "
     "table of image and class.",
 )
 
-allow_empty_option = click.option(
+allow_empty = click.option(
     "--allow-empty", is_flag=True, help="Accept class folders without images."
 )
 
-limit_option = click.option(
+limit = click.option(
     "--limit",
     type=click.IntRange(min=1),
     help="Use only N images, evenly spaced in the sorted list and so over the classes.",
 )
 
-max_bad_option = click.option(
+max_bad = click.option(
     "--max-bad",
     type=Share(),
     default=0.01,
     help="Largest share of unreadable images; the command fails if there are more.",
 )
 
-weights_option, anchornet_weights_option = (
+weights, anchornet_weights = (
     click.option(
         name,
         metavar="FILE|demo",
@@ -263,7 +263,7 @@ weights_option, anchornet_weights_option = (
     for name in ("--weights", "--anchornet-weights")
 )
 
-device_option = click.option(
+device = click.option(
     "--device",
     cls=SharedOption,
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -271,7 +271,7 @@ device_option = click.option(
     help="Device to compute on; auto: a GPU if there is one.",
 )
 
-engine_option = click.option(
+engine = click.option(
     "--engine",
     type=click.Choice(["auto", *ENGINES]),
     default="auto",
@@ -287,7 +287,7 @@ def _precision(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return "bfloat16" if ctx.meta["anchorpatch.amp"] else value
 
 
-precision_options = grouped(
+precision = grouped(
     click.option(
         "--precision",
         type=click.Choice(PRECISIONS),
@@ -312,7 +312,7 @@ def _one_per_core() -> int:
     return cpu_count()
 
 
-workers_option = click.option(
+workers = click.option(
     "--workers",
     cls=SharedOption,
     type=click.IntRange(min=0),
@@ -322,17 +322,17 @@ workers_option = click.option(
     "[default: one per CPU core]",
 )
 
-threads_option = click.option(
+threads = click.option(
     "--threads",
     cls=SharedOption,
     type=click.IntRange(min=1),
     help="Number of CPU threads for computing.  [default: $OMP_NUM_THREADS, else one per CPU core]",
 )
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
-def background_option(default: str) -> Callable[[_F], _F]:
+def background(default: str) -> Callable[[_F], _F]:
     """Return the option of the color behind transparent pixels, with a note on its default."""
     return click.option(
         "--background",
@@ -341,7 +341,7 @@ def background_option(default: str) -> Callable[[_F], _F]:
     )
 
 
-def batch_size_option(default: str, unit: str = "images", note: str = "") -> Callable[[_F], _F]:
+def batch_size(default: str, unit: str = "images", note: str = "") -> Callable[[_F], _F]:
     """Return the option of the batch size, with a note on its default and another one."""
     return click.option(
         "--batch-size",
@@ -350,7 +350,7 @@ def batch_size_option(default: str, unit: str = "images", note: str = "") -> Cal
     )
 
 
-def lsp_options(default: str | None = None, shown: str | None = None) -> Callable[[_F], _F]:
+def lsp(default: str | None = None, shown: str | None = None) -> Callable[[_F], _F]:
     """Return a decorator that adds the preset of LSP, and what overrides its values.
 
     The command gets ``preset``, a name in `PRESETS`, and ``lsp``, the `LspSettings`.

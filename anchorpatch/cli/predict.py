@@ -12,17 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.options import (
-    PATH,
-    Command,
-    anchornet_weights_option,
-    device_option,
-    engine_option,
-    json_option,
-    lsp_options,
-    precision_options,
-    runs_option,
-)
+from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import print_json
 from anchorpatch.demo import find_weights
 from anchorpatch.errors import DataError, reason_of
@@ -33,7 +23,7 @@ if TYPE_CHECKING:
     from anchorpatch.jobs.predict import Prediction
 
 
-@click.command(cls=Command)
+@click.command(cls=opt.Command)
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.option(
     "--network",
@@ -49,23 +39,23 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--classes",
-    type=PATH,
+    type=opt.PATH,
     help="Text file with the classes of --weights, one per line, in the order of its outputs.  "
     "[default: as the weights say, else those of AnchorNet]",
 )
-@anchornet_weights_option
-@runs_option
-@lsp_options("evaluate")
+@opt.anchornet_weights
+@opt.runs
+@opt.lsp("evaluate")
 @click.option(
     "--top", type=click.IntRange(min=1), default=5, help="Number of classes to print per image."
 )
 @click.option(
-    "--out", type=PATH, help="Write a picture of each image and its patches to this folder."
+    "--out", type=opt.PATH, help="Write a picture of each image and its patches to this folder."
 )
-@device_option
-@engine_option
-@precision_options
-@json_option
+@opt.device
+@opt.engine
+@opt.precision
+@opt.as_json
 def predict(
     images: tuple[str, ...],
     network: str | None,

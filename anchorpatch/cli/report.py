@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.options import PATH, Command, json_option
+from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import bytes_text, print_json
 from anchorpatch.demo import find_weights
 from anchorpatch.text import clean, counted
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from anchorpatch.report.page import ReportSummary
 
 
-@click.command(cls=Command)
-@click.argument("folder", metavar="[DIR]", type=PATH, default=Path())
-@click.option("--out", type=PATH, help="Page to write.  [default: DIR/report.html]")
-@click.option("--runs", type=PATH, help="Folder of the training runs.  [default: DIR/runs]")
-@click.option("--shards", type=PATH, help="Folder of the shards.  [default: DIR/shards]")
-@click.option("--figures", type=PATH, help="Folder of the figures.  [default: DIR/figures]")
+@click.command(cls=opt.Command)
+@click.argument("folder", metavar="[DIR]", type=opt.PATH, default=Path())
+@click.option("--out", type=opt.PATH, help="Page to write.  [default: DIR/report.html]")
+@click.option("--runs", type=opt.PATH, help="Folder of the training runs.  [default: DIR/runs]")
+@click.option("--shards", type=opt.PATH, help="Folder of the shards.  [default: DIR/shards]")
+@click.option("--figures", type=opt.PATH, help="Folder of the figures.  [default: DIR/figures]")
 @click.option(
     "--weights",
     metavar="FILE|demo",
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     "runs or the bundled ones, if they made the shards]",
 )
 @click.option("--no-figures", is_flag=True, help="Do not draw missing figures.")
-@json_option
+@opt.as_json
 def report(
     folder: Path, as_json: bool, weights: str | None, no_figures: bool, **options: Any
 ) -> int:

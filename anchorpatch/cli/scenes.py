@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from anchorpatch.cli.options import PATH, Command, json_option
+from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import print_json
 
 
-@click.command(cls=Command)
-@click.argument("folder", metavar="DIR", type=PATH)
+@click.command(cls=opt.Command)
+@click.argument("folder", metavar="DIR", type=opt.PATH)
 @click.option(
     "--train", type=click.IntRange(min=0), default=4000, help="Number of images in DIR/train."
 )
@@ -24,7 +24,7 @@ from anchorpatch.cli.output import print_json
     type=click.IntRange(min=1),
     help="Number of processes that draw.  [default: one per CPU core]",
 )
-@json_option
+@opt.as_json
 def scenes(folder: Path, train: int, val: int, seed: int, jobs: int | None, as_json: bool) -> None:
     """Draw a sample data set of textured shapes, with the true boxes of the objects.
 

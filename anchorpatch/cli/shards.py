@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anchorpatch.cli.options import PATH, Command, Group, json_option
+from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.errors import ShardError, WeightsError
 from anchorpatch.storage import sha256_of, to_json
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from anchorpatch.shards.manifest import Manifest, SplitFacts
     from anchorpatch.shards.reader import ShardReader
 
-_folder = click.argument("folder", metavar="DIR", type=PATH)
+_folder = click.argument("folder", metavar="DIR", type=opt.PATH)
 
 
-@click.group(cls=Group)
+@click.group(cls=opt.Group)
 def shards() -> None:
     """Inspect, verify, merge and show shards.
 
@@ -31,9 +31,9 @@ def shards() -> None:
     """
 
 
-@shards.command(cls=Command)
+@shards.command(cls=opt.Command)
 @_folder
-@json_option
+@opt.as_json
 def inspect(folder: Path, as_json: bool) -> None:
     """Print what shards contain: images, patches, classes, bytes, settings, skipped images.
 
@@ -51,12 +51,12 @@ def inspect(folder: Path, as_json: bool) -> None:
         click.echo("\n".join(_lines(of_split)))
 
 
-@shards.command(cls=Command)
+@shards.command(cls=opt.Command)
 @_folder
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Number of processes.  [default: one per CPU core]"
 )
-@json_option
+@opt.as_json
 def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
     """Verify shards: checksums, sizes, counts, and the bounds of every corner.
 
@@ -99,15 +99,15 @@ def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
     return int(bad)
 
 
-@shards.command(cls=Command)
-@click.argument("folders", metavar="DIR...", type=PATH, nargs=-1, required=True)
+@shards.command(cls=opt.Command)
+@click.argument("folders", metavar="DIR...", type=opt.PATH, nargs=-1, required=True)
 @click.option(
     "--out",
-    type=PATH,
+    type=opt.PATH,
     required=True,
     help="Folder for the merged shards, OUT/SPLIT/...; may be one of DIR.",
 )
-@json_option
+@opt.as_json
 def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
     """Merge shards of the same splits that were written to several folders.
 
@@ -197,10 +197,10 @@ def _unknown(command: str) -> str:
     return f"({'; '.join(notes)})"
 
 
-@shards.command(cls=Command)
+@shards.command(cls=opt.Command)
 @_folder
 @click.argument("image")
-@click.option("--out", type=PATH, required=True, help="Picture to write, such as patches.png.")
+@click.option("--out", type=opt.PATH, required=True, help="Picture to write, such as patches.png.")
 def show(folder: Path, image: str, out: Path) -> None:
     """Draw the patches of one image in descending order of their scores.
 

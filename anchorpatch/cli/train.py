@@ -8,22 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from anchorpatch.cli.options import (
-    PATH,
-    Command,
-    Share,
-    allow_empty_option,
-    background_option,
-    data_option,
-    device_option,
-    grouped,
-    json_option,
-    labels_option,
-    max_bad_option,
-    runs_option,
-    threads_option,
-    workers_option,
-)
+from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import print_json, print_records
 from anchorpatch.settings import ARCHITECTURES, CROP_MODES
 from anchorpatch.storage import to_json
@@ -67,10 +52,10 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
         "label_smoothing": "Label smoothing.",
         "ema_decay": "Decay of the exponential moving average of the weights; 0 disables it.",
     }
-    return grouped(
+    return opt.grouped(
         *(loop(name, text) for name, text in texts.items()),
-        threads_option,
-        device_option,
+        opt.threads,
+        opt.device,
         click.option("--amp", is_flag=True, help="Compute in bfloat16 (mixed precision)."),
         click.option(
             "--channels-last/--no-channels-last",
@@ -91,20 +76,20 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
             is_flag=True,
             help="Replace a run of other settings, or weights without a checkpoint.",
         ),
-        json_option,
+        opt.as_json,
     )
 
 
-@click.command(cls=Command)
+@click.command(cls=opt.Command)
 @click.option(
     "--arch",
     type=click.Choice(list(ARCHITECTURES)),
     default=TrainConfig.arch,
     help="Network to train: AnchorNet, or a peer to compare it with.",
 )
-@data_option
-@labels_option
-@runs_option
+@opt.data
+@opt.labels
+@opt.runs
 @click.option(
     "--recipe",
     type=click.Choice(list(RECIPES)),
@@ -121,7 +106,7 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
 )
 @click.option(
     "--min-area",
-    type=Share(),
+    type=opt.Share(),
     help="Smallest share of an image's area that a training crop covers.  [default: by --recipe]",
 )
 @click.option(
@@ -132,8 +117,8 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
     "sides resized to 224, as in the paper. Recorded in the weights; every command that uses them "
     "does the same.",
 )
-@background_option("white")
-@allow_empty_option
+@opt.background("white")
+@opt.allow_empty
 @click.option("--se/--no-se", default=TrainConfig.se, help="anchornet: use squeeze-and-excitation.")
 @click.option(
     "--weighted-mean/--no-weighted-mean",
@@ -147,13 +132,13 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
 )
 @click.option(
     "--init",
-    type=PATH,
+    type=opt.PATH,
     help="Weights to start from. For saccader: those of a bagnet77, which replace the first stage "
     "if the classes are the same.",
 )
 @click.option(
     "--image-cache",
-    type=PATH,
+    type=opt.PATH,
     help="Folder for decoded images, so that each file is decoded only once.",
 )
 @click.option(
@@ -162,8 +147,8 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
     default=TrainConfig.seed,
     help="Random seed for weights, order and crops.",
 )
-@max_bad_option
-@workers_option
+@opt.max_bad
+@opt.workers
 @training_options(lambda _: "by --recipe")
 def train(
     arch: str,
