@@ -27,6 +27,7 @@ from anchorpatch.jobs.patch_scores import Distributions, score_images, score_pat
 from anchorpatch.models.complexity import check_sides, macs
 from anchorpatch.models.registry import build_on_meta
 from anchorpatch.networks import OR_NONE, find_pretrained, load_network
+from anchorpatch.runtime.device import joined
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import CROP, SCALES
@@ -37,7 +38,7 @@ from anchorpatch.text import counted, differing
 from anchorpatch.training.augment import Augmentation
 from anchorpatch.training.config import FinetuneConfig, LoopConfig
 from anchorpatch.training.loop import Batch, Task, Trainer
-from anchorpatch.training.run_folder import BEST, RunSummary, best_record, open_run
+from anchorpatch.training.run_folder import BEST, RunSummary, alone_in, best_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,10 @@ def run(config: FinetuneConfig, progress: Reporter | None = None) -> FinetuneSum
         NonFiniteError: training diverged.
         StorageError: the disk refused, or another run is at work in the folder.
     """
-    with open_run(config, progress) as (device, world, report):
+    with (
+        joined(config.device, progress) as (device, world, report),
+        alone_in(config.folder, world, device),
+    ):
         task = prepare(config, device, world, report.message)
         if task.train.header.weights_sha256 != task.val.header.weights_sha256:
             report.message(

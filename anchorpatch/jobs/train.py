@@ -32,12 +32,13 @@ from anchorpatch.metrics import hits
 from anchorpatch.models.registry import build
 from anchorpatch.models.saccader import Saccader
 from anchorpatch.runtime.checkpoint import Weights, load_into, load_weights
+from anchorpatch.runtime.device import joined
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.storage import write_atomically
 from anchorpatch.training.config import TrainConfig
 from anchorpatch.training.image_tasks import AnchorNetTask, ImageTask, open_images
 from anchorpatch.training.loop import Batch, Trainer
-from anchorpatch.training.run_folder import BEST, RunSummary, best_record, open_run, refuse_foreign
+from anchorpatch.training.run_folder import BEST, RunSummary, alone_in, best_record, refuse_foreign
 
 #: A run of the trainer: its name, what is trained, and how and in which folder.
 _Stage: TypeAlias = "tuple[str, type[ImageTask], TrainConfig]"
@@ -73,7 +74,10 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
         NonFiniteError: training diverged.
         StorageError: the disk refused, or another run is at work in the folder.
     """
-    with open_run(config, progress) as (device, world, report):
+    with (
+        joined(config.device, progress) as (device, world, report),
+        alone_in(config.folder, world, device),
+    ):
         train, val, cache = open_images(config, world, report)
         classes = train.classes
         kind = AnchorNetTask if config.arch == "anchornet" else ImageTask

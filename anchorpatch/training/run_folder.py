@@ -14,9 +14,7 @@ import torch
 
 from anchorpatch.errors import DataError, MissingDependency, StorageError, WeightsError, reason_of
 from anchorpatch.runtime.checkpoint import versions
-from anchorpatch.runtime.device import joined
 from anchorpatch.runtime.distributed import World, any_rank, sum_ranks
-from anchorpatch.runtime.progress import Reporter
 from anchorpatch.storage import lock_file, refusals, write_atomically
 from anchorpatch.tables import number
 from anchorpatch.training.config import LoopConfig
@@ -140,26 +138,6 @@ def best_record(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """
     known = [record for record in records if number(record, "val", "top1") is not None]
     return dict(max(known, key=lambda record: record["val"]["top1"], default={}))
-
-
-@contextmanager
-def open_run(
-    config: LoopConfig, progress: Reporter | None
-) -> Iterator[tuple[torch.device, World, Reporter]]:
-    """Join the processes of a run, and keep other runs out of its folder during the block.
-
-    Yields:
-        Device, processes, and where progress is shown, which only the main process does.
-
-    Raises:
-        SettingsError: the device cannot be used.
-        StorageError: another run is at work in the folder, or the disk refuses.
-    """
-    with (
-        joined(config.device, progress) as (device, world, report),
-        alone_in(config.folder, world, device),
-    ):
-        yield device, world, report
 
 
 @contextmanager
