@@ -48,6 +48,21 @@ CROP_MODES: Final = ("center", "squash")
 DAMAGED: Final = ("keep", "skip")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Computing:
+    """By what AnchorNet is computed; part of the settings of each job that runs it.
+
+    Attributes:
+        device: auto, cpu or cuda.
+        engine: for CPUs: auto, or one of `ENGINES`.
+        precision: one of `PRECISIONS`, of AnchorNet and of the network that decides.
+    """
+
+    device: str = "auto"
+    engine: str = "auto"
+    precision: str = "float32"
+
+
 @dataclass(frozen=True)
 class CropSettings:
     """How an image file becomes the 224 px crop that AnchorNet sees.

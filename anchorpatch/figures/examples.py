@@ -25,7 +25,7 @@ from anchorpatch.jobs.localizer import Localized, Localizer, Pending
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.device import resolve_device
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import PRESETS, SCALES, LspSettings
+from anchorpatch.settings import PRESETS, SCALES, Computing, LspSettings
 from anchorpatch.tables import Table, named, text
 from anchorpatch.text import counted, nearest
 
@@ -36,7 +36,7 @@ _BATCH: Final = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Choice(Computing):
     """Which images a figure looks at; the base of each figure's settings.
 
     Attributes:
@@ -44,9 +44,6 @@ class Choice:
         classes: names of classes: only images of these; none means all.
         seed: of the order in which images are looked at.
         limit: the most images to look at.
-        device: auto, cpu or cuda.
-        engine: auto, torch or openvino, for CPUs.
-        precision: float32 or bfloat16.
 
     Raises:
         SettingsError: values that contradict each other, or that no figure could use.
@@ -56,9 +53,6 @@ class Choice:
     classes: tuple[str, ...] = ()
     seed: int = 0
     limit: int = 300
-    device: str = "auto"
-    engine: str = "auto"
-    precision: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("limit", "per_scale", "count"):  # of which a figure has what it needs

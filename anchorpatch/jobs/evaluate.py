@@ -48,7 +48,7 @@ from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, joined
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import CROP, SCALES
+from anchorpatch.settings import CROP, SCALES, Computing
 from anchorpatch.shards.reader import ShardReader
 
 #: Images on which speed is measured: some seconds for a ResNet-50.
@@ -59,7 +59,7 @@ _ROUNDS: Final = 3
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Computing):
     """What is evaluated, and on what.
 
     Attributes:
@@ -82,9 +82,6 @@ class EvaluateConfig:
         predictions: file for the decision on each image, .csv or .npz.
         batch_size: patches or images in a batch; None for 32 on CPU and 256 on a GPU.
         workers: processes that decode the images of ``data``.
-        device: auto, cpu or cuda.
-        engine: of AnchorNet, for CPUs: auto, torch or openvino.
-        precision: float32 or bfloat16.
         limit: take only so many images, evenly spread over the split.
     """
 
@@ -103,9 +100,6 @@ class EvaluateConfig:
     predictions: Path | None = None
     batch_size: int | None = None
     workers: int = 0
-    device: str = "auto"
-    engine: str = "auto"
-    precision: str = "float32"
     limit: int | None = None
 
 

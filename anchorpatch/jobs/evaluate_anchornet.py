@@ -26,12 +26,12 @@ from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, exact_float32, joined, to_device
 from anchorpatch.runtime.distributed import World, sum_ranks
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import CROP, PRESETS, SCALES
+from anchorpatch.settings import CROP, PRESETS, SCALES, Computing
 from anchorpatch.text import counted
 
 
 @dataclass(frozen=True)
-class EvaluateAnchorNetConfig:
+class EvaluateAnchorNetConfig(Computing):
     """What is evaluated, and on what.
 
     Attributes:
@@ -41,9 +41,6 @@ class EvaluateAnchorNetConfig:
         labels: CSV with the labels of a flat split folder.
         batch_size: images in a batch; None for 16 on CPU and 256 on a GPU.
         workers: loading processes.
-        device: auto, cpu or cuda.
-        engine: auto, torch or openvino, for CPUs.
-        precision: float32 or bfloat16.
         limit: take only so many images, evenly spread over the split.
         max_bad: share of unreadable images that fails the run.
     """
@@ -54,9 +51,6 @@ class EvaluateAnchorNetConfig:
     labels: Path | None = None
     batch_size: int | None = None
     workers: int = 0
-    device: str = "auto"
-    engine: str = "auto"
-    precision: str = "float32"
     limit: int | None = None
     max_bad: float = 0.01
 

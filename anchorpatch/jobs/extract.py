@@ -32,7 +32,7 @@ from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, cpu_count, has_bfloat16, resolve_device
 from anchorpatch.runtime.distributed import Task
 from anchorpatch.runtime.progress import Reporter, Stopwatch, Waits
-from anchorpatch.settings import PRESETS, LspSettings, default_preset
+from anchorpatch.settings import PRESETS, Computing, LspSettings, default_preset
 from anchorpatch.shards.header import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import (
     FilesDigest,
@@ -57,7 +57,7 @@ _SAMPLE = 64
 
 
 @dataclass(frozen=True)
-class ExtractConfig:
+class ExtractConfig(Computing):
     """What to extract, from where, to where.
 
     Attributes:
@@ -75,10 +75,8 @@ class ExtractConfig:
         batch_size: images in a batch; None: 64 on CPU, 256 on a GPU, where shards of another
             batch size may differ.
         workers: decoding processes; by default one per CPU core.
-        device: auto, cpu or cuda.
-        engine: auto, torch or openvino, for CPUs; auto: as the shards in ``out`` were made, else
-            as for `anchorpatch.jobs.localizer.resolve_engine`.
-        precision: of AnchorNet's features, float32 or bfloat16.
+        engine: auto: as the shards in ``out`` were made, else as for
+            `anchorpatch.jobs.localizer.resolve_engine`.
         compile: use ``torch.compile``.
         limit: take only so many images, evenly spread over the sorted list.
         background: colour behind transparent pixels; None: that of the weights.
@@ -107,9 +105,6 @@ class ExtractConfig:
     shard_size: int = 1024
     batch_size: int | None = None
     workers: int = field(default_factory=cpu_count)
-    device: str = "auto"
-    engine: str = "auto"
-    precision: str = "float32"
     compile: bool = False
     limit: int | None = None
     background: str | None = None

@@ -29,7 +29,7 @@ from anchorpatch.models.registry import check_name
 from anchorpatch.networks import Network, best_weights, load_checkpoint, load_network
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
-from anchorpatch.settings import PRESETS, SCALES, CropSettings, LspSettings
+from anchorpatch.settings import PRESETS, SCALES, Computing, CropSettings, LspSettings
 from anchorpatch.signals import shut_down, waiting_for
 
 #: Images in a batch on a GPU; few, since a batch is always filled up.
@@ -43,7 +43,7 @@ _PATCHES: Final = 64
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(Computing):
     """What decides on the pictures.
 
     Attributes:
@@ -56,9 +56,6 @@ class PredictConfig:
         runs: folder of training runs.
         lsp: K, T and P of Algorithm 1.
         top: classes to tell of each picture.
-        device: auto, cpu or cuda.
-        engine: of AnchorNet, for CPUs: auto, torch or openvino.
-        precision: float32 or bfloat16.
     """
 
     network: str | Path
@@ -68,9 +65,6 @@ class PredictConfig:
     runs: Path = Path("runs")
     lsp: LspSettings = PRESETS["evaluate"]
     top: int = 5
-    device: str = "auto"
-    engine: str = "auto"
-    precision: str = "float32"
 
 
 @dataclass(frozen=True)
