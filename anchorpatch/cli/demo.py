@@ -20,12 +20,7 @@ _PICTURE = "patches.png"
 @click.command(cls=opt.Command)
 @click.argument("folder", metavar="[DIR]", type=opt.PATH, default=Path("anchorpatch-demo"))
 @click.option("--images", type=click.IntRange(min=1), default=300, help="Number of scenes to draw.")
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=1,
-    help="Random seed for the scenes; the bundled weights were trained on those of seed 0.",
-)
+@opt.seed("the scenes; the bundled weights were trained on those of seed 0", default=1)
 @click.option(
     "--weights",
     default="demo",

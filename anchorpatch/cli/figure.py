@@ -32,11 +32,6 @@ def figure() -> None:
     """
 
 
-_seed_option = click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="Random seed for the choice of images."
-)
-
-
 def _example_options(name: str, limit: int = 300) -> Callable[[_F], _F]:
     """Return a decorator that adds images, weights, output and device of a figure of examples.
 
@@ -64,7 +59,7 @@ def _example_options(name: str, limit: int = 300) -> Callable[[_F], _F]:
             metavar="NAME[,NAME...]",
             help="Show only images of these classes.",
         ),
-        _seed_option,
+        opt.seed("the choice of images"),
         click.option(
             "--limit",
             type=click.IntRange(min=1),
@@ -244,7 +239,7 @@ def attention(**options: Any) -> None:
     default=500,
     help="Use N images, drawn at random from the split by --seed.",
 )
-@_seed_option
+@opt.seed("the choice of images")
 @click.option(
     "--out",
     type=opt.PATH,

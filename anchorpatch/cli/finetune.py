@@ -67,12 +67,7 @@ def _default(name: str) -> str:
     default=FinetuneConfig.min_area,
     help="--baseline: smallest share of an image's area that a training crop covers.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=FinetuneConfig.seed,
-    help="Random seed for new weights, order and augmentation.",
-)
+@opt.seed("new weights, order and augmentation")
 @opt.workers
 @click.option(
     "--dry-run", is_flag=True, help="Show what would be trained and its cost in MACs, then exit."

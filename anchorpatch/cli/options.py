@@ -329,6 +329,14 @@ threads = click.option(
     help="Number of CPU threads for computing.  [default: $OMP_NUM_THREADS, else one per CPU core]",
 )
 
+
+def seed(of: str, default: int = 0) -> Callable[[_F], _F]:
+    """Return the option of the random seed, which the help says what of."""
+    return click.option(
+        "--seed", type=click.IntRange(min=0), default=default, help=f"Random seed for {of}."
+    )
+
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 

@@ -18,7 +18,7 @@ from anchorpatch.cli.output import print_json
 @click.option(
     "--val", type=click.IntRange(min=0), default=1000, help="Number of images in DIR/val."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Random seed for the images.")
+@opt.seed("the images")
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),

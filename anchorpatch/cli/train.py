@@ -141,12 +141,7 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
     type=opt.PATH,
     help="Folder for decoded images, so that each file is decoded only once.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=TrainConfig.seed,
-    help="Random seed for weights, order and crops.",
-)
+@opt.seed("weights, order and crops")
 @opt.max_bad
 @opt.workers
 @training_options(lambda _: "by --recipe")
