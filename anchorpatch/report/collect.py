@@ -200,16 +200,16 @@ def _files(*places: tuple[Path | str, ...], name: str, but: str = "") -> list[Pa
 
 def _each(paths: Iterable[Path], read: Callable[[Path], _T | None], bad: list[LeftOut]) -> list[_T]:
     """Read each file; those that cannot be read go to ``bad``, None is nothing of ours."""
-    taken = []
-    for path in paths:
-        try:
-            found = read(path)
-        except (AnchorpatchError, OSError, ValueError, TypeError, KeyError) as error:
-            bad.append(LeftOut(str(path), _reason(path, error)))
-            continue
-        if found is not None:
-            taken.append(found)
-    return taken
+    found = (_one(path, read, bad) for path in paths)
+    return [content for content in found if content is not None]
+
+
+def _one(path: Path, read: Callable[[Path], _T | None], bad: list[LeftOut]) -> _T | None:
+    try:
+        return read(path)
+    except (AnchorpatchError, OSError, ValueError, TypeError, KeyError) as error:
+        bad.append(LeftOut(str(path), _reason(path, error)))
+        return None
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -263,9 +263,9 @@ def _read_run(path: Path, folder: Path, runs: Path, bad: list[LeftOut]) -> Run |
     if not records:
         return None
     config = path.with_name("config.json")
-    found = _each([config] if config.exists() else [], _read_object, bad)
+    settings = _one(config, _read_object, bad) if config.exists() else None
     name = _run_name(path.parent, folder, runs)
-    return Run(name, path.parent, tuple(records), found[0] if found else {})
+    return Run(name, path.parent, tuple(records), settings or {})
 
 
 def _run_name(run: Path, folder: Path, runs: Path) -> str:
@@ -288,8 +288,8 @@ def _read_object(path: Path) -> Mapping[str, Any]:
 def _read_split(folder: Path, bad: list[LeftOut]) -> Split:
     manifest = read_manifest(folder)
     skipped = [s for entry in manifest.entries for s in entry.skipped][:_NAMED]
-    histograms = _each([folder], lambda path: _histogram(ShardReader(path, partial=True)), bad)
-    return Split(folder, split_facts(manifest), tuple(skipped), histograms[0] if histograms else {})
+    histogram = _one(folder, lambda path: _histogram(ShardReader(path, partial=True)), bad)
+    return Split(folder, split_facts(manifest), tuple(skipped), histogram or {})
 
 
 def _histogram(reader: ShardReader) -> dict[int, tuple[int, ...]]:
@@ -376,9 +376,10 @@ def _read_scenes(folder: Path, splits: list[Split], bad: list[LeftOut]) -> Scene
     boxes, picture = folder / "scenes" / "boxes.csv", folder / "patches.png"
     if not boxes.is_file() or first is None or not first.facts.images:
         return None
-    scores = _each([boxes], lambda path: score_scenes(first.folder, path), bad)
-    drawn = _each([picture] if scores and picture.is_file() else [], _read_demo_picture, bad)
-    return Scenes(scores[0], drawn[0] if drawn else None) if scores else None
+    score = _one(boxes, lambda path: score_scenes(first.folder, path), bad)
+    if score is None:
+        return None
+    return Scenes(score, _one(picture, _read_demo_picture, bad) if picture.is_file() else None)
 
 
 def _read_demo_picture(path: Path) -> FigureFile:
