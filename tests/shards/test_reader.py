@@ -139,7 +139,7 @@ def test_rows_that_are_not_there_are_refused(splits: dict[str, Path], rows: list
 
 
 def test_images_that_are_not_stored_are_an_error(splits: dict[str, Path]) -> None:
-    with pytest.raises(ShardError, match="holds no whole images"):
+    with pytest.raises(ShardError, match="images are not stored"):
         ShardReader(splits["raw"]).image(0)
 
 
