@@ -53,9 +53,9 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
         except click.BadParameter as error:
             option = error.param
-            if isinstance(option, click.Option) and option.name:
+            if isinstance(option, click.Option) and option.name and not error.param_hint:
                 source = ctx.get_parameter_source(option.name)
-                if source is ParameterSource.ENVIRONMENT and not error.param_hint:
+                if source is ParameterSource.ENVIRONMENT:
                     own = str(option.envvar)
                     variable = own if os.environ.get(own) else getattr(option, "variable", own)
                     error.param_hint = f"{option.get_error_hint(ctx)} (from ${variable})"
@@ -86,8 +86,7 @@ def _out_of_memory(error: Exception, options: Container[str]) -> str | None:
     gpu = type(error).__name__ == "OutOfMemoryError" or re.search(
         r"CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED", text
     )
-    host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
-    if not gpu and not host:
+    if not (gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in text):
         return None
     size = re.search(r"allocate (\d[\d.]* ?\w+)", text)
     needed = f" ({size[1]} more were needed)" if size else ""
@@ -378,6 +377,12 @@ def lsp(default: str | None = None, shown: str | None = None) -> Callable[[_F], 
 
         return options(with_settings)  # type: ignore[return-value]
 
+    at = "at 63, 95 and 111 px"
+    overrides: tuple[tuple[str, Any, str], ...] = (
+        ("--max-patches", NumberList(int), f"Maximum patches per image (K) {at}"),
+        ("--iou-threshold", float, "IoU (T) that two patches of an image stay below"),
+        ("--coverage", NumberList(float), f"Share of the locations that are candidates (P) {at}"),
+    )
     options = grouped(
         click.option(
             "--preset",
@@ -387,21 +392,9 @@ def lsp(default: str | None = None, shown: str | None = None) -> Callable[[_F], 
             f"[default: {default or shown}]",
             show_default=False,
         ),
-        click.option(
-            "--max-patches",
-            type=NumberList(int),
-            help="Maximum patches per image (K) at 63, 95 and 111 px (overrides the preset).",
-        ),
-        click.option(
-            "--iou-threshold",
-            type=float,
-            help="IoU (T) that two patches of an image stay below (overrides the preset).",
-        ),
-        click.option(
-            "--coverage",
-            type=NumberList(float),
-            help="Share of the locations that are candidates (P) at 63, 95 and 111 px (overrides "
-            "the preset).",
+        *(
+            click.option(name, type=kind, help=f"{text} (overrides the preset).")
+            for name, kind, text in overrides
         ),
     )
     return add
