@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import v2
 
-from anchorpatch.errors import CorruptShard, DataError, ShardError
+from anchorpatch.errors import DataError, ShardError
 from anchorpatch.images.folder import ImageFolder, scan_folder
 from anchorpatch.images.loader import load_batches
 from anchorpatch.settings import CROP, CropSettings
@@ -29,8 +29,8 @@ def open_shards(shards: Path, split: str) -> ShardReader:
     """Open SHARDS/SPLIT to train or evaluate a network on its patches.
 
     Raises:
-        ShardError: there are no shards, no images in them, or an image has no patch.
-        CorruptShard: a shard cannot be read.
+        ShardError: there are no shards, or no images in them.
+        CorruptShard: a shard cannot be read, or its tables are not as they must be.
     """
     folder = shards / split
     if not (folder / MANIFEST_NAME).is_file():
@@ -41,24 +41,8 @@ def open_shards(shards: Path, split: str) -> ShardReader:
     reader = ShardReader(folder)
     if not len(reader):
         raise ShardError(f"{folder}: expected shards with images, found none in them")
-    check_tables(reader)
+    _ = reader.counts  # opens and checks every shard, before anything is computed
     return reader
-
-
-def check_tables(reader: ShardReader) -> None:
-    """Raise ShardError unless every image has patches, and CorruptShard unless it has a label."""
-    empty = np.flatnonzero(reader.counts < 1)
-    if len(empty):
-        raise ShardError(
-            f"{reader.folder}: {len(empty):,} of {len(reader):,} images have no patch, the first "
-            f"is {reader.path[empty[0]].decode()}; extract them again"
-        )
-    wrong = np.flatnonzero((reader.label < 0) | (reader.label >= len(reader.classes)))
-    if len(wrong):
-        raise CorruptShard(
-            f"{reader.folder}: {reader.path[wrong[0]].decode()}: expected a label from 0 to "
-            f"{len(reader.classes) - 1}, found {reader.label[wrong[0]]}; extract again"
-        )
 
 
 class Crops(NamedTuple):

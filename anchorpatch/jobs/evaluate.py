@@ -107,7 +107,7 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
     """Evaluate a network on patches and on whole images (Table 3).
 
     Raises:
-        ShardError: there are no shards, no images in them, or an image has no patch.
+        ShardError: there are no shards, or no images in them.
         CorruptShard: a shard cannot be read.
         DataError: the shards have other classes than the weights.
         WeightsError: weights are missing, or another network's.

@@ -131,7 +131,7 @@ def prepare(
     """Look shards, network and settings over, and plan the run.
 
     Raises:
-        ShardError: the shards of a split are missing, damaged or without patches.
+        ShardError: the shards of a split are missing or damaged.
         DataError: train and val hold other classes, too few patches, or whole images that a
             baseline needs are missing.
         SettingsError: the network cannot take the patches, or the batch is too small.

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from anchorpatch.errors import DataError, SettingsError, ShardError, StorageError, WeightsError
+from anchorpatch.errors import SettingsError, ShardError, StorageError, WeightsError
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.localizer import Localized
 from anchorpatch.lsp import crop
@@ -33,7 +33,6 @@ from anchorpatch.runtime.distributed import World, sum_ranks
 from anchorpatch.shards.dataset import load_rows
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.storage import refusals, write_atomically
-from anchorpatch.text import few
 
 #: Classes that the file of predictions names for each image.
 _TOP: Final = 5
@@ -164,8 +163,8 @@ def score_patches(
     """Decide on every image by the sum of its patches' distributions.
 
     Args:
-        networks: by the scale of the patches that they decide on, all on one device; images
-            that chose another scale are passed over.
+        networks: for the classes of the shards, by the scale of the patches that they decide on,
+            all on one device; images that chose another scale are passed over.
         reader: of the shards.
         images: rows of this process's images, int64.
         batch_size: patches in a batch, all of one scale.
@@ -178,14 +177,11 @@ def score_patches(
         The figures of all processes' images.
 
     Raises:
-        DataError: a network knows other classes than the shards.
         ShardError: there is no image of these scales.
         CorruptShard: a shard cannot be read.
         WeightsError: the network does not give one logit for each class.
         NonFiniteError: the network gave NaN or infinity.
     """
-    for run in networks.values():
-        _check_classes(reader, run.meta)
     device = next(iter(networks.values())).device
     accuracy = Accuracy(device, len(networks))
     for j, (scale, run) in enumerate(networks.items()):
@@ -211,15 +207,6 @@ def score_patches(
             "found none; choose another --split or --scale"
         )
     return PatchFigures(**vars(total), by_scale=dict(zip(networks, by_scale, strict=True)))
-
-
-def _check_classes(reader: ShardReader, meta: WeightsMeta) -> None:
-    if reader.classes != meta.classes:
-        raise DataError(
-            f"{reader.folder}: expected the {len(meta.classes)} classes of the weights of "
-            f"{meta.architecture} ({few(meta.classes)}), found {len(reader.classes)} "
-            f"({few(reader.classes)}); use weights that were trained on these classes"
-        )
 
 
 @torch.inference_mode()

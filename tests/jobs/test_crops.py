@@ -7,7 +7,7 @@ import pytest
 
 from anchorpatch.errors import ShardError
 from anchorpatch.images.decode import decode
-from anchorpatch.jobs.crops import ImageSource, check_tables
+from anchorpatch.jobs.crops import ImageSource
 from anchorpatch.settings import CropSettings
 from anchorpatch.shards.reader import ShardReader
 from tests.jobs.patch_shards import Drawn, classes_of, write_shards
@@ -60,11 +60,3 @@ def test_shards_without_crops_say_what_to_do(tmp_path: Path):
     write_shards(tmp_path / "val", [Drawn(63, 0, [[1] * 3])], classes_of(1))
     with pytest.raises(ShardError, match="--store-images"):
         ImageSource.of_shards(ShardReader(tmp_path / "val"))
-
-
-def test_an_image_without_patches_is_refused(tmp_path: Path):
-    images = [Drawn(63, i, [[1, 2]]) for i in (0, 1, 0, 1, 0)]
-    reader = ShardReader(write_shards(tmp_path / "val", images, classes_of(2)))
-    reader._columns["images/count"] = np.array([1, 1, 1, 0, 1], np.int32)
-    with pytest.raises(ShardError, match=r"1 of 5 images have no patch, .* images/0003.png"):
-        check_tables(reader)

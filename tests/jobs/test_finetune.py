@@ -411,19 +411,6 @@ def test_other_classes_in_val(tmp_path: Path):
     fails(DataError, "red only in train, rose only in val", tiny(tmp_path, tmp_path / "run"))
 
 
-def test_images_without_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_shards(tmp_path / "train", TRAIN)
-    write_shards(tmp_path / "val", VAL)
-    column = ShardReader._column
-
-    def without(self: ShardReader, name: str) -> np.ndarray:
-        found = column(self, name)
-        return np.where(np.arange(len(found)) == 2, 0, found) if name == "images/count" else found
-
-    monkeypatch.setattr(ShardReader, "_column", without)
-    fails(ShardError, r"1 of 14 images have no patch.*02/red.png", tiny(tmp_path, tmp_path / "run"))
-
-
 def test_a_corrupt_shard_within_an_epoch_keeps_the_checkpoint(tmp_path: Path):
     write_shards(tmp_path / "train", TRAIN, codec="jpeg")
     write_shards(tmp_path / "val", VAL)
