@@ -63,11 +63,11 @@ def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
     Prints what is wrong with each bad shard and the command that writes it again. The exit status
     is then 1.
     """
-    from anchorpatch.runtime.progress import Reporter, reporter
+    from anchorpatch.runtime.progress import reporter
     from anchorpatch.shards.manifest import read_manifest
     from anchorpatch.shards.verify import verify_folder
 
-    report: Reporter = reporter()
+    report = reporter()
     splits: list[dict[str, Any]] = []
     for split in _splits(folder):
         manifest: Manifest | None = None
@@ -79,8 +79,8 @@ def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
         found = {"folder": str(split), "shards": None, "problems": [p._asdict() for p in problems]}
         splits.append({**found, "repair": None})
         if manifest is not None:
-            splits[-1]["shards"] = manifest.shard_count
             ours = {manifest.shard_path(i).name for i in range(manifest.shard_count)}
+            splits[-1]["shards"] = len(ours)
             if not ours.isdisjoint(problem.shard for problem in problems):
                 splits[-1]["repair"] = _extract_command(manifest, "--repair")
     bad = any(of_split["problems"] for of_split in splits)
@@ -115,7 +115,7 @@ def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
     verified while the shards are copied. Shards that OUT already has are kept. The exit status is
     1 if a shard could not be copied.
     """
-    from anchorpatch.runtime.progress import Reporter, reporter
+    from anchorpatch.runtime.progress import reporter
     from anchorpatch.shards.manifest import read_manifest
     from anchorpatch.shards.splits import merge_split
 
@@ -136,7 +136,7 @@ def merge(folders: tuple[Path, ...], out: Path, as_json: bool) -> int:
                 f"{folders[0]} holds {held[0]} but {folder} holds {names}: expected parts of the "
                 "same splits"
             )
-    report: Reporter = reporter()
+    report = reporter()
     splits = []
     for name in sorted(parts[0]):
         sources = [of_folder[name] for of_folder in parts]

@@ -36,7 +36,7 @@ from anchorpatch.jobs.results import Speed, Table3, Table4, table_3_rows, table_
 from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import check_sides, macs
-from anchorpatch.models.registry import build_on_meta, check_name
+from anchorpatch.models.registry import build_on_meta
 from anchorpatch.networks import (
     Network,
     best_weights,
@@ -205,7 +205,6 @@ class _Evaluation:
         """Open and check everything; see `anchorpatch.jobs.evaluate.run` for errors."""
         with joined(config.device, progress, config.precision) as (device, world, report):
             # Without weights yet: what cannot be is said at once.
-            check_name(config.network)
             check_sides(config.network, build_on_meta(config.network), config.scales)
             reader = open_shards(config.shards, config.split)
             job = cls(config, reader, device, world, report)

@@ -148,7 +148,6 @@ def build_on_meta(name: str, classes: int = 1000) -> nn.Module:
     A network whose construction computes with tensors, such as a RegNet, is first built as by
     `build`.
     """
-    check_name(name)
     try:
         with torch.device("meta"):
             return build(name, classes)
