@@ -277,7 +277,7 @@ class Found:
     def __init__(self, images: int) -> None:
         self.images = images
 
-    def result(self) -> Localized:
+    def result(self, name: Callable[[int], str]) -> Localized:
         n = self.images
         return Localized(
             branch_class=np.zeros((n, 3), np.int32),
