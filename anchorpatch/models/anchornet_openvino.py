@@ -147,12 +147,15 @@ def _apply(ops: Any, x: Any, module: nn.Module) -> Any:
 
 def _spatial_attention(ops: Any, x: Any, gate: Any) -> Any:
     """Return S (N, 1, H, W), as `anchorpatch.models.anchornet.spatial_attention` does."""
-    n, channels, h, w = x.shape
-    flat = ops.reshape(x, [n, channels, h * w], special_zero=False)
-    g = ops.softmax(ops.reshape(gate, [n, 1, h * w], special_zero=False), 2)
-    channel = ops.softmax(ops.reduce_sum(ops.multiply(flat, g), [2], keep_dims=True), 1)
-    s = ops.softmax(ops.reduce_sum(ops.multiply(flat, channel), [1], keep_dims=True), 2)
-    return ops.reshape(s, [n, 1, h, w], special_zero=False)
+    weighted = ops.multiply(x, _softmax_of_map(ops, gate))
+    channel = ops.softmax(ops.reduce_sum(weighted, [2, 3], keep_dims=True), 1)
+    return _softmax_of_map(ops, ops.reduce_sum(ops.multiply(x, channel), [1], keep_dims=True))
+
+
+def _softmax_of_map(ops: Any, x: Any) -> Any:
+    n, _, h, w = x.shape
+    flat = ops.softmax(ops.reshape(x, [n, h * w], special_zero=False), 1)
+    return ops.reshape(flat, [n, 1, h, w], special_zero=False)
 
 
 def _on_pixels(stem: Any, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
