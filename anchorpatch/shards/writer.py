@@ -372,9 +372,11 @@ class ShardWriter:
     def _pixels(self, name: str) -> Iterator[Any]:
         """Yield a dataset of pixels piece by piece."""
         group, _, kind = name.rpartition("/")
+        # A map of the spool would count as memory of this process.
+        room = np.empty((_CROPS, CROP, CROP, 3), np.uint8)
         if group == "images":
             for start in range(0, len(self._paths), _CROPS):
-                yield self._crops(np.arange(start, min(start + _CROPS, len(self._paths))))
+                yield self._crops(np.arange(start, min(start + _CROPS, len(self._paths))), room)
             return
         scale = int(group.rpartition("/")[2])
         if kind == "blob":
@@ -390,15 +392,15 @@ class ShardWriter:
             some = rows[start : start + _CROPS]
             first, last = np.searchsorted(image, (some[0], some[-1] + 1))
             local = np.searchsorted(some, image[first:last])
-            yield cut_patches(self._crops(some), local, corner[first:last], scale)
+            yield cut_patches(self._crops(some, room), local, corner[first:last], scale)
 
-    def _crops(self, rows: NDArray[Any]) -> NDArray[np.uint8]:
-        """Read crops from their spool; a map of it would count as memory of this process."""
-        found, spool = np.empty((len(rows), CROP, CROP, 3), np.uint8), self._spools["images/pixels"]
-        for crop, row in zip(found, rows.tolist(), strict=True):
+    def _crops(self, rows: NDArray[Any], room: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Read crops from their spool into the first rows of ``room``."""
+        spool = self._spools["images/pixels"]
+        for crop, row in zip(room, rows.tolist(), strict=False):
             spool.seek(row * crop.nbytes)
             spool.readinto(crop)  # type: ignore[attr-defined]
-        return found
+        return room[: len(rows)]
 
 
 class _Skeleton(io.RawIOBase):
