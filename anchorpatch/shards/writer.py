@@ -167,7 +167,7 @@ class ShardWriter:
         self._columns: defaultdict[str, list[NDArray[Any]]] = defaultdict(list)
         self._patch_count = dict.fromkeys(SCALES, 0)
         self._blob_sizes: dict[int, list[int]] = {scale: [] for scale in SCALES}
-        self._spools: dict[str, BinaryIO] = {}
+        self._spools: dict[str, Any] = {}  # binary files
         self._spare = spools
         self._pool = ThreadPoolExecutor(_JPEG_THREADS)
         self._closed = False
@@ -366,41 +366,32 @@ class ShardWriter:
             position = offset
             for chunk in self._pixels(name):
                 yield chunk
-                position += memoryview(chunk).nbytes
+                position += chunk.nbytes
         yield skeleton.part(position, skeleton.size)
 
-    def _pixels(self, name: str) -> Iterator[Any]:
-        """Yield a dataset of pixels piece by piece."""
+    def _pixels(self, name: str) -> Iterator[NDArray[np.uint8]]:
+        """Yield a dataset of pixels piece by piece; each piece takes the place of the last one."""
         group, _, kind = name.rpartition("/")
         # A map of the spool would count as memory of this process.
-        room = np.empty((_CROPS, CROP, CROP, 3), np.uint8)
-        if group == "images":
-            for start in range(0, len(self._paths), _CROPS):
-                yield self._crops(np.arange(start, min(start + _CROPS, len(self._paths))), room)
-            return
-        scale = int(group.rpartition("/")[2])
-        if kind == "blob":
+        crops = np.empty((_CROPS, CROP, CROP, 3), np.uint8)
+        if name in self._spools:
+            left = len(self._paths) * crops[0].size
+            if kind == "blob":
+                left = sum(self._blob_sizes[int(group.rpartition("/")[2])])
             self._spools[name].seek(0)
-            left = sum(self._blob_sizes[scale])
-            while chunk := self._spools[name].read(min(left, 1 << 20)):
-                yield chunk
-                left -= len(chunk)
+            while n := self._spools[name].readinto(crops.reshape(-1)[:left]):
+                yield crops.reshape(-1)[:n]
+                left -= n
             return
         image, corner = self._column(f"{group}/image"), self._column(f"{group}/corner")
-        rows = np.unique(image)
-        for start in range(0, len(rows), _CROPS):
-            some = rows[start : start + _CROPS]
+        rows, spool = np.unique(image), self._spools["images/pixels"]
+        for some in np.split(rows, range(_CROPS, len(rows), _CROPS)):
+            for crop, row in zip(crops, some.tolist(), strict=False):
+                spool.seek(row * crop.nbytes)
+                spool.readinto(crop)
             first, last = np.searchsorted(image, (some[0], some[-1] + 1))
             local = np.searchsorted(some, image[first:last])
-            yield cut_patches(self._crops(some, room), local, corner[first:last], scale)
-
-    def _crops(self, rows: NDArray[Any], room: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Read crops from their spool into the first rows of ``room``."""
-        spool = self._spools["images/pixels"]
-        for crop, row in zip(room, rows.tolist(), strict=False):
-            spool.seek(row * crop.nbytes)
-            spool.readinto(crop)  # type: ignore[attr-defined]
-        return room[: len(rows)]
+            yield cut_patches(crops, local, corner[first:last], int(group.rpartition("/")[2]))
 
 
 class _Skeleton(io.RawIOBase):
