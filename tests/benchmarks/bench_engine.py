@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from anchorpatch.demo import demo_weights
-from anchorpatch.demo.scenes import make_scenes
+from anchorpatch.demo.scene_folder import make_scenes
 from anchorpatch.errors import SettingsError
 from anchorpatch.images.folder import scan_folder
 from anchorpatch.images.loader import load_batches
@@ -34,6 +34,7 @@ from anchorpatch.jobs.localizer import CPU_CHUNK, Localized, Localizer, Runner, 
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.settings import ENGINES, PRECISIONS, PRESETS
+from anchorpatch.text import counted
 from tests.benchmarks.bench_stages import random_weights
 
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def forward(weights: Weights, pixels: Tensor, rounds: int, more: bool, tmp: Path
         pairs = zip(tensors, first[0], strict=True)
         error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
         print(
-            f"{name:>22}, {threads} threads: {cpu:5.2f} ms CPU, {wall:5.2f} ms wall an image, "
+            f"{name:>22}, {counted(threads, 'thread')}: {cpu:5.2f} ms CPU, {wall:5.2f} ms wall an image, "
             f"error {error:.1e}, start {starts[name]:.1f} s"
         )
 
