@@ -127,8 +127,8 @@ def forward(weights: Weights, pixels: Tensor, rounds: int, more: bool, tmp: Path
         pairs = zip(tensors, first[0], strict=True)
         error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
         print(
-            f"{name:>22}, {counted(threads, 'thread')}: {cpu:5.2f} ms CPU, {wall:5.2f} ms wall an image, "
-            f"error {error:.1e}, start {starts[name]:.1f} s"
+            f"{name:>22}, {counted(threads, 'thread')}: {cpu:5.2f} ms CPU, {wall:5.2f} ms wall "
+            f"an image, error {error:.1e}, start {starts[name]:.1f} s"
         )
 
 
