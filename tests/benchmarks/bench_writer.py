@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from anchorpatch.settings import PRESETS, SCALES
-from anchorpatch.shards.header import ShardHeader, ShardSettings
+from anchorpatch.shards.manifest import ShardHeader, ShardSettings  # in older checkouts too
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
 BATCH = 64
@@ -107,7 +107,7 @@ def main() -> None:
         for checkout in filter(None, (args.other, here)):
             command = [sys.executable, __file__, "--turn", "--images", str(args.images)]
             environment = {"PYTHONPATH": str(checkout.resolve()), "OMP_NUM_THREADS": "1"}
-            result = subprocess.run(command, env=environment, capture_output=True, check=True)
+            result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
             for what, value in json.loads(result.stdout).items():
                 times[what, checkout].append(value)
     for (what, checkout), values in sorted(times.items(), key=lambda item: item[0][0]):
