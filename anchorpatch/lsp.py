@@ -65,7 +65,7 @@ def iou(a: tuple[int, int], b: tuple[int, int], theta: int) -> float:
     Example:
         >>> iou((0, 0), (0, 0), 63), iou((0, 0), (0, 63), 63)
         (1.0, 0.0)
-        >>> round(iou((0, 0), (0, 8), 63), 3)  # neighbours on the grid
+        >>> round(iou((0, 0), (0, 8), 63), 3)  # neighbors on the grid
         0.775
     """
     overlap = max(0, theta - abs(a[0] - b[0])) * max(0, theta - abs(a[1] - b[1]))
@@ -108,7 +108,7 @@ def decide(probabilities: Tensor | NDArray[Any]) -> Decision:
         SettingsError: they have another shape.
 
     Example:
-        Two branches agree on class 0; of them the second is the surer one.
+        Two branches agree on class 0; of them the second is the more confident one.
 
         >>> p = torch.tensor([[[0.6, 0.4], [0.7, 0.3], [0.2, 0.8]]])
         >>> decision = decide(p)
@@ -122,13 +122,14 @@ def decide(probabilities: Tensor | NDArray[Any]) -> Decision:
         )
     branch_class = probabilities.argmax(-1)
     branch_prob = probabilities.amax(-1)
-    # (7): the class of two or three branches, else that of the surest branch.
+    # (7): the class of two or three branches, else that of the most confident branch.
     votes = (branch_class[:, :, None] == branch_class[:, None, :]).sum(-1)
     majority = branch_class.gather(1, votes.argmax(-1)[:, None])[:, 0]
     surest = branch_class.gather(1, branch_prob.argmax(-1)[:, None])[:, 0]
     predicted = torch.where(votes.amax(-1) >= 2, majority, surest)
-    # (8): of the branches whose own maximum is at gamma, the surest. A tie may have given such a
-    # branch another class; and a compiler may compute the softmax twice, with another last bit.
+    # (8): of the branches whose own maximum is at gamma, the most confident. A tie may have given
+    # such a branch another class; and a compiler may compute the softmax twice, with another last
+    # bit.
     at_gamma = probabilities.gather(2, predicted[:, None, None].expand(-1, len(SCALES), 1))[..., 0]
     agrees = (branch_prob == at_gamma) | (branch_class == predicted[:, None])
     branch = (agrees * branch_prob).argmax(-1)

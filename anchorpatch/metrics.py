@@ -125,13 +125,13 @@ class Accuracy:
             check: look for scores that are no numbers.
 
         Raises:
-            NonFiniteError: the network gave NaN or infinity.
+            NonFiniteError: the network produced NaN or infinity.
         """
         groups = sum_ranks(self._sums).tolist()
         total = [sum(column) for column in zip(*groups, strict=True)]
         if check and total[_Sum.BAD]:
             raise NonFiniteError(
-                f"the network gave NaN or infinity for {total[_Sum.BAD]:,.0f} of "
+                f"the network produced NaN or infinity for {total[_Sum.BAD]:,.0f} of "
                 f"{total[_Sum.IMAGES]:,.0f} images; use other weights, or no --amp"
             )
         return _figures(total), [_figures(group) for group in groups]

@@ -74,7 +74,7 @@ class Network:
 
     Attributes:
         module: in evaluation mode, on the CPU.
-        meta: its name, the classes of its outputs and the normalisation of its input.
+        meta: its name, the classes of its outputs and the normalization of its input.
         source: where the weights came from, for messages.
         trained_on: "whole images", "patches", or "" where nothing says it.
     """
@@ -154,7 +154,7 @@ def load_network(
     """
     if name == "anchornet":
         raise SettingsError(
-            "anchornet localizes patches and does not classify them: name another network, such "
+            "anchornet localizes patches and does not classify them: choose another network, such "
             "as resnet50"
         )
     check_name(name)
@@ -184,7 +184,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Network:
     """
     if _kind(Path(path)) in ("torch", "safetensors"):
         raise WeightsError(
-            f"{path}: written by another program, and does not say which network it is of: "
+            f"{path}: written by another program, and does not say which network it belongs to: "
             f"give --network NAME --weights {path}"
         )
     name = read_meta(path).architecture
@@ -230,7 +230,7 @@ def load_for_whole_images(
         return load_network(name, classes, baseline, message)
     if at_hand is not None and at_hand.trained_on != "patches":
         return at_hand
-    why = "there is no pretrained set for these classes"
+    why = "there are no pretrained weights for these classes"
     config = _pretrained_set(name)
     if config is not None and _outputs(name, config, classes) == classes:
         try:
@@ -317,7 +317,7 @@ def find_pretrained(name: str, instead: str) -> Any:
     """
     found = _pretrained_set(name)
     if found is None:
-        raise WeightsError(f"{name} has no pretrained set: {instead}")
+        raise WeightsError(f"{name} has no pretrained weights: {instead}")
     return found
 
 
@@ -433,7 +433,7 @@ def _read_file(path: Path, name: str) -> _Found:
     else:
         with reading_safetensors(path):
             tensors = _unwrapped(safetensors.torch.load_file(path))
-    # Another program's file names no classes, and its input is normalised as that of timm's set.
+    # Another program's file names no classes, and its input is normalized as that of timm's set.
     config = timm_module().get_pretrained_cfg(name[len(TIMM) :]) if name.startswith(TIMM) else None
     return _Found(tensors, str(path), normalization=_normalization(config) if config else {})
 
@@ -457,7 +457,9 @@ def _of_ours(path: Path, name: str) -> _Found:
     weights = load_weights(path, None)
     meta, found = weights.meta, weights.meta.architecture
     if found != name and (torchvision_name(found) or found) != torchvision_name(name):
-        raise WeightsError(f"{path}: expected weights of {name}, found {found}; name its own file")
+        raise WeightsError(
+            f"{path}: expected weights of {name}, found {found}; give a file of its own weights"
+        )
     settings = meta.training.get("settings")
     trained_on = ""
     if isinstance(settings, Mapping):
@@ -484,7 +486,7 @@ def _from_torch(path: Path, advice: str) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path}: expected a state dict (names and tensors), found "
             f"{'other values' if isinstance(document, Mapping) else type(document).__name__}; "
-            "save the network's state_dict() alone"
+            "save only the network's state_dict()"
         )
     return _unwrapped(document)
 
@@ -512,7 +514,7 @@ def _fitting(name: str, found: _Found, classes: tuple[str, ...]) -> tuple[str, .
     outputs = next((len(found.tensors[key]) for key in head if key in found.tensors), len(classes))
     if outputs != len(classes):
         raise WeightsError(
-            f"{found.source}: names no classes for its {outputs:,} outputs: name them with "
+            f"{found.source}: names no classes for its {outputs:,} outputs: give their names with "
             "--classes FILE, one per line in the order of the outputs"
         )
     return classes
@@ -562,7 +564,7 @@ def _fill(
         more = f"; and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
         raise WeightsError(
             f"{found.source}: expected weights of {meta.architecture}, found other tensors "
-            f"({first}{more}); name a file of this network"
+            f"({first}{more}); give a file for this network"
         )
     ours = f"{len(meta.classes):,}"
     if wrong or (found.classes is not None and found.classes != meta.classes):
@@ -583,8 +585,8 @@ def _fill(
         tensors = {key: value for key, value in tensors.items() if key not in head}
     elif found.classes is None:
         message(
-            f"{found.source}: names no classes; its {ours} outputs are taken for the classes in "
-            f"their order ({few(meta.classes)})"
+            f"{found.source}: names no classes; its {ours} outputs are assumed to be the classes "
+            f"in order ({few(meta.classes)})"
         )
     state.update(tensors)
     module.load_state_dict(state)

@@ -11,13 +11,13 @@ from anchorpatch.errors import SettingsError
 #: Side theta of the patches of each branch, in pixels: the receptive fields of Table 2.
 SCALES: Final = (63, 95, 111)
 
-#: Distance of neighbouring patches in pixels: the accumulated stride of every branch.
+#: Distance of neighboring patches in pixels: the accumulated stride of every branch.
 STRIDE: Final = 8
 
 #: Side of the crop that AnchorNet sees, in pixels.
 CROP: Final = 224
 
-#: Short side of an image from which the centre crop is taken, in pixels.
+#: Short side of an image from which the center crop is taken, in pixels.
 RESIZE: Final = 256
 
 #: What `anchorpatch train` trains, and the side of the largest patch that one location sees, in
@@ -39,7 +39,7 @@ PRECISIONS: Final = ("float32", "bfloat16")
 #: What computes them. OpenVINO is for CPUs.
 ENGINES: Final = ("torch", "openvino")
 
-#: timm's names. ``center``: resize the short side to 256 px, then take the centre crop of 224 px,
+#: timm's names. ``center``: resize the short side to 256 px, then take the center crop of 224 px,
 #: which is the usual validation transform of ImageNet. ``squash``: resize both sides to 224 px
 #: whatever the aspect ratio, as the paper does.
 CROP_MODES: Final = ("center", "squash")
@@ -69,7 +69,7 @@ class CropSettings:
 
     Attributes:
         mode: one of `CROP_MODES`.
-        background: colour behind transparent pixels. Pillow's colour names and notations are
+        background: color behind transparent pixels. Pillow's color names and notations are
             accepted; kept as ``#rrggbb``.
         damaged: one of `DAMAGED`.
 
@@ -101,7 +101,7 @@ class CropSettings:
             alpha = [0]
         if alpha and alpha != [255]:
             raise SettingsError(
-                f"--background: expected an opaque colour such as white or #rrggbb, "
+                f"--background: expected an opaque color such as white or #rrggbb, "
                 f"got {self.background!r}"
             )
         object.__setattr__(self, "background", f"#{red:02x}{green:02x}{blue:02x}")

@@ -116,7 +116,7 @@ def decimal(value: Any, digits: int = 2) -> Cell:
 
 
 def share(value: Any, digits: int = 2) -> Cell:
-    """Return a cell of a share from 0 to 1, in per cent."""
+    """Return a cell of a share from 0 to 1, in percent."""
     return written(value, lambda v: percent(v, digits))
 
 

@@ -35,7 +35,7 @@ def program(tmp_path: Path) -> Program:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of an untrained AnchorNet for the two classes of `image_folder`.
 
-    Batch normalisation has seen some photos and the classifiers are not too small, so that
+    Batch normalization has seen some photos and the classifiers are not too small, so that
     images differ in class, branch and activations.
     """
     import torch
@@ -60,7 +60,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw_photo(seed: int, size: tuple[int, int]) -> Image.Image:
-    """A smooth coloured field with some noise, which compresses like a photograph."""
+    """A smooth colored field with some noise, which compresses like a photograph."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(np.int16)

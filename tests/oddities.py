@@ -51,13 +51,13 @@ def png(
     width: int,
     height: int,
     depth: int,
-    colour: int,
+    color: int,
     rows: bytes,
     interlace: int = 0,
     transparency: bytes | None = None,
 ) -> bytes:
     """Return a PNG file made by hand, for what Pillow cannot write."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlace)
     return (
         b"\x89PNG\r\n\x1a\n"
         + png_chunk(b"IHDR", header)
@@ -97,7 +97,7 @@ def bmp_top_down(pixels: Array) -> bytes:
 
 
 def bmp_rle(height: int = 60, width: int = 80) -> bytes:
-    """Return a BMP file of 256 greys, run-length encoded: each row is one grey."""
+    """Return a BMP file of 256 grays, run-length encoded: each row is one gray."""
     palette = b"".join(bytes([i, i, i, 0]) for i in range(256))
     body = b"".join(bytes([width, 4 * y, 0, 0]) for y in range(height)) + b"\0\1"
     start = 54 + len(palette)
@@ -108,7 +108,7 @@ def bmp_rle(height: int = 60, width: int = 80) -> bytes:
 def ycck(pixels: Array) -> bytes:
     """Return a JPEG file in YCCK: a CMYK one whose Adobe marker says so.
 
-    The numbers of a CMYK file are read otherwise, so the colours are wild, but the file is
+    The numbers of a CMYK file are read otherwise, so the colors are wild, but the file is
     built as those of Photoshop are.
     """
     plain = encoded(Image.fromarray(pixels).convert("CMYK"), "JPEG", quality=90)
@@ -133,7 +133,7 @@ def bad_crc_png() -> bytes:
 
 
 def long_text(*, after: bool = False, profile: bool = False) -> bytes:
-    """Return a PNG file with 3 MB of compressed text, or of what is no colour profile."""
+    """Return a PNG file with 3 MB of compressed text, or of what is no color profile."""
     data, packed = encoded(picture(), "PNG"), zlib.compress(b"lorem ipsum " * 250_000)
     name = b"iCCP" if profile else b"zTXt"
     at = len(data) - 12 if after else 33  # before the end, or behind the header
@@ -148,10 +148,10 @@ def transparent_files() -> dict[str, bytes]:
     palette = rgb.quantize(64)
     few = palette.convert("RGB")
     return {
-        "grey-alpha.png": encoded(alpha.convert("LA"), "PNG"),
+        "gray-alpha.png": encoded(alpha.convert("LA"), "PNG"),
         "palette-one.png": encoded(palette, "PNG", transparency=3),
         "palette.png": encoded(palette, "PNG", transparency=bytes(range(64))),
-        "one-colour.png": encoded(few, "PNG", transparency=few.getpixel((9, 9))),
+        "one-color.png": encoded(few, "PNG", transparency=few.getpixel((9, 9))),
         "palette.gif": encoded(palette, "GIF", transparency=3),
         "alpha.tif": encoded(alpha, "TIFF"),
         "alpha.avif": encoded(alpha, "AVIF"),
@@ -178,7 +178,7 @@ def good_files() -> dict[str, bytes]:
         "plain.jpg": jpeg,
         "progressive.jpg": encoded(rgb, "JPEG", progressive=True),
         "subsampled.jpg": encoded(rgb, "JPEG", subsampling="4:2:0"),
-        "grey.jpg": encoded(rgb.convert("L"), "JPEG"),
+        "gray.jpg": encoded(rgb.convert("L"), "JPEG"),
         "cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG"),
         "ycck.jpg": ycck(picture()),
         "icc.jpg": encoded(rgb, "JPEG", icc_profile=icc),
@@ -192,14 +192,14 @@ def good_files() -> dict[str, bytes]:
         "a png.jpg": encoded(rgb, "PNG"),
         "a gif.jpg": encoded(rgb.quantize(32), "GIF"),
         "an animated gif.png": animation("GIF"),
-        "grey.png": encoded(rgb.convert("L"), "PNG"),
+        "gray.png": encoded(rgb.convert("L"), "PNG"),
         "one-bit.png": encoded(rgb.convert("1"), "PNG"),
         "palette.png": encoded(palette, "PNG"),
         "palette-one-transparent.png": encoded(palette, "PNG", transparency=3),
         "palette-transparency.png": encoded(palette, "PNG", transparency=bytes(range(64))),
-        "grey-16-bit.png": encoded(Image.fromarray(gray16), "PNG"),
+        "gray-16-bit.png": encoded(Image.fromarray(gray16), "PNG"),
         "rgb-16-bit.png": png_rgb16(picture().astype(np.uint16) * 257),
-        "grey-alpha.png": encoded(alpha.convert("LA"), "PNG"),
+        "gray-alpha.png": encoded(alpha.convert("LA"), "PNG"),
         "alpha.png": encoded(alpha, "PNG"),
         "interlaced.png": png_interlaced(picture()),
         "animated.png": animation("PNG"),
@@ -217,7 +217,7 @@ def good_files() -> dict[str, bytes]:
         "plain.gif": encoded(rgb, "GIF"),
         "plain.tif": encoded(rgb, "TIFF"),
         "packed.TIFF": encoded(rgb, "TIFF", compression="tiff_lzw"),
-        "grey-16-bit.tif": encoded(Image.fromarray(gray16), "TIFF"),
+        "gray-16-bit.tif": encoded(Image.fromarray(gray16), "TIFF"),
         "lossless.avif": encoded(rgb, "AVIF", quality=100, subsampling="4:4:4"),
         "long-text.png": long_text(),
         "plain.bmp": encoded(rgb, "BMP"),

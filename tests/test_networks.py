@@ -134,7 +134,7 @@ def test_files_of_other_programs(tmp_path: Path, name: str, wrapped: str) -> Non
     network, messages = load(name, THREE, path)
     assert_same(network.module, state)
     assert network.source == str(path)
-    assert "3 outputs are taken for the classes in their order (ape, bee, cat)" in messages[0]
+    assert "3 outputs are assumed to be the classes in order (ape, bee, cat)" in messages[0]
     assert "expected outputs for the 4 classes ape, bee, cat and 1 more, found 3" in error_of(
         name, FOUR, path
     )
@@ -179,7 +179,7 @@ def test_other_keys_are_listed(tmp_path: Path) -> None:
     torch.save(state_of(CONV, 3), path)
     message = error_of(LINEAR, THREE, path, replace_head=True)
     assert "found other tensors (classifier.1.bias: expected nothing, found 3; " in message
-    assert message.endswith("more); name a file of this network")
+    assert message.endswith("more); give a file for this network")
     state = state_of(LINEAR, 3)
     state["conv1.0.weight"] = torch.zeros(24, 1, 3, 3)
     torch.save(state, path)
@@ -257,7 +257,7 @@ def test_damaged_missing_and_other_files(tmp_path: Path) -> None:
     assert "damaged" in error_of(CONV, THREE, path)
     safetensors.torch.save_file(state_of(CONV, 3), whole)
     path.write_bytes(whole.read_bytes()[:100_000])
-    assert "damaged, cut-off or other file of 100,000 bytes" in error_of(CONV, THREE, path)
+    assert "damaged, truncated or different file of 100,000 bytes" in error_of(CONV, THREE, path)
     path.write_bytes(b"")
     assert "file of 0 bytes" in error_of(CONV, THREE, path)
     assert "--weights takes default, none or a file" in error_of(CONV, THREE, tmp_path / "no")
@@ -358,10 +358,10 @@ def test_whole_images_are_asked_of_no_network_on_patches(cache: Path, tmp_path: 
 
 
 def test_networks_without_a_pretrained_set() -> None:
-    message = "hcgnet_b has no pretrained set: give --weights FILE, or --weights none"
+    message = "hcgnet_b has no pretrained weights: give --weights FILE, or --weights none"
     assert error_of("hcgnet_b", THREE, "default", replace_head=True).startswith(message)
     # Only a run that trains begins with random weights.
-    message = "hcgnet_b has no pretrained set: name a file of weights"
+    message = "hcgnet_b has no pretrained weights: name a file of weights"
     assert error_of("hcgnet_b", THREE, "default") == message
 
 

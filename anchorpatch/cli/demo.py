@@ -43,7 +43,7 @@ def demo(
     as_json: bool,
     **computing: Any,
 ) -> None:
-    """Run the pipeline on drawn scenes whose objects are known.
+    """Run the pipeline on synthetic scenes with known objects.
 
     Draws scenes in DIR/scenes, extracts their patches to DIR/shards, verifies the shards,
     compares the patches with the true boxes, and draws some of them in DIR/patches.png. Takes
@@ -109,7 +109,7 @@ def demo(
     click.echo(f"all {counted(number, 'shard')} verified\n")
     print_tables(score.tables())
     click.echo(f"\npicture: {folder / _PICTURE}")
-    progress.message(f"anchorpatch report {folder} puts all of it on one page")
+    progress.message(f"anchorpatch report {folder} puts everything on one page")
 
 
 def _write_picture(shards: Path, boxes_csv: Path, picture: Path, per_size: int = 3) -> None:

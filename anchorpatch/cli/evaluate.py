@@ -43,8 +43,9 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 @click.option(
     "--weights",
     metavar="FILE|default|demo",
-    help="Weights; default: the published ones of NETWORK; demo: the bundled ones of anchornet.  "
-    "[default: RUNS/NETWORK/best.safetensors, or one network per scale as with --per-scale]",
+    help="Weights; default: the pretrained weights of NETWORK; demo: the bundled ones of "
+    "anchornet.  [default: RUNS/NETWORK/best.safetensors, or one network per scale as with "
+    "--per-scale]",
 )
 @opt.runs
 @click.option(
@@ -57,20 +58,20 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 @click.option(
     "--scale",
     type=click.Choice([str(scale) for scale in SCALES]),
-    help="Evaluate only images that chose this scale.",
+    help="Evaluate only images assigned to this scale.",
 )
 @click.option(
     "--per-scale",
     is_flag=True,
-    help="Use one network per scale: RUNS/NETWORK-63, -95 and -111.  [default: if these exist and "
-    "RUNS/NETWORK does not]",
+    help="Use one network per scale: RUNS/NETWORK-63, -95 and -111.  [default: on if these exist "
+    "and RUNS/NETWORK does not]",
 )
 @click.option(
     "--whole-weights",
     metavar="FILE|default",
     help="Weights for whole images, and for --protocol rescale.  [default: "
     "RUNS/NETWORK-baseline/best.safetensors if it exists, else --weights unless fine-tuned on "
-    "patches, else the published ones if they fit]",
+    "patches, else the pretrained weights if their classes match]",
 )
 @click.option("--whole/--no-whole", default=True, help="Evaluate whole images as well.")
 @click.option(
@@ -116,18 +117,18 @@ def evaluate(
 ) -> None:
     """Evaluate a classifier on patches, or anchornet on images.
 
-    NETWORK is one of `anchorpatch models`. A classifier is evaluated on the shards of a split:
-    top-1 and top-5 accuracy by the sum of the softmax outputs of an image's patches, MACs and
-    speed, compared with whole images.
+    NETWORK is a name from `anchorpatch models`, or that of any other classifier of torchvision or
+    timm. A classifier is evaluated on the shards of a split: top-1 and top-5 accuracy by the sum of
+    the softmax outputs of an image's patches, MACs and speed, compared with whole images.
 
     anchornet is evaluated on a labeled folder: top-1 and top-5 accuracy of every branch and of
-    the decision of Eq. 7, the share of images that choose each branch, patches per image for each
+    the decision of Eq. 7, the share of images assigned to each branch, patches per image for each
     preset, and MACs. --labels and --max-bad are only for anchornet; --shards, --protocol,
     --scale, --per-scale, --whole-weights, --whole, --anchornet-weights, --speed and --predictions
     only for classifiers.
 
     Whole images (row 224) and --protocol rescale use a network that was not trained on patches,
-    as in the paper: RUNS/NETWORK-baseline, or the published weights if they are for the classes
+    as in the paper: RUNS/NETWORK-baseline, or the pretrained weights if they are for the classes
     of the shards. The result names the weights of each row.
 
     \b

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     "--codec",
     type=click.Choice(CODECS),
     default="raw",
-    help="Store patches as raw pixels or as JPEG, or store each image once and cut its patches "
-    "when they are read.",
+    help="How to store patches: as raw pixels, as JPEG, or (image) as the 224 px crop from which "
+    "they are cut when read.",
 )
 @click.option(
     "--jpeg-quality", type=click.IntRange(1, 100), default=95, help="JPEG quality of --codec jpeg."
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     "--shard-size", type=click.IntRange(min=1), default=1024, help="Number of images per shard."
 )
 @opt.batch_size(
-    "64 on CPU, 256 on a GPU", "images", "; on a GPU, the same for all shards of a split"
+    "64 on CPU, 256 on a GPU", "images", "; on a GPU, it must be the same for all shards of a split"
 )
 @opt.workers
 @opt.threads
@@ -64,14 +64,14 @@ if TYPE_CHECKING:
 @click.option(
     "--task",
     metavar="I/N",
-    help="Write only every N-th shard, starting with number I.  [default: all, shared with the "
-    "other jobs of a SLURM array]",
+    help="Write only every N-th shard, starting with number I.  [default: all; the jobs of a "
+    "SLURM array share them]",
 )
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace shards made from other inputs. If only the list of images has changed, shards "
-    "whose part of it is the same are kept.",
+    help="Replace shards made from other inputs. If only the list of images has changed, "
+    "unaffected shards are kept.",
 )
 @click.option(
     "--repair", is_flag=True, help="Verify existing shards first and rewrite the damaged ones."
@@ -79,8 +79,8 @@ if TYPE_CHECKING:
 @click.option(
     "--retry-skipped",
     is_flag=True,
-    help="Read images again that were skipped or damaged, and rewrite the shards of those that are "
-    "whole now.",
+    help="Try skipped and damaged images again, and rewrite the shards of those that are intact "
+    "now.",
 )
 @click.option(
     "--dry-run",
@@ -100,7 +100,7 @@ def extract(
     """Write the semantic patches of a folder of images to HDF5 shards.
 
     The images are DATA/SPLIT/CLASS/*.JPEG (also PNG, WebP, BMP, GIF, TIFF, AVIF), or with
-    --labels DATA/SPLIT/*.JPEG. How they are cropped to 224 px is recorded in the weights. Run an
+    --labels DATA/SPLIT/*.JPEG. The weights record how images are cropped to 224 px. Run an
     interrupted command again to resume it. The shards do not depend on the number of workers,
     processes or interruptions.
 
@@ -156,11 +156,11 @@ def print_summary(summary: ExtractSummary, as_json: bool) -> None:
         speed = f"{summary.images_per_second:,.1f} images/s"
         lines.append(f"{counted(summary.images_run, 'image')} in {summary.seconds:,.1f} s: {speed}")
     else:
-        lines.append("nothing was left to do")
+        lines.append("nothing to do")
     if summary.pending:
         lines.append(
             f"{summary.pending} of {facts.total_shards} shards of the split are pending: other "
-            "jobs or tasks write them, or the same command without --task"
+            "jobs or tasks will write them, or run the same command without --task"
         )
     if summary.advice:
         waits = ", ".join(f"{stage} {share:.1%}" for stage, share in summary.waits.items())

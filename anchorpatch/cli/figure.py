@@ -50,7 +50,7 @@ def _example_options(name: str, limit: int = 300) -> Callable[[_F], _F]:
             type=opt.Names(),
             default=(),
             metavar="PATH[,PATH...]",
-            help="Show exactly these images, given by their paths below the split's folder.",
+            help="Show exactly these images, given by their paths relative to the split's folder.",
         ),
         click.option(
             "--classes",
@@ -70,8 +70,8 @@ def _example_options(name: str, limit: int = 300) -> Callable[[_F], _F]:
             "--out",
             type=opt.PATH,
             default=Path("figures", f"{name}.png"),
-            help="Picture to write: .png, .jpg, .webp or .pdf. A .json file next to it says what "
-            "it shows.",
+            help="Picture to write: .png, .jpg, .webp or .pdf. A .json file next to it describes "
+            "what it shows.",
         ),
         opt.workers,
         opt.device,
@@ -131,7 +131,7 @@ def _draw(
 @opt.lsp("figure")
 @_example_options("patches")
 def patches(preset: str, **options: Any) -> None:
-    """Draw images by the scale they chose, with their patches framed and cut out (Figure 3).
+    """Draw images by their chosen scale, with their patches framed and cut out (Figure 3).
 
     The images are a random choice, by --seed, spread over the classes. Those that AnchorNet
     classifies wrongly are included, with the predicted class; --only-right leaves them out, as
@@ -158,7 +158,7 @@ def patches(preset: str, **options: Any) -> None:
 )
 @_example_options("errors", limit=500)
 def errors(scales: tuple[str, ...], **options: Any) -> None:
-    """Draw what misled a branch where another branch is right (Figure 4).
+    """Draw errors of one branch that another branch gets right (Figure 4).
 
     Each row shows an image, the patches with the most evidence for the class that the branch
     predicts and for the true class, and the image of the mistaken class that the branch is most
@@ -199,9 +199,9 @@ def attention(**options: Any) -> None:
 @click.option(
     "--weights",
     metavar="FILE|default",
-    help="Weights of NETWORK; default: the published ones.  [default: "
-    "RUNS/NETWORK-baseline/best.safetensors where it exists, else the published ones where they "
-    "fit, else RUNS/NETWORK/best.safetensors]",
+    help="Weights of NETWORK; default: the pretrained ones.  [default: "
+    "RUNS/NETWORK-baseline/best.safetensors where it exists, else the pretrained ones if their "
+    "classes match, else RUNS/NETWORK/best.safetensors]",
 )
 @opt.anchornet_weights
 @click.option(
@@ -218,7 +218,7 @@ def attention(**options: Any) -> None:
     default=(),
     metavar="NAME[,NAME...]",
     help="Localizers to compare: some of anchornet, branch63, branch95, branch111, bagnet33, "
-    "bagnet77, saccader, gradcam, sobel, centre, random.  [default: all]",
+    "bagnet77, saccader, gradcam, sobel, center, random.  [default: all]",
 )
 @click.option(
     "--areas",
@@ -230,9 +230,14 @@ def attention(**options: Any) -> None:
     "--iou-threshold",
     type=click.FloatRange(0, 1),
     default=0.3,
-    help="IoU that two patches stay below (T), for AnchorNet, edges and random patches.",
+    help="IoU that two patches stay below (T), for anchornet, sobel and random.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=5, help="Number of random localizers.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=5,
+    help="Number of seeds of the random localizer.",
+)
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
@@ -265,19 +270,19 @@ def coverage(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compare localizers by what NETWORK makes of the areas they choose (Figure 6).
+    """Compare localizers by NETWORK's accuracy on the areas they select (Figure 6).
 
     Every image is classified with everything but the chosen area set to 0, and with the chosen
     area set to 0. The sizes of the areas are the same for all localizers: AnchorNet, each of its
     branches alone, BagNet-33 and BagNet-77 ordered by logits, Saccader, Grad-CAM of NETWORK,
-    Sobel energy, the center and random patches. NETWORK is one for whole images.
+    Sobel energy, the center and random patches. NETWORK should be trained on whole images.
 
     Writes the picture, all points of the curves as CSV, and the areas under the curves as JSON,
     and prints these areas with their standard errors over the images.
 
     \b
     anchorpatch figure coverage resnet50 --data imagenet
-    anchorpatch figure coverage resnet18 --localizers anchornet,sobel,centre,random
+    anchorpatch figure coverage resnet18 --localizers anchornet,sobel,center,random
     """
     from anchorpatch.figures.canvas import picture_kind, save_picture
     from anchorpatch.figures.coverage import (

@@ -48,8 +48,8 @@ def _default(name: str) -> str:
 @click.option(
     "--baseline",
     is_flag=True,
-    help="Train on whole images instead, with as many MACs as the run on patches in RUNS/NETWORK, "
-    "or as such a run would take; or for --epochs, if given.",
+    help="Train on whole images instead, with the MACs of the run on patches in RUNS/NETWORK "
+    "(estimated if there is none), or for --epochs if given.",
 )
 @opt.data
 @click.option(
@@ -59,13 +59,14 @@ def _default(name: str) -> str:
     "--jitter",
     type=float,
     default=FinetuneConfig.jitter,
-    help="Color jitter: brightness, contrast and saturation change by up to this share.",
+    help="Strength of the color jitter: brightness, contrast and saturation vary by up to this "
+    "fraction.",
 )
 @click.option(
     "--min-area",
     type=opt.Share(),
     default=FinetuneConfig.min_area,
-    help="--baseline: smallest share of an image's area that a training crop covers.",
+    help="--baseline: minimum share of an image's area that a training crop covers.",
 )
 @opt.seed("new weights, order and augmentation")
 @opt.workers

@@ -183,8 +183,8 @@ def load_config(ctx: click.Context, file: str | None) -> dict[str, Any]:
         known = {option.shared for *_, option in _walk(ctx) if isinstance(option, SharedOption)}
         for key in shared.keys() - known:
             raise click.UsageError(
-                f"{where}, [{_FOR_ALL}]: expected some of {', '.join(sorted(known))}, which hold "
-                f"for all commands, found {key!r}." + did_you_mean(key, known)
+                f"{where}, [{_FOR_ALL}]: expected some of {', '.join(sorted(known))}, that apply "
+                f"to all commands, found {key!r}." + did_you_mean(key, known)
             )
     return _defaults(ctx, ctx.command, tables, shared, where)
 

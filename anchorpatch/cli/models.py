@@ -21,7 +21,7 @@ from anchorpatch.text import percent
 @click.option(
     "--table3", is_flag=True, help="Compare computed GMACs with those printed in Table 3."
 )
-@click.option("--names", "only_names", is_flag=True, help="Print all names and nothing else.")
+@click.option("--names", "only_names", is_flag=True, help="Print only the names, one per line.")
 @opt.as_json
 def models(
     names: tuple[str, ...],
@@ -43,7 +43,7 @@ def models(
     anchorpatch models --table3
 
     All numbers are computed from the networks. GMACs count the convolutions and matrix products
-    for one image or patch; "-" means that a network does not accept one of that size. AnchorNet
+    for one image or patch; "-" means that a network does not accept inputs of that size. AnchorNet
     is listed as it is trained, with the full class maps F, and as `extract` runs it, which
     computes the map of one class only. The counts of the BagNets and Saccader include the maps of
     all classes.

@@ -38,7 +38,7 @@ def debug_option(**attributes: Any) -> click.Option:
 
 
 class Command(click.Command):
-    """A command with ``--debug`` whose options also stand in the environment."""
+    """A command with ``--debug`` whose options can also be set in the environment."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,7 +80,7 @@ class Group(click.Group):
 
 
 def _out_of_memory(error: Exception, options: Container[str]) -> str | None:
-    """Return what to tell the user if memory is what an error is about."""
+    """Return the message for an out-of-memory error."""
     text = str(error)
     # By name: importing torch takes seconds, and commands that do without have no such error.
     gpu = type(error).__name__ == "OutOfMemoryError" or re.search(
@@ -176,7 +176,7 @@ class NumberList(_ParamType):
 
 
 class Share(_ParamType):
-    """A share from 0 to 1, also written in per cent."""
+    """A share from 0 to 1, also written in percent."""
 
     name = "share"
 
@@ -249,7 +249,7 @@ max_bad = click.option(
     "--max-bad",
     type=Share(),
     default=0.01,
-    help="Largest share of unreadable images; the command fails if there are more.",
+    help="Maximum share of unreadable images; above it, the command fails.",
 )
 
 weights, anchornet_weights = (
@@ -336,7 +336,9 @@ def seed(of: str, default: int = 0) -> Callable[[_F], _F]:
     )
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+as_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as one JSON object."
+)
 
 
 def background(default: str) -> Callable[[_F], _F]:

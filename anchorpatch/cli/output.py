@@ -83,7 +83,7 @@ def open_streams() -> None:
 
 
 def print_json(result: Any) -> None:
-    """Print one JSON object."""
+    """Print the result as one JSON object."""
     click.echo(json.dumps(result, indent=2, allow_nan=False))
 
 

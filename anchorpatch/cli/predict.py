@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 @click.option(
     "--network",
     metavar="NAME|FILE",
-    help="Network that classifies: a name from `anchorpatch models`, or a weights file of "
+    help="Classifier: a name from `anchorpatch models`, or a weights file of "
     "`anchorpatch finetune`.  [required]",
 )
 @click.option(
     "--weights",
     metavar="FILE|default",
-    help="Weights of the network NAME; default: the published ones.  [default: "
+    help="Weights of the network NAME; default: the pretrained ones.  [default: "
     "RUNS/NAME/best.safetensors]",
 )
 @click.option(
     "--classes",
     type=opt.PATH,
     help="Text file with the classes of --weights, one per line, in the order of its outputs.  "
-    "[default: as the weights say, else those of AnchorNet]",
+    "[default: those recorded in the weights, else those of AnchorNet]",
 )
 @opt.anchornet_weights
 @opt.runs
@@ -93,8 +93,8 @@ def predict(
 
     if weights is not None and names_file(network):
         raise click.UsageError(
-            f"--network {network} names weights already: name the network they are of with "
-            "--weights FILE, or AnchorNet's weights with --anchornet-weights."
+            f"--network {network} is a weights file already: use --network NAME with --weights "
+            "FILE, or --anchornet-weights for AnchorNet's weights."
         )
     if classes is not None and weights is None:
         raise click.UsageError("--classes needs --weights.")

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 @click.option(
     "--weights",
     metavar="FILE|demo",
-    help="AnchorNet weights that made the shards, for missing figures.  [default: those of the "
-    "runs or the bundled ones, if they made the shards]",
+    help="AnchorNet weights that the shards were extracted with, to draw missing figures.  "
+    "[default: those of the runs or the bundled ones, if they made the shards]",
 )
 @click.option("--no-figures", is_flag=True, help="Do not draw missing figures.")
 @opt.as_json
@@ -42,9 +42,9 @@ def report(
     Missing figures of example images are drawn if the shards store their crops and the weights
     that made the shards can be found.
 
-    Files that cannot be read are named on the page and on stderr, and the exit status is then 1;
-    the rest of the page is written all the same. If $SOURCE_DATE_EPOCH sets the date, the same
-    folder gives the same bytes.
+    Files that cannot be read are listed on the page and on stderr, and the exit status is then
+    1; the rest of the page is still written. With $SOURCE_DATE_EPOCH set, the same folder
+    gives a byte-identical page.
 
     \b
     anchorpatch report

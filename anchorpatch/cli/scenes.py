@@ -26,7 +26,7 @@ from anchorpatch.cli.output import print_json
 )
 @opt.as_json
 def scenes(folder: Path, train: int, val: int, seed: int, jobs: int | None, as_json: bool) -> None:
-    """Draw a sample data set of textured shapes, with the true boxes of the objects.
+    """Draw a synthetic dataset of textured shapes, with the true boxes of the objects.
 
     There are ten classes, each with small, medium and large objects, in the layout of ImageNet:
     DIR/train/CLASS/*.JPEG, DIR/val/CLASS/*.JPEG. DIR/boxes.csv holds the size and the box of each

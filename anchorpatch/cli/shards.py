@@ -60,7 +60,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
     """Verify shards: checksums, sizes, counts, and the bounds of every corner.
 
-    Prints what is wrong with each bad shard and the command that writes it again. The exit status
+    Prints what is wrong with each bad shard and the command that rewrites it. The exit status
     is then 1.
     """
     from anchorpatch.runtime.progress import reporter
@@ -95,7 +95,7 @@ def verify(folder: Path, jobs: int | None, as_json: bool) -> int:
         shown.append(f"{wrong} bad" if wrong else "all good")
         click.echo(f"{of_split['folder']}: {', '.join(shown)}")
         if of_split["repair"]:
-            click.echo(f"to write them again: {of_split['repair']}\n{_unknown(of_split['repair'])}")
+            click.echo(f"to rewrite them: {of_split['repair']}\n{_unknown(of_split['repair'])}")
     return int(bad)
 
 
@@ -193,7 +193,7 @@ def _unknown(command: str) -> str:
     words = command.split()
     notes = ["DATA stands for the images"] if "DATA" in words else []
     notes += [f"{w} for the weights with this SHA-256" for w in words if w.startswith("WEIGHTS-")]
-    notes += ["add --labels, --limit and --allow-empty as they were given"]
+    notes += ["add --labels, --limit and --allow-empty if they were used"]
     return f"({'; '.join(notes)})"
 
 
@@ -297,7 +297,7 @@ def _find(reader: ShardReader, image: str) -> int:
         problem = f"{image} was skipped: {skipped[image]}"
     else:
         images = counted(len(paths), "image")
-        problem = f"{image!r} is none of the {images} of {reader.folder}." + did_you_mean(
+        problem = f"{image!r} is not among the {images} of {reader.folder}." + did_you_mean(
             image, paths
         )
     raise click.BadParameter(problem, param_hint="'IMAGE'")

@@ -42,15 +42,15 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
     texts = {
         "epochs": "Number of passes over the training split.",
         "batch_size": f"Number of {unit} per step, over all processes.",
-        "accumulate": "Split each step into N smaller batches and accumulate their gradients.",
+        "accumulate": "Number of smaller batches per step, whose gradients are accumulated.",
         "optimizer": "Optimizer.",
-        "lr": "Learning rate for a batch size of 256; scaled to others, linearly for sgd and by "
-        "the square root for adamw.",
-        "weight_decay": "Weight decay, of all parameters.",
-        "schedule": "Learning rate schedule: a tenth every 30 epochs, or a cosine to 0.",
+        "lr": "Learning rate at batch size 256; scaled linearly (sgd) or by the square root "
+        "(adamw) for other batch sizes.",
+        "weight_decay": "Weight decay, applied to all parameters.",
+        "schedule": "Learning rate schedule: step (a tenth every 30 epochs) or cosine (to 0).",
         "warmup_epochs": "Epochs of linear warm-up.",
         "label_smoothing": "Label smoothing.",
-        "ema_decay": "Decay of the exponential moving average of the weights; 0 disables it.",
+        "ema_decay": "Decay of the exponential moving average (EMA) of the weights; 0 disables it.",
     }
     return opt.grouped(
         *(loop(name, text) for name, text in texts.items()),
@@ -60,7 +60,7 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
         click.option(
             "--channels-last/--no-channels-last",
             default=LoopConfig.channels_last,
-            help="Use channels-last memory.",
+            help="Use the channels-last memory format.",
         ),
         click.option("--compile", "compile", is_flag=True, help="Use torch.compile."),
         click.option("--sync-batchnorm", is_flag=True, help="Synchronize BatchNorm across GPUs."),
@@ -74,7 +74,7 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
         click.option(
             "--overwrite",
             is_flag=True,
-            help="Replace a run of other settings, or weights without a checkpoint.",
+            help="Replace a run with other settings, or weights without a checkpoint.",
         ),
         opt.as_json,
     )
@@ -94,13 +94,13 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
     "--recipe",
     type=click.Choice(list(RECIPES)),
     default=TrainConfig.recipe,
-    help="Defaults of the other options: those of section 4.1, or what suits a few thousand "
-    "images; explicit options override it.",
+    help="Set of defaults for the other options: paper (section 4.1) or small (for a few thousand "
+    "images); explicit options override it.",
 )
 @click.option(
     "--crop-size",
     type=click.IntRange(min=33),
-    help="Side of the training crops in px, at least that of the largest patch: 111 for "
+    help="Side of the training crops in px; at least 111 for "
     "anchornet, 33 and 77 for the BagNets, 77 for saccader. Validation uses 224.  "
     "[default: by --recipe]",
 )
@@ -123,7 +123,7 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
 @click.option(
     "--weighted-mean/--no-weighted-mean",
     default=TrainConfig.weighted_mean,
-    help="anchornet: multiply the attention S by H*W; as printed, it is not.",
+    help="anchornet: multiply the attention S by H*W; the paper's formula does not.",
 )
 @click.option(
     "--attention-loss/--no-attention-loss",
@@ -133,8 +133,8 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
 @click.option(
     "--init",
     type=opt.PATH,
-    help="Weights to start from. For saccader: those of a bagnet77, which replace the first stage "
-    "if the classes are the same.",
+    help="Initial weights. For saccader: weights of a bagnet77, which replace the first stage "
+    "if its classes are the same.",
 )
 @click.option(
     "--image-cache",

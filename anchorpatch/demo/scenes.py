@@ -1,11 +1,11 @@
 """Scenes: procedural pictures of textured shapes on cluttered backgrounds.
 
 A scene is a 256 x 256 picture of one object on a cluttered background. The object is a plate
-of a certain outline with a textured disc at its centre; the class is the pair of the two::
+of a certain outline with a textured disc at its center; the class is the pair of the two::
 
     disc - stripes - square - checks - triangle - rings - star - rays - cross - dots - (disc)
 
-Outlines and textures alternate; each neighbouring pair of this closed chain is a class, ten in
+Outlines and textures alternate; each neighboring pair of this closed chain is a class, ten in
 all, so that every outline and every texture belongs to two classes and neither cue tells the class
 alone. Most scenes also hold one or two *distractors* with one cue each, a bare textured disc or a
 plate with a plain disc. They stand next to the object's cues on the chain, so that the cues of a
@@ -14,9 +14,9 @@ picture with both fit three classes: only who sees outline and texture **togethe
 That is what ties an object's size to a scale. The textured disc has about 38 px whatever the size,
 so the gap between it and the outline grows with the object: a window of 63 px holds a small object
 whole, but of a large one the texture or the outline. Distractors stand close by, so that a window
-of 111 px on a small object also holds cues of other classes. Colours are random and say nothing.
+of 111 px on a small object also holds cues of other classes. Colors are random and say nothing.
 
-The validation transform (short side 256, centre crop 224) cuts a margin of 16 px and resamples
+The validation transform (short side 256, center crop 224) cuts a margin of 16 px and resamples
 nothing; the object always lies inside the crop.
 """
 
@@ -40,7 +40,7 @@ SIDE: Final = RESIZE
 #: Longest side of the object's box in pixels, by the name of its size.
 SIZES: Final = {"small": (50, 60), "medium": (78, 92), "large": (120, 144)}
 
-#: The chain of cues: outline, texture, outline, ... (closed). Neighbours make a class.
+#: The chain of cues: outline, texture, outline, ... (closed). Neighbors make a class.
 _CHAIN: Final = (
     "disc", "stripes", "square", "checks", "triangle", "rings", "star", "rays", "cross", "dots",
 )  # fmt: skip
@@ -74,7 +74,7 @@ class Box(NamedTuple):
     y1: int
 
     def in_crop(self) -> Box:
-        """Return the box in pixels of the 224 centre crop.
+        """Return the box in pixels of the 224 center crop.
 
         Example:
             >>> Box(16, 20, 60, 64).in_crop()
@@ -110,7 +110,7 @@ def _polar(radii: Sequence[float], first: float = -90.0) -> Array:
 
 
 def _unit_outline(name: str) -> Array:
-    """Return the corners (n, 2) of an outline about its centre, of any scale."""
+    """Return the corners (n, 2) of an outline about its center, of any scale."""
     if name == "disc":
         return _polar([1.0] * 72)
     if name == "square":
@@ -141,7 +141,7 @@ def _place_distractors(rng: np.random.Generator, class_index: int, target: _Plat
     n = len(_CHAIN)
     a, b = _CHAIN.index(outline_name), _CHAIN.index(texture)
     first, step = (a, 1) if (a + 1) % n == b else (b, 1)
-    # Four neighbours on the chain fit three classes; the object is any of the three.
+    # Four neighbors on the chain fit three classes; the object is any of the three.
     start = first - int(rng.integers(3)) * step
     cues = [_CHAIN[(start + i) % n] for i in range(4)]
     cues = [cue for cue in cues if cue not in (outline_name, texture)]
@@ -174,7 +174,7 @@ def _place_distractors(rng: np.random.Generator, class_index: int, target: _Plat
 def _color(
     rng: np.random.Generator, low: float, high: float, chroma: float = 1.0
 ) -> tuple[int, int, int]:
-    """Return a random colour with a luma (ITU-R 601) between ``low`` and ``high`` of 255."""
+    """Return a random color with a luma (ITU-R 601) between ``low`` and ``high`` of 255."""
     weights = np.array([0.299, 0.587, 0.114])
     rgb = rng.uniform(128 - 128 * chroma, 127 + 128 * chroma, 3)
     goal = rng.uniform(low, high)
@@ -189,7 +189,7 @@ def _contrast(rng: np.random.Generator) -> list[tuple[int, int, int]]:
 
 
 def _texture_mask(rng: np.random.Generator, name: str, side: int) -> NDArray[np.bool_]:
-    """Return where the second colour of a texture goes: bool (side, side) over [-1, 1]^2."""
+    """Return where the second color of a texture goes: bool (side, side) over [-1, 1]^2."""
     axis = (np.arange(side) + 0.5) * 2 / side - 1
     x, y = np.meshgrid(axis, axis)
     turn = rng.uniform(0, math.tau)
@@ -218,7 +218,7 @@ def _paint(rng: np.random.Generator, canvas: Image.Image, plate: _Plate) -> None
         draw.polygon(points, fill=body)
         width = max(2, round(0.035 * plate.diameter * s))
         draw.line([*points, points[0], points[1]], fill=rim, width=width, joint="curve")
-    # The disc at the centre of a plate is about the same whatever the size of the plate.
+    # The disc at the center of a plate is about the same whatever the size of the plate.
     disc_diameter = plate.diameter if plate.outline is None else 30 + 0.08 * plate.diameter
     radius = disc_diameter / 2 * s
     x0, y0 = (round(c * s - radius) for c in plate.center)

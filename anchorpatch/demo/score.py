@@ -1,6 +1,6 @@
 """How well the patches of scenes fit the objects, which are known there.
 
-A patch *hits* when its centre pixel lies in the object's box. *Covered* is the share of the box's
+A patch *hits* when its center pixel lies in the object's box. *Covered* is the share of the box's
 area inside the patch. Both are given for the strongest patch of each image and, as a measure of
 chance, for patches of the same scale that know nothing: a random location of the grid (the exact
 expectation, no sampling) and the grid's middle.
@@ -33,7 +33,7 @@ class PatchFit:
     """How one kind of patch fits the objects, over all images.
 
     Attributes:
-        hit: share of images whose patch has its centre in the object's box.
+        hit: share of images whose patch has its center in the object's box.
         covered: mean share of the box that lies in the patch.
     """
 
@@ -51,7 +51,7 @@ class SceneScore:
             classes are not the folders.
         strongest: the strongest patch of each image.
         random: a random patch of the same scale, expected.
-        centre: the middle patch of the same scale.
+        center: the middle patch of the same scale.
         counts: images by the object's size and the chosen scale.
         mean_scale: mean chosen scale in pixels by the object's size; None without such images.
         matched: share of images that chose the scale of their size: small 63, medium 95,
@@ -66,7 +66,7 @@ class SceneScore:
     top1: float | None
     strongest: PatchFit
     random: PatchFit
-    centre: PatchFit
+    center: PatchFit
     counts: dict[str, dict[int, int]]
     mean_scale: dict[str, float | None]
     matched: float
@@ -80,7 +80,7 @@ class SceneScore:
             for name, fit in (
                 ("strongest", self.strongest),
                 ("random, same scale", self.random),
-                ("middle, same scale", self.centre),
+                ("middle, same scale", self.center),
             )
         )
         most = max(max(row.values()) for row in self.counts.values())
@@ -106,7 +106,7 @@ class SceneScore:
         return (
             Table(
                 "Patches against the true boxes",
-                named("patch", "centre in the object's box", "box covered"),
+                named("patch", "center in the object's box", "box covered"),
                 fits,
             ),
             Table(
@@ -151,7 +151,7 @@ def score_scenes(shards_folder: Path, boxes_csv: Path) -> SceneScore:
         else None,
         strongest=_fit(corner[:, None], scale, boxes),
         random=_random_fit(scale, boxes),
-        centre=_fit(middle[:, None, None].repeat(2, 2), scale, boxes),
+        center=_fit(middle[:, None, None].repeat(2, 2), scale, boxes),
         counts={
             size: dict(zip(SCALES, row, strict=True))
             for size, row in zip(SIZES, table.tolist(), strict=True)
@@ -188,7 +188,7 @@ def _axes(corner: Ints, scale: Ints, boxes: Ints) -> tuple[Floats, Floats]:
         boxes: x0, y0, x1, y1 (n, 4).
 
     Returns:
-        Whether the centre is inside along each axis, and the covered share of the box's
+        Whether the center is inside along each axis, and the covered share of the box's
         extent, both (n, m, 2).
     """
     low, high = boxes[:, None, [1, 0]], boxes[:, None, [3, 2]]

@@ -97,7 +97,7 @@ class AttentionExamples(ShownImages):
             f"{len(self.examples)} of {self.survey} that were looked at: "
             "on the left the spatial attention S of each branch, as a multiple of uniform "
             "attention, and on the right the heatmap M of the decided class, its evidence at each "
-            "location. A location is drawn at the centre of the patch it sees; the frame marks "
+            "location. A location is drawn at the center of the patch it sees; the frame marks "
             "the branch that localizes the image."
         )
 
@@ -173,10 +173,10 @@ _OPACITY: Final = 0.65
 #: The image: left, right, bottom, top.
 _EDGES: Final = (0, CROP, CROP, 0)
 
-#: Colours of M, as a share of the largest of its map.
+#: Colors of M, as a share of the largest of its map.
 _EVIDENCE: Final = Normalize(-1, 1)
 
-#: Colours of S, evenly perceived, and of M, which has a sign.
+#: Colors of S, evenly perceived, and of M, which has a sign.
 _SEQUENTIAL: Final = "viridis"
 _SIGNED: Final = "RdBu_r"
 
@@ -185,7 +185,7 @@ def map_extent(height: int, width: int, theta: int) -> tuple[float, float, float
     """Return where a map lies on its image, as `imshow` takes it: left, right, bottom, top.
 
     Location (h, w) sees the pixels [8h, 8h + theta) x [8w, 8w + theta) and is drawn as a cell of
-    8 px around their centre, (8h + theta / 2, 8w + theta / 2); the image's edges are 0 and 224.
+    8 px around their center, (8h + theta / 2, 8w + theta / 2); the image's edges are 0 and 224.
 
     Args:
         height: locations H of the map.
@@ -203,7 +203,7 @@ def map_extent(height: int, width: int, theta: int) -> tuple[float, float, float
 def attention_figure(result: AttentionExamples) -> Figure:
     """Draw Figure 5: a row for each image, S of the three branches, then M of the decided class.
 
-    S is coloured by its multiple of uniform attention, on a logarithmic scale; M by its share of
+    S is colored by its multiple of uniform attention, on a logarithmic scale; M by its share of
     the strongest evidence in its own map, blue where it speaks against the class. The branch that
     localizes the image is framed.
     """
@@ -230,7 +230,7 @@ def attention_figure(result: AttentionExamples) -> Figure:
         axis.set_title(f"{kind}, {scale} px", fontsize=10)
 
     def bar(column: int, norm: Normalize, colors: str, label: str, **options: Any) -> Colorbar:
-        """Add a colour bar below three columns, two thirds as wide."""
+        """Add a color bar below three columns, two thirds as wide."""
         left = _GAP + column * (_SIDE + _GAP) + (3 * _SIDE + 2 * _GAP) / 6
         place = (left / width, (_BARS - 0.24) / height, (2 * _SIDE + 4 / 3 * _GAP) / width)
         added = Colorbar(
@@ -282,9 +282,9 @@ def _overlay(
     norm: Normalize,
     colors: str,
 ) -> None:
-    """Lay a map over the image in grey, each location where its patch is centred."""
-    grey = np.asarray(Image.fromarray(pixels).convert("L"))
-    axis.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=_EDGES)
+    """Lay a map over the image in gray, each location where its patch is centered."""
+    gray = np.asarray(Image.fromarray(pixels).convert("L"))
+    axis.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=_EDGES)
     left, right, bottom, top = map_extent(values.shape[0], values.shape[1], theta)
     # Not imshow, which before matplotlib 3.11 moves a small map by up to a pixel.
     axis.pcolormesh(
@@ -318,7 +318,7 @@ def _caption(axis: Axes, lines: Sequence[tuple[str, str, str]], *, chosen: bool 
 
 
 def _attention_norm(maps: Sequence[NDArray[np.float32]]) -> Normalize:
-    """Return the colours of S: uniform attention in the middle, a power of two at the ends."""
+    """Return the colors of S: uniform attention in the middle, a power of two at the ends."""
     strong = float(np.percentile(np.concatenate([s.ravel() for s in maps]), 99.5))
     limit = 2.0 ** min(4, max(1, ceil(log2(max(1, strong)))))
     return LogNorm(1 / limit, limit, clip=True)

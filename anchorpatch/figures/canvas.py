@@ -30,7 +30,7 @@ from anchorpatch.text import clean, decimal
 Color = tuple[int, int, int]
 
 BLACK: Final = (0, 0, 0)
-GREY: Final = (88, 88, 88)
+GRAY: Final = (88, 88, 88)
 PAPER: Final = (255, 255, 255)
 
 #: Stands for a character that no font has.
@@ -117,7 +117,7 @@ def _system_fonts() -> tuple[FontEntry, ...]:
     manager, paths = font_manager.fontManager, set(font_manager.findSystemFonts())
     # Matplotlib keeps its list in a file, and does not look for fonts installed since.
     for path in sorted(paths - {entry.fname for entry in manager.ttflist}):
-        # Bitmaps of one size, such as coloured emoji, and damaged files.
+        # Bitmaps of one size, such as colored emoji, and damaged files.
         with contextlib.suppress(OSError, RuntimeError, NotImplementedError, ValueError, KeyError):
             manager.addfont(path)
     # Of a collection the first, as Pillow takes it.
@@ -188,7 +188,7 @@ def written(
         width: of the picture in pixels; None: of the text.
         size: of the type in pixels.
         bold: take the bold type.
-        fill: colour of the type.
+        fill: color of the type.
         start: what stands before the text and is never shortened.
         end: what stands behind it and is never shortened.
     """
@@ -205,8 +205,8 @@ def written(
 def small(
     text: str, width: int | None, size: int = 12, *, start: str = "", end: str = ""
 ) -> Image.Image:
-    """Return text as `written` does, small and grey."""
-    return written(text, width, size=size, fill=GREY, start=start, end=end)
+    """Return text as `written` does, small and gray."""
+    return written(text, width, size=size, fill=GRAY, start=start, end=end)
 
 
 def rounded(value: float) -> str:

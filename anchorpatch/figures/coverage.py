@@ -53,7 +53,7 @@ PEERS: Final = ("bagnet33", "bagnet77", "saccader")
 
 
 class _Look(NamedTuple):
-    """How a localizer is shown: each of colour, dash and mark is enough by itself."""
+    """How a localizer is shown: each of color, dash and mark is enough by itself."""
 
     label: str
     color: str
@@ -61,8 +61,8 @@ class _Look(NamedTuple):
     mark: str
 
 
-#: All localizers of Figure 6, in the order of the summary. The colours are Okabe and Ito's, with
-#: greys; AnchorNet and its branches are solid.
+#: All localizers of Figure 6, in the order of the summary. The colors are Okabe and Ito's, with
+#: grays; AnchorNet and its branches are solid.
 LOOKS: Final = {
     "anchornet": _Look("AnchorNet", "#000000", "-", "o"),
     "branch63": _Look("branch 63 px alone", "#56b4e9", "-", "v"),
@@ -73,7 +73,7 @@ LOOKS: Final = {
     "saccader": _Look("Saccader", "#d55e00", "--", "D"),
     "gradcam": _Look("Grad-CAM", "#cc79a7", "--", "*"),
     "sobel": _Look("Sobel energy", "#777777", ":", "h"),
-    "centre": _Look("centre", "#444444", ":", "p"),
+    "center": _Look("center", "#444444", ":", "p"),
     "random": _Look("random", "#999999", "-.", "."),
 }
 
@@ -128,7 +128,9 @@ class CoverageConfig:
 
     def __post_init__(self) -> None:
         if not self.areas or any(a >= b for a, b in pairwise(self.all_areas)):
-            raise SettingsError(f"areas: expected rising shares between 0 and 1, got {self.areas}")
+            raise SettingsError(
+                f"areas: expected increasing shares between 0 and 1, got {self.areas}"
+            )
         unknown = [name for name in self.localizers if name not in LOCALIZERS]
         if unknown or not self.localizers:
             raise SettingsError(
@@ -204,7 +206,7 @@ class CoverageResult:
         curves: one for each localizer.
         weights: what each network was loaded from.
         anchornet_sha256: of AnchorNet's weights.
-        left_out: localizers that could not be had, and why.
+        left_out: localizers that was not available, and why.
         settings: of the comparison, as JSON values.
     """
 
@@ -300,7 +302,7 @@ def measure_coverage(
         DataError: no image can be decoded.
         SettingsError: none of the localizers can be had.
         WeightsError: weights cannot be had, read or used, or are of other classes.
-        NonFiniteError: a network gave NaN or infinity.
+        NonFiniteError: a network produced NaN or infinity.
     """
     report = progress or Reporter()
     device = resolve_device(config.device)
@@ -427,7 +429,7 @@ def curves_of(
 
     Example:
         >>> right = np.array([[[[False], [True], [True]], [[True], [True], [False]]]])
-        >>> (curve,) = curves_of(["centre"], right, (0.0, 0.5, 1.0))
+        >>> (curve,) = curves_of(["center"], right, (0.0, 0.5, 1.0))
         >>> curve.covered.auc, curve.masked.auc
         (0.75, 0.75)
     """

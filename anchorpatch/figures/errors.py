@@ -195,7 +195,7 @@ def find_errors(
             if (survey.truth < 0).all():
                 raise DataError(
                     f"{source.name}: {weights.path} knows none of its classes "
-                    f"({few(source.classes)}), only {few(survey.network)}: name weights of these "
+                    f"({few(source.classes)}), only {few(survey.network)}: give weights for these "
                     "classes with --weights"
                 )
             scales = " or ".join(f"{scale} px" for scale in config.scales)
@@ -273,7 +273,7 @@ def _typical(localizer: Localizer, survey: Survey, mistaken: int, j: int) -> Typ
 
 # --- drawing ------------------------------------------------------------------------------
 
-#: Green and red that stay apart for the colour-blind (Okabe and Ito's); signs say it too.
+#: Green and red that stay apart for the color-blind (Okabe and Ito's); signs say it too.
 RIGHT: Final[Color] = (0, 158, 115)
 WRONG: Final[Color] = (194, 30, 0)
 

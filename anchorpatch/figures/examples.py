@@ -128,14 +128,14 @@ class Survey:
 
     @cached_property
     def truth(self) -> NDArray[np.int64]:
-        """Index of each image's class into ``network`` (n,); -1 where it is none of them."""
+        """Index of each image's class into ``network`` (n,); -1 where it is not among them."""
         index = {name: i for i, name in enumerate(self.network)}
         known = np.array([index.get(name, -1) for name in self.source.classes], np.int64)
         return known[self.labels]
 
     @property
     def by_scale(self) -> dict[int, int]:
-        """Number of images by the scale they chose."""
+        """Number of images by their chosen scale."""
         return {scale: int((self.found.scale == scale).sum()) for scale in SCALES}
 
     def joined(self, other: Survey) -> Survey:
@@ -207,7 +207,7 @@ def looking(
 
     Raises:
         DataError: no image can be decoded.
-        NonFiniteError: the network gave NaN or infinity; names the image.
+        NonFiniteError: the network produced NaN or infinity; names the image.
         SettingsError: no image or class has a name that was asked for.
     """
     rows = config.rows(source)
@@ -230,7 +230,7 @@ def look_at(
 
     Raises:
         DataError: no image can be decoded.
-        NonFiniteError: the network gave NaN or infinity; names the image.
+        NonFiniteError: the network produced NaN or infinity; names the image.
     """
     reporter = reporter or Reporter()
     seen: list[NDArray[np.int64]] = []
@@ -292,7 +292,7 @@ def _index(name: str, known: Sequence[str], where: str, what: str) -> int:
     near = nearest(name, known)
     hint = f"did you mean {near}?" if near else f"the first is {known[0]}"
     raise SettingsError(
-        f"--{what}: {name!r} is none of the {len(known):,} {what} of {where}; {hint}"
+        f"--{what}: {name!r} is not among the {len(known):,} {what} of {where}; {hint}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Images with their patches: framed where they lie, marked without colour too, and cut out beside.
+"""Images with their patches: framed where they lie, marked without color too, and cut out beside.
 
 One pixel of a picture is one of the image, times ``zoom``.
 """
@@ -32,10 +32,10 @@ from anchorpatch.figures.canvas import (
 #: Left, top, right, bottom in pixels; right and bottom lie outside.
 Box = tuple[int, int, int, int]
 
-#: Colour of the frames by scale: three of Okabe and Ito's, apart for the colour-blind too.
+#: Color of the frames by scale: three of Okabe and Ito's, apart for the color-blind too.
 COLORS: Final = {63: (86, 180, 233), 95: (240, 228, 66), 111: (213, 94, 0)}
 
-#: Colour of the dashed frame of the true box.
+#: Color of the dashed frame of the true box.
 TRUTH: Final = (255, 255, 255)
 
 #: Side of a mark in pixels.
@@ -170,14 +170,14 @@ def localized_picture(
 
 
 def heading(scale: int, text: str) -> Image.Image:
-    """Return the line above a block: the colour and the name of a scale, and a text."""
+    """Return the line above a block: the color and the name of a scale, and a text."""
     swatch = Image.new("RGB", (16, 16), COLORS[scale])
     name = written(f"{scale} px", None, size=16, bold=True)
     return beside([swatch, name, small(text, None, 15)])
 
 
 def rank_color(rank: int, count: int) -> Color:
-    """Return the colour of a patch, from yellow for the strongest to blue for the weakest.
+    """Return the color of a patch, from yellow for the strongest to blue for the weakest.
 
     Example:
         >>> rank_color(0, 5), rank_color(4, 5)
@@ -279,7 +279,7 @@ def _zoomed(box: Box, zoom: float) -> Box:
 
 
 def _dash(draw: ImageDraw.ImageDraw, box: Box) -> None:
-    """Draw the edge of a box in dashes of two colours, which show on any ground."""
+    """Draw the edge of a box in dashes of two colors, which show on any ground."""
     x0, y0, right, bottom = box
     x1, y1 = right - 1, bottom - 1
     for k, x in enumerate(range(x0, x1 + 1, _DASH)):
@@ -296,7 +296,7 @@ def _dash(draw: ImageDraw.ImageDraw, box: Box) -> None:
 
 
 def number(value: int, color: Color) -> Image.Image:
-    """Return a mark that shows a number, dark on a light colour and light on a dark one."""
+    """Return a mark that shows a number, dark on a light color and light on a dark one."""
     mark = Image.new("RGBA", (MARK, MARK), color)
     face = Font(11 if value < 100 else 6, bold=True).face
     light = (299 * color[0] + 587 * color[1] + 114 * color[2]) / 1000
@@ -306,12 +306,12 @@ def number(value: int, color: Color) -> Image.Image:
 
 
 def tick(color: Color) -> Image.Image:
-    """Return a mark that shows a tick, white on a colour."""
+    """Return a mark that shows a tick, white on a color."""
     return _sign(color, [(3, 8), (6, 11), (11, 4)])
 
 
 def cross(color: Color) -> Image.Image:
-    """Return a mark that shows a cross, white on a colour."""
+    """Return a mark that shows a cross, white on a color."""
     return _sign(color, [(4, 4), (10, 10)], [(4, 10), (10, 4)])
 
 

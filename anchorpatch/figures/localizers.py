@@ -1,12 +1,12 @@
 """Localizers of Figure 6: each says in which order an image's pixels are taken.
 
 AnchorNet, and each of its branches alone; the peers that the paper names, BagNets ordered by
-logits and Saccader; Grad-CAM; and what knows nothing of classes: edges, the centre, chance.
+logits and Saccader; Grad-CAM; and what knows nothing of classes: edges, the center, chance.
 
-Patches come in an order, and each brings the pixels that none before it has: from its centre
+Patches come in an order, and each brings the pixels that none before it has: from its center
 outwards, in squares, so that any area is reached to the pixel and all localizers are compared
 at exactly the same ones. A pixel's *arrival* says when: the rank of the first patch that covers
-it, plus its distance from that patch's centre as a share of half the side. Pixels that no patch
+it, plus its distance from that patch's center as a share of half the side. Pixels that no patch
 covers come last.
 """
 
@@ -84,12 +84,12 @@ class See(Runner):
         """Look at a batch: rows (n,) and uint8 pixels (n, 224, 224, 3), on any device.
 
         Raises:
-            NonFiniteError: AnchorNet gave NaN or infinity.
+            NonFiniteError: AnchorNet produced NaN or infinity.
         """
         pixels = pixels.to(self.device, non_blocking=True)
         logits, features, decision, heatmaps = self.run(pixels)
         if not bool(logits.isfinite().all()):
-            raise NonFiniteError(f"{self.source} gave NaN or infinity: train AnchorNet again")
+            raise NonFiniteError(f"{self.source} produced NaN or infinity: train AnchorNet again")
         own = tuple(
             self.net.heatmaps(features, decision.branch_class[:, j])[j] for j in range(len(SCALES))
         )
@@ -114,7 +114,7 @@ def edges(seen: Seen) -> Tensor:
 
 
 def sobel_energy(pixels: Tensor) -> Tensor:
-    """Return the squared length of the Sobel gradient of grey values.
+    """Return the squared length of the Sobel gradient of gray values.
 
     Args:
         pixels: uint8 (n, H, W, 3).
@@ -122,10 +122,10 @@ def sobel_energy(pixels: Tensor) -> Tensor:
     Returns:
         float32 (n, H, W); the border repeats.
     """
-    grey = pixels.float().mean(-1, keepdim=True).permute(0, 3, 1, 2)
+    gray = pixels.float().mean(-1, keepdim=True).permute(0, 3, 1, 2)
     along = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
     kernels = torch.stack((along, along.T))[:, None].to(pixels.device)
-    padded = functional.pad(grey, (1, 1, 1, 1), mode="replicate")
+    padded = functional.pad(gray, (1, 1, 1, 1), mode="replicate")
     return functional.conv2d(padded, kernels).square().sum(1)
 
 
@@ -139,9 +139,9 @@ def chance(seed: int, seen: Seen) -> Tensor:
     return _by_chosen_scale(seen, heatmaps)
 
 
-def centre(seen: Seen) -> Tensor:
+def center(seen: Seen) -> Tensor:
     """Take squares that grow from the middle."""
-    return squares_from_centre(CROP, seen.pixels.device).expand(len(seen.pixels), -1, -1)
+    return squares_from_center(CROP, seen.pixels.device).expand(len(seen.pixels), -1, -1)
 
 
 #: Localizers of Figure 6 that need no weights but AnchorNet's, and no seed.
@@ -149,7 +149,7 @@ PLAIN: Final[dict[str, Localize]] = {
     "anchornet": anchornet,
     **{f"branch{scale}": partial(branch, j) for j, scale in enumerate(SCALES)},
     "sobel": edges,
-    "centre": centre,
+    "center": center,
 }
 
 
@@ -227,7 +227,7 @@ def patch_ranks(heatmap: Tensor, theta: int, iou_threshold: float | None = None)
         >>> heatmap = torch.tensor([[[3.0, 2.0, 1.0]]])
         >>> patch_ranks(heatmap, 63).tolist()
         [[[0, 1, 2]]]
-        >>> patch_ranks(heatmap, 63, iou_threshold=0.7).tolist()  # neighbours have 0.775
+        >>> patch_ranks(heatmap, 63, iou_threshold=0.7).tolist()  # neighbors have 0.775
         [[[0, 2, 1]]]
     """
     n, h, w = heatmap.shape
@@ -255,7 +255,7 @@ def arrival(rank: Tensor, theta: int, side: int) -> Tensor:
 
     Returns:
         float32 (N, side, side): rank of the first patch that covers the pixel, plus its
-        distance from the patch's centre in [0, 1); H * W where none does.
+        distance from the patch's center in [0, 1); H * W where none does.
     """
     n, h, w = rank.shape
     none = h * w
@@ -278,7 +278,7 @@ def arrival(rank: Tensor, theta: int, side: int) -> Tensor:
     return torch.where(first < none, first + distance, float(none)).float()
 
 
-def squares_from_centre(side: int, device: torch.device | None = None) -> Tensor:
+def squares_from_center(side: int, device: torch.device | None = None) -> Tensor:
     """Return the distance of each pixel from the middle of an image (side, side), float32."""
     away = (torch.arange(side, device=device) - (side - 1) / 2).abs()
     return torch.maximum(away[:, None], away)
@@ -505,7 +505,7 @@ def class_heatmaps(module: nn.Module, features: FeatureMap, inputs: Tensor) -> T
     Args:
         module: the network, in evaluation mode and on its device.
         features: from `last_feature_map`.
-        inputs: normalised pixels (N, 3, S, S).
+        inputs: normalized pixels (N, 3, S, S).
 
     Returns:
         float32 (N, S, S): feature maps weighted by the mean gradient of the predicted class's

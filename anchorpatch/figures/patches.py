@@ -57,9 +57,9 @@ class PatchExamples(ShownImages):
         """One or two sentences on what is seen and how it came about."""
         by_scale = self.survey.by_scale.items()
         shares = ", ".join(f"{n / len(self.survey):.1%} {scale} px" for scale, n in by_scale)
-        right = " Only images whose class is decided right are shown." * self.config.only_right
+        right = " Only correctly classified images are shown." * self.config.only_right
         return (
-            f"Of {self.survey}, AnchorNet chose for {shares}. Each is "
+            f"Of {self.survey}, AnchorNet chose the scales of {shares}. Each is "
             f"shown with its patches framed, numbered from the strongest on, and cut out "
             f"({self.config.lsp}).{right}"
         )
@@ -106,7 +106,7 @@ def find_patches(
         if not len(shown):
             raise DataError(
                 f"{source.name}: AnchorNet decides none of {len(survey)} images right: raise "
-                "--limit, leave --only-right out, or name weights of these classes"
+                "--limit, omit --only-right, or give weights for these classes"
             )
         examples = {}
         for scale in SCALES:

@@ -51,7 +51,7 @@ class RandomCrop:
         aspect: smallest and largest width over height.
         flip: random horizontal flip (p = 0.5).
         seed: of the run.
-        background: colour behind transparent pixels.
+        background: color behind transparent pixels.
     """
 
     size: int = 224
@@ -73,7 +73,7 @@ def random_box(
     """Draw a box (left, top, right, bottom) in pixels, as torchvision's RandomResizedCrop.
 
     Up to ten tries find a box of random area and aspect inside the picture; then the largest
-    centred box of an allowed aspect is taken. (``RandomResizedCrop.get_params`` draws from the
+    centered box of an allowed aspect is taken. (``RandomResizedCrop.get_params`` draws from the
     global generator of torch; here the box follows from ``rng`` alone.)
     """
     low, high = (math.log(ratio) for ratio in crop.aspect)
@@ -194,7 +194,7 @@ def build_cache(
         folder: the images.
         where: the folder of caches.
         threads: that decode.
-        background: colour behind transparent pixels.
+        background: color behind transparent pixels.
 
     Raises:
         StorageError: the disk refused.

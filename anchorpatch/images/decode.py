@@ -1,12 +1,12 @@
 """From the bytes of one image file to the pixels that AnchorNet sees.
 
-By default the transform is the validation transform of ImageNet: short side 256, centre crop 224,
+By default the transform is the validation transform of ImageNet: short side 256, center crop 224,
 antialiased bilinear on uint8, with sizes and offsets rounded as by ``Resize(256)`` and
 ``CenterCrop(224)`` of torchvision.transforms.v2. With mode ``squash`` it is ``Resize((224, 224))``.
 
 Two decoders do the work, and each file takes one of two paths:
 
-- ``simplejpeg`` (libjpeg-turbo): JPEG in grey or RGB, which is nearly every file. Resized by
+- ``simplejpeg`` (libjpeg-turbo): JPEG in gray or RGB, which is nearly every file. Resized by
   torchvision's uint8 kernel: equal to v2 on a tensor. Its strict mode also tells which files
   libjpeg decodes with a warning, hence with a flaw.
 - ``pillow``: everything else. The crop is cut out by the ``box`` argument of Pillow's resize, so
@@ -111,7 +111,7 @@ class Picture(NamedTuple):
     """One whole image, as training needs it: neither cropped nor resized.
 
     Attributes:
-        image: grey or RGB, upright as its EXIF orientation says.
+        image: gray or RGB, upright as its EXIF orientation says.
         damaged: as of `Decoded`.
     """
 
@@ -154,8 +154,8 @@ def geometry(height: int, width: int, mode: str = "center") -> Geometry:
 def decode(data: bytes, settings: CropSettings | None = None) -> Decoded:
     """Decode one image file and apply the validation transform.
 
-    Grey, palette, CMYK and 16-bit pixels become RGB; of 16 bits the upper eight stay. Transparent
-    pixels are composited on the background colour. Of an animation or a file of several pages the
+    Gray, palette, CMYK and 16-bit pixels become RGB; of 16 bits the upper eight stay. Transparent
+    pixels are composited on the background color. Of an animation or a file of several pages the
     first frame is taken. EXIF orientation is respected. Bytes behind the end of the image do not
     matter, nor does the file's name.
 
@@ -196,7 +196,7 @@ def decode_picture(data: bytes, background: str = "#ffffff") -> Picture:
 
     Args:
         data: the whole file.
-        background: colour behind transparent pixels, as Pillow takes it.
+        background: color behind transparent pixels, as Pillow takes it.
 
     Raises:
         ImageError: as `decode`.
@@ -208,7 +208,7 @@ def decode_picture(data: bytes, background: str = "#ffffff") -> Picture:
 def _load(data: bytes, background: str) -> tuple[Image.Image | npt.NDArray[np.uint8], bool]:
     """Return one image, upright, and whether it is damaged.
 
-    It is grey or RGB, or RGB pixels (H, W, 3) where a JPEG was decoded without Pillow.
+    It is gray or RGB, or RGB pixels (H, W, 3) where a JPEG was decoded without Pillow.
     """
     if not data:
         raise ImageError("empty file")
@@ -257,7 +257,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _load_jpeg(image: Image.Image, data: bytes) -> tuple[npt.NDArray[np.uint8], bool]:
-    """Decode a grey or RGB JPEG: RGB (H, W, 3), upright, and whether it is damaged."""
+    """Decode a gray or RGB JPEG: RGB (H, W, 3), upright, and whether it is damaged."""
     try:
         array, damaged = decode_jpeg(data, "RGB"), False
     except ValueError:  # libjpeg refused it, or warned
@@ -304,7 +304,7 @@ def _without_surroundings(data: bytes) -> bytes:
 
 
 def _without_text(data: bytes) -> bytes:
-    """Return a PNG without its texts and colour profile, none of which is used."""
+    """Return a PNG without its texts and color profile, none of which is used."""
     parts, at = [data[:8]], 8
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
@@ -315,20 +315,20 @@ def _without_text(data: bytes) -> bytes:
 
 
 def _load_upright(image: Image.Image, background: str) -> Image.Image:
-    """Load any image that Pillow has opened, as grey or RGB."""
+    """Load any image that Pillow has opened, as gray or RGB."""
     transparency = _transparency(image)
     image.load()
     if transparency is not None:
         image.info["transparency"] = transparency
-    opaque = _as_rgb_or_grey(image, background)
+    opaque = _as_rgb_or_gray(image, background)
     turned = _turned(image)  # after loading, by which Pillow has turned a TIFF
     return opaque if turned is None else opaque.transpose(turned)
 
 
 def _transparency(image: Image.Image) -> object:
-    """Return the transparent colour or colours of an image on the scale of Pillow's pixels.
+    """Return the transparent color or colors of an image on the scale of Pillow's pixels.
 
-    Pillow scales the pixels of a PNG to 8 bits and leaves the transparent colour as it is.
+    Pillow scales the pixels of a PNG to 8 bits and leaves the transparent color as it is.
     """
     transparency = image.info.get("transparency")
     tiles = getattr(image, "tile", None)
@@ -341,7 +341,7 @@ def _transparency(image: Image.Image) -> object:
 
 
 def _resized(image: Image.Image, mode: str) -> npt.NDArray[np.uint8]:
-    """Resize and crop in one step; grey becomes RGB last, when there is least to do."""
+    """Resize and crop in one step; gray becomes RGB last, when there is least to do."""
     h, w, top, left = geometry(image.height, image.width, mode)
     x, y = image.width / w, image.height / h
     # Clamped, since the rounding of the division may put an edge a hair outside the image.
@@ -355,15 +355,15 @@ def _resized(image: Image.Image, mode: str) -> npt.NDArray[np.uint8]:
     return np.array(crop.convert("RGB"))
 
 
-def _as_rgb_or_grey(image: Image.Image, background: str) -> Image.Image:
+def _as_rgb_or_gray(image: Image.Image, background: str) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16-bit grey; convert() would clip it at 255 instead of scaling it.
+        # 16-bit gray; convert() would clip it at 255 instead of scaling it.
         deep, transparency = np.asarray(image), image.info.get("transparency")
         image = Image.fromarray((deep >> 8).astype(np.uint8))
         if transparency is not None:
             image.putalpha(Image.fromarray(deep != transparency).convert("L"))
     if image.has_transparency_data:
-        # Premultiplied grey has no way to RGBA of its own.
+        # Premultiplied gray has no way to RGBA of its own.
         layers = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         ground = Image.new("RGBA", image.size, background)
         return Image.alpha_composite(ground, layers).convert("RGB")

@@ -232,7 +232,7 @@ def scan_folder(
         if empty and not allow_empty:
             found = few([listing.describe() for listing in empty], 5)
             raise DataError(
-                f"{root}: {len(empty)} of {len(listings)} class folders hold no image ({found}); "
+                f"{root}: {len(empty)} of {len(listings)} class folders are empty ({found}); "
                 f"add images ({', '.join(EXTENSIONS)}), remove the folders, or accept them with "
                 "--allow-empty"
             )
@@ -353,18 +353,18 @@ def _check_layout(data: Path, split: str) -> None:
         return
     splits = _class_names(data)
     if not splits:
-        raise DataError(f"{data}: no folder of the split {split!r}, nor any other; {_LAYOUT}")
+        raise DataError(f"{data}: no folder for split {split!r}, nor any other; {_LAYOUT}")
     if any(_loose(data / name) for name in splits[:10]):
         here = data.absolute()
         raise DataError(
-            f"{data}: no folder of the split {split!r}, but class folders with images "
+            f"{data}: no folder for split {split!r}, but class folders with images "
             f"({few(splits, 5)}): it looks like a split itself; "
             f"did you mean --data {here.parent} --split {here.name}?"
         )
     near = nearest(split, splits)
     hint = f"did you mean --split {near}?" if near else "choose one with --split"
     there = f"there are {few(splits, 5)}; {hint}"
-    raise DataError(f"{data}: no folder of the split {split!r}; {there}")
+    raise DataError(f"{data}: no folder for split {split!r}; {there}")
 
 
 def _why_no_images(root: Path, names: Sequence[str], listings: Sequence[_Listing]) -> str:
@@ -445,7 +445,9 @@ def _read_labels(file: Path, paths: Sequence[str], root: Path) -> list[str]:
                 f"with or without extension, such as {paths[0]!r}"
             )
         if index in found:
-            raise DataError(f"{file}:{line}: {name!r} has a label in line {found[index][1]} too")
+            raise DataError(
+                f"{file}:{line}: {name!r} already has a label in line {found[index][1]} too"
+            )
         found[index] = label, line
     if missing := [path for i, path in enumerate(paths) if i not in found]:
         raise DataError(

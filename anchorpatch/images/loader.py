@@ -353,7 +353,7 @@ class _Worker:
             self.process.start()
         except OSError as error:
             raise AnchorpatchError(
-                f"a loading worker cannot be started: {reason_of(error)}; use fewer --workers"
+                f"cannot start a loading worker: {reason_of(error)}; use fewer --workers"
             ) from error
         finally:
             theirs.close()  # the worker's death is then the end of the connection
@@ -376,7 +376,7 @@ class _Worker:
             if isinstance(error, OSError) and error.errno is None:  # the end of half an answer
                 raise AnchorpatchError(self._what_killed()) from error
             raise AnchorpatchError(
-                f"a batch cannot be taken from a loading worker: {_reason(error)}"
+                f"cannot receive a batch from a loading worker: {_reason(error)}"
             ) from error
         return index, pixels, size, bad, damaged
 
@@ -439,7 +439,7 @@ def _serve(load: Callable[[_Request], _Piece], connection: Connection) -> None:
 
 
 def _settle() -> None:
-    """Have one thread, no voice, and no signals: what comes of those the parent decides.
+    """Use one thread, silence stderr, and ignore signals: what comes of those the parent decides.
 
     Ctrl-C and batch systems signal the whole group of processes, and the parent may want the
     batches that are under way.

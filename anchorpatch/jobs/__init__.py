@@ -1,1 +1,1 @@
-"""One module a verb, each the whole job in one place; the parts of the large ones in rooms."""
+"""One module per command, each with the whole job, and what several of them share."""

@@ -35,8 +35,8 @@ def open_shards(shards: Path, split: str) -> ShardReader:
     folder = shards / split
     if not (folder / MANIFEST_NAME).is_file():
         raise ShardError(
-            f"{folder}: expected shards, found no {MANIFEST_NAME}; make them by "
-            f"`anchorpatch extract --split {split} --out {shards}`, or name another --shards"
+            f"{folder}: expected shards, found no {MANIFEST_NAME}; create them with "
+            f"`anchorpatch extract --split {split} --out {shards}`, or pass another --shards"
         )
     reader = ShardReader(folder)
     if not len(reader):
@@ -140,7 +140,7 @@ class ImageSource:
         if reader.has_images:
             return cls(str(reader.folder), reader.classes, labels, reader=reader)
         without = f"{reader.folder} holds no whole images"
-        advice = "extract with --store-images, or name the images' folder with --data"
+        advice = "extract with --store-images, or give the image folder with --data"
         if data is None:
             raise ShardError(f"{without}: {advice}")
         root = data / split
@@ -193,7 +193,7 @@ class ImageSource:
         """Read images in the order of their rows.
 
         Images of a folder alone that cannot be decoded are left out; shards have patches of each
-        of their images, which must be had.
+        of their images, that must be available.
 
         Args:
             rows: of the images.

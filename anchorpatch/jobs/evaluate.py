@@ -171,7 +171,7 @@ def run_rescale(config: EvaluateConfig, progress: Reporter | None = None) -> Tab
     with _Evaluation.prepare(config, progress) as job:
         whole, why_not = job.find_whole()
         if whole is None:
-            raise DataError(f"rescaling needs the whole images, but {why_not}")
+            raise DataError(f"--protocol rescale needs the whole images, but {why_not}")
         network = job.for_whole_images()
         job.report.message(computing_on(job.device))
         rescaled = {
@@ -278,7 +278,7 @@ class _Evaluation:
         raise WeightsError(
             f"{paths[missing[0]] if one_of_several else path} does not exist: run `anchorpatch "
             f"finetune {name}{option}`, or name weights with --weights FILE (--weights default: "
-            "the published ones)"
+            "the pretrained ones)"
         )
 
     def for_whole_images(self, at_hand: Network | None = None) -> Network:

@@ -159,8 +159,8 @@ class _Meter(Runner):
         del figures["losses"]
         if bad := int(sum_ranks(self._bad)):
             raise NonFiniteError(
-                f"AnchorNet gave NaN or infinity for {counted(bad, 'image')}; the weights may be "
-                "damaged or badly trained: use others, or --precision float32"
+                f"AnchorNet produced NaN or infinity for {counted(bad, 'image')}; the weights may "
+                "be damaged or badly trained: use others, or --precision float32"
             )
         images = sum_ranks(self._images).tolist()
         means: dict[str, dict[str, float | None]] = {}

@@ -79,7 +79,7 @@ class ExtractConfig(Computing):
             `anchorpatch.jobs.localizer.resolve_engine`.
         compile: use ``torch.compile``.
         limit: take only so many images, evenly spread over the sorted list.
-        background: colour behind transparent pixels; None: that of the weights.
+        background: color behind transparent pixels; None: that of the weights.
         damaged: what becomes of images that are decoded with damage, keep or skip.
         allow_empty: accept class folders without images.
         max_bad: share of unreadable images that fails the run when exceeded.
@@ -129,7 +129,7 @@ class ExtractSummary:
         damaged: images decoded with damage, which are stored all the same.
         seconds: of this run.
         waited: seconds of this run in which each of `STAGES` was what it waited for.
-        advice: what limited it, and what would help; empty where nothing was left to do.
+        advice: what limited it, and what would help; empty where nothing to do.
         images_run: images of this run, the skipped ones included.
         ignored: files of the images' folder that were passed over, by extension.
     """
@@ -151,7 +151,7 @@ class ExtractSummary:
 
     @property
     def images_per_second(self) -> float:
-        """Speed of this run; 0 where nothing was left to do."""
+        """Speed of this run; 0 where nothing to do."""
         return self.images_run / self.seconds if self.images_run else 0.0
 
     @property

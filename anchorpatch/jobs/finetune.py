@@ -75,8 +75,8 @@ def run(config: FinetuneConfig, progress: Reporter | None = None) -> FinetuneSum
         task = prepare(config, device, world, report.message)
         if task.train.header.weights_sha256 != task.val.header.weights_sha256:
             report.message(
-                f"{config.shards}: the AnchorNet that made the shards of val is not the one that "
-                "made those of train; the figures will be those of a mixture"
+                f"{config.shards}: the shards of val and train were extracted with different "
+                "AnchorNet weights; the results will mix the two"
             )
         cost = task.cost
         if "budget" in cost:
@@ -128,7 +128,7 @@ def prepare(
     world: World,
     message: Callable[[str], None] = lambda text: None,
 ) -> FinetuneTask:
-    """Look shards, network and settings over, and plan the run.
+    """Check shards, network and settings, and plan the run.
 
     Raises:
         ShardError: the shards of a split are missing or damaged.
@@ -140,8 +140,8 @@ def prepare(
     if train.classes != val.classes:
         raise DataError(
             f"{config.shards}: expected train and val shards of the same classes, found "
-            f"{differing(train.classes, val.classes)}; extract the split val again, from a folder "
-            "in which train lies beside it and has all of its classes"
+            f"{differing(train.classes, val.classes)}; extract val again from a data folder "
+            "that also has train with all of these classes"
         )
     kind = BaselineTask if config.baseline else FinetuneTask
     return kind(config, train, val, device, world, message)
@@ -183,7 +183,7 @@ class Plan:
         counts: how many these are.
         config: batch size, pieces, epochs and seed.
         world: the processes.
-        steps: optimiser steps of an epoch; None for those of a pass.
+        steps: optimizer steps of an epoch; None for those of a pass.
     """
 
     draw: Callable[[np.random.Generator], Mapping[int, NDArray[np.int64]]]
@@ -312,8 +312,8 @@ class FinetuneTask(Task):
             )
         if rows < config.batch_size:
             raise DataError(
-                f"{self.train.folder}: {rows} {self.unit} an epoch are too few for a batch of "
-                f"{config.batch_size}; choose a smaller --batch-size"
+                f"{self.train.folder}: {rows} {self.unit} per epoch are too few for a batch "
+                f"size of {config.batch_size}; choose a smaller --batch-size"
             )
 
     def _budget(self, module: nn.Module) -> dict[str, Any]:
@@ -332,8 +332,8 @@ class FinetuneTask(Task):
             return {"macs": config.epochs * total, "of": of}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path}: expected the settings of a run on patches, whose cost a baseline takes, "
-                f"found something else ({type(error).__name__}); give --epochs, or remove that run"
+                f"{path}: cannot read the cost of the run on patches, which sets that "
+                f"of the baseline ({type(error).__name__}); give --epochs, or remove that run"
             ) from error
 
     def build(self) -> nn.Module:
@@ -464,8 +464,8 @@ class BaselineTask(FinetuneTask):
                 if batch.bad:
                     row, reason = batch.bad[0]
                     raise DataError(
-                        f"{folder.root / folder.path(row)}: cannot be read any more ({reason}), "
-                        "while the shards hold its patches; restore it, or extract again"
+                        f"{folder.root / folder.path(row)}: can no longer be read ({reason}), "
+                        "but the shards have its patches; restore it, or extract again"
                     )
                 labels = torch.from_numpy(self.images.labels[request.rows])
                 yield request, Loaded(batch.pixels, labels)

@@ -167,7 +167,7 @@ class Pending:
             name: returns what an error calls an image, by its row in the batch.
 
         Raises:
-            NonFiniteError: the network gave NaN or infinity; names the image and the weights.
+            NonFiniteError: the network produced NaN or infinity; names the image and the weights.
         """
         with waiting_for("AnchorNet"):
             parts = [chunk.result() for chunk in self.chunks]
@@ -175,7 +175,7 @@ class Pending:
         finite = np.isfinite(joined.branch_prob).all(1) & np.isfinite(joined.scores).all(1)
         if not finite.all():
             image = name(int(np.argmin(finite)))
-            raise NonFiniteError(f"{image}: AnchorNet gave NaN or infinity; {self.advice}")
+            raise NonFiniteError(f"{image}: AnchorNet produced NaN or infinity; {self.advice}")
         return joined
 
 

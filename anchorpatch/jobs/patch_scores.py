@@ -180,7 +180,7 @@ def score_patches(
         ShardError: there is no image of these scales.
         CorruptShard: a shard cannot be read.
         WeightsError: the network does not give one logit for each class.
-        NonFiniteError: the network gave NaN or infinity.
+        NonFiniteError: the network produced NaN or infinity.
     """
     device = next(iter(networks.values())).device
     accuracy = Accuracy(device, len(networks))
@@ -230,7 +230,7 @@ def score_images(
 
     Raises:
         WeightsError: the network does not give one logit for each class.
-        NonFiniteError: the network gave NaN or infinity.
+        NonFiniteError: the network produced NaN or infinity.
     """
     accuracy = Accuracy(run.device)
     for batch in batches:

@@ -170,7 +170,7 @@ class Predictor:
         Several calls may be under way at once, taking turns.
 
         Raises:
-            NonFiniteError: one of the networks gave NaN or infinity.
+            NonFiniteError: one of the networks produced NaN or infinity.
         """
         names = iter(paths)
         chunks = iter(lambda: list(itertools.islice(names, self._localizer.chunk)), [])
@@ -204,7 +204,7 @@ class Predictor:
         for i, (path, image) in enumerate(images):
             if not means[i].isfinite().all():
                 raise NonFiniteError(
-                    f"{path}: {self.network.source} gave NaN or infinity: fine-tune it again"
+                    f"{path}: {self.network.source} produced NaN or infinity: fine-tune it again"
                 )
             # Stable: of equal probabilities the lower class goes first, as in the evaluation.
             order = torch.sort(means[i], descending=True, stable=True).indices
@@ -237,7 +237,7 @@ def _load(
     if not path.is_file():
         raise WeightsError(
             f"{path} does not exist: run `anchorpatch finetune {name}`, or name weights with "
-            "--weights FILE (--weights default: the published ones)"
+            "--weights FILE (--weights default: the pretrained ones)"
         )
     return load_network(name, None, path, message)
 

@@ -149,7 +149,7 @@ class Table3:
         gmacs_anchornet: of localizing one image, 1e9.
         rows: of the table.
         speed: measured; None where it was not.
-        left_out: what could not be had, and why.
+        left_out: what was not available, and why.
         whole_trained_on: "whole images" or "patches", which the network on whole images was
             trained on; "" where nothing says it.
     """
@@ -200,7 +200,7 @@ class Table3:
         notes = [f"{self.network} on {self.shards}; weights: {self.weights}."]
         if self.whole_source:
             asked = asked_text(str(self.whole_weights), self.whole_trained_on)
-            notes.append(f"Row 224: {self.whole_source}; asked: {asked}.")
+            notes.append(f"Row 224: {self.whole_source}; weights: {asked}.")
         if speed := self.speed:
             whole, patches = (decimal(v, 1).text for v in (speed.whole, speed.patches))
             ratio, mean = (decimal(v).text for v in (speed.ratio, speed.mean_patches))
@@ -280,7 +280,7 @@ class Table4Row:
 
 @dataclass(frozen=True)
 class Table4:
-    """Localising against rescaling.
+    """Localizing against rescaling.
 
     Attributes:
         network: its name.
@@ -324,7 +324,7 @@ class Table4:
             for row in self.rows
         ]
         asked = asked_text(self.weights, self.trained_on)
-        notes = [f"{self.network} on {self.shards}; asked: {asked}."]
+        notes = [f"{self.network} on {self.shards}; weights: {asked}."]
         return (with_total(f"Table 4: {self.network}", columns, rows, notes),)
 
 

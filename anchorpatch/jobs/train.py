@@ -168,7 +168,7 @@ class _SaccaderTask(ImageTask):
 
 
 class LocationTask(_SaccaderTask):
-    """The second stage: where to look, from a BagNet that rests."""
+    """The second stage: where to look, from a frozen BagNet."""
 
     kind = "saccader-location"
 
@@ -217,7 +217,7 @@ class ReinforceTask(_SaccaderTask):
 
 
 class _Location(nn.Module):
-    """Saccader in the second stage: BagNet is not trained, its batch statistics rest too."""
+    """Saccader in the second stage: BagNet is not trained, its batch statistics are frozen too."""
 
     def __init__(self, net: Saccader) -> None:
         super().__init__()

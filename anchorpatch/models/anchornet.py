@@ -1,4 +1,4 @@
-"""AnchorNet (section 3.2): a head, three localisation branches, three attention branches.
+"""AnchorNet (section 3.2): a head, three localization branches, three attention branches.
 
 Nothing is padded, so location (h, w) of the branch of scale theta sees exactly the pixels
 ``[8h, 8h + theta) x [8w, 8w + theta)``. One exception, by design of the paper: a
@@ -82,7 +82,7 @@ class Bottleneck(nn.Module):
     """An inverted residual without padding: expand 1 x 1, depthwise k x k, project 1 x 1, SE.
 
     SE squeezes the projected output by a ratio of 4 (ReLU, hard sigmoid). The shortcut, where
-    stride is 1 and the channels match, is centre-cropped to the shrunken map, so that each
+    stride is 1 and the channels match, is center-cropped to the shrunken map, so that each
     location stays aligned with its own receptive field.
     """
 
@@ -126,7 +126,7 @@ def _bottlenecks(inputs: int, rows: Sequence[Row], *, se: bool) -> nn.Sequential
 
 
 class Branch(nn.Module):
-    """A localisation branch with its attention branch (Table 2, Eq. 1-5).
+    """A localization branch with its attention branch (Table 2, Eq. 1-5).
 
     Args:
         inputs: channels of the head's output.
@@ -218,7 +218,7 @@ class Features(NamedTuple):
 
 
 class AnchorNet(nn.Module):
-    """The light localiser of section 3.2 with receptive fields of 63, 95 and 111 px.
+    """The light localizer of section 3.2 with receptive fields of 63, 95 and 111 px.
 
     Args:
         classes: number of classes C.
@@ -272,7 +272,7 @@ class AnchorNet(nn.Module):
         """Return the six sets of logits that training supervises.
 
         Args:
-            images: normalised pixels (N, 3, H, W), at least 111 px a side.
+            images: normalized pixels (N, 3, H, W), at least 111 px a side.
         """
         features = self.features(images)
         return Logits(self.logits(features), self.attention_logits(features))
@@ -324,7 +324,7 @@ class AnchorNet(nn.Module):
         )
 
     def fuse(self) -> AnchorNet:
-        """Fold every batch normalisation into its convolution, in place; for inference only."""
+        """Fold every batch normalization into its convolution, in place; for inference only."""
         self.eval()
         for module in self.modules():
             if isinstance(module, Conv2dNormActivation) and isinstance(module[1], nn.BatchNorm2d):

@@ -51,7 +51,7 @@ _LAYOUTS: Final = {33: _Layout((1, 3), 1, None), 77: _Layout((3,), 2, 8)}
 def _conv(
     inputs: int, outputs: int, kernel: int = 1, *, stride: int = 1, relu: bool = True
 ) -> nn.Module:
-    """Return a convolution without padding and bias, batch normalisation, and ReLU if wanted."""
+    """Return a convolution without padding and bias, batch normalization, and ReLU if wanted."""
     conv: nn.Module = Conv2dNormActivation(
         inputs, outputs, kernel, stride, padding=0, activation_layer=nn.ReLU if relu else None
     )
@@ -61,8 +61,8 @@ def _conv(
 class _Bottleneck(nn.Module):
     """1 x 1, k x k with the stride, 1 x 1, and a shortcut, without padding.
 
-    The shortcut is centre-cropped before its own stride: each location of the sum lies at the
-    centre of its receptive field, and none is computed that the crop would throw away.
+    The shortcut is center-cropped before its own stride: each location of the sum lies at the
+    center of its receptive field, and none is computed that the crop would throw away.
     """
 
     def __init__(self, inputs: int, planes: int, kernel: int, stride: int) -> None:
@@ -92,7 +92,7 @@ class _Bottleneck(nn.Module):
 class BagNet(nn.Module):
     """BagNet-33, or BagNet-77 with a bottleneck before its classifier ("lowD").
 
-    The bottleneck is a 1 x 1 convolution without bias, with batch normalisation and ReLU: with
+    The bottleneck is a 1 x 1 convolution without bias, with batch normalization and ReLU: with
     that, and with no bias but the classifier's, the parameters are those of the original networks.
 
     Args:
@@ -103,7 +103,7 @@ class BagNet(nn.Module):
 
     Attributes:
         theta: see above.
-        stride: distance of neighbouring patches in pixels.
+        stride: distance of neighboring patches in pixels.
         channels: D, 2048 for BagNet-33 and 512 for BagNet-77.
         wide_channels: of the map before the bottleneck, 2048.
 
@@ -150,7 +150,7 @@ class BagNet(nn.Module):
         _initialize(self)
 
     def wide_features(self, images: Tensor) -> Tensor:
-        """Map normalised pixels (N, 3, y, x) to the map before the bottleneck (N, 2048, H, W).
+        """Map normalized pixels (N, 3, y, x) to the map before the bottleneck (N, 2048, H, W).
 
         Raises:
             SettingsError: an image is smaller than a patch.
@@ -160,17 +160,17 @@ class BagNet(nn.Module):
         return wide
 
     def features(self, images: Tensor) -> Tensor:
-        """Map normalised pixels (N, 3, y, x) to what the classifier reads (N, D, H, W)."""
+        """Map normalized pixels (N, 3, y, x) to what the classifier reads (N, D, H, W)."""
         features: Tensor = self.bottleneck(self.wide_features(images))
         return features
 
     def logit_map(self, images: Tensor) -> Tensor:
-        """Map normalised pixels (N, 3, y, x) to the logits of each location (N, C, H, W)."""
+        """Map normalized pixels (N, 3, y, x) to the logits of each location (N, C, H, W)."""
         logits: Tensor = self.classifier(self.features(images))
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised pixels (N, 3, y, x) to logits (N, C), the mean of `logit_map`.
+        """Map normalized pixels (N, 3, y, x) to logits (N, C), the mean of `logit_map`.
 
         The classifier is linear, so it reads the mean features and no map of logits is built.
         """
@@ -179,7 +179,7 @@ class BagNet(nn.Module):
 
 
 def _stem(kernels: tuple[int, ...], width: int) -> list[nn.Module]:
-    """Return plain convolutions with one batch normalisation and ReLU behind the last."""
+    """Return plain convolutions with one batch normalization and ReLU behind the last."""
     layers: list[nn.Module] = []
     inputs = 3
     for kernel in kernels:

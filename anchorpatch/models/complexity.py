@@ -28,7 +28,7 @@ from anchorpatch.settings import CROP, SCALES
 #: Mean patches per image, by scale (section 4.3).
 MEAN_PATCHES: Final = {63: 5.6, 95: 2.9, 111: 2.1}
 
-#: Images of ImageNet's validation set that each branch localises (section 4.3).
+#: Images of ImageNet's validation set that each branch localizes (section 4.3).
 IMAGES: Final = {63: 15050, 95: 18047, 111: 16903}
 
 #: Printed GMACs ("FLOPs (G)") by network: at 224 px, by scale, and overall.
@@ -185,7 +185,7 @@ def summaries(name: str, classes: int, sides: Sequence[int]) -> list[dict[str, A
         heads = sum(parameters(b.get_submodule("attention_classifier")) for b in net.branches)
         lines: list[tuple[str, int, _Forward | None]] = [
             (name, parameters(net), net.full),
-            (f"{name} (localising)", parameters(net) - heads, net.localize),
+            (f"{name} (localizing)", parameters(net) - heads, net.localize),
         ]
         module: nn.Module = net
         counted = sides[:1]  # it takes whole images only: what it sees of them are the patches

@@ -1,7 +1,7 @@
 """HCGNet (Yang et al., 2019, "Gated Convolutional Networks with Hybrid Connectivity").
 
 Cells are connected densely; within a cell, two fields of view are added to a squeezed map
-through gates, as residuals are. Convolutions come after their normalisation and activation.
+through gates, as residuals are. Convolutions come after their normalization and activation.
 
 Shapes use N images, c channels in, k channels out, and an H x W map.
 """
@@ -22,7 +22,7 @@ _STEM: Final = 64
 
 
 class _Conv(nn.Sequential):
-    """Batch normalisation, ReLU and a convolution without bias that keeps the map's size."""
+    """Batch normalization, ReLU and a convolution without bias that keeps the map's size."""
 
     def __init__(
         self,
@@ -51,10 +51,10 @@ class _Conv(nn.Sequential):
 
 
 class _VectorNorm(nn.BatchNorm1d):
-    """Batch normalisation of vectors (N, k).
+    """Batch normalization of vectors (N, k).
 
     The last batch of an epoch may hold a lone image, which has no statistics of its own: it is
-    normalised with the running ones.
+    normalized with the running ones.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class HCGNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised pixels (N, 3, H, W) to logits (N, classes)."""
+        """Map normalized pixels (N, 3, H, W) to logits (N, classes)."""
         x = self.norm(self.stages(self.stem(images)))
         logits: Tensor = self.classifier(self.dropout(x.mean((2, 3))))
         return logits

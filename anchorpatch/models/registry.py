@@ -21,7 +21,7 @@ from anchorpatch.text import nearest
 TIMM: Final = "timm:"
 
 #: torchvision's networks that have further outputs in training, or that expect another
-#: normalisation: built without the former, and with the one that their weights were trained with.
+#: normalization: built without the former, and with the one that their weights were trained with.
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     name: {"aux_logits": False, "transform_input": True, "init_weights": True}
     for name in ("googlenet", "inception_v3")
@@ -111,7 +111,7 @@ def check_name(name: str) -> None:
     near = nearest(name, known)
     hint = f"did you mean {near!r}? " if near else ""
     raise SettingsError(
-        f"no network is named {name!r}: {hint}`anchorpatch models` lists those of the paper; any "
+        f"unknown network {name!r}: {hint}`anchorpatch models` lists those of the paper; any "
         f"classifier of torchvision works by its name, and timm's as {TIMM}NAME"
     )
 

@@ -7,7 +7,7 @@ The page that defines the network leaves open what the attention network reads a
 are. This reading gives its 35,523,112 parameters and 19.50 GMACs exactly:
 
 - The attention network reads the 2048 channels before BagNet's bottleneck. Its convolutions have
-  no bias, as batch normalisation follows; the 3 x 3 ones are padded by 2, which keeps the map.
+  no bias, as batch normalization follows; the 3 x 3 ones are padded by 2, which keeps the map.
 - Its 512 channels come after BagNet's 512 in the input of the mixing convolution.
 - The cell reads the mixed features, both times.
 - Logits are read from BagNet's full map, which the GMACs count.
@@ -108,7 +108,7 @@ class Saccader(nn.Module):
 
     Attributes:
         theta: side of the patch that is read at a place, in pixels.
-        stride: distance of neighbouring patches in pixels.
+        stride: distance of neighboring patches in pixels.
         bagnet: the network that classifies patches.
 
     Raises:
@@ -139,7 +139,7 @@ class Saccader(nn.Module):
         self.cell = Cell(channels)
 
     def maps(self, images: Tensor) -> Maps:
-        """Run everything but the cell on normalised pixels (N, 3, y, x).
+        """Run everything but the cell on normalized pixels (N, 3, y, x).
 
         BagNet gets its gradients from the logits alone, not from what chooses the places.
         """
@@ -211,7 +211,7 @@ class Saccader(nn.Module):
         return Glimpses(places, at_places, torch.cat(log_probs, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised pixels (N, 3, y, x) to logits (N, C), means over the glimpses.
+        """Map normalized pixels (N, 3, y, x) to logits (N, C), means over the glimpses.
 
         An image with fewer places than glimpses is seen whole.
         """
@@ -219,7 +219,7 @@ class Saccader(nn.Module):
 
 
 def _attention_group(inputs: int, outputs: int) -> list[nn.Module]:
-    """Return a 1 x 1 and a dilated 3 x 3 convolution, each with normalisation and ReLU."""
+    """Return a 1 x 1 and a dilated 3 x 3 convolution, each with normalization and ReLU."""
     return [
         Conv2dNormActivation(inputs, outputs, 1, padding=0),
         Conv2dNormActivation(outputs, outputs, 3, padding=2, dilation=2),

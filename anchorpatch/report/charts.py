@@ -1,7 +1,7 @@
-"""Training runs as tables, and as curves: SVG with the page's colours, light or dark.
+"""Training runs as tables, and as curves: SVG with the page's colors, light or dark.
 
-Matplotlib draws with stand-in colours; each is then replaced by a variable of the page's style.
-Lines differ in colour (Okabe and Ito's, apart for the colour-blind too), in dashes and in marks.
+Matplotlib draws with stand-in colors; each is then replaced by a variable of the page's style.
+Lines differ in color (Okabe and Ito's, apart for the color-blind too), in dashes and in marks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from anchorpatch.tables import (
 from anchorpatch.text import clean
 from anchorpatch.training.run_folder import best_record
 
-#: Stand-in colour -> the variable of style.css that takes its place.
+#: Stand-in color -> the variable of style.css that takes its place.
 _INK: Final = "#a20001"
 _RULE: Final = "#a20002"
 _PAPER: Final = "#a20003"
@@ -92,7 +92,7 @@ class Series:
     Attributes:
         name: in the legend.
         points: epoch and value; epochs without a value are left out.
-        hue: index of the colour, 0 to 6; None for the colour of the text.
+        hue: index of the color, 0 to 6; None for the color of the text.
         dash: index of the dashes, 0 to 3.
         mark: index of the mark, 0 to 6.
         hollow: the marks are not filled.
@@ -113,7 +113,7 @@ class Chart:
     Attributes:
         title: a few words.
         series: its lines, each with a point at least.
-        share: whether values are shares from 0 to 1, written in per cent.
+        share: whether values are shares from 0 to 1, written in percent.
     """
 
     title: str
@@ -201,7 +201,7 @@ def draw(chart: Chart, key: str, width: float = 3.6, height: float = 2.9) -> str
 
 
 def _top1(run: Run) -> tuple[Series, ...]:
-    """Return top-1, and of AnchorNet that of each output too, the colour telling the scale."""
+    """Return top-1, and of AnchorNet that of each output too, the color telling the scale."""
     outputs: list[Series] = []
     for i, output in enumerate(OUTPUTS):
         part, scale = output.split("_")
@@ -253,7 +253,7 @@ def _short(name: str, most: int = 30) -> str:
 
 
 def _themed(svg: str, key: str) -> str:
-    """Return the bare <svg>: the page's colours, names of its own, the size left to the page."""
+    """Return the bare <svg>: the page's colors, names of its own, the size left to the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)

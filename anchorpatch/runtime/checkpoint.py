@@ -60,7 +60,7 @@ class WeightsMeta:
         crop: side of the crop, in pixels.
         crop_mode: how images become crops, see `anchorpatch.settings.CropSettings`; with
             ``squash``, ``resize`` has no meaning.
-        background: colour behind transparent pixels that the network was trained with.
+        background: color behind transparent pixels that the network was trained with.
         mean: of the three channels, pixels in [0, 1].
         std: of the three channels, above 0, pixels in [0, 1].
         training: how the weights came about and how good they are, as JSON values.
@@ -229,7 +229,7 @@ def reading_safetensors(path: Path) -> Iterator[None]:
     except (safetensors.SafetensorError, KeyError) as error:
         reason = reason_of(error).removeprefix("Error while deserializing header: ")
         raise WeightsError(
-            f"{path}: expected safetensors, found a damaged, cut-off or other file of "
+            f"{path}: expected safetensors, found a damaged, truncated or different file of "
             f"{path.stat().st_size:,} bytes ({reason}); copy it again, or name another"
         ) from error
 
@@ -274,8 +274,8 @@ def load_into(module: nn.Module, weights: Weights) -> None:
     check_tensors(str(weights.path), weights.tensors)
     for name, difference in tensor_differences(module.state_dict(), weights.tensors).items():
         raise WeightsError(
-            f"{weights.path}: {name}: {difference}; the file belongs to a network built otherwise "
-            "(other classes or options)"
+            f"{weights.path}: {name}: {difference}; the file belongs to a network built "
+            "differently (other classes or options)"
         )
     module.load_state_dict(weights.tensors)
 
@@ -299,7 +299,7 @@ def load_torch(path: Path, what: str, advice: str, *, harmless: Sequence[Any] = 
     except Exception as error:  # torch raises RuntimeError, EOFError, ValueError, ... by damage
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if not isinstance(error, pickle.UnpicklingError):
-            found = f"a damaged, cut-off or other file of {path.stat().st_size} bytes"
+            found = f"a damaged, truncated or different file of {path.stat().st_size} bytes"
         elif named:
             found = f"an object of {named[1]}, which was not run"
         else:

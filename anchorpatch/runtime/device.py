@@ -57,7 +57,7 @@ def resolve_device(name: str) -> torch.device:
 def exact_float32() -> Iterator[None]:
     """Compute in float32 where it says so, and alike each time, during the block.
 
-    cuDNN's convolutions round float32 to TF32 by default, which moves a few per cent of the
+    cuDNN's convolutions round float32 to TF32 by default, which moves a few percent of the
     images to other patches, and it may choose other algorithms, which sum in another order.
     Training keeps the defaults. Also a decorator.
     """

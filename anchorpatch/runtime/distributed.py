@@ -183,7 +183,7 @@ def process_group(device: torch.device) -> Iterator[World]:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise AnchorpatchError(
-            "the connection to another process is lost: it has failed or was killed, see its own "
+            "the connection to another process was lost: it has failed or was killed; see its "
             "message; run the same command again"
         ) from error
     finally:

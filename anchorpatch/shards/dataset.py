@@ -168,7 +168,7 @@ def batches_of(
 def pieces_of(rows: NDArray[np.int64], pieces: int) -> list[tuple[NDArray[np.int64], int]]:
     """Cut a batch into nearly equal pieces of at least two rows, so that statistics exist.
 
-    Batch normalisation cannot normalise a single patch whose map has shrunk to one location,
+    Batch normalization cannot normalize a single patch whose map has shrunk to one location,
     and processes that work together must each have something to work on. So where a batch is
     too small, its first piece stands in for those that are missing, and counts for nothing
     there; a single row is taken twice and counts once.

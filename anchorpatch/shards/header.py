@@ -43,7 +43,7 @@ class ShardSettings:
         preset: name of the preset that K, T and P came from, if any.
         jpeg_quality: 1 to 100; without meaning, and 95, for the other codecs.
         crop_mode: as the fields below, of `anchorpatch.settings.CropSettings`.
-        background: colour behind transparent pixels.
+        background: color behind transparent pixels.
         damaged: what became of images that were decoded with damage.
         device: kind of device that AnchorNet ran on, "cpu" or "cuda"; None where an older version
             did not record it.

@@ -93,7 +93,7 @@ class ShardReader:
         missing = manifest.missing()
         if missing and not partial:
             raise ShardError(
-                f"{self.folder}: {len(missing)} of {manifest.shard_count} shards are not made yet "
+                f"{self.folder}: {len(missing)} of {manifest.shard_count} shards are missing "
                 f"(first {manifest.shard_path(missing[0]).name}): run the same extract again"
             )
         counts = {

@@ -51,7 +51,7 @@ def open_manifest(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Manifest:
-    """Begin a split's folder, or continue one that was begun with the same inputs.
+    """Begin a split's folder, or continue one that was started with the same inputs.
 
     The version of anchorpatch may differ; the version of the format may not. Where there is no
     shard yet, other inputs than those of the manifest simply take their place.
@@ -121,7 +121,7 @@ def _next(
         if shards and not overwrite:
             raise ShardError(
                 f"{folder} holds {len(shards)} shards ({shards[0].name}, ...) but no "
-                f"{MANIFEST_NAME} that says what they are: choose another --out, or --overwrite"
+                f"{MANIFEST_NAME} that describes them: choose another --out, or --overwrite"
             )
         return None, begun
     differences = header_differences(found.header, header)
@@ -377,7 +377,7 @@ def _copy(source: Path, path: Path, entry: ShardEntry) -> None:
         if sha256 != entry.sha256:
             raise CorruptShard(
                 f"{source}: expected SHA-256 {entry.sha256[:12]}..., found {sha256[:12]}...: "
-                "its bytes have changed"
+                "the file has changed"
             )
 
     storage.write_atomically(path, write, needed=entry.bytes)

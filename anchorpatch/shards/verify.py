@@ -124,7 +124,7 @@ def verify_shard(manifest: Manifest, entry: ShardEntry) -> list[ShardProblem]:
             sha256 = storage.sha256_of(file)
         if sha256 != entry.sha256:
             problem = f"expected SHA-256 {entry.sha256[:12]}..., found {sha256[:12]}..."
-            return [ShardProblem(entry.name, f"{problem}: its bytes have changed")]
+            return [ShardProblem(entry.name, f"{problem}: the file has changed")]
         found = survey(manifest, entry)
         problems = found.problems or list(_blob_problems(found, path))
         return [ShardProblem(entry.name, problem) for problem in problems]
@@ -240,7 +240,7 @@ def _header_problems(
     if files_sha256 != entry.files_sha256:
         problems.append(f"its file list is not that of {MANIFEST_NAME}")
     number = entry.name.rpartition("-")[2].partition(".")[0]
-    # `verify` names a shard that is none of the split.
+    # `verify` names a shard that is not among the split.
     if number.isdecimal() and shard_name(manifest.header.split, int(number)) == entry.name:
         expected = len(manifest.shard_range(int(number)))
         if entry.images + skipped != expected:
@@ -299,6 +299,6 @@ def decode_patch(data: bytes, scale: int) -> NDArray[np.uint8]:
                 return np.asarray(image)
     except Exception as error:  # Pillow raises nearly anything, by the damage
         raise CorruptShard(
-            f"{expected} {len(data):,} bytes that are none: {reason_of(error)}"
+            f"{expected} {len(data):,} bytes that are not a JPEG file: {reason_of(error)}"
         ) from error
     raise CorruptShard(f"{expected} {found} of {width} x {height} px")

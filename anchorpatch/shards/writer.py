@@ -47,7 +47,7 @@ from anchorpatch.shards.layout import (
 from anchorpatch.shards.manifest import ShardEntry
 
 #: Threads that encode JPEG; Pillow releases the interpreter lock. torchvision makes files of the
-#: same mean size at four fifths of the speed, as it wants the colours in planes.
+#: same mean size at four fifths of the speed, as it wants the colors in planes.
 _JPEG_THREADS: Final = min(4, os.cpu_count() or 1)
 
 #: Patches that are cut and encoded at once, which bounds the memory.

@@ -18,13 +18,13 @@ from torch.nn import functional
 from anchorpatch.images.crops import RandomCrop, random_box
 from anchorpatch.runtime.device import to_device
 
-#: Weights of red, green and blue in the grey of ITU-R BT.601, as in torchvision and Pillow.
-_GREY = (0.2989, 0.587, 0.114)
+#: Weights of red, green and blue in the gray of ITU-R BT.601, as in torchvision and Pillow.
+_GRAY = (0.2989, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a batch of uint8 pixels (n, H, W, 3) before normalisation.
+    """What happens to a batch of uint8 pixels (n, H, W, 3) before normalization.
 
     Attributes:
         jitter: brightness, contrast and saturation are each multiplied by a factor from
@@ -49,7 +49,7 @@ class Augmentation:
             boxes = [random_box(rng, width, height, crop) for _ in range(n)]
             inputs = crop_boxes(inputs, boxes)
         if self.jitter:
-            inputs = adjust_colours(inputs, 1 + self.jitter * (2 * draws[:, :3] - 1))
+            inputs = adjust_colors(inputs, 1 + self.jitter * (2 * draws[:, :3] - 1))
         if self.flip:
             inputs = torch.where((draws[:, 3] < 0.5)[:, None, None, None], inputs.flip(3), inputs)
         return inputs.contiguous(memory_format=torch.channels_last)
@@ -78,7 +78,7 @@ def crop_boxes(inputs: Tensor, boxes: Sequence[tuple[int, int, int, int]]) -> Te
     return functional.grid_sample(inputs, grid, padding_mode="border", align_corners=False)
 
 
-def adjust_colours(inputs: Tensor, factors: Tensor) -> Tensor:
+def adjust_colors(inputs: Tensor, factors: Tensor) -> Tensor:
     """Adjust brightness, contrast and saturation of each picture, in this order.
 
     The same as torchvision's functions of these names, but with a factor for each picture.
@@ -89,16 +89,16 @@ def adjust_colours(inputs: Tensor, factors: Tensor) -> Tensor:
     """
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
     inputs = (inputs * brightness).clamp(0, 1)
-    mean = _grey(inputs).mean((2, 3), keepdim=True)
+    mean = _gray(inputs).mean((2, 3), keepdim=True)
     inputs = torch.lerp(mean, inputs, contrast).clamp(0, 1)
-    return torch.lerp(_grey(inputs), inputs, saturation).clamp(0, 1)
+    return torch.lerp(_gray(inputs), inputs, saturation).clamp(0, 1)
 
 
-def _grey(inputs: Tensor) -> Tensor:
-    weights = _grey_weights(inputs.device)
+def _gray(inputs: Tensor) -> Tensor:
+    weights = _gray_weights(inputs.device)
     return (inputs * weights[:, None, None]).sum(1, keepdim=True)
 
 
 @cache
-def _grey_weights(device: torch.device) -> Tensor:
-    return torch.tensor(_GREY, device=device)
+def _gray_weights(device: torch.device) -> Tensor:
+    return torch.tensor(_GRAY, device=device)

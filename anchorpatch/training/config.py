@@ -47,7 +47,7 @@ class LoopConfig:
         amp: compute in bfloat16 where that is safe.
         channels_last: memory format; faster on CPU and GPU.
         compile: pass the network through ``torch.compile``.
-        sync_batchnorm: normalise over the pieces of all processes.
+        sync_batchnorm: normalize over the pieces of all processes.
         checkpoint_minutes: time between checkpoints within an epoch; each epoch ends with one.
         seed: of initial weights, order and augmentation.
         workers: processes or threads that load; 0 loads in the main one.
@@ -169,7 +169,7 @@ class TrainConfig(LoopConfig):
         min_area: smallest share of the picture that a training crop shows.
         crop_mode: how validation images become crops, see `anchorpatch.settings.CropSettings`;
             recorded in the weights, for what is done with them later.
-        background: colour behind transparent pixels; recorded likewise.
+        background: color behind transparent pixels; recorded likewise.
         allow_empty: accept training classes without images.
         se: AnchorNet: build the squeeze-and-excitation blocks.
         weighted_mean: AnchorNet: multiply S by H * W.

@@ -1,12 +1,12 @@
 """The training loop: what every network here shares, whatever it learns and from what.
 
-A `Task` brings data, loss and evaluation; `Trainer` brings optimiser, schedule, averaging,
+A `Task` brings data, loss and evaluation; `Trainer` brings optimizer, schedule, averaging,
 processes, checkpoints, the log and orderly stops.
 
 One step takes ``batch_size`` images, or up to so many patches of one scale, whatever the number of
 processes and of parts a process works in: rank r of R with ``accumulate`` A takes R-th parts in A
 pieces. Gradients are those of the whole batch: each piece weighs by its share of the images, as
-pieces may differ in size. Batch normalisation sees one piece (``batch_size / R / A`` images), or
+pieces may differ in size. Batch normalization sees one piece (``batch_size / R / A`` images), or
 with ``sync_batchnorm`` the pieces of all processes. The rate follows the batch linearly: ``lr``
 stands for 256 images (see `LoopConfig`).
 
@@ -149,7 +149,7 @@ class Task(ABC):
 
 
 def build_optimizer(module: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
-    """Return the optimiser of all parameters, at the rate for this batch size."""
+    """Return the optimizer of all parameters, at the rate for this batch size."""
     shared: dict[str, Any] = {"lr": config.rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(module.parameters(), **shared)
@@ -219,7 +219,7 @@ class Trainer:
         if config.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
         if config.sync_batchnorm and device.type != "cuda":
-            raise SettingsError("sync_batchnorm: torch synchronises on GPUs only; leave it out")
+            raise SettingsError("sync_batchnorm: torch synchronizes on GPUs only; leave it out")
         if config.sync_batchnorm and self.world.size > 1:
             convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
             self.module = convert(self.module)
@@ -399,7 +399,7 @@ class Trainer:
             self._interrupt(number)
 
     def _warn_of_statistics(self, module: nn.Module, record: Mapping[str, Any]) -> None:
-        """Say once why validation is poor where batch normalisation has hardly begun to count."""
+        """Say once why validation is poor where batch normalization has hardly begun to count."""
         seen = [b for name, b in module.named_buffers() if name.endswith("num_batches_tracked")]
         # By output where there are several: training may leave some of them out of its sum.
         losses = record["val"].get("losses", {"loss": record["val"]["loss"]})
@@ -410,7 +410,7 @@ class Trainer:
         if (steps := int(seen[-1])) < _FEW_STEPS:
             self._warned = True
             self.report.message(
-                f"val loss {val:.3f} is far above train loss {train:.3f}: batch normalisation's "
+                f"val loss {val:.3f} is far above train loss {train:.3f}: batch normalization's "
                 f"running statistics, which validation uses, have seen {steps} steps and lag "
                 "behind the weights; more steps help (more --epochs, or a smaller --batch-size)"
             )
@@ -464,7 +464,7 @@ class Trainer:
     def _interrupt(self, number: int) -> NoReturn:
         raise Interrupted(
             f"stopped by {signal.Signals(number).name} in epoch {self.place.epoch + 1}; "
-            "the same command goes on from here",
+            "run the same command again to resume",
             number,
         )
 
@@ -524,5 +524,5 @@ class Trainer:
         self.log.cut(place.epoch)
         if place.epoch < self.config.epochs:
             self.report.message(
-                f"going on from {self._checkpoint}: epoch {place.epoch + 1}, step {place.step}"
+                f"resuming from {self._checkpoint}: epoch {place.epoch + 1}, step {place.step}"
             )

@@ -122,7 +122,7 @@ class RunLog:
     def line(record: Mapping[str, Any], epochs: int, unit: str = "images") -> str:
         """Return a record as one line for people."""
         val, waiting = record["val"], record.get("waiting", 0.0)
-        # Below that, faster loading would make no odds.
+        # Below that, faster loading would make no difference.
         note = f" ({waiting:.0%} of the time waiting for data)" if waiting >= 0.1 else ""
         return (
             f"epoch {record['epoch']}/{epochs}: loss {record['train']['loss']:.3f}, "
@@ -153,7 +153,7 @@ def alone_in(folder: Path, world: World, device: torch.device) -> Iterator[None]
         StorageError: another run is at work in the folder, or the disk refuses.
     """
     busy = StorageError(
-        f"{folder}: another run is training here; wait for its end, or give another --runs"
+        f"{folder}: another run is training here; wait for it to finish, or give another --runs"
     )
     made = [path for path in (folder, *folder.parents) if world.is_main and not path.exists()]
     with ExitStack() as stack:
@@ -276,14 +276,14 @@ def check_identity(path: Path, identity: Any, expected: Mapping[str, Any]) -> li
             notes.append(note)
         elif name == "processes":
             notes.append(
-                f"begun with {there} processes, goes on with {here}: the result will not be the "
+                f"started with {there} processes, resumed with {here}: the result will not be the "
                 "same bit for bit"
             )
         else:
             different.append(f"{name} {there} there, {here} here")
     if different:
         raise WeightsError(
-            f"{path}: a run of another configuration ({'; '.join(different)}); "
+            f"{path}: this run has a different configuration ({'; '.join(different)}); "
             "give the same options (--epochs may be more), or another --runs, or start again "
             "with --overwrite"
         )
@@ -295,12 +295,12 @@ def refuse_foreign(folder: Path, run: Path) -> None:
 
     Args:
         folder: that is about to get results.
-        run: folder of the run that gives them, whose checkpoint vouches for them.
+        run: folder of the run that gives them, whose checkpoint identifies them.
     """
     paths = (folder / name for name in (LAST, BEST, "log.jsonl"))
     found = [path.name for path in paths if path.is_file() and path.stat().st_size]
     if found and not (run / CHECKPOINT).is_file():
         raise WeightsError(
-            f"{folder} holds {' and '.join(found)}, but no {CHECKPOINT} to go on from: move them "
+            f"{folder} holds {' and '.join(found)}, but no {CHECKPOINT} to resume from: move them "
             "away, give another --runs, or replace them with --overwrite"
         )

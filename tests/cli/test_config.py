@@ -78,7 +78,7 @@ def test_options_have_the_names_of_the_command_line(tmp_path: Path) -> None:
         jobs = 3
         [figure.coverage]
         areas = [0.1, 0.2]
-        localizers = ["sobel", "centre"]
+        localizers = ["sobel", "center"]
         peer = "a.safetensors"
         [figure.errors]
         scale = [63]

@@ -48,10 +48,12 @@ def test_demo_walks_the_whole_way_and_again(tmp_path: Path, weights: Path) -> No
     assert again.returncode == 0, again.stderr
     assert picture.read_bytes() == drawn
     lines = again.stdout.splitlines()
-    assert "nothing was left to do" in lines
+    assert "nothing to do" in lines
     assert "all 1 shard verified" in lines
     assert lines[-1] == "picture: anchorpatch-demo/patches.png"
-    assert again.stderr.endswith("anchorpatch report anchorpatch-demo puts all of it on one page\n")
+    assert again.stderr.endswith(
+        "anchorpatch report anchorpatch-demo puts everything on one page\n"
+    )
     for start in ("strongest ", "random, same scale ", "small ", "medium ", "large "):
         assert any(line.startswith(start) for line in lines), start
 
@@ -81,6 +83,6 @@ def test_bundled_weights_find_the_objects(tmp_path: Path) -> None:
     score = json.loads(done.stdout)["score"]
     assert score["top1"] > 0.95
     assert score["strongest"]["hit"] > 0.95
-    assert score["strongest"]["hit"] > score["centre"]["hit"] > score["random"]["hit"]
+    assert score["strongest"]["hit"] > score["center"]["hit"] > score["random"]["hit"]
     assert score["grows"]
     assert score["ordered"] > 0.6

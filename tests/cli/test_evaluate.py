@@ -131,7 +131,7 @@ def test_table_3_in_every_format(capsys: pytest.CaptureFixture[str]):
     assert " ".join(lines[3].split()) == "all 8 3.25 2.050 50% 2.444 40% 71.90% 89.70%"
     assert "saved: of 4.100 GMACs at 224 px." in lines
     assert "resnet50 on s/val; weights: w." in lines
-    assert "Row 224: the crops; asked: w (fine-tuned on patches)." in lines
+    assert "Row 224: the crops; weights: w (fine-tuned on patches)." in lines
     assert any("18.0 images/s" in line and "1.80 times as many" in line for line in lines)
     assert lines[-1] == "Left out: x: y."
 
@@ -162,6 +162,6 @@ def test_table_4(capsys: pytest.CaptureFixture[str]):
     heads = re.sub(r" +", " ", lines[0]).strip()
     assert heads == "scale images -R top-1 -L top-1 -R top-5 -L top-5"
     assert lines[1].split() == ["63", "px", "3", "15.60%", "38.20%", "30.00%", "50.00%"]
-    assert "resnet50 on s/val; asked: w (trained on whole images)." in lines
+    assert "resnet50 on s/val; weights: w (trained on whole images)." in lines
     print_result(table.to_json(), table.tables(), "json")
     assert json.loads(capsys.readouterr().out)["rows"][0]["localized_top1"] == 0.382

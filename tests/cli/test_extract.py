@@ -147,8 +147,8 @@ def test_tasks_do_their_parts(
     )
     assert advice.startswith("limited by ")
     assert pending == (
-        "2 of 7 shards of the split are pending: other jobs or tasks write them, or the same "
-        "command without --task"
+        "2 of 7 shards of the split are pending: other jobs or tasks will write them, or run the "
+        "same command without --task"
     )
     # A job of an array does what nobody has done, whatever its index.
     third = program(*arguments, env={"SLURM_ARRAY_TASK_ID": "12"})
@@ -224,7 +224,7 @@ def test_the_command_that_verify_names_repairs(
     assert verified.returncode == 1
     summary, advice, _ = verified.stdout.splitlines()[-3:]
     assert summary == "my shards/val: 7 shards, 2 bad"
-    assert advice.startswith("to write them again: anchorpatch extract --repair --data ")
+    assert advice.startswith("to rewrite them: anchorpatch extract --repair --data ")
     command = shlex.split(advice.partition(": anchorpatch ")[2])
     assert {"--store-images", "--shard-size", "6", "--preset", "evaluate"} <= set(command)
     # Its size is right, so nothing else finds it out.
@@ -255,7 +255,7 @@ def test_skipped_images_are_read_again_on_demand(
     assert "skipped: 3" in result.stdout, result.stderr
     for name in ("0.png", "1.png"):
         (folder / name).write_bytes(whole[name])
-    assert "nothing was left to do" in program(*arguments).stdout
+    assert "nothing to do" in program(*arguments).stdout
     dry = program(*arguments, "--retry-skipped", "--dry-run", "--json")
     assert json.loads(dry.stdout)["pending"] == 1
     result = program(*arguments, "--retry-skipped")
@@ -294,7 +294,7 @@ def test_nothing_left_to_do_changes_nothing(
     assert program(*arguments).returncode == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "shards/val").iterdir()}
     again = program(*arguments)
-    assert "nothing was left to do" in again.stdout
+    assert "nothing to do" in again.stdout
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "shards/val").iterdir()}
 
 
@@ -366,12 +366,12 @@ def test_dry_run_writes_nothing_and_foretells_the_bytes(
     program: Program, tmp_path: Path, image_folder: Path, weights: Path
 ) -> None:
     arguments = ["extract", "--data", image_folder, "--weights", weights, "--json"]
-    foretold = json.loads(program(*arguments, "--dry-run").stdout)
+    estimated = json.loads(program(*arguments, "--dry-run").stdout)
     assert not (tmp_path / "shards").exists()
-    assert (foretold["images"], foretold["shards"], foretold["pending"]) == (40, 1, 1)
+    assert (estimated["images"], estimated["shards"], estimated["pending"]) == (40, 1, 1)
     written = json.loads(program(*arguments).stdout)
     # All 40 images were in the sample.
-    assert abs(foretold["bytes"] - written["bytes"]) < 2000
+    assert abs(estimated["bytes"] - written["bytes"]) < 2000
     done = program(*arguments[:-1], "--dry-run").stdout
     assert "would write 0 of 1 shard " in done
 
@@ -470,7 +470,7 @@ def test_damage_transparency_and_what_is_passed_over(
     np.testing.assert_array_equal(reader.image(0), decode(jpeg, CropSettings("squash")).pixels)
     wrong = program(*again, "--background", "transparent")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
-    assert "--background: expected an opaque colour" in wrong.stderr
+    assert "--background: expected an opaque color" in wrong.stderr
 
 
 def test_a_disk_that_falters_loses_no_image(
@@ -548,7 +548,7 @@ def test_bad_weights_and_networks_are_one_line(
     for file, message in (
         (tmp_path / "none.safetensors", "found none"),
         (pickled, "expected safetensors"),
-        (broken, "cat/00.JPEG: AnchorNet gave NaN or infinity"),
+        (broken, "cat/00.JPEG: AnchorNet produced NaN or infinity"),
     ):
         result = program("extract", "--data", image_folder, "--weights", file)
         assert (result.returncode, result.stdout) == (1, "")

@@ -43,7 +43,7 @@ def test_it_draws_tells_and_writes_every_point(
     assert lines[0].startswith("Area under the curve of top-1 by area")
     listed = [
         *("anchornet", "branch63", "branch95", "branch111"),
-        *("gradcam", "sobel", "centre", "random"),
+        *("gradcam", "sobel", "center", "random"),
     ]
     for line, name in zip(lines[2:10], listed, strict=True):
         assert line.startswith(f"{LOOKS[name].label} ")
@@ -67,10 +67,10 @@ def test_it_draws_tells_and_writes_every_point(
 
 def test_json_and_chosen_localizers(program: Program, command: list[object], tmp_path: Path):
     out = tmp_path / "some" / "six.webp"
-    done = program(*command, "--localizers", "centre, sobel", "--out", out, "--json")
+    done = program(*command, "--localizers", "center, sobel", "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    assert [curve["localizer"] for curve in facts["curves"]] == ["sobel", "centre"]
+    assert [curve["localizer"] for curve in facts["curves"]] == ["sobel", "center"]
     assert out.is_file()
     assert out.with_suffix(".csv").is_file()
     assert out.with_suffix(".json").is_file()
@@ -80,7 +80,7 @@ def test_json_and_chosen_localizers(program: Program, command: list[object], tmp
     ("options", "status", "why"),
     [
         (("--localizers", "edges"), 2, "localizers: expected some of anchornet"),
-        (("--areas", "0.5,0.2"), 2, "areas: expected rising shares"),
+        (("--areas", "0.5,0.2"), 2, "areas: expected increasing shares"),
         (("--areas", "half"), 2, "expected numbers such as X,X,..., got 'half'"),
         (("--out", "six.gif"), 2, "expected a name that ends in .png"),
         (("--peer", "nothing.safetensors"), 1, "nothing.safetensors: expected a weights file"),

@@ -20,7 +20,7 @@ def test_a_table_of_networks(program: Program) -> None:
     rows = {line[:22].strip(): line[22:].split() for line in lines[1:5]}
     assert rows == {
         "anchornet": ["1,550,313", "0.4853", "-", "-", "-"],
-        "anchornet (localising)": ["1,259,313", "0.3939", "-", "-", "-"],
+        "anchornet (localizing)": ["1,259,313", "0.3939", "-", "-", "-"],
         "resnet50": ["25,557,032", "4.0892", "1.0779", "0.7527", "0.3357"],
         "hcgnet_b": ["12,845,501", "2.0028", "0.5261", "0.3700", "0.1659"],
     }
@@ -91,7 +91,7 @@ def test_names_are_one_a_line(program: Program) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet5O"], "no network is named 'resnet5O': did you mean 'resnet50'?"),
+        (["resnet5O"], "unknown network 'resnet5O': did you mean 'resnet50'?"),
         (["--table3", "resnet50"], "--table3 cannot be combined"),
         (["--size", "8"], "8 is not in the range x>=32"),
     ],

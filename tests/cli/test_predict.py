@@ -110,7 +110,7 @@ def test_another_programs_weights(
 
     # The advice of each error is the next command.
     assert f"give --network NAME --weights {own}" in line(own)
-    assert "names no classes for its 3 outputs: name them with --classes FILE" in line(
+    assert "names no classes for its 3 outputs: give their names with --classes FILE" in line(
         *(name, "--weights", own)
     )
     (tmp_path / "names.txt").write_text("a\nb\n\nc \n")
@@ -130,7 +130,7 @@ def test_wrong_usage(program: Program, weights: Path) -> None:
     assert "Missing option '--network'. Name a network, such as resnet50, or" in result.stderr
     result = program("predict", "a.jpg", "--network", weights, "--weights", weights)
     assert (result.returncode, result.stdout) == (2, "")
-    assert "AnchorNet's weights with --anchornet-weights" in result.stderr
+    assert "or --anchornet-weights for AnchorNet" in result.stderr
     result = program("predict", "a.jpg", "--network", "resnet50", "--anchornet-weights", weights)
     assert (result.returncode, result.stdout) == (1, "")
     assert "best.safetensors does not exist: run `anchorpatch finetune resnet50`" in result.stderr

@@ -89,16 +89,16 @@ def test_verify_names_each_bad_shard_and_fails(program: Program, tmp_path: Path)
     first, second, last, advice, note = result.stdout.splitlines()
     assert first == f"{manifest.shard_path(0)}: missing: run the same extract again"
     assert second.startswith(f"{manifest.shard_path(2)}: expected SHA-256 ")
-    assert second.endswith("its bytes have changed")
+    assert second.endswith("the file has changed")
     assert last == f"{tmp_path / 'val'}: 3 shards, 2 bad"
     command = (
         f"anchorpatch extract --repair --data DATA --weights WEIGHTS-abababababab --out {tmp_path} "
         "--split val --shard-size 8 --preset figure"
     )
-    assert advice == f"to write them again: {command}"
+    assert advice == f"to rewrite them: {command}"
     assert note == (
         "(DATA stands for the images; WEIGHTS-abababababab for the weights with this SHA-256; "
-        "add --labels, --limit and --allow-empty as they were given)"
+        "add --labels, --limit and --allow-empty if they were used)"
     )
     result = program("shards", "verify", tmp_path, "--json", "--jobs", 1)
     assert result.returncode == 1
@@ -187,7 +187,7 @@ def test_show_without_stored_images_shows_the_patches(
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("000003é.jpg", "none of the 21 images of {val}. Did you mean 'cat/000003é.jpg'?"),
+        ("000003é.jpg", "not among the 21 images of {val}. Did you mean 'cat/000003é.jpg'?"),
         ("cat/000003e.jpg", "Did you mean 'cat/000003é.jpg'?"),
         ("21", "expected a number from 0 to 20, got 21"),
     ],

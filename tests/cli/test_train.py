@@ -184,7 +184,7 @@ def test_signals_write_a_checkpoint(data: Path, tmp_path: Path, number: int, wor
     assert process.returncode == 128 + number
     assert re.match(
         rf"anchorpatch: stopped by {signal.Signals(number).name} in epoch \d+; "
-        "the same command goes on from here",
+        "run the same command again to resume",
         stderr.splitlines()[-1],
     )
     assert (tmp_path / "runs" / "anchornet" / "last.pt").is_file()
@@ -198,7 +198,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [
-        (("extract", "--max-patches", 1, "--batch-size", 12), 0),
+        (("extract", "--max-patches", 1, "--batch-size", 12, "--shard-size", 2), 0),
         (("train", *OPTIONS[:-2]), 1),  # its checkpoint is too large
     ],
     ids=["extract", "train"],
@@ -206,7 +206,7 @@ def children(pid: int) -> list[int]:
 def test_what_limits_files_holds_nothing_up(
     data: Path, tmp_path: Path, weights: Path, arguments: tuple[object, ...], status: int
 ):
-    # Shared memory counts as a file. A batch has 1.8 MB, all that is written less than 0.5.
+    # Shared memory counts as a file. A batch has 1.8 MB, the crops of a shard less than 0.5.
     options = ["--data", data, "--workers", 1]
     if arguments[0] != "train":
         options += ["--weights", weights]

@@ -91,8 +91,8 @@ def test_unknown_class_or_size_is_refused() -> None:
         draw_scene(0, 0, "tiny")
 
 
-def test_colours_do_not_tell_the_class() -> None:
-    # Mean colour of the object, by class: the spread between classes is that of chance.
+def test_colors_do_not_tell_the_class() -> None:
+    # Mean color of the object, by class: the spread between classes is that of chance.
     means = []
     for class_index in range(10):
         pixels = []
@@ -106,7 +106,7 @@ def test_colours_do_not_tell_the_class() -> None:
 
 
 def test_boxes_map_to_the_validation_crop() -> None:
-    # A white square in the box: the same square at `in_crop` after the centre crop.
+    # A white square in the box: the same square at `in_crop` after the center crop.
     box = Box(60, 40, 100, 90)
     image = np.zeros((SIDE, SIDE), np.uint8)
     image[box.y0 : box.y1, box.x0 : box.x1] = 255

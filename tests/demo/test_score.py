@@ -98,7 +98,7 @@ def test_score_equals_the_oracle(
     score = score_scenes(folder, boxes_csv)
 
     truth = read_boxes(boxes_csv)
-    strongest, chance, centre, sizes = [], [], [], []
+    strongest, chance, center, sizes = [], [], [], []
     for i in range(IMAGES):
         size, source = truth["val/" + batch.path[i].decode()]
         box, theta, n = source.in_crop(), int(scale[i]), int(grid[i])
@@ -106,12 +106,12 @@ def test_score_equals_the_oracle(
         strongest.append(fit(tuple(corner[i]), theta, box))
         everywhere = [fit((8 * h, 8 * w), theta, box) for h in range(n) for w in range(n)]
         chance.append(np.mean(everywhere, 0))
-        centre.append(fit((8 * (n // 2),) * 2, theta, box))
-        assert 8 * (n // 2) + theta // 2 == 111  # the middle patch is about the crop's centre
+        center.append(fit((8 * (n // 2),) * 2, theta, box))
+        assert 8 * (n // 2) + theta // 2 == 111  # the middle patch is about the crop's center
     for found, expected in (
         (score.strongest, strongest),
         (score.random, chance),
-        (score.centre, centre),
+        (score.center, center),
     ):
         hit, covered = np.mean(expected, 0)
         assert math.isclose(found.hit, hit, abs_tol=1e-12)
@@ -153,7 +153,7 @@ def test_perfect_patches_score_one(boxes_csv: Path, tmp_path: Path) -> None:
     )
     assert (score.top1, score.matched, score.ordered, score.grows) == (1, 1, 1, True)
     assert score.mean_scale == {"small": 63, "medium": 95, "large": 111}
-    assert score.strongest.hit > score.centre.hit > 0
+    assert score.strongest.hit > score.center.hit > 0
     assert score.strongest.hit > score.random.hit > 0
     assert score.strongest.covered > 0.75
     text = to_json(score)

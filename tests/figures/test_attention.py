@@ -185,28 +185,28 @@ def rendered(figure: Figure) -> NDArray[np.uint8]:
 
 
 def at(figure: Figure, pixels: NDArray[np.uint8], panel: int, y: float, x: float) -> list[int]:
-    """The colour of the rendered figure at a point of a panel's image, in pixels of the crop."""
+    """The color of the rendered figure at a point of a panel's image, in pixels of the crop."""
     figure.set_dpi(100)
     column, row = figure.axes[panel].transData.transform((x, y))
     return pixels[int(len(pixels) - row), int(column)].tolist()
 
 
 def alike(a: list[int], b: list[int]) -> bool:
-    """Equal but for the rounding of blended colours."""
+    """Equal but for the rounding of blended colors."""
     return bool(np.abs(np.subtract(a, b)).max() <= 2)
 
 
-def centre(scale: int, h: int, w: int) -> tuple[float, float]:
+def center(scale: int, h: int, w: int) -> tuple[float, float]:
     return 8 * h + scale / 2, 8 * w + scale / 2
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_location_is_a_cell_around_the_centre_of_what_it_sees(scale: int):
+def test_a_location_is_a_cell_around_the_center_of_what_it_sees(scale: int):
     side = SIDES[scale]
     left, right, bottom, top = map_extent(side, side, scale)
     assert ((right - left) / side, (bottom - top) / side) == (8, 8)
-    assert (top + 4, left + 4) == centre(scale, 0, 0)
-    assert (bottom - 4, right - 4) == centre(scale, side - 1, side - 1)
+    assert (top + 4, left + 4) == center(scale, 0, 0)
+    assert (bottom - 4, right - 4) == center(scale, side - 1, side - 1)
     # The last patch ends on the last multiple of 8 px that the crop has room for.
     assert 224 - 8 < right - 4 + scale / 2 <= 224
 
@@ -216,25 +216,25 @@ def test_a_map_that_is_not_square_keeps_its_sides():
 
 
 @pytest.mark.parametrize(("kind", "scale"), [(kind, scale) for kind in (0, 3) for scale in SCALES])
-def test_the_brightest_cell_is_painted_where_its_patch_is_centred(kind: int, scale: int):
+def test_the_brightest_cell_is_painted_where_its_patch_is_centerd(kind: int, scale: int):
     figure = attention_figure(make_result(63))
     pixels = rendered(figure)
     panel = 1 + kind + SCALES.index(scale)
     h, w = PLACES[scale]
-    y, x = centre(scale, h, w)
+    y, x = center(scale, h, w)
     peak = at(figure, pixels, panel, y, x)
-    # The whole cell has one colour, and no place outside of it has.
+    # The whole cell has one color, and no place outside of it has.
     for dy, dx in [(-3, -3), (-3, 3), (3, -3), (3, 3)]:
         assert alike(at(figure, pixels, panel, y + dy, x + dx), peak)
-    rest = at(figure, pixels, panel, *centre(scale, h - 1, w - 1))
+    rest = at(figure, pixels, panel, *center(scale, h - 1, w - 1))
     assert np.abs(np.subtract(peak, rest)).max() > 60
     for dy, dx in [(-5, 0), (5, 0), (0, -5), (0, 5)]:
         assert alike(at(figure, pixels, panel, y + dy, x + dx), rest)
     # Mirrored or transposed it would lie here.
     last = SIDES[scale] - 1
     for place in [(w, h), (last - h, w), (h, last - w)]:
-        assert alike(at(figure, pixels, panel, *centre(scale, *place)), rest)
-    # Around the map the grey image is bare.
+        assert alike(at(figure, pixels, panel, *center(scale, *place)), rest)
+    # Around the map the gray image is bare.
     edge = map_extent(SIDES[scale], SIDES[scale], scale)[0]
     assert np.abs(np.subtract(at(figure, pixels, panel, edge - 3, 112), 128)).max() <= 1
     assert alike(at(figure, pixels, panel, edge + 3, 112), rest)
@@ -244,8 +244,8 @@ def test_a_weight_of_nothing_can_be_drawn():
     """Attention that is 0 all but everywhere, as float32 rounds a peaked one."""
     figure = attention_figure(make_result(63, other=0))
     pixels = rendered(figure)
-    peak = at(figure, pixels, 1, *centre(63, *PLACES[63]))
-    assert peak != at(figure, pixels, 1, *centre(63, 10, 10))
+    peak = at(figure, pixels, 1, *center(63, *PLACES[63]))
+    assert peak != at(figure, pixels, 1, *center(63, 10, 10))
 
 
 def test_titles_name_the_scales():

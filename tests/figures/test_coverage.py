@@ -103,7 +103,7 @@ def test_every_way_is_decided_as_by_hand(config: CoverageConfig, source: ImageSo
             mask[y, x] = True
         return mask
 
-    curve = by_name(result)["centre"]
+    curve = by_name(result)["center"]
     covered = [top1(lambda p, a=a: p * squares(a)) for a in (0.0, 0.2, 0.6, 1.0)]
     masked = [top1(lambda p, a=a: p * ~squares(a)) for a in (0.0, 0.2, 0.6, 1.0)]
     assert curve.covered.top1 == pytest.approx(covered)
@@ -174,19 +174,19 @@ def test_a_winner_is_said_only_beyond_two_standard_errors():
     right[1, :, 1, : n // 2 + 60] = True  # better covered, worse masked
     right[2, :, 1, 1 : n // 2 + 1] = True  # as good, other images
     curves = {
-        c.localizer: c for c in curves_of(["anchornet", "sobel", "centre"], right, (0, 0.5, 1))
+        c.localizer: c for c in curves_of(["anchornet", "sobel", "center"], right, (0, 0.5, 1))
     }
     assert curves["sobel"].covered.beats_anchornet
     assert not curves["sobel"].masked.beats_anchornet
-    assert not curves["centre"].covered.beats_anchornet
+    assert not curves["center"].covered.beats_anchornet
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"areas": (0.5, 0.2)}, "areas: expected rising shares"),
-        ({"areas": (0.0, 0.2)}, "areas: expected rising shares"),
-        ({"areas": ()}, "areas: expected rising shares"),
+        ({"areas": (0.5, 0.2)}, "areas: expected increasing shares"),
+        ({"areas": (0.0, 0.2)}, "areas: expected increasing shares"),
+        ({"areas": ()}, "areas: expected increasing shares"),
         ({"localizers": ("sobell",)}, "localizers: expected some of .*, got sobell"),
         ({"seeds": 0}, "seeds: expected at least 1"),
     ],
@@ -207,12 +207,12 @@ def test_weights_and_peers_that_are_missing_or_wrong(
     best.parent.mkdir()
     best.hardlink_to(config.runs / f"{NETWORK}-baseline" / "best.safetensors")
     tuned = measure_coverage(
-        source, replace(config, runs=tmp_path, localizers=("centre",), images=2)
+        source, replace(config, runs=tmp_path, localizers=("center",), images=2)
     )
     assert tuned.settings["asked"] == f"{best} (fine-tuned on patches)"
-    result = measure_coverage(source, replace(config, localizers=("centre", "bagnet33"), images=2))
+    result = measure_coverage(source, replace(config, localizers=("center", "bagnet33"), images=2))
     assert result.settings["asked"] == str(config.runs / f"{NETWORK}-baseline/best.safetensors")
-    assert [curve.localizer for curve in result.curves] == ["centre"]
+    assert [curve.localizer for curve in result.curves] == ["center"]
     assert "anchorpatch train --arch bagnet33" in result.left_out[0]
     with pytest.raises(SettingsError, match=r"no localizer is left: BagNet-33: no .*bagnet33"):
         measure_coverage(source, replace(config, localizers=("bagnet33",)))
@@ -263,7 +263,7 @@ def test_no_curve_leaves_its_panel():
     right = np.zeros((1, 2, 4, 10), bool)
     right[0, 0, :, 0] = True
     right[0, 1, :, :9] = True
-    curves = curves_of(["centre"], right, AREAS)
+    curves = curves_of(["center"], right, AREAS)
     result = CoverageResult("resnet18", "DATA/val", 10, AREAS, curves, {}, "", (), {"seeds": 1})
     for axes in coverage_figure(result).axes:
         bottom, top = axes.get_ylim()
@@ -278,7 +278,7 @@ def test_the_legends_go_from_the_best_to_the_worst(result: CoverageResult):
         assert listed == sorted(listed, key=lambda auc: sign * auc)
 
 
-def test_no_two_curves_share_colour_or_dash_and_mark(result: CoverageResult):
+def test_no_two_curves_share_color_or_dash_and_mark(result: CoverageResult):
     lines = coverage_figure(result).axes[0].lines
     assert len({line.get_color() for line in lines}) == len(LOCALIZERS)
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(LOCALIZERS)

@@ -65,9 +65,9 @@ def test_named_images_are_exactly_those_in_their_order(source: ImageSource):
 @pytest.mark.parametrize(
     ("choice", "why"),
     [
-        (Choice(classes=("dgo",)), r"--classes: 'dgo' is none of the 2 classes of .*val; "),
+        (Choice(classes=("dgo",)), r"--classes: 'dgo' is not among the 2 classes of .*val; "),
         (Choice(classes=("cat", "doge")), r"did you mean dog\?"),
-        (Choice(images=("03.JPEG",)), r"--images: '03.JPEG' is none of the 40 images of .*val; "),
+        (Choice(images=("03.JPEG",)), r"--images: '03.JPEG' is not among the 40 images of .*val; "),
         (Choice(images=("03.JPEG",)), r"did you mean cat/03.JPEG\?"),
         (Choice(images=("dog/04.jpg",)), r"did you mean dog/04.JPEG\?"),
         (Choice(classes=("zzz",)), "the first is cat"),

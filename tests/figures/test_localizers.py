@@ -18,7 +18,7 @@ from anchorpatch.figures.localizers import (
     peer,
     pixel_positions,
     sobel_energy,
-    squares_from_centre,
+    squares_from_center,
 )
 from anchorpatch.jobs.crops import Crops, ImageSource
 from anchorpatch.jobs.localizer import load_anchornet
@@ -92,7 +92,7 @@ def test_every_area_is_met_to_the_pixel_and_grows_by_inclusion():
         before = mask
 
 
-def test_the_first_patch_comes_whole_and_from_its_centre():
+def test_the_first_patch_comes_whole_and_from_its_center():
     heatmap = torch.zeros(1, 21, 21)
     heatmap[0, 4, 7] = 1
     positions = pixel_positions(arrival(patch_ranks(heatmap, 63, 0.3), 63, 224))
@@ -106,7 +106,7 @@ def test_the_first_patch_comes_whole_and_from_its_centre():
 
 
 def test_squares_grow_from_the_middle():
-    mask = mask_of_area(pixel_positions(squares_from_centre(10)[None]), 0.36)[0]
+    mask = mask_of_area(pixel_positions(squares_from_center(10)[None]), 0.36)[0]
     assert mask[2:8, 2:8].all()
     assert mask.sum() == 36
 
@@ -176,9 +176,9 @@ def test_chance_depends_on_seed_and_row_and_not_on_the_batch(weights: Path, crop
     assert not any(a.equal(b) for a, b in zip(together, other, strict=True))
 
 
-def test_the_centre_is_a_square_in_the_middle(weights: Path, crops: Crops):
+def test_the_center_is_a_square_in_the_middle(weights: Path, crops: Crops):
     seen = See(load_weights(weights), CPU)(crops.rows, crops.pixels)
-    mask = first(PLAIN["centre"], seen, 0.25)
+    mask = first(PLAIN["center"], seen, 0.25)
     assert mask[:, 56:168, 56:168].all()
     assert mask[0].sum() == 112 * 112
 

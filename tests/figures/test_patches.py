@@ -147,7 +147,7 @@ def test_the_strongest_patch_lies_on_top_and_cut_outs_read_in_rows(found: PatchE
 
 @pytest.mark.parametrize(("theta", "step"), [(63, 24), (63, 8), (95, 16), (111, 8)])
 def test_every_frame_has_its_number_however_many_cross(theta: int, step: int):
-    """Each mark in a colour of its own, whole: no other mark hides a part of it."""
+    """Each mark in a color of its own, whole: no other mark hides a part of it."""
     places = range(0, 224 - theta + 1, step)
     corners = np.array([(y, x) for y in places for x in places])[:20]
     colors = [(10 * i, 255 - 10 * i, 7) for i in range(len(corners))]

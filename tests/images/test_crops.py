@@ -293,9 +293,9 @@ def test_crops_show_the_background(tmp_path: Path, cached: bool):
     (tmp_path / "train" / "a").mkdir(parents=True)
     Image.new("RGBA", (50, 40)).save(tmp_path / "train" / "a" / "0.png")
     folder = scan_folder(tmp_path, "train")
-    for colour, value in (("#ffffff", 255), ("#0000ff", (0, 0, 255))):
-        cache = build_cache(folder, tmp_path / "cache", 1, colour) if cached else None
-        crop = RandomCrop(size=64, background=colour)
+    for color, value in (("#ffffff", 255), ("#0000ff", (0, 0, 255))):
+        cache = build_cache(folder, tmp_path / "cache", 1, color) if cached else None
+        crop = RandomCrop(size=64, background=color)
         plan = [(0, np.array([0]))]
         (batch,) = load_training_batches(folder, plan, crop, workers=0, cache=cache)
         assert (batch.pixels == torch.tensor(value)).all()

@@ -87,9 +87,9 @@ def test_pillow_path_is_within_one_level_of_v2_on_a_pil_image(
 
 @settings(max_examples=40, deadline=None)
 @given(SIDE, SIDE, st.booleans(), st.integers(0, 9))
-def test_jpeg_path_equals_v2_on_a_tensor(height: int, width: int, grey: bool, seed: int) -> None:
+def test_jpeg_path_equals_v2_on_a_tensor(height: int, width: int, gray: bool, seed: int) -> None:
     image = Image.fromarray(picture(height, width, seed))
-    data = encoded(image.convert("L") if grey else image, "JPEG", quality=95)
+    data = encoded(image.convert("L") if gray else image, "JPEG", quality=95)
     stored = Image.open(BytesIO(data))
     decoded = decode(data)
     assert decoded.size == (height, width)
@@ -178,8 +178,8 @@ def test_the_picture_survives(name: str, levels: int) -> None:
     assert levels_apart(decode(GOOD[name]).pixels, want) <= levels
 
 
-@pytest.mark.parametrize("name", ["grey-16-bit.png", "grey.png", "grey-16-bit.tif"])
-def test_grey_is_equal_in_all_channels(name: str) -> None:
+@pytest.mark.parametrize("name", ["gray-16-bit.png", "gray.png", "gray-16-bit.tif"])
+def test_gray_is_equal_in_all_channels(name: str) -> None:
     want = validation_transform(Image.fromarray(picture()).convert("L"))
     pixels = decode(GOOD[name]).pixels
     assert levels_apart(pixels, want) <= 1
@@ -190,12 +190,12 @@ def test_the_upper_half_of_16_bits_stays() -> None:
     deep = np.random.default_rng(0).integers(0, 1 << 16, (CROP, CROP, 3), dtype=np.uint16)
     want = decode(encoded((deep >> 8).astype(np.uint8), "PNG"))
     np.testing.assert_array_equal(decode(png_rgb16(deep)).pixels, want.pixels)
-    grey = encoded(Image.fromarray(deep[..., 0]), "PNG")
+    gray = encoded(Image.fromarray(deep[..., 0]), "PNG")
     want = decode(encoded((deep[..., 0] >> 8).astype(np.uint8), "PNG"))
-    np.testing.assert_array_equal(decode(grey).pixels, want.pixels)
+    np.testing.assert_array_equal(decode(gray).pixels, want.pixels)
 
 
-def test_run_length_bmp_has_one_grey_a_row() -> None:
+def test_run_length_bmp_has_one_gray_a_row() -> None:
     pixels = decode(GOOD["run-length.bmp"]).pixels
     assert (pixels == pixels[:, :1]).all()
     assert pixels[0, 0, 0] > pixels[-1, 0, 0]  # the first row of the file is the lowest
@@ -226,7 +226,7 @@ def test_transparency_shows_the_background(name: str, background: str) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-def test_a_transparent_grey_is_that_of_the_files_own_scale(depth: int) -> None:
+def test_a_transparent_gray_is_that_of_the_files_own_scale(depth: int) -> None:
     # Half of the columns have the largest value, which is transparent; the others are black.
     top = (1 << depth) - 1
     values = [0, top] * 8
@@ -238,14 +238,14 @@ def test_a_transparent_grey_is_that_of_the_files_own_scale(depth: int) -> None:
     assert (pixels[:, 1::2] == (255, 0, 0)).all()
 
 
-def test_16_bit_grey_keeps_its_shades_beside_a_transparent_one() -> None:
+def test_16_bit_gray_keeps_its_shades_beside_a_transparent_one() -> None:
     row = b"\0" + struct.pack(">4H", 0x1234, 0x1235, 0x8000, 0xFFFF)
     data = png(4, 1, 16, 0, row, transparency=struct.pack(">H", 0x1234))
     pixels = np.asarray(decode_picture(data, "#ff0000").image)
     assert pixels.tolist() == [[[255, 0, 0], [0x12] * 3, [0x80] * 3, [255] * 3]]
 
 
-def test_a_transparent_colour_of_16_bits() -> None:
+def test_a_transparent_color_of_16_bits() -> None:
     row = b"\0" + struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x4321, 0x5678, 0x9ABC)
     data = png(2, 1, 16, 2, row, transparency=struct.pack(">3H", 0x1234, 0x5678, 0x9ABC))
     pixels = np.asarray(decode_picture(data, "#ff0000").image)
@@ -254,7 +254,7 @@ def test_a_transparent_colour_of_16_bits() -> None:
 
 def test_opaque_files_do_not_see_the_background() -> None:
     red = CropSettings(background="red")
-    for name in ("palette.png", "plain.jpg", "grey.png", "lossless.webp", "an animated gif.png"):
+    for name in ("palette.png", "plain.jpg", "gray.png", "lossless.webp", "an animated gif.png"):
         np.testing.assert_array_equal(decode(GOOD[name], red).pixels, decode(GOOD[name]).pixels)
 
 
@@ -286,7 +286,7 @@ def test_whole_pictures_stand_upright(orientation: int, format: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "1", "LA", "I;16"])
-def test_every_mode_becomes_grey_or_rgb(mode: str) -> None:
+def test_every_mode_becomes_gray_or_rgb(mode: str) -> None:
     image = Image.fromarray(picture(10, 20)).convert("L" if mode == "I;16" else mode).convert(mode)
     data = encoded(image, "JPEG" if mode == "CMYK" else "PNG")
     assert decode_picture(data).image.mode in ("L", "RGB")
@@ -315,7 +315,7 @@ def damaged_jpegs() -> dict[str, bytes]:
         ("baseline", plain),
         ("progressive", encoded(picture(), "JPEG", progressive=True)),
         ("restarts", encoded(picture(), "JPEG", restart_marker_blocks=5)),
-        ("grey", encoded(Image.fromarray(picture()).convert("L"), "JPEG")),
+        ("gray", encoded(Image.fromarray(picture()).convert("L"), "JPEG")),
     ):
         start = data.index(b"\xff\xda")
         files[name] = data[: start + 200] + data[start + 240 :]  # within the first scan
@@ -456,7 +456,7 @@ def test_memory_errors_are_not_the_images_fault(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(module, "_load_upright", fail)
     with pytest.raises(MemoryError):
-        decode(GOOD["grey.png"])
+        decode(GOOD["gray.png"])
 
 
 @pytest.mark.photos

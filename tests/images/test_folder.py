@@ -247,7 +247,7 @@ def test_empty_classes_are_named(tmp_path: Path) -> None:
     for name in "abcdefg":
         (tmp_path / "val" / name).mkdir()
     message = error_of(tmp_path)
-    assert "7 of 8 class folders hold no image" in message
+    assert "7 of 8 class folders are empty" in message
     assert "(a: empty, b: empty, c: empty, d: empty, e: empty and 2 more)" in message
     assert message.endswith("remove the folders, or accept them with --allow-empty")
     folder = scan_folder(tmp_path, "val", allow_empty=True)
@@ -269,7 +269,7 @@ def test_the_classes_of_train_hold_for_other_splits(tmp_path: Path, empty: bool)
     # A class of its own: the split stands for itself, unless the classes of train are asked for.
     touch(tmp_path / "val" / "dog" / "1.jpg")
     if empty:
-        assert "1 of 4 class folders hold no image (bee: empty)" in error_of(tmp_path)
+        assert "1 of 4 class folders are empty (bee: empty)" in error_of(tmp_path)
     else:
         assert scan_folder(tmp_path, "val").classes == ("ant", "cat", "dog")
     with pytest.raises(DataError, match=r"only the 3 classes of train, found 1 more \(dog\)"):
@@ -393,7 +393,7 @@ def test_a_first_row_that_names_no_image(flat: Path) -> None:
         (["nobody,n01 1 2 3 4"], "LOC_val_solution.csv:2: there is no image 'nobody'"),
         (
             ["ILSVRC2012_val_00000000,n01 1 2 3 4"] * 2,
-            ":3: 'ILSVRC2012_val_00000000' has a label in line 2 too",
+            ":3: 'ILSVRC2012_val_00000000' already has a label in line 2 too",
         ),
         (["ILSVRC2012_val_00000000,n01 1 2 3"], ":2: expected a class and four whole numbers"),
         (["ILSVRC2012_val_00000000,"], ":2: expected a class and four whole numbers"),

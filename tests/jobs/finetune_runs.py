@@ -48,7 +48,7 @@ VAL = [Image(63, 4), Image(95, 2), Image(111, 1), Image(111, 2), Image(63, 1)]
 
 
 def build_tiny(classes: int) -> nn.Module:
-    """Batch normalisation and dropout are what makes resuming delicate."""
+    """Batch normalization and dropout are what makes resuming delicate."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 5, stride=4, bias=False),
         nn.BatchNorm2d(8),

@@ -220,7 +220,7 @@ def test_a_network_on_patches_is_asked_about_whole_images_only_with_a_warning(
     table = run(config_of(root, runs=tmp_path), report)
     best = f"{tmp_path}/{NETWORK}/best.safetensors"
     assert (table.whole_weights, table.rows[0].weights) == (best, best)
-    assert table.tables()[0].notes[1].endswith(f"asked: {best} (fine-tuned on patches).")
+    assert table.tables()[0].notes[1].endswith(f"weights: {best} (fine-tuned on patches).")
     (warning,) = [line for line in report.lines if line.startswith("warning: ")]
     assert warning.startswith(f"warning: {best} was fine-tuned on patches and understates")
     assert f"run `anchorpatch finetune {NETWORK} --baseline`, or name weights with" in warning
@@ -289,7 +289,7 @@ def test_predictions(root: Path, tmp_path: Path):
 def test_table_4_equals_image_by_image(root: Path):
     table = run_rescale(config_of(root))
     reader, module = ShardReader(root / "stored" / "val"), lively(1)
-    asked = f"asked: {root}/runs/{NETWORK}-baseline/best.safetensors."
+    asked = f"weights: {root}/runs/{NETWORK}-baseline/best.safetensors."
     assert table.tables()[0].notes[0].endswith(asked)
     given = run_rescale(config_of(root, weights=root / "runs" / NETWORK / "best.safetensors"))
     assert given.weights == f"{root}/runs/{NETWORK}/best.safetensors"
@@ -310,7 +310,9 @@ def test_table_4_equals_image_by_image(root: Path):
         assert row.images == len(rows)
         assert row.rescaled_top1 == pytest.approx(right[0] / len(rows))
         assert row.localized_top1 == pytest.approx(right[1] / len(rows))
-    with pytest.raises(DataError, match=r"rescaling needs the whole images, but .* --data"):
+    with pytest.raises(
+        DataError, match=r"--protocol rescale needs the whole images, but .* --data"
+    ):
         run_rescale(config_of(root, shards=root / "shards", data=root / "nowhere"))
 
 
@@ -346,7 +348,7 @@ def test_errors_are_one_clear_line(root: Path, tmp_path: Path):
         "anchorpatch extract --split val",
         shards=missing,
     )
-    fails(SettingsError, "no network is named 'resnet51'", network="resnet51")
+    fails(SettingsError, "unknown network 'resnet51'", network="resnet51")
     fails(SettingsError, "vit_b_16 cannot take images of 63, 95, 111 px", network="vit_b_16")
     fails(WeightsError, "run `anchorpatch finetune squeezenet1_0`", network="squeezenet1_0")
     weights = root / "runs" / NETWORK / "best.safetensors"

@@ -122,7 +122,7 @@ def test_learning_shows(shards: Path, tmp_path: Path):
 
 
 def test_pixels_and_labels_of_a_step(shards: Path, tmp_path: Path):
-    """The loader, the pieces and the normalisation against the reader, one patch at a time."""
+    """The loader, the pieces and the normalization against the reader, one patch at a time."""
     config = tiny(shards, tmp_path, jitter=0.0, flip=False, accumulate=3, epochs=1)
     task = prepare(config, torch.device("cpu"), World())
     task.build()
@@ -180,7 +180,7 @@ def test_a_signal_stops_and_the_same_run_goes_on(
             super().advance(min(n, self.images), **counts)
 
     config = tiny(shards, tmp_path, checkpoint_minutes=10.0)
-    with pytest.raises(Interrupted, match="the same command goes on") as caught:
+    with pytest.raises(Interrupted, match="run the same command again to resume") as caught:
         run(config, StopAfter(patches, number))
     assert caught.value.exit_status == 128 + number
     step = -(-patches * STEPS // 45)
@@ -332,7 +332,7 @@ def test_a_baseline_costs_what_the_run_on_patches_cost(shards: Path, tmp_path: P
     cost = forecast(baseline(shards, tmp_path / "tiny-baseline"))["cost"]
     assert cost["budget"] == {"macs": patches["macs"], "of": f"{tmp_path / 'tiny'}, 20 epochs"}
     (tmp_path / "tiny" / "config.json").write_text("{}")
-    with pytest.raises(DataError, match=r"tiny/config\.json: expected the settings of a run"):
+    with pytest.raises(DataError, match=r"tiny/config\.json: cannot read the cost of the run"):
         forecast(baseline(shards, tmp_path / "tiny-baseline"))
 
 
@@ -343,7 +343,7 @@ def test_a_forecast_looks_at_the_weights(shards: Path, whole: Path, tmp_path: Pa
         forecast(replace(config, weights="nosuch.pth"))
     with pytest.raises(WeightsError, match="expected weights of resnet18, found tiny"):
         forecast(replace(config, network="resnet18"))
-    with pytest.raises(WeightsError, match="tiny has no pretrained set"):
+    with pytest.raises(WeightsError, match="tiny has no pretrained weights"):
         forecast(replace(config, weights="default"))
 
 
@@ -432,7 +432,7 @@ def test_a_corrupt_shard_within_an_epoch_keeps_the_checkpoint(tmp_path: Path):
 @pytest.mark.parametrize(
     ("error", "match", "changes"),
     [
-        (DataError, "45 patches an epoch are too few for a batch of 64", {"batch_size": 64}),
+        (DataError, "45 patches per epoch are too few for a batch size of 64", {"batch_size": 64}),
         (SettingsError, "batch size 8 is too small for 1 processes x 5", {"accumulate": 5}),
         (SettingsError, "inception_v3 cannot take images of 63", {"network": "inception_v3"}),
         (SettingsError, "vit_b_16 cannot take images of 63, 95, 111", {"network": "vit_b_16"}),
@@ -476,7 +476,7 @@ def test_other_shards_and_weights_are_another_run(whole: Path, shards: Path, tmp
     write_shards(tmp_path / "val", VAL, weights_sha256="cd" * 32)
     report = StopAt(-1)
     run(tiny(tmp_path, tmp_path / "run", epochs=1), report)
-    assert "the AnchorNet that made the shards of val is not" in report.lines[0]
+    assert "the shards of val and train were extracted with different" in report.lines[0]
     for moved, match in (
         (tiny(shards, tmp_path / "run", epochs=1), "train_shards"),
         (tiny(tmp_path, tmp_path / "run", epochs=1, network="plain"), "network tiny there, plain"),

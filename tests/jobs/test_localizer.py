@@ -122,7 +122,7 @@ def test_nan_names_the_image(tmp_path: Path, pixels: torch.Tensor) -> None:
     save_weights(tmp_path / "w", net.state_dict(), WeightsMeta("anchornet", ("a", "b")))
     with (
         Localizer(load_weights(tmp_path / "w"), PRESETS["figure"], CPU) as localizer,
-        pytest.raises(NonFiniteError, match=r"^image 0: .* gave NaN .* weights .*w may be damaged"),
+        pytest.raises(NonFiniteError, match=r"^image 0: .* produced NaN .*w may be damaged"),
     ):
         localizer.submit(pixels).result()
 

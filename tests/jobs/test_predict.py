@@ -164,7 +164,7 @@ def test_a_network_by_its_name(tmp_path: Path, weights: Path, network: Path) -> 
     config = PredictConfig("shufflenet_v2_x0_5", weights, runs=tmp_path)
     with pytest.raises(WeightsError, match=r"finetune shufflenet_v2_x0_5`, or name weights with"):
         Predictor(config)
-    with pytest.raises(SettingsError, match="no network is named 'shufflenet'"):
+    with pytest.raises(SettingsError, match="unknown network 'shufflenet'"):
         Predictor(replace(config, network="shufflenet"))
     path = tmp_path / "shufflenet_v2_x0_5" / "best.safetensors"
     save_small_network(path)
@@ -175,7 +175,7 @@ def test_a_network_by_its_name(tmp_path: Path, weights: Path, network: Path) -> 
     torch.save(state, tmp_path / "two.pth")
     two = Predictor(replace(config, weights=tmp_path / "two.pth"), lines.append)
     assert two.network.meta.classes == ("cat", "dog")
-    assert "names no classes; its 2 outputs are taken for the classes" in lines[0]
+    assert "names no classes; its 2 outputs are assumed to be the classes" in lines[0]
 
 
 def test_nan_is_told_with_the_picture(
@@ -184,5 +184,5 @@ def test_nan_is_told_with_the_picture(
     path = tmp_path / "nan.safetensors"
     save_small_network(path, bias=float("nan"))
     picture = image_folder / "val" / "dog" / "03.JPEG"
-    with pytest.raises(NonFiniteError, match=r"03\.JPEG: .*nan\.safetensors gave NaN"):
+    with pytest.raises(NonFiniteError, match=r"03\.JPEG: .*nan\.safetensors produced NaN"):
         predict(PredictConfig(path, weights), [picture])

@@ -105,7 +105,7 @@ def test_a_signal_stops_and_the_same_run_goes_on(
     data: Path, whole: Path, tmp_path: Path, number: int, images: int
 ):
     config = tiny(data, tmp_path, checkpoint_minutes=10.0)
-    with pytest.raises(Interrupted, match="the same command goes on") as caught:
+    with pytest.raises(Interrupted, match="run the same command again to resume") as caught:
         run(config, StopAt(images, number))
     assert caught.value.exit_status == 128 + number
     state = state_of(tmp_path)
@@ -219,7 +219,7 @@ def test_two_processes_end_with_the_same_weights(data: Path, tmp_path: Path):
     assert run(tiny(data, folder, epochs=3), rest).epochs == 3
     assert [line.split(": ")[1] for line in rest.lines[:2]] == [
         "3 epochs instead of 2",
-        "begun with 2 processes, goes on with 1",
+        "started with 2 processes, resumed with 1",
     ]
 
 
@@ -265,11 +265,11 @@ def test_overwrite_resumes_the_same_run(data: Path, whole: Path, tmp_path: Path)
         run(config, StopAt(TRAIN + 4))
     rest = StopAt(-1)
     run(config, rest)
-    assert "going on from" in rest.lines[0]
+    assert "resuming from" in rest.lines[0]
     assert_same_run(tmp_path, whole)
 
 
-def test_synchronised_normalisation_needs_gpus(data: Path, tmp_path: Path):
+def test_synchronized_normalization_needs_gpus(data: Path, tmp_path: Path):
     with pytest.raises(SettingsError, match="sync_batchnorm"):
         run(tiny(data, tmp_path, sync_batchnorm=True))
 

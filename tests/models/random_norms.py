@@ -6,7 +6,7 @@ from torch import nn
 
 
 def randomize_norms(net: nn.Module) -> None:
-    """Give batch normalisation statistics and offsets other than 0 and 1."""
+    """Give batch normalization statistics and offsets other than 0 and 1."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

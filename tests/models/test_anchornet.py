@@ -81,7 +81,7 @@ def test_fast_forward_equals_the_full_one(net: AnchorNet, fused: bool) -> None:
         torch.testing.assert_close(heatmaps[j], expected, rtol=1e-5, atol=1e-5 * float(scale))
 
 
-def test_training_forward_gives_the_localising_logits(net: AnchorNet) -> None:
+def test_training_forward_gives_the_localizing_logits(net: AnchorNet) -> None:
     images = torch.randn(2, 3, 127, 140)
     with torch.no_grad():
         logits = net(images)

@@ -107,8 +107,8 @@ def test_forward_is_the_mean_of_the_map(narrow: BagNet) -> None:
         torch.testing.assert_close(narrow(images), narrow.logit_map(images).mean((2, 3)))
 
 
-def test_shortcuts_keep_the_centre() -> None:
-    """With silent layers, a bottleneck passes on what lies at the centre of its kernel."""
+def test_shortcuts_keep_the_center() -> None:
+    """With silent layers, a bottleneck passes on what lies at the center of its kernel."""
     net = BagNet(77, 2, width=4).eval()
     same = net.groups[0][1]
     nn.init.zeros_(same.layers[-1][1].weight)

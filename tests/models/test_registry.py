@@ -56,7 +56,7 @@ def test_meta_counts_what_the_real_network_counts(name: str) -> None:
         ("resnet5O", "'resnet5O': did you mean 'resnet50'? "),
         ("hcgnet-b", "did you mean 'hcgnet_b'? "),
         ("no such thing", "'no such thing': `anchorpatch models` lists"),
-        ("", "named ''"),
+        ("", "network ''"),
     ],
 )
 def test_mistyped_names(name: str, message: str) -> None:

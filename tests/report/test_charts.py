@@ -56,7 +56,7 @@ def test_other_networks_have_one_line_and_gaps_stay_gaps() -> None:
     assert run_charts(Run("x", Path(), ({"epoch": 1},), {})) == []
 
 
-def test_the_svg_is_whole_and_takes_its_colours_from_the_page() -> None:
+def test_the_svg_is_whole_and_takes_its_colors_from_the_page() -> None:
     for i, chart in enumerate(run_charts(RUN)):
         svg = draw(chart, f"c{i}")
         root = ElementTree.fromstring(svg)
@@ -74,7 +74,7 @@ def test_the_svg_is_whole_and_takes_its_colours_from_the_page() -> None:
         assert svg == draw(chart, f"c{i}")
 
 
-def test_the_legend_names_the_lines_and_tells_them_apart_without_colour() -> None:
+def test_the_legend_names_the_lines_and_tells_them_apart_without_color() -> None:
     svg = draw(run_charts(RUN)[1], "c")
     found = texts(svg)
     assert {"decision (Eq. 7)", "localization 63", "attention 111", "epoch"} <= set(found)

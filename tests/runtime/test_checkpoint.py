@@ -62,7 +62,7 @@ def test_metadata_are_read_without_the_tensors(file: Path, tmp_path: Path):
     header = tmp_path / "header"
     for size in (0, 3, 8 + length // 2, 8 + length):
         header.write_bytes(file.read_bytes()[:size])
-        with pytest.raises(WeightsError, match=f"cut-off or other file of {size:,} bytes"):
+        with pytest.raises(WeightsError, match=f"truncated or different file of {size:,} bytes"):
             read_meta(header)
     with pytest.raises(WeightsError, match="found none"):
         read_meta(tmp_path / "none")
@@ -84,13 +84,13 @@ def test_weights_in_channels_last_memory_come_back(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"", "other file of 0 bytes (header too small)"),
-        (b"these are no weights at all", "other file of 27 bytes (header too large)"),
+        (b"", "different file of 0 bytes (header too small)"),
+        (b"these are no weights at all", "different file of 27 bytes (header too large)"),
         (pickle.dumps({"weight": 1}), "it can hold code; name a file that `anchorpatch train`"),
         (safetensors.torch.save(TENSORS), "found none: the weights were written by another"),
         (safetensors.torch.save(TENSORS, {"anchorpatch": "[]"}), "found format None"),
         (safetensors.torch.save(TENSORS, {"anchorpatch": '{"format": 9}'}), "found format 9"),
-        (b"\x02\0\0\0\0\0\0\0[]", "other file of 10 bytes (invalid JSON in header"),
+        (b"\x02\0\0\0\0\0\0\0[]", "different file of 10 bytes (invalid JSON in header"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes, found: str):
@@ -137,7 +137,7 @@ def test_other_offsets_are_named(file: Path, offsets: object):
     header = header_of(file)
     header["weight"]["data_offsets"] = offsets
     with_header(file, header)
-    with pytest.raises(WeightsError, match="found a damaged, cut-off or other file of"):
+    with pytest.raises(WeightsError, match="found a damaged, truncated or different file of"):
         load_weights(file)
 
 
@@ -145,13 +145,13 @@ def test_other_offsets_are_named(file: Path, offsets: object):
 def test_a_header_nested_deeply_is_named(file: Path, nested: bytes):
     for header in (nested, b'{"__metadata__":' + nested + b"}"):
         with_header(file, header)
-        with pytest.raises(WeightsError, match="found a damaged, cut-off or other file of"):
+        with pytest.raises(WeightsError, match="found a damaged, truncated or different file of"):
             load_weights(file)
 
 
 def test_types_that_torch_has_not_are_named(file: Path):
     with_header(file, {"a": {"dtype": "F4", "shape": [72], "data_offsets": [0, 36]}})
-    with pytest.raises(WeightsError, match=r"anchorpatch metadata|other file of \d+ bytes \(F4\)"):
+    with pytest.raises(WeightsError, match=r"metadata|different file of \d+ bytes \(F4\)"):
         load_weights(file)
 
 
@@ -169,7 +169,7 @@ DOCUMENT = {"format": 1, **asdict(META)}
     [
         ("crop_mode", "stretch", "--crop-mode: expected one of center, squash, got 'stretch'"),
         ("crop_mode", ["center"], "crop_mode: expected text"),
-        ("background", "no colour", "--background: expected an opaque colour"),
+        ("background", "no color", "--background: expected an opaque color"),
         ("mean", [0.5], "mean: expected 3 values, each a finite number, found [0.5]"),
         ("mean", [0.5] * 4, "mean: expected 3 values"),
         ("mean", ["a", "b", "c"], "mean: expected 3 values"),
@@ -205,7 +205,7 @@ DOCUMENT = {"format": 1, **asdict(META)}
         ("crop", 10**9, "crop: expected 1 to 65,535 px, found 1,000,000,000"),
         ("training", [], "training: expected a JSON object, found []"),
         ("versions", {"a": 1}, "versions['a']: expected text, found 1"),
-        ("colour\n", 1, "expected no field 'colour\\n'"),
+        ("color\n", 1, "expected no field 'color\\n'"),
         ("format", 2, "expected metadata of format 1, found format 2"),
         ("format", "x" * 99, "found format 'xxxxx"),
     ],

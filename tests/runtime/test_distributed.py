@@ -86,7 +86,7 @@ def take_part(rank: int, port: int, dies: bool, connection: Connection) -> None:
 
 @pytest.mark.parametrize(
     ("dies", "told"),
-    [(False, ["1 is there", 6, 6]), (True, ["the connection to another process is lost: "])],
+    [(False, ["1 is there", 6, 6]), (True, ["the connection to another process was lost: "])],
 )
 def test_processes_wait_for_each_other_and_notice_a_death(dies: bool, told: list[object]):
     with socket.create_server(("127.0.0.1", 0)) as server:

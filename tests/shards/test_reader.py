@@ -248,7 +248,7 @@ def test_shards_that_are_not_made_yet(tmp_path: Path) -> None:
     header = make_header(shard_size=8)
     manifest, _ = make_split(tmp_path / "val", shards=1, last=8)
     edit_manifest(manifest.folder, lambda data: data.update(files_count=30))
-    with pytest.raises(ShardError, match=r"3 of 4 shards are not made yet \(first val-00001.h5\)"):
+    with pytest.raises(ShardError, match=r"3 of 4 shards are missing \(first val-00001.h5\)"):
         ShardReader(manifest.folder)
     reader = ShardReader(manifest.folder, partial=True)
     assert len(reader) == 8

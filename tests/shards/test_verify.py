@@ -50,7 +50,7 @@ def test_any_flipped_byte_is_named(tmp_path: Path) -> None:
         flip(path, at)
         (problem,) = verify_folder(tmp_path / "val", jobs=1)
         assert problem.shard == "val-00001.h5"
-        assert "its bytes have changed" in problem.problem
+        assert "the file has changed" in problem.problem
         flip(path, at)
     assert verify_folder(tmp_path / "val", jobs=1) == []
 
@@ -352,12 +352,12 @@ STORED = {
     "one pixel": (jpeg("RGB", (1, 1)), "RGB of 1 x 1 px"),
     "too large": (jpeg("RGB", (500, 400)), "RGB of 500 x 400 px"),
     "another side": (jpeg("RGB", (63, 64)), "RGB of 63 x 64 px"),
-    "grey": (jpeg("L", (63, 63)), "L of 63 x 63 px"),
+    "gray": (jpeg("L", (63, 63)), "L of 63 x 63 px"),
     "inks": (jpeg("CMYK", (63, 63)), "CMYK of 63 x 63 px"),
     "a bomb": (HUGE, "L of 65535 x 65535 px"),
     "empty": (b"", "0 bytes"),
     "cut off": (jpeg("RGB", (63, 63))[:-30], "truncated"),
-    "cut off in its header": (jpeg("RGB", (63, 63))[:100], "bytes that are none"),
+    "cut off in its header": (jpeg("RGB", (63, 63))[:100], "bytes that are not a JPEG file"),
     "PNG": (other_format("PNG"), "not a JPEG file"),
 }
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from anchorpatch.training.augment import Augmentation, adjust_colours, crop_boxes
+from anchorpatch.training.augment import Augmentation, adjust_colors, crop_boxes
 
 
 def pictures(n: int = 4, side: int = 24) -> torch.Tensor:
@@ -23,10 +23,10 @@ def test_without_anything_it_is_the_pixels():
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_colours_are_those_of_torchvision():
+def test_colors_are_those_of_torchvision():
     inputs = pictures().permute(0, 3, 1, 2).float() / 255
     factors = torch.tensor([[0.8, 1.2, 0.9], [1.2, 0.8, 1.1], [1.0, 1.0, 1.0], [1.1, 1.1, 0.0]])
-    for picture, found, row in zip(inputs, adjust_colours(inputs, factors), factors, strict=True):
+    for picture, found, row in zip(inputs, adjust_colors(inputs, factors), factors, strict=True):
         expected = F.adjust_brightness(picture, float(row[0]))
         expected = F.adjust_contrast(expected, float(row[1]))
         expected = F.adjust_saturation(expected, float(row[2]))

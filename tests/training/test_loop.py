@@ -210,7 +210,7 @@ def test_another_number_of_processes_goes_on_with_a_note(tmp_path: Path):
     report = Lines()
     train(tmp_path, epochs=2, processes=1, report=report)
     assert report.lines[1].endswith(
-        "begun with 2 processes, goes on with 1: the result will not be the same bit for bit"
+        "started with 2 processes, resumed with 1: the result will not be the same bit for bit"
     )
 
 
