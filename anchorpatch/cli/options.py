@@ -235,9 +235,7 @@ labels = click.option(
     "table of image and class.",
 )
 
-allow_empty = click.option(
-    "--allow-empty", is_flag=True, help="Accept class folders without images."
-)
+allow_empty = click.option("--allow-empty", is_flag=True, help="Accept empty class folders.")
 
 limit = click.option(
     "--limit",
@@ -336,9 +334,7 @@ def seed(of: str, default: int = 0) -> Callable[[_F], _F]:
     )
 
 
-as_json = click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as one JSON object."
-)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 def background(default: str) -> Callable[[_F], _F]:
@@ -382,7 +378,7 @@ def lsp(default: str | None = None, shown: str | None = None) -> Callable[[_F], 
     at = "at 63, 95 and 111 px"
     overrides: tuple[tuple[str, Any, str], ...] = (
         ("--max-patches", NumberList(int), f"Maximum patches per image (K) {at}"),
-        ("--iou-threshold", float, "IoU (T) that two patches of an image stay below"),
+        ("--iou-threshold", float, "IoU threshold (T): two patches of an image overlap less"),
         ("--coverage", NumberList(float), f"Share of the locations that are candidates (P) {at}"),
     )
     options = grouped(
