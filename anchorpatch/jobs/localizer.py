@@ -22,7 +22,7 @@ from torch import Tensor
 from anchorpatch.errors import NonFiniteError, SettingsError, WeightsError
 from anchorpatch.lsp import Decision, decide, localize
 from anchorpatch.models.anchornet import AnchorNet, Features
-from anchorpatch.models.anchornet_openvino import OpenVinoFeatures, import_openvino
+from anchorpatch.models.anchornet_openvino import OpenVinoFeatures, openvino_core
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import Weights, load_into
 from anchorpatch.runtime.device import check_precision, exact_float32
@@ -129,7 +129,7 @@ def resolve_engine(
     why = "is for CPUs" if device.type != "cpu" else "goes without --compile" if compile else None
     if why is None and name != "torch":
         try:
-            types = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+            types = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
             if precision == "float32" or "BF16" in types:
                 return "openvino"
             why = "has no bfloat16 on this CPU"

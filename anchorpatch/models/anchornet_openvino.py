@@ -7,6 +7,7 @@ takes several. Normalization is folded into the first convolution, so that pixel
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import sys
 import threading
@@ -29,15 +30,18 @@ _IMAGES = 4
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Hardswish: "hswish", nn.Hardsigmoid: "hsigmoid"}
 
 
-def import_openvino() -> Any:
-    """Return the package, without the reports that it sends to its makers.
+@functools.cache
+def openvino_core() -> Any:
+    """Return OpenVINO's Core, without the reports that the package sends to its makers.
 
     Raises:
         ImportError: it is not installed, or not for this machine.
     """
     # Importing openvino reports that to Google Analytics, unless this package is missing.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    return importlib.import_module("openvino")
+    # One for the life of the process: with the last of them its library would be unloaded, which
+    # threads may still be in, and that crashes processes that make several.
+    return importlib.import_module("openvino").Core()
 
 
 class OpenVinoFeatures:
@@ -62,7 +66,7 @@ class OpenVinoFeatures:
         precision: str = "float32",
         streams: int = 1,
     ) -> None:
-        ov = import_openvino()
+        core = openvino_core()
         settings = {
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -70,8 +74,8 @@ class OpenVinoFeatures:
             "ENABLE_CPU_PINNING": False,  # processes of one machine would share the first cores
         }
         try:
-            graph = _graph(ov, importlib.import_module("openvino.opset13"), net, mean, std)
-            self._compiled = ov.Core().compile_model(graph, "CPU", settings)
+            graph = _graph(importlib.import_module("openvino.opset13"), net, mean, std)
+            self._compiled = core.compile_model(graph, "CPU", settings)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise SettingsError(f"--engine openvino: {reason}; use --engine torch") from error
@@ -95,7 +99,7 @@ class OpenVinoFeatures:
         return Features(*(tuple(tensors[i * third : (i + 1) * third]) for i in range(3)))
 
 
-def _graph(ov: Any, ops: Any, net: AnchorNet, mean: Sequence[float], std: Sequence[float]) -> Any:
+def _graph(ops: Any, net: AnchorNet, mean: Sequence[float], std: Sequence[float]) -> Any:
     """Return the model from uint8 pixels to the tensors of `Features`, one after another."""
     pixels = ops.parameter([_IMAGES, CROP, CROP, 3], np.uint8)
     x = ops.convert(ops.transpose(pixels, [0, 3, 1, 2]), "f32")
@@ -110,7 +114,7 @@ def _graph(ov: Any, ops: Any, net: AnchorNet, mean: Sequence[float], std: Sequen
         weighted.append(ops.multiply(local, s))
         attention.append(s)
         pooled.append(ops.reduce_mean(x, [2, 3]))
-    return ov.Model(weighted + attention + pooled, [pixels])
+    return importlib.import_module("openvino").Model(weighted + attention + pooled, [pixels])
 
 
 def _apply(ops: Any, x: Any, module: nn.Module) -> Any:

@@ -110,7 +110,7 @@ def test_auto_is_openvino_where_it_can_be_used(monkeypatch: pytest.MonkeyPatch) 
     def missing() -> None:
         raise ImportError("No module named 'openvino'")
 
-    monkeypatch.setattr(localizer, "import_openvino", missing)
+    monkeypatch.setattr(localizer, "openvino_core", missing)
     assert resolve_engine("auto", CPU) == "torch"
     with pytest.raises(SettingsError, match=r"No module named 'openvino'.*pip install openvino"):
         resolve_engine("openvino", CPU)

@@ -87,8 +87,8 @@ def test_openvino_reports_to_nobody(tmp_path: Path) -> None:
         "import socket, sys\n"
         "def refuse(*_, **__): raise AssertionError('network')\n"
         "socket.getaddrinfo = socket.socket.connect = refuse\n"
-        "from anchorpatch.models.anchornet_openvino import import_openvino\n"
-        "import_openvino().Core()\n"
+        "from anchorpatch.models.anchornet_openvino import openvino_core\n"
+        "openvino_core()\n"
         "assert not [m for m in sys.modules if m.startswith('openvino_telemetry.')]\n"
     )
     env = {"HOME": str(tmp_path), "PYTHONPATH": ":".join(filter(None, sys.path))}
