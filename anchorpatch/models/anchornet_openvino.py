@@ -39,8 +39,8 @@ def openvino_core() -> Any:
     """
     # Importing openvino reports that to Google Analytics, unless this package is missing.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    # One for the life of the process: with the last of them its library would be unloaded, which
-    # threads may still be in, and that crashes processes that make several.
+    # One for the life of the process: each gives the thread a stack for signal handlers, and of
+    # two that overlap the later one puts back, at its end, that of the first, which is gone.
     return importlib.import_module("openvino").Core()
 
 

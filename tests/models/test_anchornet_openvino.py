@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,21 @@ def test_openvino_reports_to_nobody(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_signals_are_handled_when_networks_are_gone() -> None:
+    code = (
+        "import signal\n"
+        "from tests.models.test_anchornet_openvino import MEAN, STD, OpenVinoFeatures, network\n"
+        "first, second = (OpenVinoFeatures(network(), MEAN, STD) for _ in range(2))\n"
+        "del first\n"
+        "del second\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
+        "signal.raise_signal(signal.SIGUSR1)\n"
+    )
+    env = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "handled\n"), result.stderr
 
 
 def test_what_openvino_cannot_do_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
