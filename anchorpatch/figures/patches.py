@@ -59,7 +59,7 @@ class PatchExamples(ShownImages):
         shares = ", ".join(f"{n / len(self.survey):.1%} {scale} px" for scale, n in by_scale)
         right = " Only correctly classified images are shown." * self.config.only_right
         return (
-            f"Of {self.survey}, AnchorNet chose the scales of {shares}. Each is "
+            f"Scales that AnchorNet chose for {self.survey}: {shares}. Each is "
             f"shown with its patches framed, numbered from the strongest on, and cut out "
             f"({self.config.lsp}).{right}"
         )
