@@ -100,7 +100,7 @@ def _draw(
     """
     from anchorpatch.figures import EXAMPLES
     from anchorpatch.figures.canvas import picture_kind, save_picture
-    from anchorpatch.jobs.crops import ImageSource
+    from anchorpatch.jobs.crops import CropSource
     from anchorpatch.runtime.checkpoint import load_weights
     from anchorpatch.runtime.progress import reporter
 
@@ -108,7 +108,7 @@ def _draw(
     configure, find, picture_of = EXAMPLES[number]
     config = configure(**settings)
     loaded = load_weights(find_weights(weights, runs))
-    source = ImageSource.of_folder(
+    source = CropSource.of_folder(
         data, split, labels=labels, workers=workers, crop=loaded.meta.cropping
     )
     result = find(source, loaded, config, reporter())
@@ -292,7 +292,7 @@ def coverage(
         coverage_table,
         measure_coverage,
     )
-    from anchorpatch.jobs.crops import ImageSource
+    from anchorpatch.jobs.crops import CropSource
     from anchorpatch.runtime.checkpoint import read_meta
     from anchorpatch.runtime.progress import reporter
     from anchorpatch.storage import write_atomically
@@ -305,7 +305,7 @@ def coverage(
         images=limit,
         **options,
     )
-    source = ImageSource.of_folder(
+    source = CropSource.of_folder(
         data,
         split,
         labels=labels,

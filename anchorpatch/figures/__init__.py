@@ -9,7 +9,7 @@ from anchorpatch.figures.attention import AttentionConfig, attention_figure, fin
 from anchorpatch.figures.coverage import CoverageConfig, coverage_figure, measure_coverage
 from anchorpatch.figures.errors import ErrorsConfig, errors_figure, find_errors
 from anchorpatch.figures.patches import PatchesConfig, find_patches, patches_figure
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 
 #: Figures 3 to 5: number -> settings, how it is found, and how it is drawn.
 EXAMPLES: Final[dict[int, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]]] = {
@@ -22,8 +22,8 @@ __all__ = [
     "EXAMPLES",
     "AttentionConfig",
     "CoverageConfig",
+    "CropSource",
     "ErrorsConfig",
-    "ImageSource",
     "PatchesConfig",
     "attention_figure",
     "coverage_figure",

@@ -18,7 +18,7 @@ from PIL import Image
 
 from anchorpatch.figures.canvas import Font, fitted, rounded
 from anchorpatch.figures.examples import Choice, Example, ShownImages, looking, spread
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import CROP, SCALES, STRIDE
@@ -114,7 +114,7 @@ class AttentionExamples(ShownImages):
 
 
 def find_attention(
-    source: ImageSource,
+    source: CropSource,
     weights: Weights,
     config: AttentionConfig,
     reporter: Reporter | None = None,

@@ -34,7 +34,7 @@ from anchorpatch.figures.localizers import (
     pixel_positions,
 )
 from anchorpatch.images.folder import without_images
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.jobs.patch_scores import Distributions
 from anchorpatch.networks import Network, asked_text, load_checkpoint, load_for_whole_images
 from anchorpatch.runtime.checkpoint import load_weights, read_meta
@@ -294,7 +294,7 @@ class CoverageResult:
 
 
 def measure_coverage(
-    source: ImageSource, config: CoverageConfig, progress: Reporter | None = None
+    source: CropSource, config: CoverageConfig, progress: Reporter | None = None
 ) -> CoverageResult:
     """Measure the curves of Figure 6.
 

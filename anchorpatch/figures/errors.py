@@ -33,7 +33,7 @@ from anchorpatch.figures.frames import (
     localized_picture,
     tick,
 )
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.lsp import select
 from anchorpatch.runtime.checkpoint import Weights
@@ -164,7 +164,7 @@ class BranchErrors(ShownImages):
 
 
 def find_errors(
-    source: ImageSource,
+    source: CropSource,
     weights: Weights,
     config: ErrorsConfig,
     reporter: Reporter | None = None,

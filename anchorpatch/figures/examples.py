@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorpatch.errors import DataError, SettingsError
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.jobs.localizer import Localized, Localizer, Pending
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.device import resolve_device
@@ -63,7 +63,7 @@ class Choice(Computing):
         if self.images and self.classes:
             raise SettingsError("expected --images or --classes, got both: leave one out")
 
-    def rows(self, source: ImageSource) -> list[int]:
+    def rows(self, source: CropSource) -> list[int]:
         """Return the rows of a source to look at, in the order of looking.
 
         Without names, round k of the order takes the k-th image of every class, each round
@@ -104,7 +104,7 @@ class Survey:
         unreadable: images that could not be decoded.
     """
 
-    source: ImageSource
+    source: CropSource
     weights: Weights
     rows: NDArray[np.int64]
     found: Localized
@@ -197,7 +197,7 @@ class Example:
 
 @contextmanager
 def looking(
-    source: ImageSource,
+    source: CropSource,
     weights: Weights,
     config: Choice,
     reporter: Reporter | None,
@@ -218,7 +218,7 @@ def looking(
 
 
 def look_at(
-    source: ImageSource,
+    source: CropSource,
     weights: Weights,
     localizer: Localizer,
     rows: Sequence[int],

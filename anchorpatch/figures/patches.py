@@ -14,7 +14,7 @@ from anchorpatch.errors import DataError
 from anchorpatch.figures.canvas import GAP, bordered, small, stacked, tiled, written
 from anchorpatch.figures.examples import Choice, Example, ShownImages, looking, spread
 from anchorpatch.figures.frames import heading, localized_picture
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import PRESETS, SCALES, LspSettings
@@ -89,7 +89,7 @@ class PatchExamples(ShownImages):
 
 
 def find_patches(
-    source: ImageSource,
+    source: CropSource,
     weights: Weights,
     config: PatchesConfig,
     reporter: Reporter | None = None,

@@ -26,7 +26,7 @@ from PIL import Image
 
 from anchorpatch.errors import DataError, ImageError
 from anchorpatch.images.decode import Decoded, Picture, decode_picture
-from anchorpatch.images.folder import ImageFolder
+from anchorpatch.images.folder import ImageSource
 from anchorpatch.images.loader import Batch, read_image, serve_batches
 from anchorpatch.signals import shut_down, waiting_for
 from anchorpatch.storage import locked, refusals, write_atomically
@@ -107,7 +107,7 @@ def random_crop(
 
 
 def load_training_batches(
-    folder: ImageFolder,
+    folder: ImageSource,
     plan: Iterable[tuple[int, npt.NDArray[np.int64]]],
     crop: RandomCrop,
     *,
@@ -182,7 +182,7 @@ class PictureCache:
 
 
 def build_cache(
-    folder: ImageFolder, where: Path, threads: int, background: str = "#ffffff"
+    folder: ImageSource, where: Path, threads: int, background: str = "#ffffff"
 ) -> PictureCache:
     """Open the cache of a folder; make it first where it is missing.
 
@@ -215,7 +215,7 @@ def build_cache(
             return open_cache(folder, where, background)
 
 
-def open_cache(folder: ImageFolder, where: Path, background: str = "#ffffff") -> PictureCache:
+def open_cache(folder: ImageSource, where: Path, background: str = "#ffffff") -> PictureCache:
     """Open the cache of a folder as `build_cache` has left it.
 
     Raises:
@@ -241,13 +241,13 @@ def open_cache(folder: ImageFolder, where: Path, background: str = "#ffffff") ->
     return PictureCache(pixels, offsets[rows], shapes[rows].astype(np.int32), bad, damaged, end)
 
 
-def _files(folder: ImageFolder, where: Path, background: str) -> tuple[Path, Path]:
+def _files(folder: ImageSource, where: Path, background: str) -> tuple[Path, Path]:
     """Return the names of pixels and index."""
     stem = f"{folder.split}-{SHORT_SIDE}-{background[1:]}-{folder.digest()[:16]}"
     return where / f"{stem}.pixels", where / f"{stem}.json"
 
 
-def _make(folder: ImageFolder, pixels: Path, index: Path, threads: int, background: str) -> None:
+def _make(folder: ImageSource, pixels: Path, index: Path, threads: int, background: str) -> None:
     shapes: list[tuple[int, int]] = []
     bad: dict[int, str] = {}
     damaged: list[int] = []
@@ -268,7 +268,7 @@ def _make(folder: ImageFolder, pixels: Path, index: Path, threads: int, backgrou
 
 
 def _add(
-    cache: PictureCache, folder: ImageFolder, index: Path, threads: int, background: str
+    cache: PictureCache, folder: ImageSource, index: Path, threads: int, background: str
 ) -> None:
     """Add what can be decoded by now to a cache, or without damage.
 
@@ -299,7 +299,7 @@ def _write_index(index: Path, content: dict[str, Any]) -> None:
 
 
 def _pictures(
-    folder: ImageFolder, rows: Sequence[int], threads: int, background: str
+    folder: ImageSource, rows: Sequence[int], threads: int, background: str
 ) -> Iterator[tuple[int, Picture | str]]:
     """Decode rows in order; a bad image gives its reason. Decoders work without Python's lock."""
 

@@ -53,7 +53,7 @@ _SEPARATORS: Final = (",", "\t", ";")
 
 
 @dataclass(frozen=True, eq=False)
-class ImageFolder:
+class ImageSource:
     """The images of one split, sorted by the bytes of their paths.
 
     Paths are one array of bytes and not a list of strings: a list of 1.3 million objects would
@@ -85,7 +85,7 @@ class ImageFolder:
         """Return the path of image ``i`` relative to `root`."""
         return bytes(self.paths[i]).decode()
 
-    def limited(self, limit: int | None) -> ImageFolder:
+    def limited(self, limit: int | None) -> ImageSource:
         """Return the folder of the images that ``--limit`` takes; the classes stay."""
         rows = spread_rows(len(self), limit)
         return replace(
@@ -183,7 +183,7 @@ def scan_folder(
     classes: Sequence[str] | None = None,
     classes_of: str = "train",
     allow_empty: bool = False,
-) -> ImageFolder:
+) -> ImageSource:
     """Find the images of a split.
 
     Without ``labels`` every folder below the split is a class, and images may lie in folders
@@ -251,7 +251,7 @@ def scan_folder(
     ignored = Counter(f"{extension} outside the class folders" for extension in loose)
     for listing in listings:
         ignored.update(listing.others)
-    return ImageFolder(
+    return ImageSource(
         root, split, array[order], values[order], sizes[order], tuple(classes), dict(ignored)
     )
 

@@ -48,7 +48,7 @@ from torch import Tensor
 
 from anchorpatch.errors import AnchorpatchError, ImageError, SettingsError, reason_of
 from anchorpatch.images.decode import Decoded, decode
-from anchorpatch.images.folder import ImageFolder
+from anchorpatch.images.folder import ImageSource
 from anchorpatch.runtime.distributed import environment_number
 from anchorpatch.settings import CROP, CropSettings
 from anchorpatch.signals import STOP_SIGNALS, waiting_for
@@ -112,7 +112,7 @@ _Request = tuple[npt.NDArray[np.int64], npt.NDArray[np.bytes_], int]
 
 
 def load_batches(
-    folder: ImageFolder,
+    folder: ImageSource,
     batches: Iterable[Sequence[int]],
     *,
     workers: int,
@@ -138,7 +138,7 @@ def _crop(crop: CropSettings, path: str, row: int, epoch: int) -> Decoded:
 
 
 def serve_batches(
-    folder: ImageFolder,
+    folder: ImageSource,
     batches: Iterable[tuple[int, npt.NDArray[np.int64]]],
     decoder: Callable[[str, int, int], Decoded],
     side: int,

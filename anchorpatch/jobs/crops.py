@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from anchorpatch.errors import DataError, ShardError
-from anchorpatch.images.folder import ImageFolder, scan_folder
+from anchorpatch.images.folder import ImageSource, scan_folder
 from anchorpatch.images.loader import load_batches
 from anchorpatch.settings import CROP, CropSettings
 from anchorpatch.shards.dataset import load_rows
@@ -73,7 +73,7 @@ class _Stored(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSource:
+class CropSource:
     """Labelled whole images, of which any can be read.
 
     Attributes:
@@ -89,7 +89,7 @@ class ImageSource:
     name: str
     classes: tuple[str, ...]
     labels: NDArray[np.int64]
-    folder: ImageFolder | None = None
+    folder: ImageSource | None = None
     reader: ShardReader | None = None
     crop: CropSettings = field(default_factory=CropSettings)
     workers: int = 0
@@ -103,7 +103,7 @@ class ImageSource:
         labels: Path | None = None,
         workers: int = 0,
         crop: CropSettings | None = None,
-    ) -> ImageSource:
+    ) -> CropSource:
         """Take the images of DATA/SPLIT.
 
         Args:
@@ -123,7 +123,7 @@ class ImageSource:
     @classmethod
     def of_shards(
         cls, reader: ShardReader, data: Path | None = None, *, split: str = "", workers: int = 0
-    ) -> ImageSource:
+    ) -> CropSource:
         """Take the images that shards were made from: the crops that they store, else the files.
 
         Args:
@@ -153,7 +153,7 @@ class ImageSource:
                 f"such as {missing[0].decode()}: {advice}"
             )
         sizes = np.zeros(len(reader), np.int64)
-        folder = ImageFolder(root, split, reader.path, reader.label, sizes, reader.classes)
+        folder = ImageSource(root, split, reader.path, reader.label, sizes, reader.classes)
         crop = reader.settings.crop
         return cls(str(root), reader.classes, labels, folder, reader, crop, workers)
 

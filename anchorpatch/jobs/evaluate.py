@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anchorpatch.errors import DataError, WeightsError
 from anchorpatch.images.folder import spread_rows, without_images
-from anchorpatch.jobs.crops import Crops, ImageSource, open_shards
+from anchorpatch.jobs.crops import Crops, CropSource, open_shards
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.patch_scores import (
     Distributions,
@@ -222,11 +222,11 @@ class _Evaluation:
         taken = spread_rows(len(self.reader), self.config.limit)
         return taken[np.isin(self.reader.scale[taken], scales)]
 
-    def find_whole(self) -> tuple[ImageSource | None, str | None]:
+    def find_whole(self) -> tuple[CropSource | None, str | None]:
         """Return the whole images, or why there are none."""
         config = self.config
         try:
-            found = ImageSource.of_shards(
+            found = CropSource.of_shards(
                 self.reader, config.data, split=config.split, workers=config.workers
             )
         except DataError as error:
@@ -234,7 +234,7 @@ class _Evaluation:
         return found, None
 
     def find_anchornet(
-        self, whole: ImageSource | None, why_not: str | None
+        self, whole: CropSource | None, why_not: str | None
     ) -> tuple[Weights | None, str | None]:
         """Return AnchorNet's weights if speed can be measured, or why it cannot."""
         config = self.config
@@ -316,7 +316,7 @@ class _Evaluation:
     def score_whole(
         self,
         network: Network,
-        whole: ImageSource,
+        whole: CropSource,
         scales: tuple[int, ...],
         change: Callable[[Crops], Crops] = lambda batch: batch,
     ) -> Figures:
@@ -343,7 +343,7 @@ class _Evaluation:
             yield mine, self.world.counter(self.report.advance, len(mine), len(rows))
 
     def measure(
-        self, networks: Mapping[int, Network], whole: ImageSource, weights: Weights
+        self, networks: Mapping[int, Network], whole: CropSource, weights: Weights
     ) -> Speed | None:
         """Time both ways from pixels in memory to decisions in memory, taking turns.
 

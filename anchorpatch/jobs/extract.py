@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from anchorpatch.errors import DataError, ShardBusy, ShardError
-from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows, without_images
+from anchorpatch.images.folder import ImageSource, scan_folder, spread_rows, without_images
 from anchorpatch.images.loader import Batch, load_batches
 from anchorpatch.jobs.localizer import Localizer, Pending, resolve_engine
 from anchorpatch.runtime.checkpoint import Weights, load_weights
@@ -197,7 +197,7 @@ class _Plan:
     """Everything that is known before the first image is decoded."""
 
     config: ExtractConfig
-    folder: ImageFolder
+    folder: ImageSource
     weights: Weights
     device: torch.device
     batch_size: int
@@ -375,7 +375,7 @@ def _plan(config: ExtractConfig) -> _Plan:
     return _Plan(config, folder, weights, device, batch_size, header, files)
 
 
-def files_digest(folder: ImageFolder, shard_size: int) -> FilesDigest:
+def files_digest(folder: ImageSource, shard_size: int) -> FilesDigest:
     """Return the digests of a folder's images, in all and by shard."""
     return FilesDigest(
         count=len(folder),

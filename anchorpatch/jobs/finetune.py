@@ -22,7 +22,7 @@ from torch import nn
 
 from anchorpatch.errors import DataError, SettingsError
 from anchorpatch.images.crops import RandomCrop, load_training_batches
-from anchorpatch.jobs.crops import ImageSource, open_shards
+from anchorpatch.jobs.crops import CropSource, open_shards
 from anchorpatch.jobs.patch_scores import Distributions, score_images, score_patches
 from anchorpatch.models.complexity import check_sides, macs
 from anchorpatch.models.registry import build_on_meta
@@ -424,7 +424,7 @@ class BaselineTask(FinetuneTask):
         self, config: FinetuneConfig, train: ShardReader, val: ShardReader, *more: Any
     ) -> None:
         self.images, self.val_images = (
-            ImageSource.of_shards(reader, config.data, split=split, workers=config.workers)
+            CropSource.of_shards(reader, config.data, split=split, workers=config.workers)
             for reader, split in ((train, "train"), (val, "val"))
         )
         if self.images.folder is None:

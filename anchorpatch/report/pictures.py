@@ -18,7 +18,7 @@ from anchorpatch.demo import demo_weights
 from anchorpatch.errors import AnchorpatchError, NothingToShow, WeightsError
 from anchorpatch.figures import EXAMPLES
 from anchorpatch.figures.canvas import encoded as encoded_picture
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.report.collect import Contents, FigureFile, LeftOut, Split
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.progress import Reporter
@@ -153,7 +153,7 @@ def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -
     for number in missing:
         configure, find, draw = EXAMPLES[number]
         try:
-            source = ImageSource.of_shards(ShardReader(split.folder, partial=True))
+            source = CropSource.of_shards(ShardReader(split.folder, partial=True))
             result = find(source, loaded, configure(limit=_LIMIT), reporter)
             picture = draw(result)
             if isinstance(picture, Figure):

@@ -25,7 +25,7 @@ from anchorpatch.images.crops import (
     load_training_batches,
     open_cache,
 )
-from anchorpatch.images.folder import ImageFolder, scan_folder, without_images
+from anchorpatch.images.folder import ImageSource, scan_folder, without_images
 from anchorpatch.images.loader import load_batches
 from anchorpatch.metrics import OUTPUTS, Accuracy, AnchorNetAccuracy, six_losses
 from anchorpatch.models.anchornet import AnchorNet
@@ -41,7 +41,7 @@ from anchorpatch.training.loop import Batch, Task
 
 def open_images(
     config: TrainConfig, world: World, report: Reporter
-) -> tuple[ImageFolder, ImageFolder, PictureCache | None]:
+) -> tuple[ImageSource, ImageSource, PictureCache | None]:
     """Scan the folders, and fill the cache where one is wanted.
 
     Returns:
@@ -111,8 +111,8 @@ class ImageTask(Task):
     def __init__(
         self,
         config: TrainConfig,
-        train: ImageFolder,
-        val: ImageFolder,
+        train: ImageSource,
+        val: ImageSource,
         cache: PictureCache | None,
         device: torch.device,
         world: World,

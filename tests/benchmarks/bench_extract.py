@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from anchorpatch.images.folder import ImageFolder, scan_folder, spread_rows
+from anchorpatch.images.folder import ImageSource, scan_folder, spread_rows
 from anchorpatch.images.loader import load_batches
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.jobs.localizer import Localizer, load_anchornet
@@ -48,7 +48,7 @@ def measured(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, cpu_seconds() - cpu
 
 
-def batches_of(folder: ImageFolder) -> list[range]:
+def batches_of(folder: ImageSource) -> list[range]:
     return [range(i, min(i + BATCH, len(folder))) for i in range(0, len(folder), BATCH)]
 
 

@@ -21,7 +21,7 @@ from anchorpatch.figures.attention import (
     map_extent,
 )
 from anchorpatch.figures.examples import Example
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.jobs.localizer import Localizer, load_anchornet
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import Weights, load_weights
@@ -40,12 +40,12 @@ def loaded(weights: Path) -> Weights:
 
 
 @pytest.fixture(scope="module")
-def source(image_folder: Path) -> ImageSource:
-    return ImageSource.of_folder(image_folder, "val")
+def source(image_folder: Path) -> CropSource:
+    return CropSource.of_folder(image_folder, "val")
 
 
 @pytest.fixture(scope="module")
-def found(source: ImageSource, loaded: Weights) -> AttentionExamples:
+def found(source: CropSource, loaded: Weights) -> AttentionExamples:
     return find_attention(source, loaded, AttentionConfig(images=NAMES, count=1, device="cpu"))
 
 
@@ -55,7 +55,7 @@ def full(loaded: Weights, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return load_anchornet(loaded).full(Normalization(loaded.meta, CPU)(pixels))
 
 
-def test_maps_are_those_of_the_whole_network(source: ImageSource, loaded: Weights):
+def test_maps_are_those_of_the_whole_network(source: CropSource, loaded: Weights):
     """More images than a chunk has, and several classes each, in an order of their own."""
     pixels = torch.from_numpy(source.pixels(list(range(11, 29))))
     classes = torch.tensor([[i % 2, 1 - i % 2, 1] for i in range(18)])
@@ -77,7 +77,7 @@ def test_maps_are_those_of_the_whole_network(source: ImageSource, loaded: Weight
 
 @pytest.mark.parametrize("weighted_mean", [True, False])
 def test_attention_averages_one_and_is_the_networks(
-    source: ImageSource, loaded: Weights, weighted_mean: bool
+    source: CropSource, loaded: Weights, weighted_mean: bool
 ):
     """The network's S sums to 1 or to H * W, as its weights say."""
     loaded = replace(loaded, meta=replace(loaded.meta, weighted_mean=weighted_mean))
@@ -132,7 +132,7 @@ def test_the_strongest_patch_lies_at_the_largest_value_of_its_heatmap(found: Att
         assert branch["heatmap_max"] == pytest.approx(float(example.image.scores[0]), rel=1e-5)
 
 
-def test_chosen_images_are_spread_over_scales(source: ImageSource, loaded: Weights):
+def test_chosen_images_are_spread_over_scales(source: CropSource, loaded: Weights):
     config = AttentionConfig(seed=1, limit=16, count=2, device="cpu")
     found = find_attention(source, loaded, config)
     assert len(found.survey) == 16

@@ -21,7 +21,7 @@ from anchorpatch.figures.coverage import (
     curves_of,
     measure_coverage,
 )
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from anchorpatch.runtime.progress import Reporter
@@ -64,15 +64,15 @@ def config(runs: Path, weights: Path) -> CoverageConfig:
 
 
 @pytest.fixture
-def source(image_folder: Path) -> ImageSource:
-    return ImageSource.of_folder(image_folder, "val")
+def source(image_folder: Path) -> CropSource:
+    return CropSource.of_folder(image_folder, "val")
 
 
 def by_name(result: CoverageResult) -> dict[str, Curve]:
     return {curve.localizer: curve for curve in result.curves}
 
 
-def test_every_way_is_decided_as_by_hand(config: CoverageConfig, source: ImageSource, runs: Path):
+def test_every_way_is_decided_as_by_hand(config: CoverageConfig, source: CropSource, runs: Path):
     result = measure_coverage(source, config)
     assert (result.images, result.areas) == (6, (0.0, 0.2, 0.6, 1.0))
     assert [curve.localizer for curve in result.curves] == list(WITHOUT_PEERS)
@@ -114,7 +114,7 @@ def test_every_way_is_decided_as_by_hand(config: CoverageConfig, source: ImageSo
     assert len({covered[0], covered[-1], *covered[1:3], *masked[1:3]}) > 1
 
 
-def test_every_decision_is_progress(config: CoverageConfig, source: ImageSource):
+def test_every_decision_is_progress(config: CoverageConfig, source: CropSource):
     class Counter(Reporter):
         def start(self, description: str, total: int, done: int = 0, unit: str = "images") -> None:
             self.total, self.unit, self.steps = total, unit, []
@@ -129,7 +129,7 @@ def test_every_decision_is_progress(config: CoverageConfig, source: ImageSource)
 
 
 def test_neither_the_batch_nor_the_other_localizers_change_a_curve(
-    config: CoverageConfig, source: ImageSource
+    config: CoverageConfig, source: CropSource
 ):
     whole = measure_coverage(source, config)
     few = measure_coverage(source, replace(config, batch_size=5, localizers=("random", "gradcam")))
@@ -197,7 +197,7 @@ def test_settings_out_of_range(config: CoverageConfig, change: dict, why: str):
 
 
 def test_weights_and_peers_that_are_missing_or_wrong(
-    config: CoverageConfig, source: ImageSource, tmp_path: Path, weights: Path
+    config: CoverageConfig, source: CropSource, tmp_path: Path, weights: Path
 ):
     with pytest.raises(WeightsError, match=f"anchorpatch finetune {NETWORK} --baseline"):
         measure_coverage(source, replace(config, runs=tmp_path))
@@ -226,7 +226,7 @@ def test_images_of_other_classes_are_refused(
         photo = (image_folder / "val" / "cat" / "00.JPEG").read_bytes()
         (tmp_path / "val" / name / "a.JPEG").write_bytes(photo)
     with pytest.raises(WeightsError, match="expected outputs for the 2 classes bird, cat"):
-        measure_coverage(ImageSource.of_folder(tmp_path, "val"), config)
+        measure_coverage(CropSource.of_folder(tmp_path, "val"), config)
 
 
 AREAS = (0.0, 0.2, 0.5, 1.0)

@@ -16,7 +16,7 @@ from anchorpatch.figures.errors import (
     errors_figure,
     find_errors,
 )
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.jobs.localizer import load_anchornet
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import Weights, load_weights
@@ -24,8 +24,8 @@ from anchorpatch.settings import SCALES
 
 
 @pytest.fixture(scope="module")
-def source(image_folder: Path) -> ImageSource:
-    return ImageSource.of_folder(image_folder, "val")
+def source(image_folder: Path) -> CropSource:
+    return CropSource.of_folder(image_folder, "val")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def loaded(weights: Path) -> Weights:
 
 
 @pytest.fixture(scope="module")
-def full(source: ImageSource, loaded: Weights) -> tuple[list[torch.Tensor], np.ndarray]:
+def full(source: CropSource, loaded: Weights) -> tuple[list[torch.Tensor], np.ndarray]:
     """The whole F of each branch of every image, the slow way, and the labels."""
     (crops,) = source.batches(range(len(source)), len(source))
     with torch.inference_mode():
@@ -45,12 +45,12 @@ def full(source: ImageSource, loaded: Weights) -> tuple[list[torch.Tensor], np.n
 
 
 @pytest.fixture(scope="module")
-def result(source: ImageSource, loaded: Weights) -> BranchErrors:
+def result(source: CropSource, loaded: Weights) -> BranchErrors:
     return find_errors(source, loaded, ErrorsConfig(scales=SCALES, per_scale=2, device="cpu"))
 
 
 def test_errors_and_evidence_are_those_of_the_whole_f(
-    source: ImageSource, result: BranchErrors, full: tuple[list[torch.Tensor], np.ndarray]
+    source: CropSource, result: BranchErrors, full: tuple[list[torch.Tensor], np.ndarray]
 ):
     maps, labels = full
     logits = torch.stack([f.mean((2, 3)) for f in maps], 1)  # (n, 3, C)
@@ -126,7 +126,7 @@ def test_json_names_what_is_shown(result: BranchErrors):
 
 
 def test_nothing_to_show_and_wrong_settings(
-    source: ImageSource, loaded: Weights, full: tuple[list[torch.Tensor], np.ndarray]
+    source: CropSource, loaded: Weights, full: tuple[list[torch.Tensor], np.ndarray]
 ):
     with pytest.raises(SettingsError, match="scales: expected some of"):
         ErrorsConfig(scales=(64,))
@@ -157,7 +157,7 @@ def test_the_command(program, image_folder: Path, weights: Path, tmp_path: Path)
 
 
 def test_a_class_hardly_looked_at_is_searched_for_its_typical_image(
-    source: ImageSource, loaded: Weights, result: BranchErrors
+    source: CropSource, loaded: Weights, result: BranchErrors
 ):
     """Naming one image leaves no other of those looked at to stand for the mistaken class."""
     errors = [(s, e) for s, of_scale in result.errors.items() for e in of_scale if e.typical]

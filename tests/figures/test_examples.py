@@ -8,27 +8,27 @@ import pytest
 
 from anchorpatch.errors import SettingsError
 from anchorpatch.figures.examples import Choice, spread
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.shards.reader import ShardReader
 from tests.jobs.patch_shards import Drawn, classes_of, write_shards
 
 
 @pytest.fixture(scope="module")
-def source(image_folder: Path) -> ImageSource:
-    return ImageSource.of_folder(image_folder, "val")
+def source(image_folder: Path) -> CropSource:
+    return CropSource.of_folder(image_folder, "val")
 
 
 @pytest.fixture
-def uneven(tmp_path: Path) -> ImageSource:
+def uneven(tmp_path: Path) -> CropSource:
     """Three classes of 9, 3 and 1 images."""
 
     labels = [0] * 9 + [1] * 3 + [2]
     images = [Drawn(63, label, [[i] * 3]) for i, label in enumerate(labels)]
     write_shards(tmp_path / "val", images, classes_of(3), store_images=True)
-    return ImageSource.of_shards(ShardReader(tmp_path / "val"))
+    return CropSource.of_shards(ShardReader(tmp_path / "val"))
 
 
-def test_a_seed_settles_the_order(source: ImageSource):
+def test_a_seed_settles_the_order(source: CropSource):
     orders = [Choice(seed=seed).rows(source) for seed in range(3)]
     assert [Choice(seed=seed).rows(source) for seed in range(3)] == orders
     assert all(sorted(rows) == list(range(40)) for rows in orders)
@@ -36,7 +36,7 @@ def test_a_seed_settles_the_order(source: ImageSource):
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 12, 40, 300])
-def test_a_limit_takes_the_first_of_the_order(source: ImageSource, limit: int):
+def test_a_limit_takes_the_first_of_the_order(source: CropSource, limit: int):
     rows = Choice(seed=5, limit=limit).rows(source)
     assert rows == Choice(seed=5).rows(source)[:limit]
     assert len(rows) == min(limit, 40)
@@ -44,19 +44,19 @@ def test_a_limit_takes_the_first_of_the_order(source: ImageSource, limit: int):
     assert abs(counts[0] - counts[1]) <= 1
 
 
-def test_each_round_takes_one_image_of_every_class_that_has_any_left(uneven: ImageSource):
+def test_each_round_takes_one_image_of_every_class_that_has_any_left(uneven: CropSource):
     labels = uneven.labels[Choice(seed=1).rows(uneven)].tolist()
     assert sorted(labels[:3]) == [0, 1, 2]
     assert sorted(labels[3:5]) == sorted(labels[5:7]) == [0, 1]
     assert labels[7:] == [0] * 6
 
 
-def test_named_classes_alone_are_looked_at(source: ImageSource):
+def test_named_classes_alone_are_looked_at(source: CropSource):
     assert sorted(Choice(classes=("dog",)).rows(source)) == list(range(20, 40))
     assert sorted(Choice(classes=("dog", "cat")).rows(source)) == list(range(40))
 
 
-def test_named_images_are_exactly_those_in_their_order(source: ImageSource):
+def test_named_images_are_exactly_those_in_their_order(source: CropSource):
     names = ("dog/07.JPEG", "cat/00.JPEG", "dog/01.JPEG", "cat/00.JPEG")
     rows = Choice(images=names, limit=2).rows(source)
     assert [source.path(row) for row in rows] == ["dog/07.JPEG", "cat/00.JPEG", "dog/01.JPEG"]
@@ -73,7 +73,7 @@ def test_named_images_are_exactly_those_in_their_order(source: ImageSource):
         (Choice(classes=("zzz",)), "the first is cat"),
     ],
 )
-def test_a_name_that_is_unknown_says_which_is_near(source: ImageSource, choice: Choice, why: str):
+def test_a_name_that_is_unknown_says_which_is_near(source: CropSource, choice: Choice, why: str):
     with pytest.raises(SettingsError, match=why) as caught:
         choice.rows(source)
     assert "\n" not in str(caught.value)
@@ -94,7 +94,7 @@ def test_spread_takes_the_rarest_first_key_then_the_rarest_second():
     assert len(spread(candidates, 9, lambda c: c[0])) == 6
 
 
-def test_the_order_depends_on_the_labels_alone(source: ImageSource):
+def test_the_order_depends_on_the_labels_alone(source: CropSource):
     class Labels:
         labels, classes, name = np.array(source.labels), source.classes, "elsewhere"
 

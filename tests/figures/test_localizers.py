@@ -20,7 +20,7 @@ from anchorpatch.figures.localizers import (
     sobel_energy,
     squares_from_center,
 )
-from anchorpatch.jobs.crops import Crops, ImageSource
+from anchorpatch.jobs.crops import Crops, CropSource
 from anchorpatch.jobs.localizer import load_anchornet
 from anchorpatch.lsp import grid_size
 from anchorpatch.models.bagnet import BagNet
@@ -116,7 +116,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def crops(image_folder: Path) -> Crops:
-    source = ImageSource.of_folder(image_folder, "val")
+    source = CropSource.of_folder(image_folder, "val")
     (batch,) = source.batches([3, 11, 27, 35], 8)
     return batch
 

@@ -24,7 +24,7 @@ from anchorpatch.figures.patches import (
     find_patches,
     patches_figure,
 )
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.settings import SCALES
@@ -48,7 +48,7 @@ def reader(
 def found(image_folder: Path, weights: Path, reader: ShardReader) -> PatchExamples:
     """Every image of the folder."""
     config = PatchesConfig(seed=3, per_scale=40, device="cpu")
-    source = ImageSource.of_folder(image_folder, "val")
+    source = CropSource.of_folder(image_folder, "val")
     return find_patches(source, load_weights(weights), config)
 
 
@@ -90,7 +90,7 @@ def test_the_figure_has_the_stored_patches_to_the_bit(
 def test_shards_give_the_same_figure_as_their_images(
     found: PatchExamples, reader: ShardReader, weights: Path
 ):
-    again = find_patches(ImageSource.of_shards(reader), load_weights(weights), found.config)
+    again = find_patches(CropSource.of_shards(reader), load_weights(weights), found.config)
     ours, theirs = found.to_json()["images"], again.to_json()["images"]
     assert ours == theirs
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from anchorpatch.images.folder import ImageFolder, scan_folder
+from anchorpatch.images.folder import ImageSource, scan_folder
 from tests.oddities import encoded, picture
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
+def small(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
     data = tmp_path_factory.mktemp("small")
     for label in ("a", "b"):
         (data / "val" / label).mkdir(parents=True)

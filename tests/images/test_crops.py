@@ -25,13 +25,13 @@ from anchorpatch.images.crops import (
     random_crop,
 )
 from anchorpatch.images.decode import Picture, decode_picture
-from anchorpatch.images.folder import ImageFolder, scan_folder
+from anchorpatch.images.folder import ImageSource, scan_folder
 from tests.conftest import draw_photo
 from tests.oddities import encoded, picture
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
     """Nine pictures of two classes; row 4 is no image."""
     data = tmp_path_factory.mktemp("training")
     for name, n in (("a", 5), ("b", 4)):
@@ -111,7 +111,7 @@ def _plan() -> list[tuple[int, np.ndarray]]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_batches_do_not_depend_on_workers(folder: ImageFolder, workers: int):
+def test_batches_do_not_depend_on_workers(folder: ImageSource, workers: int):
     crop = RandomCrop(size=64)
     expected = list(load_training_batches(folder, _plan(), crop, workers=0))
     found = list(load_training_batches(folder, _plan(), crop, workers=workers))
@@ -122,7 +122,7 @@ def test_batches_do_not_depend_on_workers(folder: ImageFolder, workers: int):
         assert a[3] == b[3]
 
 
-def test_batches_hold_the_crops_of_their_rows_and_name_the_bad(folder: ImageFolder):
+def test_batches_hold_the_crops_of_their_rows_and_name_the_bad(folder: ImageSource):
     crop, bad = RandomCrop(size=64), []
     for (epoch, rows), batch in zip(
         _plan(), load_training_batches(folder, _plan(), crop, workers=0), strict=True
@@ -136,14 +136,14 @@ def test_batches_hold_the_crops_of_their_rows_and_name_the_bad(folder: ImageFold
     assert bad == [(4, "not an image")] * 2
 
 
-def test_a_plan_may_begin_anywhere(folder: ImageFolder):
+def test_a_plan_may_begin_anywhere(folder: ImageSource):
     crop = RandomCrop(size=64)
     whole = [b[1] for b in load_training_batches(folder, _plan(), crop, workers=0)]
     rest = [b[1] for b in load_training_batches(folder, _plan()[4:], crop, workers=0)]
     assert [torch.equal(a, b) for a, b in zip(whole[4:], rest, strict=True)] == [True, True]
 
 
-def test_the_cache_holds_the_pictures(folder: ImageFolder, tmp_path: Path):
+def test_the_cache_holds_the_pictures(folder: ImageSource, tmp_path: Path):
     cache = build_cache(folder, tmp_path / "cache", 2)
     assert cache.bad == {4: "not an image"}
     for row in range(9):
@@ -157,7 +157,7 @@ def test_the_cache_holds_the_pictures(folder: ImageFolder, tmp_path: Path):
         assert np.array_equal(np.asarray(cache[row].image), np.asarray(picture.convert("RGB")))
 
 
-def test_batches_from_the_cache_name_the_bad_too(folder: ImageFolder, tmp_path: Path):
+def test_batches_from_the_cache_name_the_bad_too(folder: ImageSource, tmp_path: Path):
     cache = build_cache(folder, tmp_path / "cache", 1)
     batches = list(
         load_training_batches(folder, _plan(), RandomCrop(size=64), workers=0, cache=cache)
@@ -167,7 +167,7 @@ def test_batches_from_the_cache_name_the_bad_too(folder: ImageFolder, tmp_path: 
 
 
 def test_the_cache_is_made_once_for_each_set_of_files(
-    folder: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     build_cache(folder, tmp_path, 1)
     made = sorted(path.name for path in tmp_path.iterdir())
@@ -186,7 +186,7 @@ def test_the_cache_is_made_once_for_each_set_of_files(
     assert len(decoded) == 4
 
 
-def test_a_cut_off_cache_is_refused(folder: ImageFolder, tmp_path: Path):
+def test_a_cut_off_cache_is_refused(folder: ImageSource, tmp_path: Path):
     cache = build_cache(folder, tmp_path, 1)
     cache.file.write_bytes(cache.file.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"\.pixels: expected \d+ bytes"):
@@ -203,7 +203,7 @@ def _with_bad_files(data: Path) -> dict[str, bytes]:
     return good
 
 
-def test_restored_files_of_the_same_size_get_into_the_cache(folder: ImageFolder, tmp_path: Path):
+def test_restored_files_of_the_same_size_get_into_the_cache(folder: ImageSource, tmp_path: Path):
     data = tmp_path / "data"
     shutil.copytree(folder.root.parent, data)
     copied = scan_folder(data, "train")
@@ -230,7 +230,7 @@ def test_restored_files_of_the_same_size_get_into_the_cache(folder: ImageFolder,
 
 
 def test_a_disk_that_falters_is_not_written_into_the_cache(
-    folder: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     read, faltering = os.open, True
 

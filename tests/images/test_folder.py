@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from anchorpatch import storage
 from anchorpatch.errors import DataError, SettingsError
-from anchorpatch.images.folder import EXTENSIONS, ImageFolder, scan_folder, spread_rows
+from anchorpatch.images.folder import EXTENSIONS, ImageSource, scan_folder, spread_rows
 
 
 def touch(*files: Path) -> None:
@@ -33,7 +33,7 @@ def error_of(data: Path, split: str = "val", labels: Path | None = None) -> str:
     return message
 
 
-def relative(folder: ImageFolder) -> list[str]:
+def relative(folder: ImageSource) -> list[str]:
     return [folder.path(i) for i in range(len(folder))]
 
 
@@ -190,7 +190,7 @@ def test_digest_sees_every_change(tmp_path: Path, change: str) -> None:
     after = scan_folder(tmp_path, "val")
     if change == "order":
         turned = [1, 0, 2]
-        after = ImageFolder(
+        after = ImageSource(
             before.root,
             before.split,
             before.paths[turned],

@@ -25,7 +25,7 @@ from anchorpatch import storage
 from anchorpatch.errors import AnchorpatchError, ImageError, SettingsError
 from anchorpatch.images import loader
 from anchorpatch.images.decode import decode
-from anchorpatch.images.folder import ImageFolder, scan_folder
+from anchorpatch.images.folder import ImageSource, scan_folder
 from anchorpatch.images.loader import Batch, load_batches, read_image
 from anchorpatch.runtime.device import cpu_count
 from anchorpatch.settings import CROP, CropSettings
@@ -40,13 +40,13 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageFolder, dict[str, str | None]]:
+def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSource, dict[str, str | None]]:
     data = tmp_path_factory.mktemp("odd")
     expected = make_oddities(data / "val" / "class")
     return scan_folder(data, "val"), expected
 
 
-def slowly(folder: ImageFolder, batches: Sequence[Sequence[int]]) -> list[Batch]:
+def slowly(folder: ImageSource, batches: Sequence[Sequence[int]]) -> list[Batch]:
     """The oracle: one image after the other."""
     wanted = []
     for rows in batches:
@@ -86,7 +86,7 @@ def assert_same(got: list[Batch], wanted: list[Batch]) -> None:
     ("workers", "shared"), [(0, True), (1, True), (1, False), (2, True), (2, False)]
 )
 def test_batches_are_those_of_the_oracle(
-    small: ImageFolder, workers: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+    small: ImageSource, workers: int, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not shared:
         monkeypatch.delattr(os, "memfd_create", raising=False)
@@ -100,7 +100,7 @@ def test_batches_are_those_of_the_oracle(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_oddities(odd: tuple[ImageFolder, dict[str, str | None]], workers: int) -> None:
+def test_oddities(odd: tuple[ImageSource, dict[str, str | None]], workers: int) -> None:
     folder, expected = odd
     batches = [range(i, min(i + 9, len(folder))) for i in range(0, len(folder), 9)]
     got: dict[str, str | None] = {}
@@ -112,17 +112,17 @@ def test_oddities(odd: tuple[ImageFolder, dict[str, str | None]], workers: int) 
     assert len(expected) > 60
 
 
-def test_no_batches(small: ImageFolder) -> None:
+def test_no_batches(small: ImageSource) -> None:
     assert list(load_batches(small, [], workers=2)) == []
 
 
-def test_impossible_settings(small: ImageFolder) -> None:
+def test_impossible_settings(small: ImageSource) -> None:
     with pytest.raises(SettingsError, match="workers"):
         load_batches(small, [range(3)], workers=-1)
 
 
 def test_pinning_without_a_gpu_does_nothing(
-    small: ImageFolder, monkeypatch: pytest.MonkeyPatch
+    small: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (batch,) = load_batches(small, [range(3)], workers=1, pin_memory=True)
@@ -132,12 +132,12 @@ def test_pinning_without_a_gpu_does_nothing(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_pinning(small: ImageFolder, workers: int) -> None:
+def test_pinning(small: ImageSource, workers: int) -> None:
     for batch in load_batches(small, [range(3)] * 2, workers=workers, pin_memory=True):
         assert batch.pixels.is_pinned()
 
 
-def test_an_iterator_made_in_a_thread(small: ImageFolder) -> None:
+def test_an_iterator_made_in_a_thread(small: ImageSource) -> None:
     with ThreadPoolExecutor(1) as pool:
         got = pool.submit(lambda: list(load_batches(small, [range(4)], workers=1))).result()
     assert_same(got, slowly(small, [range(4)]))
@@ -197,7 +197,7 @@ def test_passing_errors_pass(tmp_path: Path, number: int, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_disk_that_falters_fails_the_run_and_not_the_image(
-    small: ImageFolder, workers: int, monkeypatch: pytest.MonkeyPatch
+    small: ImageSource, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, "7.jpg", errno.EIO)
     with pytest.raises(AnchorpatchError) as caught:
@@ -228,7 +228,7 @@ def test_damage_is_counted_or_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_of_the_process_is_changed(small: ImageFolder, workers: int) -> None:
+def test_nothing_of_the_process_is_changed(small: ImageSource, workers: int) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state(), torch.get_num_threads(), list(warnings.filters)
     handlers = [signal.getsignal(number) for number in (signal.SIGCHLD, signal.SIGINT)]
@@ -241,7 +241,7 @@ def test_nothing_of_the_process_is_changed(small: ImageFolder, workers: int) -> 
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
 
 
-def test_workers_start_at_once_and_end_with_the_iterator(small: ImageFolder) -> None:
+def test_workers_start_at_once_and_end_with_the_iterator(small: ImageSource) -> None:
     batches = load_batches(small, [range(5)] * 50, workers=2)
     assert workers_alive() == 2
     next(batches)
@@ -253,7 +253,7 @@ def test_workers_start_at_once_and_end_with_the_iterator(small: ImageFolder) -> 
     assert wait_until(lambda: workers_alive() == 0)
 
 
-def test_a_killed_worker_is_one_clear_error(small: ImageFolder) -> None:
+def test_a_killed_worker_is_one_clear_error(small: ImageSource) -> None:
     batches = load_batches(small, [range(20)] * 200, workers=2)
     next(batches)
     victim = own_workers()[0].pid
@@ -266,7 +266,7 @@ def test_a_killed_worker_is_one_clear_error(small: ImageFolder) -> None:
 
 
 def test_a_worker_killed_in_the_middle_of_an_answer_is_one_clear_error(
-    small: ImageFolder, monkeypatch: pytest.MonkeyPatch
+    small: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begin_and_die(connection: Connection, item: tuple[Any, ...]) -> None:
         index, pixels, size, bad, damaged = item
@@ -280,7 +280,7 @@ def test_a_worker_killed_in_the_middle_of_an_answer_is_one_clear_error(
 
 
 @pytest.mark.parametrize("allowed", [0, 3 * 224 * 224 * 3 - 1])
-def test_pixels_that_memory_refuses_take_the_connection(small: ImageFolder, allowed: int) -> None:
+def test_pixels_that_memory_refuses_take_the_connection(small: ImageSource, allowed: int) -> None:
     limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
     try:
@@ -298,7 +298,7 @@ def test_pixels_that_memory_refuses_take_the_connection(small: ImageFolder, allo
     [OSError(errno.EMFILE, "Too many open files"), RuntimeError("received 0 items of ancdata")],
 )
 def test_a_parent_out_of_descriptors_says_so(
-    small: ImageFolder, monkeypatch: pytest.MonkeyPatch, error: Exception
+    small: ImageSource, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def refuse(_: Connection) -> int:
         raise error
@@ -322,7 +322,7 @@ CROP_BYTES = CROP * CROP * 3
     ],
 )
 def test_what_is_ahead_is_bounded_for_all_processes_of_a_machine(
-    small: ImageFolder,
+    small: ImageSource,
     ranks: int,
     room: int,
     ahead: list[int],
@@ -346,7 +346,7 @@ def test_what_is_ahead_is_bounded_for_all_processes_of_a_machine(
 
 
 def test_ranks_of_a_machine_share_its_cores(
-    small: ImageFolder, monkeypatch: pytest.MonkeyPatch
+    small: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(joblib, "cpu_count", lambda: 128)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
@@ -356,7 +356,7 @@ def test_ranks_of_a_machine_share_its_cores(
     assert list(of_each_rank) == []
 
 
-def test_workers_leave_signals_to_the_parent(small: ImageFolder) -> None:
+def test_workers_leave_signals_to_the_parent(small: ImageSource) -> None:
     batches = load_batches(small, [range(5)] * 20, workers=2)
     next(batches)
     for child in own_workers():
@@ -367,7 +367,7 @@ def test_workers_leave_signals_to_the_parent(small: ImageFolder) -> None:
 
 
 def test_a_failing_worker_is_one_clear_error(
-    small: ImageFolder, monkeypatch: pytest.MonkeyPatch
+    small: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise MemoryError("no more")
@@ -422,7 +422,7 @@ def is_running(pid: int) -> bool:
     ],
 )
 def test_no_worker_outlives_its_parent(
-    small: ImageFolder, how: str, number: int | None, status: int
+    small: ImageSource, how: str, number: int | None, status: int
 ) -> None:
     command = [sys.executable, "-c", SCRIPT, str(small.root.parent), how]
     with subprocess.Popen(

@@ -7,14 +7,14 @@ import pytest
 
 from anchorpatch.errors import ShardError
 from anchorpatch.images.decode import decode
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.settings import CropSettings
 from anchorpatch.shards.reader import ShardReader
 from tests.jobs.patch_shards import Drawn, classes_of, write_shards
 
 
 def test_a_folder_gives_its_crops_in_the_order_asked_for(image_folder: Path):
-    source = ImageSource.of_folder(image_folder, "val")
+    source = CropSource.of_folder(image_folder, "val")
     assert len(source) == 40
     assert source.classes == ("cat", "dog")
     rows = [39, 0, 17, 3, 21]
@@ -30,7 +30,7 @@ def test_a_folder_gives_its_crops_in_the_order_asked_for(image_folder: Path):
 
 def test_images_are_cropped_as_asked_for(image_folder: Path):
     crop = CropSettings("squash")
-    source = ImageSource.of_folder(image_folder, "val", crop=crop)
+    source = CropSource.of_folder(image_folder, "val", crop=crop)
     expected = decode((image_folder / "val" / source.path(5)).read_bytes(), crop).pixels
     assert np.array_equal(source.pixels([5])[0], expected)
 
@@ -40,7 +40,7 @@ def test_an_image_that_cannot_be_decoded_is_left_out(tmp_path: Path, image_folde
     folder.mkdir(parents=True)
     (folder / "a.JPEG").write_bytes((image_folder / "val" / "cat" / "00.JPEG").read_bytes())
     (folder / "b.JPEG").write_bytes(b"no picture")
-    source = ImageSource.of_folder(tmp_path, "val")
+    source = CropSource.of_folder(tmp_path, "val")
     found = [row for batch in source.batches([1, 0], 1) for row in batch.rows]
     assert found == [0]
 
@@ -49,7 +49,7 @@ def test_shards_give_the_crops_they_store(tmp_path: Path):
     images = [Drawn(63, i % 3, [[i] * 3]) for i in range(5)]
     write_shards(tmp_path / "val", images, classes_of(3), store_images=True)
     reader = ShardReader(tmp_path / "val")
-    source = ImageSource.of_shards(reader)
+    source = CropSource.of_shards(reader)
     (batch,) = source.batches([4, 1], 8)
     assert batch.labels.tolist() == [1, 1]
     assert source.path(4) == reader.path[4].decode()
@@ -59,4 +59,4 @@ def test_shards_give_the_crops_they_store(tmp_path: Path):
 def test_shards_without_crops_say_what_to_do(tmp_path: Path):
     write_shards(tmp_path / "val", [Drawn(63, 0, [[1] * 3])], classes_of(1))
     with pytest.raises(ShardError, match="--store-images"):
-        ImageSource.of_shards(ShardReader(tmp_path / "val"))
+        CropSource.of_shards(ShardReader(tmp_path / "val"))

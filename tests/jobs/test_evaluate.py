@@ -23,7 +23,7 @@ from anchorpatch.errors import (
     WeightsError,
 )
 from anchorpatch.images.decode import decode
-from anchorpatch.jobs.crops import ImageSource
+from anchorpatch.jobs.crops import CropSource
 from anchorpatch.jobs.evaluate import EvaluateConfig, run, run_rescale
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import macs
@@ -244,7 +244,7 @@ def test_what_is_left_out_is_said(root: Path, tmp_path: Path):
     shutil.copytree(root / "data" / "val", tmp_path / "val")
     next((tmp_path / "val").glob("*/*")).unlink()
     with pytest.raises(DataError, match="1 of its 9 images are not in"):
-        ImageSource.of_shards(ShardReader(root / "shards" / "val"), tmp_path, split="val")
+        CropSource.of_shards(ShardReader(root / "shards" / "val"), tmp_path, split="val")
 
 
 def test_speed_is_measured(root: Path, weights: Path):
@@ -322,7 +322,7 @@ def test_a_file_that_cannot_be_read(root: Path, tmp_path: Path):
     (data / "val" / reader.path[2].decode()).write_bytes(b"no image")
     # Whole images become crops as they did for the shards.
     reader.settings = replace(reader.settings, crop_mode="squash")
-    found = ImageSource.of_shards(reader, data, split="val")
+    found = CropSource.of_shards(reader, data, split="val")
     (batch,) = found.batches(np.arange(2), 4)
     squashed = [
         decode((data / "val" / p.decode()).read_bytes(), reader.settings.crop).pixels

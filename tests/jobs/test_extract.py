@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from anchorpatch import storage
 from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError, TooManyBadImages
 from anchorpatch.images import loader
-from anchorpatch.images.folder import ImageFolder
+from anchorpatch.images.folder import ImageSource
 from anchorpatch.jobs import extract
 from anchorpatch.jobs.extract import (
     ExtractConfig,
@@ -32,23 +32,23 @@ from anchorpatch.shards.writer import ShardWriter
 from tests.shards.samples import make_header
 
 
-def folder_of(names: list[int]) -> ImageFolder:
+def folder_of(names: list[int]) -> ImageSource:
     """A folder of images that nobody reads."""
     paths = np.array([b"cat/%03d.jpg" % name for name in sorted(names)])
     n = len(paths)
-    return ImageFolder(
+    return ImageSource(
         Path("data/val"), "val", paths, np.zeros(n, np.int32), np.ones(n, np.int64), ("cat",)
     )
 
 
 def begin(
-    out: Path, images: ImageFolder, header: ShardHeader, *, overwrite: bool = False
+    out: Path, images: ImageSource, header: ShardHeader, *, overwrite: bool = False
 ) -> Manifest:
     files = files_digest(images, header.settings.shard_size)
     return open_manifest(out, header, files, overwrite=overwrite)
 
 
-def make(out: Path, images: ImageFolder, shard_size: int, *, overwrite: bool = False) -> list[str]:
+def make(out: Path, images: ImageSource, shard_size: int, *, overwrite: bool = False) -> list[str]:
     """Do what the job does with images of which none can be read; return the shards it made."""
     header = make_header(shard_size=shard_size)
     digests = files_digest(images, shard_size).shards
