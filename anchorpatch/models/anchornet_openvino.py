@@ -41,7 +41,13 @@ def openvino_core() -> Any:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     # One for the life of the process: each gives the thread a stack for signal handlers, and of
     # two that overlap the later one puts back, at its end, that of the first, which is gone.
-    return importlib.import_module("openvino").Core()
+    openvino, ops = map(importlib.import_module, ("openvino", "openvino.opset13"))
+    core = openvino.Core()
+    # Its Python module fills tables at the first inference, and hangs if two threads do so.
+    pixels = ops.parameter([1], np.uint8)
+    smallest = core.compile_model(openvino.Model([ops.convert(pixels, "f32")], [pixels]), "CPU")
+    smallest.create_infer_request().infer([np.zeros(1, np.uint8)], True, True).to_tuple()
+    return core
 
 
 class OpenVinoFeatures:

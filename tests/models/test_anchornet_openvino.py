@@ -114,6 +114,44 @@ def test_signals_are_handled_when_networks_are_gone() -> None:
     assert (result.returncode, result.stdout) == (0, "handled\n"), result.stderr
 
 
+def test_threads_may_begin_together() -> None:
+    # OpenVINO's tables are filled once a process, so that each try needs a new one.
+    code = """
+import os, signal, sys, threading, time
+import numpy, openvino
+from openvino import opset13 as ops
+from anchorpatch.models.anchornet_openvino import openvino_core
+
+def begin():
+    sys.setswitchinterval(1e-6)
+    pixels = ops.parameter([1], numpy.uint8)
+    model = openvino.Model([ops.convert(pixels, "f32")], [pixels])
+    model = openvino_core().compile_model(model, "CPU")
+    barrier = threading.Barrier(4)
+    def infer():
+        request = model.create_infer_request()
+        barrier.wait()
+        request.infer([numpy.zeros(1, numpy.uint8)], share_inputs=True, share_outputs=True)
+    threads = [threading.Thread(target=infer) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+
+for _ in range(4):
+    if not (child := os.fork()):
+        begin()
+        os._exit(0)
+    end = time.monotonic() + 30
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        time.sleep(0.01)
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            sys.exit("hung")
+"""
+    env = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_what_openvino_cannot_do_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("Exception from src/core.cpp:117:\n  no such\n  primitive\n")
