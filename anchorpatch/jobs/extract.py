@@ -14,10 +14,10 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -256,11 +256,11 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
     if pending := _pending(plan, manifest):
         where = computing_on(plan.device, plan.header.settings.engine)
         reporter.message(f"extract {plan.config.split}: {where}")
-        with plan.localizer() as localizer:
+        with ExitStack() as stack:
+            # Built while the workers decode the first batches.
+            build = cache(lambda: stack.enter_context(plan.localizer()))
             # Again, as long as shards have come free whose process has failed.
-            while pending and (
-                made := _extract(plan, manifest, pending, localizer, reporter, waits)
-            ):
+            while pending and (made := _extract(plan, manifest, pending, build, reporter, waits)):
                 images += made
                 manifest = manifest.refreshed()
                 pending = _pending(plan, manifest)
@@ -389,7 +389,7 @@ def _extract(
     plan: _Plan,
     manifest: Manifest,
     shards: Sequence[int],
-    localizer: Localizer,
+    build: Callable[[], Localizer],
     reporter: Reporter,
     waits: Waits,
 ) -> int:
@@ -405,6 +405,8 @@ def _extract(
     batches, made = _claimed(plan, sink, shards, begun, waits), 0
     try:
         with closing(plan.load(batches, plan.config.workers)) as loader:
+            with waits.on("network"):
+                localizer = build()
             reporter.start(f"extract {plan.config.split}", total, total - left)
             for batch in waits.each("decoding", loader):
                 if batch.bad:
