@@ -1,71 +1,46 @@
-"""Networks for patches, ready with their weights: pretrained sets, our files and other programs'.
-
-Files are read without running code from them: safetensors, ours or another program's, and
-torch files of tensors and plain values.
-"""
+"""Networks for patches, ready with their weights: from a name or a file, for wanted classes."""
 
 from __future__ import annotations
 
-import argparse
-import http.client
 import os
 import re
-import socket
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple
-from urllib.parse import urlparse
+from typing import Final
 
-import safetensors
-import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 
-from anchorpatch.errors import SettingsError, WeightsError, reason_of
-from anchorpatch.models.registry import (
-    TIMM,
-    build,
-    build_on_meta,
-    check_name,
-    timm_module,
-    torchvision_name,
-)
+from anchorpatch.classes import AS_NAMED, ClassNames, Matching, imagenet_ids, match_classes
+from anchorpatch.errors import SettingsError, WeightsError
+from anchorpatch.models.registry import build, build_on_meta, check_name
 from anchorpatch.runtime.checkpoint import (
     WeightsMeta,
     check_tensors,
-    load_torch,
-    load_weights,
     read_meta,
-    reading_safetensors,
     tensor_differences,
 )
-from anchorpatch.text import few
-
-#: Seconds that a download may be silent: some networks swallow packets.
-_TIMEOUT: Final = 30.0
-
-#: The file of a pretrained set of timm in its repository.
-_TIMM_FILE: Final = "model.safetensors"
+from anchorpatch.state_dicts import (
+    StateDict,
+    kind_of,
+    pretrained_classes,
+    pretrained_set,
+    read_file,
+    read_pretrained,
+)
+from anchorpatch.text import counted, few
 
 #: What a user can do without a pretrained set; a run that trains may also begin without weights.
 _NAME_A_FILE: Final = "name a file of weights"
 OR_NONE: Final = "give --weights FILE, or --weights none to begin with random weights"
 
-#: What some programs put around a state dict, and before its names: DistributedDataParallel,
-#: torch.compile, and modules of Lightning.
-_WRAPPERS: Final = ("state_dict", "model", "model_state_dict")
-_PREFIXES: Final = ("module.", "_orig_mod.", "model.")
-
-#: As torchvision's first DenseNets name the layers of a dense layer: "norm.1" for "norm1".
-_OLD_DENSENET: Final = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
-
 #: Classifiers that inception_v3 and googlenet have in training only; they are built without.
 _AUXILIARY: Final = ("AuxLogits.", "aux1.", "aux2.")
+
+#: Classes that an error lists.
+_LISTED: Final = 20
 
 
 @dataclass(frozen=True)
@@ -77,12 +52,15 @@ class Network:
         meta: its name, the classes of its outputs and the normalization of its input.
         source: where the weights came from, for messages.
         trained_on: "whole images", "patches", or "" where nothing says it.
+        note: how the outputs of the weights were matched with other classes, a sentence; "" where
+            they are those of the weights.
     """
 
     module: nn.Module
     meta: WeightsMeta
     source: str
     trained_on: str = ""
+    note: str = ""
 
 
 class Normalization:
@@ -132,24 +110,30 @@ def load_network(
     *,
     otherwise: tuple[str, ...] = (),
     replace_head: bool = False,
+    matching: Matching = AS_NAMED,
 ) -> Network:
     """Build a network and fill it with weights.
 
+    Where the weights are for further classes, or for the same in another order, the network gets
+    the rows of their last layer that the wanted classes have.
+
     Args:
         name: as `anchorpatch.models.registry.build` takes it.
-        classes: names of the outputs, in their order; None for those that the weights name.
+        classes: names of the wanted outputs, in their order; None for those of the weights.
         weights: "default" for the pretrained set of torchvision or timm (downloaded once),
             "none" for random weights, or a file: our safetensors, another program's, or a torch
-            file of a state dict. A file that names no classes is taken to have the right ones
-            when their number is right.
+            file of a state dict. A file that names no classes is taken to have the wanted ones
+            where their number is right, else ImageNet's where the pretrained set of this network
+            has them and the number is right.
         message: called with what takes long, and with what users may not expect.
         otherwise: classes for weights that name none, if their number is right.
-        replace_head: give the network a new last layer where the weights are for other classes;
-            otherwise that is an error.
+        replace_head: give the network new rows of the last layer for classes that the weights
+            lack; otherwise, and with a class map, that is an error.
+        matching: names of the outputs, and what becomes of those that are not wanted.
 
     Raises:
         SettingsError: no such network, or AnchorNet, which is none for patches.
-        WeightsError: the weights cannot be had, read or used.
+        WeightsError: the weights cannot be had, read or used, or lack classes.
         MissingDependency: the network is timm's, which is not installed.
     """
     if name == "anchornet":
@@ -162,15 +146,29 @@ def load_network(
         meta = WeightsMeta(name, classes or otherwise)
         return Network(build(name, len(meta.classes)).eval(), meta, "random weights")
     if weights == "default":
-        found = _pretrained(name, classes or (), message, OR_NONE if replace_head else _NAME_A_FILE)
+        found = read_pretrained(name, message, OR_NONE if replace_head else _NAME_A_FILE)
     else:
-        found = _read_file(Path(weights), name)
-    if classes is None:
-        classes = found.classes or _fitting(name, found, otherwise)
-    meta = replace(WeightsMeta(name, tuple(classes)), **found.normalization)
-    module = build(name, len(classes)).eval()
-    _fill(module, found, meta, message, replace_head=replace_head)
-    return Network(module, meta, found.source, found.trained_on)
+        found = read_file(Path(weights), name)
+    found = _with_classes(name, found, classes, otherwise, matching, message)
+    wanted = tuple(classes or found.classes or otherwise)
+    rows: list[int | None] | None = None
+    note = ""
+    if found.classes is not None and found.classes != wanted:
+        rows = match_classes(wanted, found.classes)
+        missing = [c for c, row in zip(wanted, rows, strict=True) if row is None]
+        if missing and (not replace_head or matching.class_map is not None):
+            raise WeightsError(_lacking(name, found, wanted, missing, matching))
+        left = sorted(set(range(len(found.classes))).difference(rows))
+        if matching.all_classes:
+            rows += left
+            wanted += tuple(found.classes[row] for row in left)
+        note = _note(found, wanted, rows, missing, left, matching)
+    meta = replace(WeightsMeta(name, wanted), **found.preprocessing)
+    module = build(name, len(wanted)).eval()
+    _fill(module, found, meta, message, rows=rows, replace_head=replace_head)
+    if note:
+        message(note)
+    return Network(module, meta, found.source, found.trained_on, note)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Network:
@@ -182,7 +180,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Network:
     Raises:
         WeightsError: the file is missing, damaged, another program's, or of AnchorNet.
     """
-    if _kind(Path(path)) in ("torch", "safetensors"):
+    if kind_of(Path(path)) in ("torch", "safetensors"):
         raise WeightsError(
             f"{path}: written by another program, and does not say which network it belongs to: "
             f"give --network NAME --weights {path}"
@@ -205,11 +203,12 @@ def load_for_whole_images(
     *,
     at_hand: Network | None = None,
     option: str = "--whole-weights",
+    matching: Matching = AS_NAMED,
 ) -> Network:
     """Load the network that is asked about whole images, which the paper does not train further.
 
     It is the first of RUNS/NETWORK-baseline, ``at_hand`` unless that was fine-tuned on patches,
-    the pretrained set if it is for these classes, and, with a warning, the network on patches.
+    the pretrained set if it has these classes, and, with a warning, the network on patches.
 
     Args:
         name: as `load_network` takes it.
@@ -219,22 +218,24 @@ def load_for_whole_images(
         weights: as `load_network` takes them, in place of this choice.
         at_hand: the network that decides on patches; None for RUNS/NETWORK where it exists.
         option: that names other weights.
+        matching: of ``weights`` and of the pretrained set.
 
     Raises:
         WeightsError: there is none, or a file cannot be used.
     """
     if weights is not None:
-        return load_network(name, classes, weights, message)
+        return load_network(name, classes, weights, message, matching=matching)
     baseline = best_weights(runs, name, baseline=True)
     if baseline.is_file():
         return load_network(name, classes, baseline, message)
     if at_hand is not None and at_hand.trained_on != "patches":
         return at_hand
     why = "there are no pretrained weights for these classes"
-    config = _pretrained_set(name)
-    if config is not None and _outputs(name, config, classes) == classes:
+    outputs = None if pretrained_set(name) is None else matching.class_map
+    outputs = outputs or pretrained_classes(name)
+    if outputs is not None and None not in match_classes(classes, outputs):
         try:
-            return load_network(name, classes, "default", message)
+            return load_network(name, classes, "default", message, matching=matching)
         except WeightsError as error:
             why = str(error).partition("; ")[0]
     tuned = best_weights(runs, name)
@@ -279,283 +280,168 @@ def best_weights(
     return run_folder(runs, network, scale=scale, baseline=baseline) / "best.safetensors"
 
 
-# --- where weights come from --------------------------------------------------------------
+# --- outputs and classes ------------------------------------------------------------------
 
 
-class _Found(NamedTuple):
-    """Weights and what is known about them.
-
-    Attributes:
-        tensors: a state dict.
-        source: where they came from, for messages.
-        classes: names of the outputs; None where nothing says them.
-        normalization: mean and std of the input, where something says them.
-        trained_on: as in `Network`.
-    """
-
-    tensors: Mapping[str, Tensor]
-    source: str
-    classes: tuple[str, ...] | None = None
-    normalization: Mapping[str, Any] = {}
-    trained_on: str = ""
-
-
-def _pretrained_set(name: str) -> Any:
-    """Return what torchvision or timm says of a network's default set, or None without one."""
-    if name.startswith(TIMM):
-        config = timm_module().get_pretrained_cfg(name.removeprefix(TIMM))
-        return config if config is not None and config.has_weights else None
-    known = torchvision_name(name)
-    return getattr(torchvision.models.get_model_weights(known), "DEFAULT", None) if known else None
-
-
-def find_pretrained(name: str, instead: str) -> Any:
-    """Return what torchvision or timm says of a network's pretrained set, without fetching it.
+def _with_classes(
+    name: str,
+    found: StateDict,
+    classes: tuple[str, ...] | None,
+    otherwise: tuple[str, ...],
+    matching: Matching,
+    message: Callable[[str], None],
+) -> StateDict:
+    """Return weights with the names of their outputs, where a map or the network says them.
 
     Raises:
-        WeightsError: there is none; ``instead`` says what the user can do.
+        WeightsError: the map has more or fewer names than the weights have outputs, or nothing
+            says the classes that are wanted.
     """
-    found = _pretrained_set(name)
-    if found is None:
-        raise WeightsError(f"{name} has no pretrained weights: {instead}")
+    if found.classes is not None and matching.class_map is None:
+        return found
+    keys = _class_tensors(name)[0]
+    count = next((len(found.tensors[key]) for key in keys if key in found.tensors), None)
+    if matching.class_map is not None:
+        if count is not None and count != len(matching.class_map):
+            raise WeightsError(
+                f"{matching.source}: expected a name for each of the {counted(count, 'output')} of "
+                f"{found.source}, one per line in their order, found {len(matching.class_map):,}"
+            )
+        return found._replace(classes=matching.class_map)
+    if count is None or count == len(classes or otherwise):
+        return found
+    known = (
+        classes is None
+        or not set(classes).isdisjoint(imagenet_ids())
+        or None not in match_classes(classes, imagenet_ids())
+    )
+    if known and count == len(imagenet_ids()) and pretrained_classes(name) == imagenet_ids():
+        message(
+            f"{found.source}: names no classes; its {count:,} outputs are assumed to be "
+            "ImageNet's in their order (--class-map FILE names others)"
+        )
+        return found._replace(classes=imagenet_ids())
+    if classes is None:
+        raise WeightsError(
+            f"{found.source}: names no classes for its {counted(count, 'output')}: give their "
+            "names with --class-map FILE, one per line in the order of the outputs"
+        )
     return found
 
 
-def _pretrained(
-    name: str, classes: tuple[str, ...], message: Callable[[str], None], instead: str
-) -> _Found:
-    """Return the pretrained set of a network, downloaded into its package's own cache."""
-    config = find_pretrained(name, instead)
-    outputs = _outputs(name, config, classes)
-    if name.startswith(TIMM):
-        source = f"{config.hf_hub_id or config.url} (timm)"
-        tensors = _from_timm(name, config, instead)
-        return _Found(tensors, source, outputs, _normalization(config), "whole images")
-    file = _cached(name, config.url, message, instead)
-    source = f"{file.name} ({config.name} of torchvision)"
-    tensors = _from_torch(file, advice="remove it to have it downloaded again")
-    return _Found(tensors, source, outputs, _normalization(config.transforms()), "whole images")
-
-
-def _outputs(name: str, config: Any, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the classes of a pretrained set: those wanted, if both are ImageNet's."""
-    if name.startswith(TIMM):
-        own = tuple(f"output {i}" for i in range(config.num_classes))
-    else:
-        own = tuple(config.meta["categories"])
-    # The folders of ImageNet carry WordNet's numbers, the outputs the words.
-    imagenet = (
-        len(classes) == len(own) == 1000
-        and (classes[0], classes[-1]) == ("n01440764", "n15075141")
-        and all(re.fullmatch(r"n\d{8}", name) for name in classes)
-        and list(classes) == sorted(classes)
+def _lacking(
+    name: str,
+    found: StateDict,
+    wanted: Sequence[str],
+    missing: Sequence[str],
+    matching: Matching,
+) -> str:
+    """Say which classes the weights lack."""
+    assert found.classes is not None
+    shown = few([ClassNames().shown(of) for of in missing], _LISTED)
+    by = f" by {matching.source}" if matching.class_map else ""
+    others = "" if matching.class_map else ", name their outputs with --class-map FILE"
+    return (
+        f"{found.source}: expected outputs for the {len(wanted):,} classes {few(wanted)}, found "
+        f"{len(found.classes):,}{by} ({few(found.classes)}), which lack {len(missing):,} of them: "
+        f"{shown}; fine-tune them on these classes (anchorpatch finetune {name} --weights ...)"
+        f"{others}"
     )
-    return classes if imagenet else own
 
 
-def _normalization(of: Any) -> dict[str, tuple[float, ...]]:
-    return {"mean": tuple(map(float, of.mean)), "std": tuple(map(float, of.std))}
-
-
-def _cached(name: str, url: str, message: Callable[[str], None], instead: str) -> Path:
-    """Return the file of a set of torchvision in its cache, where it is put if need be.
-
-    `torch.hub.load_state_dict_from_url` does the same, but tells of a download on stdout.
-    """
-    file = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
-    if file.is_file():
-        return file
-    message(f"downloading {url} to {file.parent}")
-    digest = re.search(r"-([a-f0-9]{8,})\.", file.name)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(
-            url, str(file), digest[1] if digest else None, progress=False
+def _note(
+    found: StateDict,
+    wanted: Sequence[str],
+    rows: Sequence[int | None],
+    missing: Sequence[str],
+    left: Sequence[int],
+    matching: Matching,
+) -> str:
+    """Say how outputs became classes."""
+    assert found.classes is not None
+    if len(missing) == len(wanted):
+        return (
+            f"{found.source}: replacing its head for {len(found.classes):,} "
+            f"({few(found.classes)}) with a new one for {len(wanted):,} ({few(wanted)})"
         )
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-        raise WeightsError(
-            f"{name}: cannot download {url} ({reason_of(error)[:200]}); fetch {file.name} where "
-            f"there is a network and put it into {file.parent}, or {instead}"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(before)
-    return file
-
-
-def _from_timm(name: str, config: Any, instead: str) -> dict[str, Tensor]:
-    try:
-        overlay = {"file": _cached_of_timm(config.hf_hub_id)} if config.hf_hub_id else None
-        module = timm_module().create_model(
-            name.removeprefix(TIMM), pretrained=True, pretrained_cfg_overlay=overlay
+    kept = sum(row is not None for row in rows)
+    of = f"{found.source}: {kept:,} of its {counted(len(found.classes), 'output')}"
+    by = f" by {matching.source}" if matching.class_map else ""
+    if missing:
+        new = few([ClassNames().shown(name) for name in missing], _LISTED)
+        return f"{of} are kept; {len(missing):,} of the classes are new to it: {new}"
+    if not left:
+        return f"{of} are the classes in another order, or by another name{by}"
+    if matching.all_classes:
+        return (
+            f"{found.source}: its outputs for the {len(wanted) - len(left):,} classes{by} compete "
+            f"with its {len(left):,} others, which are wrong for every image"
         )
-    except Exception as error:  # whatever urllib, huggingface_hub, httpx and others raise
-        place = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
-        raise WeightsError(
-            f"{name}: cannot download {place} ({reason_of(error)[:200]}); fetch {_TIMM_FILE} from "
-            f"there where there is a network and name the file, or {instead}"
-        ) from error
-    return dict(module.state_dict())
-
-
-def _cached_of_timm(repository: str) -> str:
-    """Return the file of a pretrained set in the hub's cache, where it is put if need be."""
-    import huggingface_hub
-
-    file = huggingface_hub.try_to_load_from_cache(repository, _TIMM_FILE)
-    if isinstance(file, str):
-        return file
-    # The hub's client tries for a minute and tells of every trial: ask first.
-    request = urllib.request.Request(
-        huggingface_hub.hf_hub_url(repository, _TIMM_FILE), method="HEAD"
-    )
-    with suppress(urllib.error.HTTPError):
-        urllib.request.urlopen(request, timeout=_TIMEOUT).close()
-    return str(huggingface_hub.hf_hub_download(repository, _TIMM_FILE))
-
-
-def _read_file(path: Path, name: str) -> _Found:
-    """Read a file of weights for the network of that name; its content tells its kind.
-
-    Raises:
-        WeightsError: the file is missing, damaged, of another kind, or of another network.
-    """
-    kind = _kind(path)
-    if kind == "missing":
-        raise WeightsError(
-            f"{path}: expected a weights file, found none; --weights takes default, none or a file"
-        )
-    if kind == "ours":
-        return _of_ours(path, name)
-    if kind in ("torch", "other"):
-        tensors = _from_torch(path, advice="name another, or copy it again")
-    else:
-        with reading_safetensors(path):
-            tensors = _unwrapped(safetensors.torch.load_file(path))
-    # Another program's file names no classes, and its input is normalized as that of timm's set.
-    config = timm_module().get_pretrained_cfg(name[len(TIMM) :]) if name.startswith(TIMM) else None
-    return _Found(tensors, str(path), normalization=_normalization(config) if config else {})
-
-
-def _kind(path: Path) -> str:
-    """Tell "ours", "safetensors" and "torch" files from "other", "unreadable" and "missing"."""
-    try:
-        with path.open("rb") as file:
-            beginning = file.read(9)
-        if beginning[8:9] != b"{":
-            return "torch" if beginning[:2] == b"PK" or beginning[:1] == b"\x80" else "other"
-        with safetensors.safe_open(path, framework="pt") as content:
-            return "ours" if "anchorpatch" in (content.metadata() or {}) else "safetensors"
-    except FileNotFoundError:
-        return "missing"
-    except (OSError, safetensors.SafetensorError):
-        return "unreadable"
-
-
-def _of_ours(path: Path, name: str) -> _Found:
-    weights = load_weights(path, None)
-    meta, found = weights.meta, weights.meta.architecture
-    if found != name and (torchvision_name(found) or found) != torchvision_name(name):
-        raise WeightsError(
-            f"{path}: expected weights of {name}, found {found}; give a file of its own weights"
-        )
-    settings = meta.training.get("settings")
-    trained_on = ""
-    if isinstance(settings, Mapping):
-        # `train` has no baselines: it trains on whole images.
-        trained_on = "whole images" if settings.get("baseline", True) else "patches"
-    return _Found(weights.tensors, str(path), meta.classes, _normalization(meta), trained_on)
-
-
-def _from_torch(path: Path, advice: str) -> dict[str, Tensor]:
-    """Read a state dict from a torch file, without running code from it."""
-    what = "safetensors or a torch file of tensors and plain values"
-    advice += ", or save its state_dict() alone"
-    # The training scripts of timm and of torchvision store their arguments.
-    document = load_torch(path, what, advice, harmless=[argparse.Namespace])
-    if isinstance(document, Mapping):
-        for key in _WRAPPERS:
-            if isinstance(document.get(key), Mapping):
-                document = document[key]
-                break
-    tensors = isinstance(document, Mapping) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in document.items()
-    )
-    if not tensors or not document:
-        raise WeightsError(
-            f"{path}: expected a state dict (names and tensors), found "
-            f"{'other values' if isinstance(document, Mapping) else type(document).__name__}; "
-            "save only the network's state_dict()"
-        )
-    return _unwrapped(document)
-
-
-def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Strip what wrappers put before every name, in whatever order they were wrapped."""
-    plain = dict(tensors)
-    while prefix := next(
-        (p for p in _PREFIXES if plain and all(key.startswith(p) for key in plain)), None
-    ):
-        plain = {key.removeprefix(prefix): value for key, value in plain.items()}
-    return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in plain.items()}
+    return f"{of} are the classes{by}; the logits of the others are left out"
 
 
 # --- filling a network --------------------------------------------------------------------
 
 
-def _fitting(name: str, found: _Found, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the classes, if there are as many as outputs of weights that name none.
+@lru_cache
+def _class_tensors(name: str) -> tuple[tuple[str, ...], bool]:
+    """Return the tensors of a network that have a row for each class, and whether no other has.
 
-    Raises:
-        WeightsError: there are more or fewer.
+    Those are usually weight and bias of the layer that gives the logits.
     """
-    head = _head_keys(build_on_meta(name, 1000), 1000)
-    outputs = next((len(found.tensors[key]) for key in head if key in found.tensors), len(classes))
-    if outputs != len(classes):
-        raise WeightsError(
-            f"{found.source}: names no classes for its {outputs:,} outputs: give their names with "
-            "--classes FILE, one per line in the order of the outputs"
-        )
-    return classes
-
-
-def _head_keys(module: nn.Module, classes: int) -> tuple[str, ...]:
-    """Return the names of weight and bias of the layer that gives the logits."""
-    head = ""
-    for name, layer in module.named_modules():
-        linear = isinstance(layer, nn.Linear) and layer.out_features == classes
-        conv = isinstance(layer, nn.Conv2d) and layer.out_channels == classes
-        if linear or (conv and layer.kernel_size == (1, 1)):
-            head = name
-    return (f"{head}.weight", f"{head}.bias") if head else ()
+    few_classes, more = (build_on_meta(name, n).state_dict() for n in (2, 3))
+    changed = [key for key, value in more.items() if value.shape != few_classes[key].shape]
+    rows = [key for key in changed if more[key].shape[1:] == few_classes[key].shape[1:]]
+    return tuple(rows), rows == changed
 
 
 def _fill(
     module: nn.Module,
-    found: _Found,
+    found: StateDict,
     meta: WeightsMeta,
     message: Callable[[str], None],
     *,
+    rows: Sequence[int | None] | None,
     replace_head: bool,
 ) -> None:
-    """Load weights, but for a head of other classes; raise WeightsError where they do not fit."""
+    """Load weights, the rows of classes where ``rows`` says; see `load_network`.
+
+    Raises:
+        WeightsError: the weights do not fit.
+    """
     # The module's own state stands below: it has the versions that some modules ask for, the
     # new head, and the counters that old files lack.
     check_tensors(found.source, found.tensors)
-    state, head = module.state_dict(), _head_keys(module, len(meta.classes))
+    state = module.state_dict()
     tensors = {
         key: value
         for key, value in found.tensors.items()
         if key in state or not key.startswith(_AUXILIARY)
     }
+    if rows is not None:
+        head, all_of_them = _class_tensors(meta.architecture)
+        if not all_of_them:
+            raise WeightsError(
+                f"{found.source}: expected outputs for the classes {few(meta.classes)} in their "
+                f"order, found {few(found.classes or ())}; the outputs of {meta.architecture} "
+                "cannot be taken apart: train it on these classes"
+            )
+        kept = [(k, row) for k, row in enumerate(rows) if row is not None]
+        for key in head:
+            old, new = tensors.get(key), state[key].clone()
+            if old is None or old.shape != (len(found.classes or ()), *new.shape[1:]):
+                continue  # another network's, which is said below
+            if kept:
+                places, picked = zip(*kept, strict=True)
+                new[list(places)] = old[list(picked)].to(new.dtype)
+            tensors[key] = new
     wrong = {
         key: difference
         for key, difference in tensor_differences(state, tensors).items()
         if key in tensors or not key.endswith("num_batches_tracked")
     }
     if any(
-        key not in head
+        key not in _class_tensors(meta.architecture)[0]
         or key not in state
         or tensors.get(key, state[key]).shape[1:] != state[key].shape[1:]
         for key in wrong
@@ -567,21 +453,20 @@ def _fill(
             f"({first}{more}); give a file for this network"
         )
     ours = f"{len(meta.classes):,}"
-    if wrong or (found.classes is not None and found.classes != meta.classes):
-        sizes = [f"{len(tensors[key]):,}" for key in head if key in tensors] or ["no classes"]
-        theirs = sizes[0]
-        if found.classes is not None:
-            theirs = f"{len(found.classes):,} ({few(found.classes)})"
+    if wrong:
+        sizes = [f"{len(tensors[key]):,}" for key in wrong if key in tensors]
+        theirs = sizes[0] if sizes else "no classes"
         if not replace_head:
             raise WeightsError(
                 f"{found.source}: expected outputs for the {ours} classes {few(meta.classes)}, "
-                f"found {theirs}; fine-tune them on these classes: anchorpatch finetune "
-                f"{meta.architecture} --weights ..."
+                f"found {theirs}; name them with --class-map FILE, or fine-tune them on these "
+                f"classes: anchorpatch finetune {meta.architecture} --weights ..."
             )
         message(
             f"{found.source}: replacing its head for {theirs} with a new one for {ours} "
             f"({few(meta.classes)})"
         )
+        head = _class_tensors(meta.architecture)[0]
         tensors = {key: value for key, value in tensors.items() if key not in head}
     elif found.classes is None:
         message(

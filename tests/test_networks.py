@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -12,22 +13,24 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from anchorpatch.classes import Matching, imagenet_ids
 from anchorpatch.errors import MissingDependency, SettingsError, WeightsError
 from anchorpatch.models.registry import build
 from anchorpatch.networks import (
     Network,
-    _read_file,
+    _class_tensors,
     load_checkpoint,
     load_for_whole_images,
     load_network,
     run_folder,
 )
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
+from anchorpatch.state_dicts import read_file
 
 #: A small network whose head is a linear layer, and one whose head is a convolution.
 LINEAR, CONV = "shufflenet_v2_x0_5", "squeezenet1_1"
 THREE, FOUR = ("ape", "bee", "cat"), ("ape", "bee", "cat", "dog")
-IMAGENET = ("n01440764", *(f"n0{1440764 + i}" for i in range(1, 999)), "n15075141")
+IMAGENET = imagenet_ids()
 
 
 def state_of(name: str, classes: int, seed: int = 0) -> dict[str, Tensor]:
@@ -36,13 +39,13 @@ def state_of(name: str, classes: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def load(
-    name: str, classes: tuple[str, ...], weights: str | Path, **options: bool
+    name: str, classes: tuple[str, ...] | None, weights: str | Path, **options: Any
 ) -> tuple[Network, list[str]]:
     messages: list[str] = []
     return load_network(name, classes, weights, messages.append, **options), messages
 
 
-def error_of(name: str, classes: tuple[str, ...], weights: str | Path, **options: bool) -> str:
+def error_of(name: str, classes: tuple[str, ...], weights: str | Path, **options: Any) -> str:
     with pytest.raises(WeightsError) as raised:
         load_network(name, classes, weights, **options)
     assert "\n" not in str(raised.value)
@@ -77,21 +80,97 @@ def test_our_own_files_come_back_whole(tmp_path: Path) -> None:
         assert network.source == str(path)
 
 
-@pytest.mark.parametrize("other", [("ape", "bee", "cow"), ("bee", "ape", "cat"), FOUR])
-def test_our_file_for_other_classes(tmp_path: Path, other: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("name", [LINEAR, CONV])
+def test_rows_of_the_classes(tmp_path: Path, name: str) -> None:
+    state = state_of(name, 3, seed=1)
+    weight, bias = _class_tensors(name)[0]
+    path = tmp_path / "best.safetensors"
+    save_weights(path, state, WeightsMeta(name, THREE))
+    for wanted, rows in ((("cat", "ape"), [2, 0]), (("bee", "cat", "ape"), [1, 2, 0])):
+        network, messages = load(name, wanted, path)
+        assert network.meta.classes == wanted
+        own = network.module.state_dict()
+        assert own[weight].equal(state[weight][rows])
+        assert own[bias].equal(state[bias][rows])
+        assert all(own[key].equal(state[key]) for key in state if key not in (weight, bias))
+        assert messages == [network.note]
+    network, messages = load(name, ("cat", "ape"), path)
+    assert messages == [
+        f"{path}: 2 of its 3 outputs are the classes; the logits of the others are left out"
+    ]
+    network, messages = load(name, ("cat", "ape"), path, matching=Matching(all_classes=True))
+    assert network.meta.classes == ("cat", "ape", "bee")
+    assert network.module.state_dict()[bias].equal(state[bias][[2, 0, 1]])
+    assert "its outputs for the 2 classes compete with its 1 others" in messages[0]
+
+
+@pytest.mark.parametrize(("other", "kept"), [(("ape", "bee", "cow"), 2), (FOUR, 3)])
+def test_classes_that_weights_lack(tmp_path: Path, other: tuple[str, ...], kept: int) -> None:
     state = state_of(LINEAR, 3, seed=1)
     path = tmp_path / "best.safetensors"
     save_weights(path, state, WeightsMeta(LINEAR, THREE))
-    assert "found 3 (ape, bee, cat)" in error_of(LINEAR, other, path)
+    error = error_of(LINEAR, other, path)
+    assert f"found 3 (ape, bee, cat), which lack 1 of them: {other[-1]}; fine-tune" in error
     network, messages = load(LINEAR, other, path, replace_head=True)
     assert network.meta.classes == other
     own = network.module.state_dict()
-    for key, value in state.items():
-        assert own[key].shape != value.shape or own[key].equal(value) != key.startswith("fc.")
+    assert own["fc.weight"][:kept].equal(state["fc.weight"][:kept])
+    assert own["fc.bias"][:kept].equal(state["fc.bias"][:kept])
+    assert all(own[k].equal(value) for k, value in state.items() if not k.startswith("fc."))
     assert messages == [
-        f"{path}: replacing its head for 3 (ape, bee, cat) with a new one for {len(other)} "
-        f"({', '.join(other[:3])}{' and 1 more' if len(other) > 3 else ''})"
+        f"{path}: {kept} of its 3 outputs are kept; 1 of the classes are new to it: {other[-1]}"
     ]
+    none = ("x", "y", "z")
+    network, messages = load(LINEAR, none, path, replace_head=True)
+    assert not network.module.fc.weight.equal(state["fc.weight"])
+    assert messages == [
+        f"{path}: replacing its head for 3 (ape, bee, cat) with a new one for 3 (x, y, z)"
+    ]
+
+
+def test_class_maps(tmp_path: Path) -> None:
+    state = state_of(LINEAR, 3, seed=1)
+    path, own = tmp_path / "other.pth", tmp_path / "best.safetensors"
+    torch.save(state, path)
+    save_weights(own, state, WeightsMeta(LINEAR, ("0", "1", "2")))
+    (tmp_path / "map.txt").write_text("cat\nape\n\nbee\n")
+    matching = Matching.read(tmp_path / "map.txt")
+    for file in (path, own):  # a map also renames what our files name
+        network, messages = load(LINEAR, ("bee", "cat"), file, matching=matching)
+        assert network.module.fc.weight.equal(state["fc.weight"][[2, 0]])
+        assert f"2 of its 3 outputs are the classes by {tmp_path / 'map.txt'}" in messages[0]
+        assert load(LINEAR, None, file, matching=matching)[0].meta.classes == ("cat", "ape", "bee")
+        # Also where new rows could be made: who names the outputs wants these classes.
+        for replace_head in (False, True):
+            options = {"matching": matching, "replace_head": replace_head}
+            error = error_of(LINEAR, ("cat", "dog"), file, **options)
+            assert "which lack 1 of them: dog; " in error
+    (tmp_path / "map.txt").write_text("cat\nape\n")
+    message = error_of(LINEAR, THREE, path, matching=Matching.read(tmp_path / "map.txt"))
+    assert "map.txt: expected a name for each of the 3 outputs of" in message
+    assert message.endswith("one per line in their order, found 2")
+
+
+def test_files_that_are_taken_for_imagenets(tmp_path: Path) -> None:
+    state = state_of(LINEAR, 1000, seed=1)
+    path = tmp_path / "other.pth"
+    torch.save(state, path)
+    ten = (IMAGENET[217], IMAGENET[0])
+    network, messages = load(LINEAR, ten, path)
+    assert network.module.fc.weight.equal(state["fc.weight"][[217, 0]])
+    assert "its 1,000 outputs are assumed to be ImageNet's in their order" in messages[0]
+    assert load(LINEAR, None, path)[0].meta.classes == IMAGENET
+    assert "lack 1 of them: dog;" in error_of(LINEAR, ("n02102040", "dog"), path)
+    # Folders may be called by ImageNet's words.
+    words = ("English_springer", "tench")
+    network, _ = load(LINEAR, words, path)
+    assert network.meta.classes == words
+    assert network.module.fc.weight.equal(state["fc.weight"][[217, 0]])
+    # A network that nobody published for ImageNet.
+    other = tmp_path / "bagnet.pth"
+    torch.save(state_of("bagnet33", 1000), other)
+    error = error_of("bagnet33", ten, other)
+    assert "expected outputs for the 2 classes n02102040, n01440764, found 1,000; name" in error
 
 
 def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
@@ -100,7 +179,7 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     assert f"expected weights of {CONV}, found {LINEAR}" in error_of(CONV, THREE, path)
     # The same network by two names.
     save_weights(path, state_of(LINEAR, 3), WeightsMeta("resnext50_32x4d", THREE))
-    assert _read_file(path, "resnext50").classes == THREE
+    assert read_file(path, "resnext50").classes == THREE
     save_weights(path, {}, WeightsMeta("anchornet", THREE))
     with pytest.raises(WeightsError, match="expected a network for patches, found weights of"):
         load_checkpoint(path)
@@ -194,7 +273,7 @@ def test_old_names_of_densenet(tmp_path: Path) -> None:
     torch.save(
         {"features.denseblock1.denselayer2.norm.1.weight": one, "features.norm0.bias": one}, path
     )
-    found = _read_file(path, "densenet121").tensors
+    found = read_file(path, "densenet121").tensors
     assert set(found) == {"features.denseblock1.denselayer2.norm1.weight", "features.norm0.bias"}
 
 
@@ -292,7 +371,7 @@ def test_pretrained_sets_in_the_cache_need_no_network(cache: Path) -> None:
     assert network.meta.mean == (0.485, 0.456, 0.406)
     assert messages == []
     for classes in (THREE, tuple(f"class {i}" for i in range(1000))):
-        assert "found 1,000 (tench, goldfish, great white shark and 997 more)" in error_of(
+        assert "found 1,000 (n01440764, n01443537, n01484850 and 997 more), which lack" in error_of(
             LINEAR, classes, "default"
         )
         network, messages = load(LINEAR, classes, "default", replace_head=True)

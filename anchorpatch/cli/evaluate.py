@@ -28,6 +28,9 @@ _OF_NETWORKS = (
     "anchornet_weights",
     "speed",
     "predictions",
+    "class_map",
+    "all_classes",
+    "class_names",
 )
 
 #: Options without a meaning for one patch against a rescaled image.
@@ -85,6 +88,8 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
     type=opt.PATH,
     help="Write the prediction for each image to this .csv or .npz file.",
 )
+@opt.matching()
+@opt.class_names
 @opt.batch_size("32 on CPU (anchornet: 16), 256 on a GPU", "patches or images")
 @opt.workers
 @opt.threads
@@ -124,8 +129,11 @@ def evaluate(
     anchornet is evaluated on a labeled folder: top-1 and top-5 accuracy of every branch and of
     the decision of Eq. 7, the share of images assigned to each branch, patches per image for each
     preset, and MACs. --labels and --max-bad are only for anchornet; --shards, --protocol,
-    --scale, --per-scale, --whole-weights, --whole, --anchornet-weights, --speed and --predictions
-    only for classifiers.
+    --scale, --per-scale, --whole-weights, --whole, --anchornet-weights, --speed, --predictions,
+    --class-map, --all-classes and --class-names only for classifiers.
+
+    Classes are matched by name, so pretrained weights of ImageNet can be evaluated on a folder
+    with some of its classes: the logits of the others are left out, or kept with --all-classes.
 
     Whole images (row 224) and --protocol rescale use a network that was not trained on patches,
     as in the paper: RUNS/NETWORK-baseline, or the pretrained weights if they are for the classes
@@ -134,6 +142,7 @@ def evaluate(
     \b
     anchorpatch evaluate resnet50
     anchorpatch evaluate resnet50 --protocol rescale
+    anchorpatch evaluate resnet50 --weights default
     anchorpatch evaluate resnet50 --scale 63 --predictions 63.csv
     anchorpatch evaluate anchornet --data imagenet --split val
     """
@@ -176,7 +185,7 @@ def _anchornet(options: dict[str, Any]) -> AnchorNetFigures:
     from anchorpatch.runtime.progress import reporter
 
     weights = find_weights(options.pop("weights"), options.pop("runs"))
-    known = {k: v for k, v in options.items() if k not in _OF_NETWORKS}
+    known = {k: v for k, v in options.items() if k not in (*_OF_NETWORKS, "matching")}
     return run(EvaluateAnchorNetConfig(weights=weights, **known), reporter())
 
 

@@ -255,6 +255,7 @@ def attention(**options: Any) -> None:
 @opt.workers
 @opt.device
 @opt.engine
+@opt.matching()
 @click.option("--amp", is_flag=True, help="Compute NETWORK in bfloat16 (mixed precision).")
 @opt.as_json
 def coverage(

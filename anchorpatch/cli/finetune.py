@@ -35,6 +35,7 @@ def _default(name: str) -> str:
     metavar="default|none|FILE",
     help="Initial weights: the pretrained ones of torchvision or timm, random ones, or a file.",
 )
+@opt.matching(all_classes=False)
 @click.option(
     "--scale",
     type=click.Choice([str(scale) for scale in SCALES]),
@@ -87,9 +88,12 @@ def finetune(
 
     NETWORK is resnet50, resnext50, densenet169, hcgnet_b, hcgnet_c, any classifier of
     torchvision, or timm:NAME. An image is classified by the sum of the softmax outputs of its
-    patches. Writes best.safetensors, last.safetensors, log.jsonl, config.json and last.pt to
-    RUNS/NETWORK (RUNS/NETWORK-63 with --scale 63, RUNS/NETWORK-baseline with --baseline). Run the
-    same command again to resume a stopped run, or with more --epochs to extend a finished one.
+    patches. Pretrained weights keep the rows of their last layer that belong to the classes of the
+    shards; other classes get new ones.
+
+    Writes best.safetensors, last.safetensors, log.jsonl, config.json and last.pt to RUNS/NETWORK
+    (RUNS/NETWORK-63 with --scale 63, RUNS/NETWORK-baseline with --baseline). Run the same command
+    again to resume a stopped run, or with more --epochs to extend a finished one.
 
     \b
     anchorpatch finetune resnet50 --amp

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from anchorpatch.classes import ClassNames, Matching
 from anchorpatch.errors import OutOfMemory
 from anchorpatch.settings import ENGINES, PRECISIONS, PRESETS, default_preset
 
@@ -134,7 +135,7 @@ class SharedOption(click.Option):
     def __init__(self, *args: Any, shared: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.shared = shared or str(self.name)
-        self.variable = f"ANCHORPATCH_{self.shared.upper()}"
+        self.variable = f"ANCHORPATCH_{variable_name(self.shared)}"
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """Return the command's own variable, else the shared one."""
@@ -227,6 +228,48 @@ runs = folder("--runs", "runs", "Folder of the training runs")
 shards = folder("--shards", "shards", "Folder of the shards, with a folder per split")
 
 split = click.option("--split", default="val", help="Name of the split's folder.")
+
+class_names = click.option(
+    "--class-names",
+    cls=SharedOption,
+    shared="class-names",
+    type=PATH,
+    callback=lambda ctx, param, value: ClassNames.read(value),
+    help="Text file of the names to show beside the classes: a class, a tab or comma, and its name "
+    "per line, or a name per line in the order of the classes.  [default: ImageNet's names]",
+)
+
+
+def matching(*, all_classes: bool = True) -> Callable[[_F], _F]:
+    """Return a decorator that adds the options of a `Matching`, which the command gets."""
+
+    def add(command: _F) -> _F:
+        @wraps(command)
+        def matched(*, class_map: Path | None, all_classes: bool = False, **rest: Any) -> Any:
+            return command(matching=Matching.read(class_map, all_classes=all_classes), **rest)
+
+        return grouped(*options)(matched)  # type: ignore[return-value]
+
+    options: list[Callable[[Any], Any]] = [
+        click.option(
+            "--class-map",
+            type=PATH,
+            help="Text file with the classes of the outputs of the weights, one per line, in their "
+            "order.  [default: those recorded in the weights; ImageNet's for pretrained ones]",
+        )
+    ]
+    if all_classes:
+        options.append(
+            click.option(
+                "--all-classes",
+                is_flag=True,
+                help="Keep the outputs of the weights for classes that the data lack; predictions "
+                "of these count as wrong.  [default: leave them out]",
+                show_default=False,
+            )
+        )
+    return add
+
 
 labels = click.option(
     "--labels",

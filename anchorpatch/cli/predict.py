@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from anchorpatch.classes import Matching, shown
 from anchorpatch.cli import options as opt
-from anchorpatch.cli.output import print_json
+from anchorpatch.cli.output import print_json, print_table
 from anchorpatch.demo import find_weights
-from anchorpatch.errors import DataError, reason_of
 from anchorpatch.settings import LspSettings
 from anchorpatch.text import counted
 
@@ -37,12 +40,9 @@ if TYPE_CHECKING:
     help="Weights of the network NAME; default: the pretrained ones.  [default: "
     "RUNS/NAME/best.safetensors]",
 )
-@click.option(
-    "--classes",
-    type=opt.PATH,
-    help="Text file with the classes of --weights, one per line, in the order of its outputs.  "
-    "[default: those recorded in the weights, else those of AnchorNet]",
-)
+@opt.matching(all_classes=False)
+@click.option("--classes", type=opt.PATH, hidden=True)  # as --class-map was called
+@opt.class_names
 @opt.anchornet_weights
 @opt.runs
 @opt.lsp("evaluate")
@@ -52,33 +52,46 @@ if TYPE_CHECKING:
 @click.option(
     "--out", type=opt.PATH, help="Write a picture of each image and its patches to this folder."
 )
+@opt.batch_size("64", "patches")
+@opt.workers
 @opt.device
 @opt.engine
 @opt.precision
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "table", "csv", "jsonl", "json"]),
+    default="text",
+    help="Output format: a few lines per image, a row per image, or JSON, as one object or an "
+    "object per image and line. All but table and json are written as images are classified.",
+)
 @opt.as_json
 def predict(
     images: tuple[str, ...],
     network: str | None,
     weights: str | None,
+    matching: Matching,
     classes: Path | None,
     anchornet_weights: str | None,
     runs: Path,
     preset: str,
     lsp: LspSettings,
-    top: int,
     out: Path | None,
+    form: str,
     as_json: bool,
-    **computing: Any,
+    **options: Any,
 ) -> int:
     """Classify images by their patches, directly from image files.
 
     AnchorNet localizes the patches of each IMAGE, and the network classifies it by the sum of
     their softmax outputs, as `extract` and `evaluate` do for a whole split. Corners are pixels
-    (y, x) in the 224 px crop. Use - as IMAGE to read file names from stdin, one per line.
+    (y, x) in the 224 px crop. An IMAGE may be a folder, whose images are found at any depth, or -
+    to read file names from stdin, one per line.
 
     \b
     anchorpatch predict dog.jpg --network resnet50
-    anchorpatch predict dog.jpg --network resnet50 --weights own.pth --classes names.txt
+    anchorpatch predict photos --network resnet50 --weights default --format csv
+    anchorpatch predict dog.jpg --network resnet50 --weights own.pth --class-map names.txt
     find photos -name '*.jpg' | anchorpatch predict - --network best.safetensors --json
 
     Files that cannot be read as images are named on stderr and skipped; the exit status is then 1.
@@ -96,33 +109,54 @@ def predict(
             f"--network {network} is a weights file already: use --network NAME with --weights "
             "FILE, or --anchornet-weights for AnchorNet's weights."
         )
-    if classes is not None and weights is None:
-        raise click.UsageError("--classes needs --weights.")
+    if classes is not None:
+        matching = Matching.read(classes)
+    if matching.class_map is not None and weights is None:
+        raise click.UsageError("--class-map needs --weights.")
     config = PredictConfig(
         network=network,
         anchornet_weights=find_weights(anchornet_weights, runs, "--anchornet-weights"),
         weights=weights,
-        classes=None if classes is None else _class_names(classes),
+        matching=matching,
         runs=runs,
         lsp=lsp,
-        top=top,
-        **computing,
+        **{name: value for name, value in options.items() if value is not None},
     )
     predictor = Predictor(config, reporter().message)
+    form = "json" if as_json else form
     pictures: Counter[str] = Counter()
     found: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
-    for result in predictor.predict(_names(images)):
+    columns = _columns(min(config.top, len(predictor.network.meta.classes)))
+    if form == "csv":
+        click.echo(_csv(columns), nl=False)
+
+    def unreadable(path: str, reason: str) -> None:
+        bad.append({"path": _printable(path), "reason": reason})
+        click.echo(f"anchorpatch: {_printable(path)}: {reason}", err=True)
+        if form == "jsonl":
+            click.echo(json.dumps({"path": _printable(path), "error": reason}))
+        elif form == "csv":
+            row = {"path": _printable(path), "error": reason}
+            click.echo(_csv([row.get(name, "") for name in columns]), nl=False)
+
+    for result in predictor.predict(_names(images, unreadable)):
         if isinstance(result, Unreadable):
-            bad.append({"path": _printable(result.path), "reason": result.reason})
-            click.echo(f"anchorpatch: {_printable(result.path)}: {result.reason}", err=True)
+            unreadable(result.path, result.reason)
             continue
         drawn = None if out is None else _draw(result, out, pictures)
-        if as_json:
-            found.append(_facts(result, drawn))
-        else:
+        facts = _facts(result, drawn)
+        if form == "text":
             click.echo(_text(result, drawn))
-    if as_json:
+        elif form == "jsonl":
+            click.echo(json.dumps(facts, allow_nan=False))
+        elif form == "csv":
+            click.echo(_csv(list(_row(facts, columns))), nl=False)
+        else:
+            found.append(facts)
+    if form == "table":
+        print_table(_TABLE, [_row(facts, _TABLE) for facts in found])
+    elif form == "json":
         meta = predictor.network.meta
         print_json(
             {
@@ -138,31 +172,49 @@ def predict(
     return int(bool(bad))
 
 
-def _class_names(path: Path) -> tuple[str, ...]:
-    """Read the names of classes, one per line.
-
-    Raises:
-        DataError: the file cannot be read or holds no names.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: expected a text file of class names, found: {reason_of(error)}"
-        ) from error
-    names = tuple(line.strip() for line in lines if line.strip())
-    if not names or len(set(names)) < len(names):
-        found = "none" if not names else f"{len(names) - len(set(names))} of them twice"
-        raise DataError(f"{path}: expected class names, one per line and each once, found {found}")
-    return names
+#: Columns of a table for people.
+_TABLE: Final = ("path", "class", "name", "probability", "scale", "patches")
 
 
-def _names(images: Iterable[str]) -> Iterator[str]:
+def _columns(top: int) -> tuple[str, ...]:
+    """Return the columns of CSV, with the classes that follow the likeliest one."""
+    more = (f"{what}{k}" for k in range(2, top + 1) for what in ("class", "name", "probability"))
+    return (*_TABLE, *more, "error")
+
+
+def _row(facts: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """Return what stands in columns, of an image's facts."""
+    values = {**facts, "error": "", "patches": len(facts["patches"])}
+    for k, of_rank in enumerate(facts["top"], 1):
+        values |= {f"{key}{k}": value for key, value in of_rank.items()}
+    cells = (values[name] for name in columns)
+    return [f"{v:.6g}" if isinstance(v, float) else "" if v is None else str(v) for v in cells]
+
+
+def _csv(row: Sequence[str]) -> str:
+    """Return a line of CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(row)
+    return text.getvalue()
+
+
+def _names(images: Iterable[str], unreadable: Callable[[str, str], None]) -> Iterator[str]:
+    """Yield the images, those of folders and of lists on stdin too."""
+    from anchorpatch.jobs.predict import images_in
+
     for image in images:
         if image == "-":
             # Bytes: a file's name need not be text.
-            lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
-            yield from (os.fsdecode(line) for line in lines if line)
+            for line in sys.stdin.buffer:
+                if name := os.fsdecode(line.rstrip(b"\r\n")):
+                    yield from [name] if name == "-" else _names([name], unreadable)
+        elif os.path.isdir(image):
+            found = images_in(image)
+            if (first := next(found, None)) is None:
+                unreadable(image, "no image in this folder")
+            else:
+                yield first
+                yield from found
         else:
             yield image
 
@@ -178,10 +230,13 @@ def _facts(result: Prediction, drawn: Path | None) -> dict[str, Any]:
 
 
 def _text(result: Prediction, drawn: Path | None) -> str:
-    (name, probability), *others = result.classes
-    lines = [f"{_printable(result.path)}: {name} {probability:.1%}"]
+    first, *others = (
+        f"{shown(of, name)} {p:.1%}"
+        for (of, p), name in zip(result.classes, result.names, strict=True)
+    )
+    lines = [f"{_printable(result.path)}: {first}"]
     if others:
-        lines.append("  then " + ", ".join(f"{name} {p:.1%}" for name, p in others))
+        lines.append("  then " + ", ".join(others))
     patches = ", ".join(
         f"({y}, {x}) {score:.3g}"
         for (y, x), score in zip(result.corners.tolist(), result.scores.tolist(), strict=True)
@@ -210,7 +265,8 @@ def _draw(result: Prediction, folder: Path, drawn: Counter[str]) -> Path:
     from anchorpatch.figures.frames import patch_figure
     from anchorpatch.storage import write_atomically
 
-    name, probability = result.classes[0]
+    of, probability = result.classes[0]
+    name = shown(of, result.names[0])
     picture = patch_figure(
         result.patches,
         result.corners,

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anchorpatch.classes import AS_NAMED, Matching
 from anchorpatch.errors import DataError, SettingsError, WeightsError
 from anchorpatch.figures.localizers import (
     PLAIN,
@@ -105,6 +106,7 @@ class CoverageConfig:
         device: auto, cpu or cuda.
         engine: of AnchorNet, for CPUs: auto, torch or openvino.
         amp: let the network compute in bfloat16.
+        matching: of the outputs of the network's weights with the classes of the images.
 
     Raises:
         SettingsError: a value outside its range.
@@ -125,6 +127,7 @@ class CoverageConfig:
     device: str = "auto"
     engine: str = "auto"
     amp: bool = False
+    matching: Matching = AS_NAMED
 
     def __post_init__(self) -> None:
         if not self.areas or any(a >= b for a, b in pairwise(self.all_areas)):
@@ -274,6 +277,8 @@ class CoverageResult:
                 f"Random: mean of {self.settings['seeds']} seeds, and a band of one standard "
                 "deviation."
             )
+        if note := self.settings.get("note"):
+            parts.append(f"{note}.")
         if winners := self.winners():
             parts.append(f"By more than two standard errors, {'; '.join(winners)}.")
         return " ".join(parts)
@@ -310,9 +315,8 @@ def measure_coverage(
         keep_freed_memory()
     anchornet = load_weights(config.anchornet_weights)
     name, classes, say = config.network, source.classes, report.message
-    network = load_for_whole_images(
-        name, classes, config.runs, say, config.weights, option="--weights"
-    )
+    options: dict[str, Any] = {"option": "--weights", "matching": config.matching}
+    network = load_for_whole_images(name, classes, config.runs, say, config.weights, **options)
     see = See(anchornet, device, config.iou_threshold, config.engine)
     localizers, weights, left_out = _localizers(config, network, device)
     if not localizers:
@@ -365,6 +369,7 @@ def measure_coverage(
             "seed": config.seed,
             "precision": "bfloat16" if config.amp else "float32",
             "asked": asked_text(network.source, network.trained_on),
+            "note": network.note,
         },
     )
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anchorpatch.classes import AS_NAMED, IMAGENET_NAMES, ClassNames, Matching
 from anchorpatch.errors import DataError, WeightsError
 from anchorpatch.images.folder import spread_rows, without_images
 from anchorpatch.jobs.crops import Crops, CropSource, open_shards
@@ -83,6 +84,9 @@ class EvaluateConfig(Computing):
         batch_size: patches or images in a batch; None for 32 on CPU and 256 on a GPU.
         workers: processes that decode the images of ``data``.
         limit: take only so many images, evenly spread over the split.
+        matching: of the outputs of ``weights``, ``whole_weights`` and the pretrained set with the
+            classes of the shards.
+        class_names: what the file of predictions calls classes.
     """
 
     network: str
@@ -101,6 +105,8 @@ class EvaluateConfig(Computing):
     batch_size: int | None = None
     workers: int = 0
     limit: int | None = None
+    matching: Matching = AS_NAMED
+    class_names: ClassNames = IMAGENET_NAMES
 
 
 def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
@@ -115,13 +121,14 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
         StorageError: the predictions cannot be written.
     """
     with _Evaluation.prepare(config, progress) as job:
-        predictions = None
-        if config.predictions is not None:
-            predictions = Predictions(config.predictions, job.reader, job.device)
         whole, why_not = job.find_whole()
         anchornet, no_speed = job.find_anchornet(whole, why_not)
         networks = job.for_patches()
         distinct = list({id(network): network for network in networks.values()}.values())
+        predictions = None
+        if config.predictions is not None:
+            known = job.reader, distinct[0].meta.classes, job.names
+            predictions = Predictions(config.predictions, *known, job.device)
         one = distinct[0] if len(distinct) == 1 else None
         asked = None
         if whole is not None and config.whole:
@@ -156,6 +163,7 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
             speed=speed,
             left_out=tuple(f"{what}: {why}" for what, why in missing.items() if why),
             whole_trained_on=asked.trained_on if asked else "",
+            notes=_notes(*distinct, asked),
         )
 
 
@@ -186,6 +194,7 @@ def run_rescale(config: EvaluateConfig, progress: Reporter | None = None) -> Tab
             whole_source=whole.description,
             rows=table_4_rows(rescaled, localized),
             trained_on=network.trained_on,
+            notes=_notes(network),
         )
 
 
@@ -198,6 +207,7 @@ class _Evaluation:
     device: torch.device
     world: World
     report: Reporter
+    names: ClassNames
 
     @classmethod
     @contextmanager
@@ -207,7 +217,7 @@ class _Evaluation:
             # Without weights yet: what cannot be is said at once.
             check_sides(config.network, build_on_meta(config.network), config.scales)
             reader = open_shards(config.shards, config.split)
-            job = cls(config, reader, device, world, report)
+            job = cls(config, reader, device, world, report, config.class_names.of(reader.classes))
             if absent := without_images(reader.label[job.rows(SCALES)], reader.classes):
                 report.message(absent)
             yield job
@@ -264,7 +274,7 @@ class _Evaluation:
         config, name = self.config, self.config.network
         classes, message = self.reader.classes, self.report.message
         if config.weights is not None:
-            given = load_network(name, classes, config.weights, message)
+            given = load_network(name, classes, config.weights, message, matching=config.matching)
             return dict.fromkeys(config.scales, given)
         path = best_weights(config.runs, name)
         paths = {scale: best_weights(config.runs, name, scale=scale) for scale in config.scales}
@@ -290,7 +300,8 @@ class _Evaluation:
         config = self.config
         name, classes, message = config.network, self.reader.classes, self.report.message
         given = config.whole_weights or (config.weights if at_hand is None else None)
-        return load_for_whole_images(name, classes, config.runs, message, given, at_hand=at_hand)
+        options: dict[str, Any] = {"at_hand": at_hand, "matching": config.matching}
+        return load_for_whole_images(name, classes, config.runs, message, given, **options)
 
     def score_patches(
         self, networks: Mapping[int, Network], *, most: int | None = None, keep: Keep | None = None
@@ -385,3 +396,8 @@ class _Evaluation:
         n = len(pixels)
         of_whole, of_patches = (n / median(times[1:]) for times in seconds)
         return Speed(n, _ROUNDS, of_whole, of_patches, of_patches / of_whole, patches / n)
+
+
+def _notes(*networks: Network | None) -> tuple[str, ...]:
+    """Return how the outputs of networks were matched with the classes, each once."""
+    return tuple(dict.fromkeys(net.note for net in networks if net is not None and net.note))

@@ -26,13 +26,14 @@ from anchorpatch.jobs.crops import CropSource, open_shards
 from anchorpatch.jobs.patch_scores import Distributions, score_images, score_patches
 from anchorpatch.models.complexity import check_sides, macs
 from anchorpatch.models.registry import build_on_meta
-from anchorpatch.networks import OR_NONE, find_pretrained, load_network
+from anchorpatch.networks import OR_NONE, load_network
 from anchorpatch.runtime.device import joined
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import CROP, SCALES
 from anchorpatch.shards.dataset import Loaded, batches_of, epoch_rows, load_rows, pieces_of, visited
 from anchorpatch.shards.reader import ShardReader
+from anchorpatch.state_dicts import find_pretrained
 from anchorpatch.storage import sha256_of, to_json
 from anchorpatch.text import counted, differing
 from anchorpatch.training.augment import Augmentation
@@ -108,7 +109,8 @@ def forecast(config: FinetuneConfig) -> dict[str, Any]:
     if config.weights == "default":
         find_pretrained(config.network, OR_NONE)
     elif config.weights != "none":
-        load_network(config.network, task.train.classes, config.weights, replace_head=True)
+        options: dict[str, Any] = {"replace_head": True, "matching": config.matching}
+        load_network(config.network, task.train.classes, config.weights, **options)
     return {
         "network": config.network,
         "weights": config.weights,
@@ -345,6 +347,7 @@ class FinetuneTask(Task):
             config.weights,
             message=self.message,
             replace_head=True,
+            matching=config.matching,
         )
         self.meta = replace(
             found.meta, crop_mode=settings.crop_mode, background=settings.background
@@ -362,6 +365,8 @@ class FinetuneTask(Task):
             "train_shards": _digest_of_shards(self.train),
             "val_shards": _digest_of_shards(self.val),
         }
+        if config.matching.class_map is not None:
+            self.identity["class_map"] = list(config.matching.class_map)
         self.origin = {"settings": self.identity, "cost": self.cost}
         return found.module.to(self.device)
 

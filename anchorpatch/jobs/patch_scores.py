@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from anchorpatch.classes import ClassNames
 from anchorpatch.errors import SettingsError, ShardError, StorageError, WeightsError
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.localizer import Localized
@@ -278,6 +279,8 @@ class Predictions:
     Args:
         path: of the file: .csv to read, .npz for programs.
         reader: of the shards.
+        classes: of the network that decides; the first are those of the shards.
+        names: what classes are called.
         device: which the processes exchange tensors on.
 
     Raises:
@@ -285,7 +288,14 @@ class Predictions:
         StorageError: the file's folder cannot be made or written to, or the path is a folder.
     """
 
-    def __init__(self, path: Path, reader: ShardReader, device: torch.device) -> None:
+    def __init__(
+        self,
+        path: Path,
+        reader: ShardReader,
+        classes: Sequence[str],
+        names: ClassNames,
+        device: torch.device,
+    ) -> None:
         # Before the work, and not after it.
         if path.suffix.lower() not in (".csv", ".npz"):
             raise SettingsError(
@@ -297,12 +307,13 @@ class Predictions:
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             what = "it is a folder" if path.is_dir() else f"{path.parent} is not writable"
             raise StorageError(f"{path}: cannot write: {what}: choose another --predictions")
-        n, classes = len(reader), len(reader.classes)
+        n = len(reader)
         self.path, self._reader, self._device = path, reader, device
+        self._classes, self._names = np.array(classes, np.str_), names
         self._csv = path.suffix.lower() == ".csv"
-        self._top = np.zeros((n, min(_TOP, classes)), np.int32)
+        self._top = np.zeros((n, min(_TOP, len(classes))), np.int32)
         self._best = np.zeros(self._top.shape, np.float64)
-        self._all = np.zeros((0 if self._csv else n, classes), np.float32)
+        self._all = np.zeros((0 if self._csv else n, len(classes)), np.float32)
 
     def keep(self, rows: NDArray[np.int64], probabilities: NDArray[np.float64]) -> None:
         """Note images (n,) and their mean distributions (n, C)."""
@@ -328,7 +339,7 @@ class Predictions:
             return
         reader = self._reader
         rows = np.flatnonzero(best[:, 0])  # the best class of an image has a share above 0
-        names = np.array(reader.classes, np.str_)
+        names = self._classes
         columns: dict[str, Any] = {
             "path": np.array([path.decode() for path in reader.path[rows].tolist()], np.str_),
             "label": reader.label[rows],
@@ -340,6 +351,11 @@ class Predictions:
             columns |= {f"class{k}": names[top[rows, k - 1]] for k in range(1, top.shape[1] + 1)}
             for k, of_rank in enumerate(best[rows].T, 1):
                 columns[f"probability{k}"] = [f"{p:.6g}" for p in of_rank]
+            # Where classes have other names, these stand behind.
+            for key in ("label", *(f"class{k}" for k in range(1, top.shape[1] + 1))):
+                spoken = [self._names.name(of) for of in columns[key].tolist()]
+                if any(spoken):
+                    columns[f"{key}_name"] = [name or "" for name in spoken]
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
             writer.writerow(columns)

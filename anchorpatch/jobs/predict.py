@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from anchorpatch.classes import AS_NAMED, IMAGENET_NAMES, ClassNames, Matching
 from anchorpatch.errors import ImageError, NonFiniteError, WeightsError
 from anchorpatch.images.decode import Decoded, decode
+from anchorpatch.images.folder import EXTENSIONS
 from anchorpatch.images.loader import read_image
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.patch_scores import Distributions, sum_localized
@@ -38,9 +40,6 @@ _GPU_IMAGES: Final = 32
 #: Names of weights files end so.
 _SUFFIXES: Final = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
-#: Patches in a batch of the network.
-_PATCHES: Final = 64
-
 
 @dataclass(frozen=True)
 class PredictConfig(Computing):
@@ -51,20 +50,26 @@ class PredictConfig(Computing):
         anchornet_weights: of AnchorNet.
         weights: of the named network: a file or "default"; None for
             RUNS/NETWORK/best.safetensors.
-        classes: names of the outputs of the weights; None for what these say themselves, else
-            those of AnchorNet, if their number is right.
+        matching: names of the outputs of ``weights``; by default what these say themselves, else
+            those of AnchorNet if their number is right, else ImageNet's.
+        class_names: what the classes are called.
         runs: folder of training runs.
         lsp: K, T and P of Algorithm 1.
         top: classes to tell of each picture.
+        batch_size: patches in a batch of the network.
+        workers: threads that decode; None for one per CPU core.
     """
 
     network: str | Path
     anchornet_weights: Path
     weights: str | Path | None = None
-    classes: tuple[str, ...] | None = None
+    matching: Matching = AS_NAMED
+    class_names: ClassNames = IMAGENET_NAMES
     runs: Path = Path("runs")
     lsp: LspSettings = PRESETS["evaluate"]
     top: int = 5
+    batch_size: int = 64
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Prediction:
         size: height and width of the picture in pixels.
         scale: chosen theta in pixels.
         classes: the likeliest ones with their probabilities, the mean over the patches.
+        names: what these classes are called; None where nothing says it.
         corners: top-left (y, x) of each patch in the crop (k, 2), the strongest first.
         scores: activation of each patch (k,).
         crop: the 224 px crop that AnchorNet saw, uint8 (224, 224, 3).
@@ -85,6 +91,7 @@ class Prediction:
     size: tuple[int, int]
     scale: int
     classes: tuple[tuple[str, float], ...]
+    names: tuple[str | None, ...]
     corners: NDArray[np.int16]
     scores: NDArray[np.float32]
     crop: NDArray[np.uint8]
@@ -101,8 +108,12 @@ class Prediction:
             "path": self.path,
             "size": list(self.size),
             "class": self.classes[0][0],
+            "name": self.names[0],
             "probability": self.classes[0][1],
-            "top": [{"class": name, "probability": p} for name, p in self.classes],
+            "top": [
+                {"class": of, "name": name, "probability": p}
+                for (of, p), name in zip(self.classes, self.names, strict=True)
+            ],
             "scale": self.scale,
             "patches": [
                 {"y": y, "x": x, "score": score}
@@ -145,6 +156,7 @@ class Predictor:
         self.config, device = config, resolve_device(config.device)
         anchornet = load_weights(config.anchornet_weights)
         self.network = _load(config, anchornet.meta.classes, message)
+        self.class_names = config.class_names.of(self.network.meta.classes)
         check_sides(self.network.meta.architecture, self.network.module)
         self._crop = anchornet.meta.cropping
         computing = device, config.engine, config.precision
@@ -154,7 +166,9 @@ class Predictor:
         self._run = Distributions(module, device, self.network.meta, amp=amp)
         # Images are too small to share out, and a new thread starts with all cores.
         self._decoders = ThreadPoolExecutor(
-            cpu_count(), initializer=torch.set_num_threads, initargs=(1,)
+            cpu_count() if config.workers is None else max(1, config.workers),
+            initializer=torch.set_num_threads,
+            initargs=(1,),
         )
 
     def __enter__(self) -> Predictor:
@@ -198,7 +212,8 @@ class Predictor:
     def _decide(self, images: list[tuple[str, Decoded]]) -> list[Prediction]:
         pixels = torch.from_numpy(np.stack([image.pixels for _, image in images]))
         local = self._localizer.submit(pixels).result(lambda i: images[i][0])
-        sums = sum_localized(dict.fromkeys(SCALES, self._run), local, pixels, _PATCHES)
+        runs = dict.fromkeys(SCALES, self._run)
+        sums = sum_localized(runs, local, pixels, self.config.batch_size)
         means = sums / torch.from_numpy(local.counts)[:, None]
         predictions = []
         for i, (path, image) in enumerate(images):
@@ -209,12 +224,14 @@ class Predictor:
             # Stable: of equal probabilities the lower class goes first, as in the evaluation.
             order = torch.sort(means[i], descending=True, stable=True).indices
             best, count = order[: self.config.top].tolist(), local.counts[i]
+            classes = tuple((self.network.meta.classes[c], float(means[i, c])) for c in best)
             predictions.append(
                 Prediction(
                     path=path,
                     size=image.size,
                     scale=int(local.scale[i]),
-                    classes=tuple((self.network.meta.classes[c], float(means[i, c])) for c in best),
+                    classes=classes,
+                    names=tuple(self.class_names.name(of) for of, _ in classes),
                     corners=local.corners[i, :count],
                     scores=local.scores[i, :count],
                     crop=image.pixels,
@@ -229,7 +246,8 @@ def _load(
     """Load the network that decides; see `PredictConfig`."""
     name = str(config.network)
     if config.weights is not None:
-        return load_network(name, config.classes, config.weights, message, otherwise=otherwise)
+        options: dict[str, Any] = {"otherwise": otherwise, "matching": config.matching}
+        return load_network(name, None, config.weights, message, **options)
     if names_file(name):
         return load_checkpoint(name)
     check_name(name)
@@ -251,6 +269,26 @@ def names_file(network: str) -> bool:
     """
     path = Path(network)
     return path.suffix in _SUFFIXES or os.sep in network or path.is_file()
+
+
+def images_in(folder: str) -> Iterator[str]:
+    """Yield the images below a folder, sorted in each, and the folders that cannot be read."""
+    denied: list[str] = []
+    seen: set[str] = set()
+    for top, folders, files in os.walk(
+        folder, onerror=lambda error: denied.append(error.filename), followlinks=True
+    ):
+        seen.add(os.path.realpath(top))
+        for name in sorted(files, key=os.fsencode):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
+                yield os.path.join(top, name)
+        folders[:] = [
+            name
+            for name in sorted(folders, key=os.fsencode)
+            # A link may lead back to a folder that was here before.
+            if not name.startswith(".") and os.path.realpath(os.path.join(top, name)) not in seen
+        ]
+    yield from denied
 
 
 def _decoded(path: str, crop: CropSettings) -> Decoded | str:

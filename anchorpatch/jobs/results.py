@@ -152,6 +152,7 @@ class Table3:
         left_out: what was not available, and why.
         whole_trained_on: "whole images" or "patches", which the network on whole images was
             trained on; "" where nothing says it.
+        notes: how outputs were matched with other classes.
     """
 
     network: str
@@ -165,6 +166,7 @@ class Table3:
     speed: Speed | None
     left_out: tuple[str, ...]
     whole_trained_on: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the table as JSON values."""
@@ -209,6 +211,7 @@ class Table3:
                 f"{ratio} times as many ({counted(speed.images, 'image')} of {mean} patches, "
                 f"{counted(speed.rounds, 'turn')} each)."
             )
+        notes += [f"{note}." for note in self.notes]
         notes += [f"Left out: {reason}." for reason in self.left_out]
         return (with_total(f"Table 3: {self.network}", columns, rows, notes),)
 
@@ -289,6 +292,7 @@ class Table4:
         whole_source: where the whole images came from.
         rows: of the table.
         trained_on: "whole images" or "patches"; "" where nothing says it.
+        notes: how outputs were matched with other classes.
     """
 
     network: str
@@ -297,6 +301,7 @@ class Table4:
     whole_source: str
     rows: tuple[Table4Row, ...]
     trained_on: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the table as JSON values."""
@@ -325,6 +330,7 @@ class Table4:
         ]
         asked = asked_text(self.weights, self.trained_on)
         notes = [f"{self.network} on {self.shards}; weights: {asked}."]
+        notes += [f"{note}." for note in self.notes]
         return (with_total(f"Table 4: {self.network}", columns, rows, notes),)
 
 

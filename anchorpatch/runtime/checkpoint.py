@@ -63,6 +63,7 @@ class WeightsMeta:
         background: color behind transparent pixels that the network was trained with.
         mean: of the three channels, pixels in [0, 1].
         std: of the three channels, above 0, pixels in [0, 1].
+        interpolation: that images were resized by where the network was trained.
         training: how the weights came about and how good they are, as JSON values.
         versions: of the software that wrote the file.
 
@@ -80,6 +81,7 @@ class WeightsMeta:
     background: str = "#ffffff"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
     training: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions)
 

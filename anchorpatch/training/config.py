@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from anchorpatch.classes import AS_NAMED, Matching
 from anchorpatch.errors import SettingsError
 from anchorpatch.settings import ARCHITECTURES, SCALES, CropSettings
 
@@ -258,6 +259,7 @@ class FinetuneConfig(LoopConfig):
         network: its name, see `anchorpatch.models.registry.build`.
         shards: folder with ``train/`` and ``val/``.
         weights: to start from: "default" (torchvision's), "none" (random) or a file.
+        matching: of the outputs of ``weights`` with the classes, whose rows the network keeps.
         scale: train and measure on the patches of one scale alone; None takes all three.
         patches_per_image: of each image in an epoch, drawn again each time; None takes all.
         baseline: train on whole images instead, at the same cost (see `like`).
@@ -271,7 +273,9 @@ class FinetuneConfig(LoopConfig):
     """
 
     #: What the paths and the weights hold is compared instead.
-    FREE: ClassVar[frozenset[str]] = LoopConfig.FREE | {"shards", "data", "like", "weights"}
+    FREE: ClassVar[frozenset[str]] = LoopConfig.FREE | set(
+        ("shards", "data", "like", "weights", "matching")
+    )
 
     network: str
     shards: Path
@@ -281,6 +285,7 @@ class FinetuneConfig(LoopConfig):
     schedule: str = "cosine"
     warmup_epochs: float = 0.5
     weights: str = "default"
+    matching: Matching = AS_NAMED
     scale: int | None = None
     patches_per_image: int | None = None
     baseline: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from anchorpatch.classes import ClassNames
+from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import load_weights
 from tests.conftest import Program
 from tests.jobs.small_networks import save_small_network
@@ -110,18 +113,78 @@ def test_another_programs_weights(
 
     # The advice of each error is the next command.
     assert f"give --network NAME --weights {own}" in line(own)
-    assert "names no classes for its 3 outputs: give their names with --classes FILE" in line(
+    assert "names no classes for its 3 outputs: give their names with --class-map FILE" in line(
         *(name, "--weights", own)
     )
     (tmp_path / "names.txt").write_text("a\nb\n\nc \n")
-    found = program(*common, name, "--weights", own, "--classes", "names.txt", "--json")
-    assert found.returncode == 0, found.stderr
     expected = program(*common, network, "--json")
-    assert json.loads(found.stdout)["images"] == json.loads(expected.stdout)["images"]
+    for option in ("--class-map", "--classes"):  # the latter is how it was called
+        found = program(*common, name, "--weights", own, option, "names.txt", "--json")
+        assert found.returncode == 0, found.stderr
+        assert json.loads(found.stdout)["images"] == json.loads(expected.stdout)["images"]
     (tmp_path / "names.txt").write_text("a\nb\na\n")
-    assert "each once, found 1 of them twice" in line(
-        *(name, "--weights", own, "--classes", "names.txt")
+    assert "names.txt:3: expected class names, one per line and each once, found 'a'" in line(
+        *(name, "--weights", own, "--class-map", "names.txt")
     )
+
+
+def test_folders_and_formats(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path, network: Path
+) -> None:
+    for i, path in enumerate(("b/2.jpg", "b/10.JPEG", "a.png", "b/c/1.jpg", ".hidden/1.jpg")):
+        (tmp_path / "in" / path).parent.mkdir(parents=True, exist_ok=True)
+        picture = image_folder / "val" / "cat" / f"0{i}.JPEG"
+        (tmp_path / "in" / path).write_bytes(picture.read_bytes())
+    (tmp_path / "in/b/notes.txt").write_text("no picture")
+    (tmp_path / "in/b/x.jpg").write_text("no picture")
+    (tmp_path / "in/b/again").symlink_to("..")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "names.csv").write_text("a,Ape\nb,Bee\nc,Cat\n")
+    command: list[object] = ["predict", "in", "empty", "--network", network, "--top", 2]
+    command += ["--anchornet-weights", weights, "--class-names", "names.csv", "--workers", 1]
+    paths = [f"in/{name}" for name in ("a.png", "b/10.JPEG", "b/2.jpg", "b/x.jpg", "b/c/1.jpg")]
+    lines: dict[str, list[str]] = {}
+    for form in ("jsonl", "csv", "table", "text"):
+        result = program(*command, "--format", form)
+        assert result.returncode == 1, result.stderr
+        assert sorted(result.stderr.splitlines()) == [
+            "anchorpatch: empty: no image in this folder",
+            "anchorpatch: in/b/x.jpg: not an image",
+        ]
+        lines[form] = result.stdout.splitlines()
+    facts = [json.loads(line) for line in lines["jsonl"]]
+    assert sorted(fact["path"] for fact in facts) == sorted([*paths, "empty"])
+    good = [fact for fact in facts if "error" not in fact]
+    assert [fact["path"] for fact in good] == [path for path in paths if "x.jpg" not in path]
+    table = {row["path"]: row for row in csv.DictReader(lines["csv"])}
+    assert table["in/b/x.jpg"]["error"] == "not an image"
+    assert table["empty"]["error"] == "no image in this folder"
+    for fact in good:
+        row = table[fact["path"]]
+        assert {"a": "Ape", "b": "Bee", "c": "Cat"}[fact["class"]] == fact["name"] == row["name"]
+        assert (row["class"], row["class2"]) == tuple(one["class"] for one in fact["top"])
+        assert float(row["probability"]) == pytest.approx(fact["probability"], rel=1e-5)
+        assert (row["patches"], row["error"]) == (str(len(fact["patches"])), "")
+    assert [line.split()[0] for line in lines["table"][1:]] == [fact["path"] for fact in good]
+    assert lines["text"][0].startswith(f"in/a.png: {good[0]['name']} ({good[0]['class']}) ")
+
+
+def test_pretrained_weights_know_imagenets_classes(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path
+) -> None:
+    torch.manual_seed(0)
+    torch.save(build("shufflenet_v2_x0_5", 1000).state_dict(), tmp_path / "own.pth")
+    picture = image_folder / "val" / "cat" / "00.JPEG"
+    result = program(
+        *("predict", picture, "--anchornet-weights", weights, "--batch-size", 7, "--json"),
+        *("--network", "shufflenet_v2_x0_5", "--weights", "own.pth", "--max-patches", 2),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "its 1,000 outputs are assumed to be ImageNet's" in result.stderr
+    (image,) = json.loads(result.stdout)["images"]
+    assert len(image["patches"]) <= 2
+    assert image["name"] == ClassNames().name(image["class"])
+    assert image["name"]
 
 
 def test_wrong_usage(program: Program, weights: Path) -> None:
