@@ -48,7 +48,7 @@ def load(tmp_path: Path, text: str) -> dict[str, Any]:
         ("extract = 3", "extract is a command: expected a table [extract], found 3"),
         ("defaults = 3", "defaults: expected a table, found 3"),
         ("[defaults]\ndta = 'a'", "found 'dta'. Did you mean 'data'?"),
-        ("[defaults]\nweights = 'a'", "expected some of data, device, runs, shards, "),
+        ("[defaults]\nweights = 'a'", "expected some of class-names, data, device, "),
         ("[defaults]\ndevice = 'gpu'", "[defaults] device: 'gpu' is not one of"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from anchorpatch.classes import Matching
 from anchorpatch.errors import (
     AnchorpatchError,
     CorruptShard,
@@ -333,6 +334,62 @@ def test_a_file_that_cannot_be_read(root: Path, tmp_path: Path):
         list(found.batches(np.arange(9), 4))
 
 
+def test_networks_of_further_classes(root: Path, tmp_path: Path):
+    some = (SEVEN[5], SEVEN[1], SEVEN[3])
+    drawn = [image._replace(label=image.label % 3) for image in images(seed=3)]
+    write_shards(tmp_path / "val", drawn, some, store_images=True)
+    reader = ShardReader(tmp_path / "val")
+    rows = [5, 1, 3]
+
+    def decided(module: nn.Module, kept: list[int]) -> float:
+        """Top-1 of the rows of the head, by hand."""
+        few = lively(0)
+        few.classifier[-1] = nn.Linear(1024, len(kept))
+        state = module.state_dict()
+        for key in ("classifier.3.weight", "classifier.3.bias"):
+            state[key] = state[key][kept]
+        few.load_state_dict(state)
+        right = [
+            ranking(summed(few.eval(), reader, i))[0] == reader.label[i] for i in range(len(reader))
+        ]
+        return sum(right) / len(right)
+
+    config = config_of(root, shards=tmp_path, predictions=tmp_path / "p.csv")
+    left_out = run(config)
+    assert left_out.rows[-1].top1 == pytest.approx(decided(lively(0), rows))
+    assert left_out.rows[-1].top5 == 1  # of three classes
+    (note, baseline) = left_out.notes
+    assert "3 of its 7 outputs are the classes; the logits of the others are left out" in note
+    assert "-baseline" in baseline
+    assert left_out.to_json()["notes"] == left_out.notes
+    assert any(note in line for line in left_out.tables()[0].notes)
+    # The network decides among all of its classes: others count as wrong.
+    weights = root / "runs" / NETWORK / "best.safetensors"
+    every = Matching(all_classes=True)
+    kept = run(replace(config, weights=weights, matching=every, whole=False))
+    assert kept.rows[-1].top1 == pytest.approx(decided(lively(0), [*rows, 0, 2, 4, 6]))
+    assert "compete with its 4 others" in kept.notes[0]
+    with (tmp_path / "p.csv").open(newline="") as file:
+        named = [row["class1"] for row in csv.DictReader(file)]
+    assert set(named) <= set(SEVEN)
+    assert not set(named) <= set(some)
+    # Names of a file, shuffled together with the outputs, give the same figures.
+    state, order = lively(0).state_dict(), [3, 6, 0, 2, 5, 1, 4]
+    for key in ("classifier.3.weight", "classifier.3.bias"):
+        state[key] = state[key][order]
+    torch.save(state, tmp_path / "shuffled.pth")
+    (tmp_path / "map.txt").write_text("\n".join(SEVEN[i] for i in order))
+    for all_classes, expected in ((False, left_out), (True, kept)):
+        matching = Matching.read(tmp_path / "map.txt", all_classes=all_classes)
+        found = run(
+            replace(config, weights=tmp_path / "shuffled.pth", matching=matching, whole=False)
+        )
+        for of_rows in zip(found.rows[-4:], expected.rows[-4:], strict=True):
+            one, other = (replace(row, weights=None) for row in of_rows)
+            assert one.top1 == other.top1
+            assert one.loss == pytest.approx(other.loss)
+
+
 def test_errors_are_one_clear_line(root: Path, tmp_path: Path):
     def fails(kind: type[AnchorpatchError], *parts: str, **changes: object) -> None:
         with pytest.raises(kind) as caught:
@@ -354,9 +411,9 @@ def test_errors_are_one_clear_line(root: Path, tmp_path: Path):
     weights = root / "runs" / NETWORK / "best.safetensors"
     other = {"network": "squeezenet1_0", "weights": weights}
     fails(WeightsError, f"expected weights of squeezenet1_0, found {NETWORK}", **other)
-    write_shards(tmp_path / "six" / "val", [Drawn(63, 1, [[5] * 6])], classes_of(6))
-    six = ("expected outputs for the 6 classes class00", "found 7 (class00")
-    fails(WeightsError, *six, shards=tmp_path / "six")
+    write_shards(tmp_path / "eight" / "val", [Drawn(63, 1, [[5] * 8])], classes_of(8))
+    eight = ("expected outputs for the 8 classes class00", "found 7 (class00", "1 of them: class07")
+    fails(WeightsError, *eight, shards=tmp_path / "eight")
     renamed = tuple(f"other{i}" for i in range(7))
     write_shards(tmp_path / "renamed" / "val", [Drawn(63, 1, [[5] * 7])], renamed)
     fails(WeightsError, "classes other0", "found 7 (class00", shards=tmp_path / "renamed")

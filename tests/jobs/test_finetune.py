@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
+from anchorpatch.classes import AS_NAMED, Matching
 from anchorpatch.errors import (
     CorruptShard,
     DataError,
@@ -525,8 +526,8 @@ def test_weights_of_a_run_start_another(whole: Path, shards: Path, tmp_path: Pat
     assert all(torch.allclose(found[k], v) for k, v in start.items() if k.endswith("weight"))
 
 
-def test_a_head_for_other_classes_is_new(whole: Path, tmp_path: Path):
-    classes = ("blue", "lime", "red", "rose")
+def test_a_head_keeps_the_rows_of_its_classes(whole: Path, tmp_path: Path):
+    classes = ("red", "lime", "blue", "rose")
     write_shards(tmp_path / "train", TRAIN, classes=classes)
     write_shards(tmp_path / "val", VAL, classes=classes)
     report = StopAt(-1)
@@ -534,8 +535,39 @@ def test_a_head_for_other_classes_is_new(whole: Path, tmp_path: Path):
         tmp_path, tmp_path / "run", weights=str(whole / "last.safetensors"), epochs=1, lr=1e-12
     )
     run(config, report)
-    assert any("head" in line for line in report.lines)
-    assert len(tensors_of(tmp_path / "run")["6.weight"]) == 4
+    known = load_weights(whole / "last.safetensors", None)
+    rows = [
+        known.meta.classes.index(name) if name in known.meta.classes else -1 for name in classes
+    ]
+    assert sorted(rows) == [-1, 0, 1, 2]
+    assert any("the classes are new to it: " in line for line in report.lines)
+    head, old = tensors_of(tmp_path / "run")["6.weight"], known.tensors["6.weight"]
+    assert len(head) == 4
+    for row, value in zip(rows, head, strict=True):
+        assert row < 0 or torch.allclose(value, old[row], atol=1e-6)
+
+
+def test_the_rows_of_a_class_map(whole: Path, tmp_path: Path):
+    names = load_weights(whole / "last.safetensors", None).meta.classes
+    mapped = Matching(("x", "y", "z"), "map.txt")
+    config = tiny(tmp_path, tmp_path / "run", weights=str(whole / "last.safetensors"), epochs=1)
+    write_shards(tmp_path / "train", TRAIN)
+    write_shards(tmp_path / "val", VAL)
+    config = replace(config, lr=1e-12)
+    with pytest.raises(
+        WeightsError, match=r"found 3 by map\.txt \(x, y, z\), which lack 3 of them"
+    ):
+        run(replace(config, matching=mapped))
+    turned = (names[1], names[2], names[0])
+    run(replace(config, matching=Matching(turned, "map.txt")))
+    head, old = (
+        load_weights(folder / "last.safetensors", None).tensors["6.weight"]
+        for folder in (tmp_path / "run", whole)
+    )
+    assert torch.allclose(head, old[[turned.index(name) for name in names]], atol=1e-6)
+    # Another map is another run.
+    with pytest.raises(WeightsError, match="class_map"):
+        run(replace(config, matching=AS_NAMED, epochs=2))
 
 
 @pytest.mark.parametrize(
