@@ -160,14 +160,19 @@ class ClassNames:
             return given
         return imagenet_names().get(of) if _ID.fullmatch(of) else None
 
+    def parts(self, of: str) -> tuple[str, str]:
+        """Return what may be shortened where a class is shown in a narrow line, and what follows.
+
+        Example:
+            >>> ClassNames().parts("n02102040"), ClassNames().parts("cat")
+            (('English springer', ' (n02102040)'), ('cat', ''))
+        """
+        name = self.name(of)
+        return (of, "") if name is None or name == of else (name, f" ({of})")
+
     def shown(self, of: str) -> str:
         """Return a class as people read it: its name, where it has one, with the class."""
-        return shown(of, self.name(of))
-
-
-def shown(of: str, name: str | None) -> str:
-    """Return a class as people read it: its name, where it has one, with the class."""
-    return of if name is None or name == of else f"{name} ({of})"
+        return "".join(self.parts(of))
 
 
 #: The names that torchvision knows.

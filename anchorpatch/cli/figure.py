@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +60,7 @@ def _example_options(name: str, limit: int = 300) -> Callable[[_F], _F]:
             metavar="NAME[,NAME...]",
             help="Show only images of these classes.",
         ),
+        opt.class_names,
         opt.seed("the choice of images"),
         click.option(
             "--limit",
@@ -111,7 +113,8 @@ def _draw(
     source = CropSource.of_folder(
         data, split, labels=labels, workers=workers, crop=loaded.meta.cropping
     )
-    result = find(source, loaded, config, reporter())
+    names = config.class_names.of(source.classes, loaded.meta.classes)
+    result = find(source, loaded, replace(config, class_names=names), reporter())
     for line in result.warnings:
         click.echo(line, err=True)
     facts = result.to_json()

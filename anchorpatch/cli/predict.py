@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from anchorpatch.classes import Matching, shown
+from anchorpatch.classes import ClassNames, Matching
 from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import print_json, print_table
 from anchorpatch.demo import find_weights
@@ -144,10 +144,10 @@ def predict(
         if isinstance(result, Unreadable):
             unreadable(result.path, result.reason)
             continue
-        drawn = None if out is None else _draw(result, out, pictures)
+        drawn = None if out is None else _draw(result, out, pictures, predictor.class_names)
         facts = _facts(result, drawn)
         if form == "text":
-            click.echo(_text(result, drawn))
+            click.echo(_text(result, drawn, predictor.class_names))
         elif form == "jsonl":
             click.echo(json.dumps(facts, allow_nan=False))
         elif form == "csv":
@@ -229,11 +229,8 @@ def _facts(result: Prediction, drawn: Path | None) -> dict[str, Any]:
     return facts if drawn is None else {**facts, "picture": _printable(str(drawn))}
 
 
-def _text(result: Prediction, drawn: Path | None) -> str:
-    first, *others = (
-        f"{shown(of, name)} {p:.1%}"
-        for (of, p), name in zip(result.classes, result.names, strict=True)
-    )
+def _text(result: Prediction, drawn: Path | None, names: ClassNames) -> str:
+    first, *others = (f"{names.shown(of)} {p:.1%}" for of, p in result.classes)
     lines = [f"{_printable(result.path)}: {first}"]
     if others:
         lines.append("  then " + ", ".join(others))
@@ -251,13 +248,14 @@ def _counted(result: Prediction) -> str:
     return counted(len(result.scores), "patch")
 
 
-def _draw(result: Prediction, folder: Path, drawn: Counter[str]) -> Path:
+def _draw(result: Prediction, folder: Path, drawn: Counter[str], names: ClassNames) -> Path:
     """Write a picture of an image and its patches into a folder, under a name of its own.
 
     Args:
         result: of the image.
         folder: for the picture.
         drawn: pictures by the image's name, of which several folders may have one.
+        names: what classes are called.
 
     Raises:
         StorageError: the disk refuses.
@@ -266,13 +264,12 @@ def _draw(result: Prediction, folder: Path, drawn: Counter[str]) -> Path:
     from anchorpatch.storage import write_atomically
 
     of, probability = result.classes[0]
-    name = shown(of, result.names[0])
     picture = patch_figure(
         result.patches,
         result.corners,
         result.scores,
         image=result.crop,
-        caption=f"{_printable(Path(result.path).name)}: {name} {probability:.1%}, "
+        caption=f"{_printable(Path(result.path).name)}: {names.shown(of)} {probability:.1%}, "
         f"{_counted(result)} of {result.scale} px",
     )
     stem = Path(result.path).stem

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     help="AnchorNet weights that the shards were extracted with, to draw missing figures.  "
     "[default: those of the runs or the bundled ones, if they made the shards]",
 )
+@opt.class_names
 @click.option("--no-figures", is_flag=True, help="Do not draw missing figures.")
 @opt.as_json
 def report(

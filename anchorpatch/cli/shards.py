@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from anchorpatch.classes import ClassNames
 from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.errors import ShardError, WeightsError
@@ -33,22 +34,30 @@ def shards() -> None:
 
 @shards.command(cls=opt.Command)
 @_folder
+@opt.class_names
 @opt.as_json
-def inspect(folder: Path, as_json: bool) -> None:
+def inspect(folder: Path, class_names: ClassNames, as_json: bool) -> None:
     """Print what shards contain: images, patches, classes, bytes, settings, skipped images.
 
     This is read from the manifest; the shards themselves are not opened.
     """
     from anchorpatch.shards.manifest import read_manifest, split_facts
 
-    facts = [split_facts(read_manifest(split)) for split in _splits(folder)]
+    manifests = [read_manifest(split) for split in _splits(folder)]
+    facts = [split_facts(manifest) for manifest in manifests]
+    headers = [manifest.header for manifest in manifests]
+    names = [class_names.of(header.classes, header.network_classes) for header in headers]
     if as_json:
-        print_json({"splits": to_json(facts)})
+        splits = [
+            {**to_json(part), "class_names": {of: called.name(of) for of in header.classes}}
+            for part, header, called in zip(facts, headers, names, strict=True)
+        ]
+        print_json({"splits": splits})
         return
-    for i, of_split in enumerate(facts):
-        click.echo(f"\n{of_split.folder}" if i else of_split.folder)
-        print_tables([of_split.table()])
-        click.echo("\n".join(_lines(of_split)))
+    for i, (part, header, called) in enumerate(zip(facts, headers, names, strict=True)):
+        click.echo(f"\n{part.folder}" if i else part.folder)
+        print_tables([part.table()])
+        click.echo("\n".join(_lines(part, few([called.shown(of) for of in header.classes]))))
 
 
 @shards.command(cls=opt.Command)
@@ -201,7 +210,8 @@ def _unknown(command: str) -> str:
 @_folder
 @click.argument("image")
 @click.option("--out", type=opt.PATH, required=True, help="Picture to write, such as patches.png.")
-def show(folder: Path, image: str, out: Path) -> None:
+@opt.class_names
+def show(folder: Path, image: str, out: Path, class_names: ClassNames) -> None:
     """Draw the patches of one image in descending order of their scores.
 
     IMAGE is its path within the split, such as n01440764/ILSVRC2012_val_00000293.JPEG, or its
@@ -222,8 +232,9 @@ def show(folder: Path, image: str, out: Path) -> None:
     found = reader.image_patches(row)
     # A name that is no UTF-8 cannot be printed as it is.
     path = bytes(reader.path[row]).decode("utf-8", "replace")
-    label = reader.classes[reader.label[row]]
-    predicted = reader.network_classes[reader.predicted[row]]
+    called = class_names.of(reader.classes, reader.network_classes)
+    label = called.shown(reader.classes[reader.label[row]])
+    predicted = called.shown(reader.network_classes[reader.predicted[row]])
     patches = counted(len(found.pixels), "patch")
     caption = f"{path}: label {label}, predicted {predicted}, {patches} of {found.scale} px"
     picture = patch_figure(
@@ -254,7 +265,7 @@ def _splits(folder: Path) -> list[Path]:
     return found
 
 
-def _lines(facts: SplitFacts) -> list[str]:
+def _lines(facts: SplitFacts, classes: str) -> list[str]:
     """Return what `inspect` prints of a split below its table."""
     s = facts.settings
     each = f", {bytes_text(facts.bytes / facts.images)} per image" if facts.images else ""
@@ -265,7 +276,7 @@ def _lines(facts: SplitFacts) -> list[str]:
         f"shards: {facts.shards} of {facts.total_shards}, {counted(s.shard_size, 'image')} each",
         f"images: {facts.images:,} in {bytes_text(facts.bytes)}{each}",
         f"skipped: {tally(facts.skipped)}",
-        f"classes: {facts.classes:,}{same} the network's {facts.network_classes:,}",
+        f"classes: {facts.classes:,} ({classes}){same} the network's {facts.network_classes:,}",
         f"settings: preset {s.preset or 'none'}, {s.lsp}, {s.precision}"
         + (f" on {s.device}" if s.device else "")
         + (f" by {s.engine}" if s.engine != "torch" else "")

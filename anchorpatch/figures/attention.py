@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from anchorpatch.classes import ClassNames
 from anchorpatch.figures.canvas import Font, fitted, rounded
 from anchorpatch.figures.examples import Choice, Example, ShownImages, looking, spread
 from anchorpatch.jobs.crops import CropSource
@@ -110,7 +111,8 @@ class AttentionExamples(ShownImages):
         """Yield a line for each image, in the order of `columns`."""
         for example in self.examples:
             image, attention = example.image, (f"{s.max():.3g}" for s in example.attention)
-            yield image.path, image.label, image.predicted, f"{image.scale} px", *attention
+            names = self.shown(image.label), self.shown(image.predicted)
+            yield image.path, *names, f"{image.scale} px", *attention
 
 
 def find_attention(
@@ -223,7 +225,7 @@ def attention_figure(result: AttentionExamples) -> Figure:
     panels = figure.subplots(rows, _COLUMNS, squeeze=False, gridspec_kw=grid)
     weight = _attention_norm([s for example in result.examples for s in example.attention])
     for axes, example in zip(panels, result.examples, strict=True):
-        _row(axes, example, weight)
+        _row(axes, example, weight, result.config.class_names)
     for axis, scale, kind in zip(
         panels[0, 1:], SCALES * 2, ["attention S"] * 3 + ["heatmap M"] * 3, strict=True
     ):
@@ -256,12 +258,14 @@ def attention_figure(result: AttentionExamples) -> Figure:
     return figure
 
 
-def _row(axes: Sequence[Axes], example: AttentionExample, weight: Normalize) -> None:
+def _row(
+    axes: Sequence[Axes], example: AttentionExample, weight: Normalize, called: ClassNames
+) -> None:
     image = example.image
     axes[0].imshow(image.pixels, extent=_EDGES)
-    names = [("", image.label, "")]
+    names = [("", *called.parts(image.label))]
     if image.predicted != image.label:
-        names.append(("predicted ", image.predicted, ""))
+        names.append(("predicted ", *called.parts(image.predicted)))
     _caption(axes[0], names)
     for j, scale in enumerate(SCALES):
         chosen = scale == image.scale
@@ -269,7 +273,8 @@ def _row(axes: Sequence[Axes], example: AttentionExample, weight: Normalize) -> 
         largest = float(np.abs(heatmap).max())
         _overlay(axes[1 + j], image.pixels, attention, scale, weight, _SEQUENTIAL)
         _overlay(axes[4 + j], image.pixels, heatmap / (largest or 1), scale, _EVIDENCE, _SIGNED)
-        words = ("", example.branch_class[j], f" {example.branch_prob[j]:.0%}")
+        name = called.parts(example.branch_class[j])[0]  # a panel has no room for the id
+        words = ("", name, f" {example.branch_prob[j]:.0%}")
         _caption(axes[1 + j], [words], chosen=chosen)
         _caption(axes[4 + j], [("largest |M| ", rounded(largest), "")], chosen=chosen)
 

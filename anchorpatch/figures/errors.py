@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from anchorpatch.classes import ClassNames
 from anchorpatch.errors import DataError, NothingToShow, SettingsError
 from anchorpatch.figures.canvas import (
     GAP,
@@ -159,8 +160,14 @@ class BranchErrors(ShownImages):
         """Yield a line for each error, in the order of `columns`."""
         for scale, errors in self.errors.items():
             for e in errors:
-                names = (e.path, f"{scale} px", e.true.name, e.mistaken.name)
-                yield *names, f"{e.mistaken.probability:.0%}", "/".join(map(str, e.right))
+                names = self.shown(e.true.name), self.shown(e.mistaken.name)
+                yield (
+                    e.path,
+                    f"{scale} px",
+                    *names,
+                    f"{e.mistaken.probability:.0%}",
+                    "/".join(map(str, e.right)),
+                )
 
 
 def find_errors(
@@ -305,39 +312,46 @@ def errors_figure(result: BranchErrors) -> Image.Image:
             f"is wrong and another branch right about {result.found[scale]:,} of "
             f"{counted(len(result.survey), 'image')}"
         )
-        rows = [_row(error, scale) for error in errors]
+        rows = [_row(error, scale, result.config.class_names) for error in errors]
         blocks.append(stacked([heading(scale, text), *rows], 2 * GAP))
     return bordered(stacked(blocks, 3 * GAP))
 
 
-def _row(error: BranchError, scale: int) -> Image.Image:
+def _row(error: BranchError, scale: int, names: ClassNames) -> Image.Image:
     corners = np.array([error.mistaken.corner, error.true.corner])
     marks = [cross(WRONG), tick(RIGHT)]
     image = draw_frames(error.pixels, corners, scale, [WRONG, RIGHT], marks, width=_MARGIN)
-    name = written(error.true.name, image.width, bold=True)
+    true, of = names.parts(error.true.name)
+    name = written(true, image.width, bold=True, end=of)
     others = " and ".join(f"{other} px" for other in error.right)
     parts = [
         stacked([name, image, small(f"right by {others}", image.width)], 2),
-        _patch(error, error.mistaken, scale, WRONG, cross(WRONG)),
-        _patch(error, error.true, scale, RIGHT, tick(RIGHT)),
+        _patch(error, error.mistaken, scale, WRONG, cross(WRONG), names),
+        _patch(error, error.true, scale, RIGHT, tick(RIGHT), names),
     ]
+    mistaken, of = names.parts(error.mistaken.name)
     if (typical := error.typical) is not None:
         note = f"{typical.probability:.0%} by {scale} px"
         picture = localized_picture(typical.pixels, typical.corners, scale, note=note)
-        name = written(error.mistaken.name, picture.width, start="an image of ")
+        name = written(mistaken, picture.width, start="an image of ", end=of)
         parts.append(stacked([name, picture], 2))
     else:
-        name = written(error.mistaken.name, 224, start="no image of ")
+        name = written(mistaken, 224, start="no image of ", end=of)
         parts.append(stacked([name, written("that it is right about", 224)], 0))
     return beside(parts, 2 * GAP)
 
 
 def _patch(
-    error: BranchError, evidence: Evidence, scale: int, color: Color, mark: Image.Image
+    error: BranchError,
+    evidence: Evidence,
+    scale: int,
+    color: Color,
+    mark: Image.Image,
+    names: ClassNames,
 ) -> Image.Image:
     cut = cut_out(error.pixels, evidence.corner, scale, color, width=_MARGIN)
     width = max(cut.width, _PATCH_TEXT)
-    name = written(evidence.name, width - MARK - GAP)
+    name = written(names.parts(evidence.name)[0], width - MARK - GAP)  # the row has the id
     facts = (f"evidence {rounded(evidence.score)}", f"{evidence.probability:.0%} by {scale} px")
     lines = [small(fact, width) for fact in facts]
     return stacked([beside([badge(mark), name]), cut, *lines], 2)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from anchorpatch.classes import IMAGENET_NAMES, ClassNames
 from anchorpatch.errors import DataError, SettingsError
 from anchorpatch.jobs.crops import CropSource
 from anchorpatch.jobs.localizer import Localized, Localizer, Pending
@@ -44,6 +45,7 @@ class Choice(Computing):
         classes: names of classes: only images of these; none means all.
         seed: of the order in which images are looked at.
         limit: the most images to look at.
+        class_names: what classes are called.
 
     Raises:
         SettingsError: values that contradict each other, or that no figure could use.
@@ -53,6 +55,7 @@ class Choice(Computing):
     classes: tuple[str, ...] = ()
     seed: int = 0
     limit: int = 300
+    class_names: ClassNames = IMAGENET_NAMES
 
     def __post_init__(self) -> None:
         for name in ("limit", "per_scale", "count"):  # of which a figure has what it needs
@@ -87,7 +90,8 @@ class Choice(Computing):
     def settings(self) -> dict[str, Any]:
         """What decides what the figure shows, as JSON."""
         facts = asdict(self)
-        del facts["device"], facts["engine"], facts["precision"]
+        for name in ("device", "engine", "precision", "class_names"):
+            del facts[name]
         lsp = facts.pop("lsp", {})
         return {**facts, **lsp}
 
@@ -352,5 +356,25 @@ class ShownImages(ABC):
             "settings": self.config.settings,
             "looked_at": len(self.survey),
             "unreadable": self.survey.unreadable,
+            "class_names": self.class_names(),
             **self.facts,
         }
+
+    def shown(self, of: str) -> str:
+        """Return a class with what it is called."""
+        return self.config.class_names.shown(of)
+
+    def class_names(self) -> dict[str, str]:
+        """Return what the classes of the facts are called, where something says it."""
+        known = {*self.survey.source.classes, *self.survey.network}
+        names = {of: self.config.class_names.name(of) for of in _texts(self.facts) if of in known}
+        return {of: name for of, name in sorted(names.items()) if name is not None}
+
+
+def _texts(facts: Any) -> Iterator[str]:
+    """Yield every text among JSON values."""
+    if isinstance(facts, str):
+        yield facts
+    elif isinstance(facts, dict | list | tuple):
+        for value in facts.values() if isinstance(facts, dict) else facts:
+            yield from _texts(value)

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
+from anchorpatch.classes import ClassNames
 from anchorpatch.errors import DataError
 from anchorpatch.figures.canvas import GAP, bordered, small, stacked, tiled, written
 from anchorpatch.figures.examples import Choice, Example, ShownImages, looking, spread
@@ -85,7 +86,8 @@ class PatchExamples(ShownImages):
         """Yield a line for each image, in the order of `columns`."""
         for e in chain.from_iterable(self.examples.values()):
             patches = str(len(e.scores)), f"{e.scores[0]:.3g}"
-            yield e.path, e.label, e.predicted, f"{e.scale} px", *patches
+            names = self.shown(e.label), self.shown(e.predicted)
+            yield e.path, *names, f"{e.scale} px", *patches
 
 
 def find_patches(
@@ -134,7 +136,7 @@ def patches_figure(result: PatchExamples) -> Image.Image:
     """
     wrong = any(e.label != e.predicted for part in result.examples.values() for e in part)
     cells = {
-        scale: [_cell(example, predicted=wrong) for example in examples]
+        scale: [_cell(e, result.config.class_names, predicted=wrong) for e in examples]
         for scale, examples in result.examples.items()
     }
     widest = max(cell.width for of_scale in cells.values() for cell in of_scale)
@@ -148,12 +150,13 @@ def patches_figure(result: PatchExamples) -> Image.Image:
     return bordered(stacked(blocks, 3 * GAP))
 
 
-def _cell(example: Example, *, predicted: bool) -> Image.Image:
+def _cell(example: Example, names: ClassNames, *, predicted: bool) -> Image.Image:
     picture = localized_picture(example.pixels, example.corners, example.scale)
-    lines = [written(example.label, picture.width)]
+    label, of = names.parts(example.label)
+    lines = [written(label, picture.width, end=of)]
     if predicted:
         right = example.label == example.predicted
-        name, start = ("right", "predicted ") if right else (example.predicted, "predicted as ")
-        end = f", {example.probability:.0%}"
+        name, of = ("right", "") if right else names.parts(example.predicted)
+        start, end = f"predicted {'' if right else 'as '}", f"{of}, {example.probability:.0%}"
         lines.append(small(name, picture.width, start=start, end=end))
     return stacked([*lines, picture], 2)

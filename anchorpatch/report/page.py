@@ -24,6 +24,7 @@ from markupsafe import Markup, escape
 
 import anchorpatch
 from anchorpatch import storage
+from anchorpatch.classes import IMAGENET_NAMES, ClassNames
 from anchorpatch.errors import SettingsError
 from anchorpatch.figures import EXAMPLES
 from anchorpatch.figures.coverage import coverage_table
@@ -73,6 +74,7 @@ class ReportConfig:
         weights: of AnchorNet, for the figures that are made on the way; None for those among the
             runs or the bundled ones that made the shards.
         make_figures: make the figures that can be made from the shards and are not there.
+        class_names: what their classes are called.
         date: of the page; None for now, or for SOURCE_DATE_EPOCH.
     """
 
@@ -83,6 +85,7 @@ class ReportConfig:
     figures: Path | None = None
     weights: Path | None = None
     make_figures: bool = True
+    class_names: ClassNames = IMAGENET_NAMES
     date: datetime | None = None
 
 
@@ -128,7 +131,7 @@ def run(config: ReportConfig, progress: Reporter | None = None) -> ReportSummary
     )
     made = Made(reason="--no-figures was given")
     if config.make_figures:
-        made = make_figures(contents, config.weights, progress)
+        made = make_figures(contents, config.weights, progress, config.class_names)
     left_out = (*contents.left_out, *made.left_out)
     parts = sections(contents, made)
     page = render(config.folder, key_figures(contents), parts, left_out, date)

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 from matplotlib.figure import Figure
 from PIL import Image
 
+from anchorpatch.classes import IMAGENET_NAMES, ClassNames
 from anchorpatch.demo import demo_weights
 from anchorpatch.errors import AnchorpatchError, NothingToShow, WeightsError
 from anchorpatch.figures import EXAMPLES
@@ -127,7 +128,12 @@ class Made:
 _LIMIT: Final = 150
 
 
-def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -> Made:
+def make_figures(
+    contents: Contents,
+    weights: Path | None,
+    reporter: Reporter,
+    class_names: ClassNames = IMAGENET_NAMES,
+) -> Made:
     """Make the figures that the folder lacks and that its shards are enough for.
 
     Args:
@@ -135,6 +141,7 @@ def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -
         weights: of AnchorNet; None to look for those that made the shards, among the runs and
             the bundled ones.
         reporter: takes the progress.
+        class_names: what classes are called.
 
     Raises:
         WeightsError: ``weights`` cannot be read, or made none of the shards that store crops.
@@ -154,7 +161,8 @@ def make_figures(contents: Contents, weights: Path | None, reporter: Reporter) -
         configure, find, draw = EXAMPLES[number]
         try:
             source = CropSource.of_shards(ShardReader(split.folder, partial=True))
-            result = find(source, loaded, configure(limit=_LIMIT), reporter)
+            names = class_names.of(source.classes, loaded.meta.classes)
+            result = find(source, loaded, configure(limit=_LIMIT, class_names=names), reporter)
             picture = draw(result)
             if isinstance(picture, Figure):
                 picture = Image.open(io.BytesIO(encoded_picture(picture, "PNG"))).convert("RGB")

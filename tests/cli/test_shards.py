@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from anchorpatch import __version__
+from anchorpatch.shards import ShardReader
 from anchorpatch.shards.manifest import read_manifest
 from tests.conftest import Program
 from tests.shards.samples import make_split
@@ -24,6 +25,28 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_classes_are_shown_with_their_names(program: Program, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("dog\tCanis familiaris\n")
+    names = ("--class-names", tmp_path / "names.txt")
+    result = program("shards", "inspect", out / "val", *names)
+    assert "classes: 4 (cat, Canis familiaris (dog), hen and 1 more); other" in result.stdout
+    (split,) = json.loads(program("shards", "inspect", out / "val", *names, "--json").stdout)[
+        "splits"
+    ]
+    assert list(split["class_names"]) == list(ShardReader(out / "val").classes)
+    assert split["class_names"]["dog"] == "Canis familiaris"
+    assert split["class_names"]["cat"] is None
+    result = program("shards", "show", out / "val", 0, "--out", "patches.png", *names)
+    assert result.returncode == 0
+    reader = ShardReader(out / "val")
+    label = reader.classes[reader.label[0]]
+    assert f"label {'Canis familiaris (dog)' if label == 'dog' else label}, " in result.stdout
+    (tmp_path / "names.txt").write_text("x\tX\n")
+    result = program("shards", "inspect", out / "val", *names)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "names.txt: expected names of classes such as cat, dog, hen and 1 more" in result.stderr
+
+
 def test_inspect_prints_a_plain_table_into_a_pipe(program: Program, out: Path) -> None:
     result = program("shards", "inspect", out / "val")
     assert (result.returncode, result.stderr) == (0, "")
@@ -35,7 +58,7 @@ def test_inspect_prints_a_plain_table_into_a_pipe(program: Program, out: Path) -
     assert lines[7].startswith("images: 21 in ")
     assert lines[8:] == [
         "skipped: 0",
-        "classes: 4; other than the network's 5",
+        "classes: 4 (cat, dog, hen and 1 more); other than the network's 5",
         "settings: preset figure, K 5/3/2, T 0.3, P 0.05/0.04/0.03, float32",
         "codec: raw, images stored",
         f"weights: SHA-256 abababababab..., anchorpatch {__version__}",

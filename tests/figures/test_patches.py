@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from anchorpatch.classes import ClassNames
 from anchorpatch.figures.examples import Example
 from anchorpatch.figures.frames import (
     COLORS,
@@ -227,3 +228,15 @@ def _corners_of_crops(
             hit &= packed[:, k : k + hit.shape[1]] == last[k]
         places += [(int(y) - 223, int(x) - 220) for y, x in np.argwhere(hit)]
     return [(y, x) for y, x in places if y >= 0 and x >= 0]
+
+
+def test_classes_are_shown_by_their_names(found: PatchExamples):
+    config = replace(found.config, class_names=ClassNames({"cat": "Felis catus"}))
+    named = replace(found, config=config)
+    assert named.to_json()["class_names"] == {"cat": "Felis catus"}
+    assert found.to_json() == {**named.to_json(), "class_names": {}}
+    shown = {row[1] for row in named.rows()}
+    assert shown == {"Felis catus (cat)", "dog"}
+    one, other = (np.asarray(patches_figure(result)) for result in (found, named))
+    assert one.shape == other.shape
+    assert not np.array_equal(one, other)
