@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -14,11 +15,12 @@ SCALES: Final = (63, 95, 111)
 #: Distance of neighboring patches in pixels: the accumulated stride of every branch.
 STRIDE: Final = 8
 
-#: Side of the crop that AnchorNet sees, in pixels.
+#: Side of the crop that AnchorNet sees, in pixels: the paper's, and the default.
 CROP: Final = 224
 
-#: Short side of an image from which the center crop is taken, in pixels.
-RESIZE: Final = 256
+#: Smallest and largest side of a crop, in pixels: one location of the largest scale, and what the
+#: corners of patches can say in shards.
+CROP_SIDES: Final = (max(SCALES), 32_767)
 
 #: What `anchorpatch train` trains, and the side of the largest patch that one location sees, in
 #: pixels.
@@ -39,10 +41,14 @@ PRECISIONS: Final = ("float32", "bfloat16")
 #: What computes them. OpenVINO is for CPUs.
 ENGINES: Final = ("torch", "openvino")
 
-#: timm's names. ``center``: resize the short side to 256 px, then take the center crop of 224 px,
-#: which is the usual validation transform of ImageNet. ``squash``: resize both sides to 224 px
-#: whatever the aspect ratio, as the paper does.
-CROP_MODES: Final = ("center", "squash")
+#: How images become crops, by timm's names, and which share of the resized side a crop keeps by
+#: default. ``center``: resize the short side, then take the center crop, which is the usual
+#: validation transform of ImageNet (256 and 224 px). ``squash``: resize both sides to one length,
+#: whatever the aspect ratio, as the paper does. ``border``: resize the long side, and put what is
+#: missing of the square around it in the background color. timm takes 0.875 for all of them, which
+#: cuts a margin off where the mode is chosen to keep all of the image.
+CROP_PCT: Final[Mapping[str, float]] = {"center": 0.875, "squash": 1.0, "border": 1.0}
+CROP_MODES: Final = tuple(CROP_PCT)
 
 #: What becomes of an image that can only be decoded with damage.
 DAMAGED: Final = ("keep", "skip")
@@ -65,13 +71,16 @@ class Computing:
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How an image file becomes the 224 px crop that AnchorNet sees.
+    """How an image file becomes the crop that AnchorNet sees; see `anchorpatch.geometry`.
 
     Attributes:
         mode: one of `CROP_MODES`.
-        background: color behind transparent pixels. Pillow's color names and notations are
-            accepted; kept as ``#rrggbb``.
+        background: color behind transparent pixels, and of the border of mode ``border``. Pillow's
+            color names and notations are accepted; kept as ``#rrggbb``.
         damaged: one of `DAMAGED`.
+        img_size: side of the crop in pixels, within `CROP_SIDES`.
+        crop_pct: share of the resized side that the crop keeps, 0.1 to 1; None, and kept as None,
+            for that of the mode in `CROP_PCT`.
 
     Raises:
         SettingsError: a value that is not one of these.
@@ -79,11 +88,25 @@ class CropSettings:
     Example:
         >>> CropSettings(background="black").background
         '#000000'
+        >>> print(CropSettings(), CropSettings("squash", img_size=256), sep=" | ")
+        center, short side 256 px, crop 224 px | squash, both sides 256 px
     """
 
     mode: str = "center"
     background: str = "#ffffff"
     damaged: str = "keep"
+    img_size: int = CROP
+    crop_pct: float | None = None
+
+    @property
+    def resize(self) -> int:
+        """Length in pixels to which a side is resized: the short one, both or the long one."""
+        return math.floor(self.img_size / (self.crop_pct or CROP_PCT[self.mode]))
+
+    def __str__(self) -> str:
+        sides = {"center": "short side", "squash": "both sides", "border": "long side"}
+        resized = f"{self.mode}, {sides[self.mode]} {self.resize} px"
+        return f"{resized}, crop {self.img_size} px" if self.resize > self.img_size else resized
 
     def __post_init__(self) -> None:
         # Here, as the command line reads this module before it knows what it will need.
@@ -95,6 +118,16 @@ class CropSettings:
         ):
             if value not in known:
                 raise SettingsError(f"--{name}: expected one of {', '.join(known)}, got {value!r}")
+        low, high = CROP_SIDES
+        if not low <= self.img_size <= high:
+            raise SettingsError(
+                f"--img-size: expected {low} to {high:,} px, as the largest patch has {low} px, "
+                f"got {self.img_size:,}"
+            )
+        if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1:
+            raise SettingsError(f"--crop-pct: expected a number from 0.1 to 1, got {self.crop_pct}")
+        if self.crop_pct == CROP_PCT[self.mode]:
+            object.__setattr__(self, "crop_pct", None)
         try:
             red, green, blue, *alpha = ImageColor.getrgb(self.background)
         except (ValueError, AttributeError, TypeError):

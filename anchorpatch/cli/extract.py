@@ -10,6 +10,7 @@ import click
 
 from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
+from anchorpatch.cli.train import crop_options
 from anchorpatch.demo import find_weights
 from anchorpatch.settings import CODECS, DAMAGED
 from anchorpatch.text import counted, tally
@@ -31,13 +32,13 @@ if TYPE_CHECKING:
     "--codec",
     type=click.Choice(CODECS),
     default="raw",
-    help="How to store patches: as raw pixels, as JPEG, or (image) as the 224 px crop from which "
+    help="How to store patches: as raw pixels, as JPEG, or (image) as the crop from which "
     "they are cut when read.",
 )
 @click.option(
     "--jpeg-quality", type=click.IntRange(1, 100), default=95, help="JPEG quality of --codec jpeg."
 )
-@click.option("--store-images", is_flag=True, help="Store the 224 px crop of each image as well.")
+@click.option("--store-images", is_flag=True, help="Store the crop of each image as well.")
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=1024, help="Number of images per shard."
 )
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 @opt.precision
 @click.option("--compile", "compile", is_flag=True, help="Use torch.compile.")
 @opt.limit
-@opt.background("that of the weights")
+@crop_options(*["that of the weights"] * 4)
 @click.option(
     "--damaged",
     type=click.Choice(DAMAGED),
@@ -100,9 +101,10 @@ def extract(
     """Write the semantic patches of a folder of images to HDF5 shards.
 
     The images are DATA/SPLIT/CLASS/*.JPEG (also PNG, WebP, BMP, GIF, TIFF, AVIF), or with
-    --labels DATA/SPLIT/*.JPEG. The weights record how images are cropped to 224 px. Run an
-    interrupted command again to resume it. The shards do not depend on the number of workers,
-    processes or interruptions.
+    --labels DATA/SPLIT/*.JPEG. The weights record how images are resized and cropped;
+    --img-size, --crop-pct and --crop-mode override that, with a warning. Run an interrupted command
+    again to resume it. The shards do not depend on the number of workers, processes or
+    interruptions.
 
     \b
     anchorpatch extract --split val --data imagenet --weights demo --out shards
@@ -125,7 +127,7 @@ def extract(
         **options,
     )
     if dry_run:
-        _print_forecast(forecast(config), config.lsp, as_json)
+        _print_forecast(forecast(config, reporter()), config.lsp, as_json)
         return
     if part.total > 1:
         click.echo(f"extract: part {part.index} of {part.total} ({part.source})", err=True)

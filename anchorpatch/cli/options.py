@@ -380,15 +380,6 @@ def seed(of: str, default: int = 0) -> Callable[[_F], _F]:
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
-def background(default: str) -> Callable[[_F], _F]:
-    """Return the option of the color behind transparent pixels, with a note on its default."""
-    return click.option(
-        "--background",
-        metavar="COLOR",
-        help=f"Color behind transparent pixels: a name, or #rrggbb.  [default: {default}]",
-    )
-
-
 def batch_size(default: str, unit: str = "images", note: str = "") -> Callable[[_F], _F]:
     """Return the option of the batch size, with a note on its default and another one."""
     return click.option(

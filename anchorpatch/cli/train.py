@@ -10,10 +10,16 @@ import click
 
 from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import print_json, print_records
-from anchorpatch.settings import ARCHITECTURES, CROP_MODES
+from anchorpatch.settings import ARCHITECTURES, CROP, CROP_MODES, CROP_SIDES
 from anchorpatch.storage import to_json
 from anchorpatch.text import counted, tally
-from anchorpatch.training.config import CHOICES, RECIPES, LoopConfig, TrainConfig
+from anchorpatch.training.config import (
+    CHOICES,
+    RECIPES,
+    LoopConfig,
+    TrainConfig,
+    recipe_settings,
+)
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.train import TrainSummary
@@ -80,6 +86,41 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
     )
 
 
+def crop_options(*defaults: str) -> Callable[[_F], _F]:
+    """Return a decorator that adds how images become crops, each None where it is not given.
+
+    Args:
+        defaults: of each of the four, as the help says them.
+    """
+    size, pct, mode, background = defaults
+    return opt.grouped(
+        click.option(
+            "--img-size",
+            type=click.IntRange(*CROP_SIDES),
+            help=f"Side of the crop that AnchorNet sees, in px.  [default: {size}]",
+        ),
+        click.option(
+            "--crop-pct",
+            type=float,
+            help="Share of the resized image's side that the crop keeps: images are resized to "
+            f"--img-size / --crop-pct px.  [default: {pct}]",
+        ),
+        click.option(
+            "--crop-mode",
+            type=click.Choice(CROP_MODES),
+            help="center: resize the short side and take the center crop; squash: resize both "
+            "sides, as in the paper; border: resize the long side and pad with --background.  "
+            f"[default: {mode}]",
+        ),
+        click.option(
+            "--background",
+            metavar="COLOR",
+            help="Color behind transparent pixels and of borders: a name, or #rrggbb.  "
+            f"[default: {background}]",
+        ),
+    )
+
+
 @click.command(cls=opt.Command)
 @click.option(
     "--arch",
@@ -100,24 +141,15 @@ def training_options(default: Callable[[str], str], unit: str = "images") -> Cal
 @click.option(
     "--crop-size",
     type=click.IntRange(min=33),
-    help="Side of the training crops in px; at least 111 for "
-    "anchornet, 33 and 77 for the BagNets, 77 for saccader. Validation uses 224.  "
-    "[default: by --recipe]",
+    help="Side of the training crops in px; at least 111 for anchornet, 33 and 77 for the BagNets, "
+    "77 for saccader. Validation uses --img-size.  [default: by --recipe and --img-size]",
 )
 @click.option(
     "--min-area",
     type=opt.Share(),
     help="Smallest share of an image's area that a training crop covers.  [default: by --recipe]",
 )
-@click.option(
-    "--crop-mode",
-    type=click.Choice(CROP_MODES),
-    default=TrainConfig.crop_mode,
-    help="How validation images become 224 px: short side resized to 256 and center crop, or both "
-    "sides resized to 224, as in the paper. Recorded in the weights; every command that uses them "
-    "does the same.",
-)
-@opt.background("white")
+@crop_options(str(CROP), "0.875 for center, else 1", TrainConfig.crop_mode, "white")
 @opt.allow_empty
 @click.option("--se/--no-se", default=TrainConfig.se, help="anchornet: use squeeze-and-excitation.")
 @click.option(
@@ -159,6 +191,9 @@ def train(
     last.pt to RUNS/ARCH. Run the same command again to resume a stopped run, or with more
     --epochs to extend a finished one.
 
+    Validation images are resized and cropped as --img-size, --crop-pct and --crop-mode say. The
+    weights record it, and every command that uses them, or shards made with them, does the same.
+
     Saccader is trained in three stages of --epochs each, in subfolders of RUNS/saccader: 1-bagnet
     (the BagNet-77 that it builds on), 2-location (to look where the true class has its highest
     logits) and 3-reinforce (sampled locations, at a tenth of the learning rate). RUNS/saccader
@@ -179,9 +214,8 @@ def train(
 
     use_threads(threads)
     given = {name: value for name, value in options.items() if value is not None}
-    config = TrainConfig(
-        folder=runs / arch, arch=arch, recipe=recipe, **{**RECIPES[recipe], **given}
-    )
+    defaults = recipe_settings(recipe, arch, given.get("img_size", CROP))
+    config = TrainConfig(folder=runs / arch, arch=arch, recipe=recipe, **{**defaults, **given})
     summary = run(config, reporter())
     if is_main():
         print_summary(summary, as_json)

@@ -32,10 +32,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.settings import CROP, RESIZE
+from anchorpatch.geometry import geometry
+from anchorpatch.settings import CROP, CropSettings
 
 #: Side of a source picture in pixels.
-SIDE: Final = RESIZE
+SIDE: Final = CropSettings().resize
 
 #: Longest side of the object's box in pixels, by the name of its size.
 SIZES: Final = {"small": (50, 60), "medium": (78, 92), "large": (120, 144)}
@@ -73,14 +74,15 @@ class Box(NamedTuple):
     x1: int
     y1: int
 
-    def in_crop(self) -> Box:
-        """Return the box in pixels of the 224 center crop.
+    def in_crop(self, crop: CropSettings | None = None) -> Box:
+        """Return the box in pixels of the crop, by default the 224 px center crop.
 
         Example:
             >>> Box(16, 20, 60, 64).in_crop()
             Box(x0=0, y0=4, x1=44, y1=48)
         """
-        return Box(*(v - _MARGIN for v in self))
+        resized = geometry(SIDE, SIDE, crop)  # a square, so both axes are alike
+        return Box(*(round(v * resized.width / SIDE) - resized.left for v in self))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from anchorpatch.demo.scene_folder import read_boxes
 from anchorpatch.demo.scenes import SIZES
 from anchorpatch.errors import DataError
 from anchorpatch.lsp import grid_size
-from anchorpatch.settings import CROP, SCALES, STRIDE
+from anchorpatch.settings import SCALES, STRIDE
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.tables import Cell, Table, barred, decimal, named, share, text
 from anchorpatch.text import counted, percent
@@ -139,7 +139,9 @@ def score_scenes(shards_folder: Path, boxes_csv: Path) -> SceneScore:
         chose = scale == theta
         corner[chose] = reader.corners(theta, reader.first[chose])
     branch = np.searchsorted(SCALES, scale)
-    middle = np.array([grid_size(CROP, CROP, theta)[0] // 2 * STRIDE for theta in SCALES])[branch]
+    side = reader.settings.img_size
+    grid = np.array([grid_size(side, side, theta)[0] for theta in SCALES])
+    middle = (grid // 2 * STRIDE)[branch]
     table = np.zeros((len(SIZES), len(SCALES)), np.int64)
     np.add.at(table, (sizes, branch), 1)
     means = [float(scale[sizes == s].mean()) if table[s].any() else None for s in range(len(SIZES))]
@@ -150,7 +152,7 @@ def score_scenes(shards_folder: Path, boxes_csv: Path) -> SceneScore:
         if reader.classes == reader.network_classes
         else None,
         strongest=_fit(corner[:, None], scale, boxes),
-        random=_random_fit(scale, boxes),
+        random=_random_fit(scale, boxes, grid),
         center=_fit(middle[:, None, None].repeat(2, 2), scale, boxes),
         counts={
             size: dict(zip(SCALES, row, strict=True))
@@ -175,7 +177,7 @@ def _truth(reader: ShardReader, boxes_csv: Path) -> tuple[Ints, Ints]:
             )
         size, box = known[key]
         sizes.append(list(SIZES).index(size))
-        boxes.append(box.in_crop())
+        boxes.append(box.in_crop(reader.settings.crop))
     return np.array(sizes, np.int64), np.array(boxes, np.int64)
 
 
@@ -204,12 +206,15 @@ def _fit(corner: Ints, scale: Ints, boxes: Ints) -> PatchFit:
     return PatchFit(float(inside.prod(2).mean()), float(covered.prod(2).mean()))
 
 
-def _random_fit(scale: Ints, boxes: Ints) -> PatchFit:
-    """Return the mean over all locations: the rows' mean times the columns', as both part."""
+def _random_fit(scale: Ints, boxes: Ints, grid: Ints) -> PatchFit:
+    """Return the mean over all locations: the rows' mean times the columns', as both part.
+
+    ``grid`` is the number of locations along each axis, by branch.
+    """
     hit, covered = np.zeros(len(scale)), np.zeros(len(scale))
-    for theta in SCALES:
+    for theta, locations in zip(SCALES, grid, strict=True):
         chose = scale == theta
-        steps = np.arange(grid_size(CROP, CROP, theta)[0]) * STRIDE
+        steps = np.arange(locations) * STRIDE
         diagonal = np.broadcast_to(steps[:, None], (int(chose.sum()), len(steps), 2))
         inside, share = _axes(diagonal, scale[chose], boxes[chose])
         hit[chose], covered[chose] = inside.mean(1).prod(1), share.mean(1).prod(1)

@@ -22,7 +22,7 @@ from anchorpatch.figures.examples import Choice, Example, ShownImages, looking, 
 from anchorpatch.jobs.crops import CropSource
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import CROP, SCALES, STRIDE
+from anchorpatch.settings import SCALES, STRIDE
 from anchorpatch.storage import to_json
 
 if TYPE_CHECKING:
@@ -172,9 +172,6 @@ _SMALL: Final = 9
 #: How much of the map covers the image.
 _OPACITY: Final = 0.65
 
-#: The image: left, right, bottom, top.
-_EDGES: Final = (0, CROP, CROP, 0)
-
 #: Colors of M, as a share of the largest of its map.
 _EVIDENCE: Final = Normalize(-1, 1)
 
@@ -187,7 +184,7 @@ def map_extent(height: int, width: int, theta: int) -> tuple[float, float, float
     """Return where a map lies on its image, as `imshow` takes it: left, right, bottom, top.
 
     Location (h, w) sees the pixels [8h, 8h + theta) x [8w, 8w + theta) and is drawn as a cell of
-    8 px around their center, (8h + theta / 2, 8w + theta / 2); the image's edges are 0 and 224.
+    8 px around their center, (8h + theta / 2, 8w + theta / 2); the image begins at 0.
 
     Args:
         height: locations H of the map.
@@ -262,7 +259,7 @@ def _row(
     axes: Sequence[Axes], example: AttentionExample, weight: Normalize, called: ClassNames
 ) -> None:
     image = example.image
-    axes[0].imshow(image.pixels, extent=_EDGES)
+    axes[0].imshow(image.pixels, extent=_edges(image.pixels))
     names = [("", *called.parts(image.label))]
     if image.predicted != image.label:
         names.append(("predicted ", *called.parts(image.predicted)))
@@ -279,6 +276,12 @@ def _row(
         _caption(axes[4 + j], [("largest |M| ", rounded(largest), "")], chosen=chosen)
 
 
+def _edges(pixels: NDArray[np.uint8]) -> tuple[int, int, int, int]:
+    """Return where an image lies, as `imshow` takes it: left, right, bottom, top."""
+    height, width = pixels.shape[:2]
+    return 0, width, height, 0
+
+
 def _overlay(
     axis: Axes,
     pixels: NDArray[np.uint8],
@@ -288,8 +291,8 @@ def _overlay(
     colors: str,
 ) -> None:
     """Lay a map over the image in gray, each location where its patch is centered."""
-    gray = np.asarray(Image.fromarray(pixels).convert("L"))
-    axis.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=_EDGES)
+    gray, edges = np.asarray(Image.fromarray(pixels).convert("L")), _edges(pixels)
+    axis.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=edges)
     left, right, bottom, top = map_extent(values.shape[0], values.shape[1], theta)
     # Not imshow, which before matplotlib 3.11 moves a small map by up to a pixel.
     axis.pcolormesh(
@@ -301,7 +304,7 @@ def _overlay(
         alpha=_OPACITY,
         rasterized=True,  # in a PDF, viewers show seams between cells that are drawn one by one
     )
-    axis.set(xlim=_EDGES[:2], ylim=_EDGES[2:])
+    axis.set(xlim=edges[:2], ylim=edges[2:])
 
 
 def _caption(axis: Axes, lines: Sequence[tuple[str, str, str]], *, chosen: bool = False) -> None:

@@ -315,10 +315,11 @@ def measure_coverage(
         keep_freed_memory()
     anchornet = load_weights(config.anchornet_weights)
     name, classes, say = config.network, source.classes, report.message
+    side = source.crop.img_size
     options: dict[str, Any] = {"option": "--weights", "matching": config.matching}
     network = load_for_whole_images(name, classes, config.runs, say, config.weights, **options)
-    see = See(anchornet, device, config.iou_threshold, config.engine)
-    localizers, weights, left_out = _localizers(config, network, device)
+    see = See(anchornet, device, config.iou_threshold, config.engine, side=side)
+    localizers, weights, left_out = _localizers(config, network, device, side)
     if not localizers:
         raise SettingsError(f"no localizer is left: {'; '.join(left_out)}")
     decide = Distributions(network.module, device, network.meta, config.amp)
@@ -375,7 +376,7 @@ def measure_coverage(
 
 
 def _localizers(
-    config: CoverageConfig, network: Network, device: torch.device
+    config: CoverageConfig, network: Network, device: torch.device, side: int
 ) -> tuple[list[tuple[str, Localize]], dict[str, str], list[str]]:
     """Return the localizers with their names, random ones once a seed; what they are from."""
     wanted = config.localizers
@@ -403,7 +404,7 @@ def _localizers(
     module = network.module.eval().to(device).to(memory_format=torch.channels_last)
     try:
         if "gradcam" in wanted:
-            known["gradcam"] = [gradcam(module, network.meta, device)]
+            known["gradcam"] = [gradcam(module, network.meta, device, side)]
     except SettingsError as error:
         left_out.append(f"{LOOKS['gradcam'].label}: {error}")
     chosen = [name for name in LOCALIZERS if name in wanted and name in known]

@@ -91,7 +91,7 @@ class Typical:
         probability: that the branch gives the class, which is right.
         corners: top-left (y, x) of each patch (k, 2), the strongest first.
         scores: activation of each (k,).
-        pixels: the crop, uint8 (224, 224, 3).
+        pixels: the crop, uint8 (S, S, 3).
     """
 
     path: str
@@ -107,7 +107,7 @@ class BranchError:
 
     Attributes:
         path: below the split folder.
-        pixels: the crop, uint8 (224, 224, 3).
+        pixels: the crop, uint8 (S, S, 3).
         mistaken: evidence of the branch for the class that it predicts.
         true: its evidence for the image's class.
         right: scales of the branches that are right.
@@ -336,8 +336,9 @@ def _row(error: BranchError, scale: int, names: ClassNames) -> Image.Image:
         name = written(mistaken, picture.width, start="an image of ", end=of)
         parts.append(stacked([name, picture], 2))
     else:
-        name = written(mistaken, 224, start="no image of ", end=of)
-        parts.append(stacked([name, written("that it is right about", 224)], 0))
+        width = error.pixels.shape[1]
+        name = written(mistaken, width, start="no image of ", end=of)
+        parts.append(stacked([name, written("that it is right about", width)], 0))
     return beside(parts, 2 * GAP)
 
 

@@ -186,7 +186,7 @@ class Example:
         scale: theta of the chosen branch, side of the patches in pixels.
         corners: top-left (y, x) of each patch in the crop (k, 2), the strongest first.
         scores: activation of each patch (k,).
-        pixels: the crop that AnchorNet saw, uint8 (224, 224, 3).
+        pixels: the crop that AnchorNet saw, uint8 (S, S, 3).
     """
 
     path: str
@@ -217,7 +217,8 @@ def looking(
     rows = config.rows(source)
     device = resolve_device(config.device)
     computing = device, config.engine, config.precision
-    with Localizer(weights, lsp, *computing, batch_size=64) as localizer:
+    side = source.crop.img_size
+    with Localizer(weights, lsp, *computing, side=side, batch_size=64) as localizer:
         yield localizer, look_at(source, weights, localizer, rows, reporter)
 
 

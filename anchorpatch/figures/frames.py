@@ -149,7 +149,7 @@ def localized_picture(
     """Draw an image with its patches framed and numbered, and cut out beside it, in rows.
 
     Args:
-        pixels: the crop, uint8 (224, 224, 3).
+        pixels: the crop, uint8 (S, S, 3).
         corners: top-left (y, x) of each patch in pixels (k, 2), the strongest first.
         theta: side of the patches in pixels.
         note: a line below the image.

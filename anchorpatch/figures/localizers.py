@@ -43,7 +43,7 @@ class Seen(NamedTuple):
 
     Attributes:
         rows: of the images in their source (n,), int64; chance depends on them.
-        pixels: uint8 (n, 224, 224, 3), on the device.
+        pixels: uint8 (n, side, side, 3), on the device.
         decision: class and branch (Eq. 6-8).
         heatmaps: M of each branch for the decided class, (n, H, W) each.
         own_heatmaps: M of each branch for the class that it predicts itself.
@@ -57,8 +57,13 @@ class Seen(NamedTuple):
     own_heatmaps: tuple[Tensor, ...]
     iou_threshold: float
 
+    @property
+    def side(self) -> int:
+        """Of the images, in pixels."""
+        return self.pixels.shape[1]
 
-#: Returns when each pixel arrives (n, 224, 224), the first the smallest.
+
+#: Returns when each pixel arrives (n, side, side), the first the smallest.
 Localize = Callable[[Seen], Tensor]
 
 
@@ -69,19 +74,24 @@ class See(Runner):
         weights: of AnchorNet.
         device: where it computes.
         iou_threshold: T of Algorithm 1, for localizers whose patches may not overlap.
-        engine: as for `Runner`.
+        engine: as for `Runner`; with ``side``.
     """
 
     def __init__(
-        self, weights: Weights, device: torch.device, iou_threshold: float = 0.3, *engine: str
+        self,
+        weights: Weights,
+        device: torch.device,
+        iou_threshold: float = 0.3,
+        *engine: str,
+        side: int | None = None,
     ) -> None:
-        super().__init__(weights, device, *engine)
+        super().__init__(weights, device, *engine, side=side)
         self.source, self.iou_threshold = weights.path, iou_threshold
 
     @torch.inference_mode()
     @exact_float32()
     def __call__(self, rows: NDArray[np.int64], pixels: Tensor) -> Seen:
-        """Look at a batch: rows (n,) and uint8 pixels (n, 224, 224, 3), on any device.
+        """Look at a batch: rows (n,) and uint8 pixels (n, side, side, 3), on any device.
 
         Raises:
             NonFiniteError: AnchorNet produced NaN or infinity.
@@ -103,7 +113,7 @@ def anchornet(seen: Seen) -> Tensor:
 
 def branch(j: int, seen: Seen) -> Tensor:
     """Take the patches of the branch of index j, by the class that it predicts itself."""
-    return _arrivals(seen.own_heatmaps[j], SCALES[j], seen.iou_threshold)
+    return _arrivals(seen.own_heatmaps[j], SCALES[j], seen.side, seen.iou_threshold)
 
 
 def edges(seen: Seen) -> Tensor:
@@ -141,7 +151,7 @@ def chance(seed: int, seen: Seen) -> Tensor:
 
 def center(seen: Seen) -> Tensor:
     """Take squares that grow from the middle."""
-    return squares_from_center(CROP, seen.pixels.device).expand(len(seen.pixels), -1, -1)
+    return squares_from_center(seen.side, seen.pixels.device).expand(len(seen.pixels), -1, -1)
 
 
 #: Localizers of Figure 6 that need no weights but AnchorNet's, and no seed.
@@ -153,13 +163,21 @@ PLAIN: Final[dict[str, Localize]] = {
 }
 
 
-def gradcam(module: nn.Module, meta: WeightsMeta, device: torch.device) -> Localize:
+def gradcam(
+    module: nn.Module, meta: WeightsMeta, device: torch.device, side: int = CROP
+) -> Localize:
     """Return Grad-CAM of the network that decides: its pixels by their heat.
+
+    Args:
+        module: the network.
+        meta: of its weights.
+        device: where it computes.
+        side: of the images in pixels.
 
     Raises:
         SettingsError: the network has no feature map.
     """
-    features, normalized = last_feature_map(module), Normalization(meta, device)
+    features, normalized = last_feature_map(module, side), Normalization(meta, device)
     return lambda seen: -class_heatmaps(module, features, normalized(seen.pixels))
 
 
@@ -182,7 +200,7 @@ def peer(network: Network, device: torch.device) -> Localize:
         logits = module.logit_map(inputs).float()
         best = logits.mean((2, 3)).argmax(1)
         heatmap = logits[torch.arange(len(best), device=best.device), best]
-        return _arrivals(heatmap, module.theta, None)
+        return _arrivals(heatmap, module.theta, seen.side, None)
 
     return localize
 
@@ -191,11 +209,11 @@ def _glimpsed(saccader: Saccader, inputs: Tensor) -> Tensor:
     """Order patches as Saccader looks at them, all of them."""
     h, w = grid_size(inputs.shape[2], inputs.shape[3], saccader.theta)
     places = saccader.look(saccader.maps(inputs), h * w).places
-    return arrival(_inverse(places).view(-1, h, w), saccader.theta, CROP)
+    return arrival(_inverse(places).view(-1, h, w), saccader.theta, inputs.shape[2])
 
 
-def _arrivals(heatmap: Tensor, theta: int, iou_threshold: float | None) -> Tensor:
-    return arrival(patch_ranks(heatmap.float(), theta, iou_threshold), theta, CROP)
+def _arrivals(heatmap: Tensor, theta: int, side: int, iou_threshold: float | None) -> Tensor:
+    return arrival(patch_ranks(heatmap.float(), theta, iou_threshold), theta, side)
 
 
 def _by_chosen_scale(seen: Seen, heatmaps: Sequence[Tensor]) -> Tensor:
@@ -204,7 +222,7 @@ def _by_chosen_scale(seen: Seen, heatmaps: Sequence[Tensor]) -> Tensor:
     for j, scale in enumerate(SCALES):
         rows = (seen.decision.branch == j).nonzero()[:, 0]
         if len(rows):
-            out[rows] = _arrivals(heatmaps[j][rows], scale, seen.iou_threshold)
+            out[rows] = _arrivals(heatmaps[j][rows], scale, seen.side, seen.iou_threshold)
     return out
 
 
@@ -355,7 +373,7 @@ class FeatureMap:
         return output.permute(0, 3, 1, 2) if self.layout == "NHWC" else output
 
 
-def last_feature_map(module: nn.Module, side: int = 224) -> FeatureMap:
+def last_feature_map(module: nn.Module, side: int = CROP) -> FeatureMap:
     """Find the last layer that gives several places on which the logits depend.
 
     The layout of its output is never guessed from the shape alone. It is known where a layer

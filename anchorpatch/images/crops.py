@@ -4,8 +4,8 @@ Order and augmentation follow from (seed, epoch, row) alone, not from workers, r
 or what was drawn before. So a run resumes within an epoch by its step number.
 
 A folder's pictures may be decoded once and kept in a file that is mapped into memory, the cache:
-shrunk to a short side of 256 px (never enlarged), which is what the validation transform leaves
-of them too. Processes share the pages, so the file is in memory once at most.
+shrunk to a short side of 256 px or more (never enlarged), which is what the validation transform
+leaves of them too. Processes share the pages, so the file is in memory once at most.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from anchorpatch.errors import DataError, ImageError
 from anchorpatch.images.decode import Decoded, Picture, decode_picture
 from anchorpatch.images.folder import ImageSource
 from anchorpatch.images.loader import Batch, read_image, serve_batches
+from anchorpatch.settings import CROP, CropSettings
 from anchorpatch.signals import shut_down, waiting_for
 from anchorpatch.storage import locked, refusals, write_atomically
 
-#: Longer short sides of cached pictures are shrunk to this, in pixels.
+#: Longer short sides of cached pictures are shrunk to this, in pixels; see `cache_side`.
 SHORT_SIDE: Final = 256
 
 #: Pictures that are decoded at a time for the cache.
@@ -54,7 +55,7 @@ class RandomCrop:
         background: color behind transparent pixels.
     """
 
-    size: int = 224
+    size: int = CROP
     min_area: float = 0.08
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
@@ -181,8 +182,22 @@ class PictureCache:
         return Picture(Image.fromarray(pixels), row in self.damaged)
 
 
+def cache_side(crop: CropSettings) -> int:
+    """Return the short side of cached pictures for training with crops of a size, in pixels.
+
+    Example:
+        >>> cache_side(CropSettings("squash")), cache_side(CropSettings(img_size=256))
+        (256, 292)
+    """
+    return max(SHORT_SIDE, CropSettings(img_size=crop.img_size).resize)
+
+
 def build_cache(
-    folder: ImageSource, where: Path, threads: int, background: str = "#ffffff"
+    folder: ImageSource,
+    where: Path,
+    threads: int,
+    background: str = "#ffffff",
+    side: int = SHORT_SIDE,
 ) -> PictureCache:
     """Open the cache of a folder; make it first where it is missing.
 
@@ -195,33 +210,37 @@ def build_cache(
         where: the folder of caches.
         threads: that decode.
         background: color behind transparent pixels.
+        side: to which longer short sides are shrunk, in pixels.
 
     Raises:
         StorageError: the disk refused.
         DataError: the cache's index is damaged, or the images cannot be read.
     """
-    pixels, index = _files(folder, where, background)
+    pixels, index = _files(folder, where, background, side)
     if index.is_file():
-        cache = open_cache(folder, where, background)
+        cache = open_cache(folder, where, background, side)
         if not (cache.bad or cache.damaged) or not os.access(where, os.W_OK):
             return cache
     with refusals(where):
         where.mkdir(parents=True, exist_ok=True)
         with locked(where / ".lock"):
             if not index.is_file():
-                _make(folder, pixels, index, threads, background)
+                _make(folder, pixels, index, threads, background, side)
             else:
-                _add(open_cache(folder, where, background), folder, index, threads, background)
-            return open_cache(folder, where, background)
+                cache = open_cache(folder, where, background, side)
+                _add(cache, folder, index, threads, background, side)
+            return open_cache(folder, where, background, side)
 
 
-def open_cache(folder: ImageSource, where: Path, background: str = "#ffffff") -> PictureCache:
+def open_cache(
+    folder: ImageSource, where: Path, background: str = "#ffffff", side: int = SHORT_SIDE
+) -> PictureCache:
     """Open the cache of a folder as `build_cache` has left it.
 
     Raises:
         DataError: the cache's index is damaged.
     """
-    pixels, index = _files(folder, where, background)
+    pixels, index = _files(folder, where, background, side)
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         shapes = np.array(content["shapes"], np.int32).reshape(-1, 2)
@@ -241,19 +260,21 @@ def open_cache(folder: ImageSource, where: Path, background: str = "#ffffff") ->
     return PictureCache(pixels, offsets[rows], shapes[rows].astype(np.int32), bad, damaged, end)
 
 
-def _files(folder: ImageSource, where: Path, background: str) -> tuple[Path, Path]:
+def _files(folder: ImageSource, where: Path, background: str, side: int) -> tuple[Path, Path]:
     """Return the names of pixels and index."""
-    stem = f"{folder.split}-{SHORT_SIDE}-{background[1:]}-{folder.digest()[:16]}"
+    stem = f"{folder.split}-{side}-{background[1:]}-{folder.digest()[:16]}"
     return where / f"{stem}.pixels", where / f"{stem}.json"
 
 
-def _make(folder: ImageSource, pixels: Path, index: Path, threads: int, background: str) -> None:
+def _make(
+    folder: ImageSource, pixels: Path, index: Path, threads: int, background: str, side: int
+) -> None:
     shapes: list[tuple[int, int]] = []
     bad: dict[int, str] = {}
     damaged: list[int] = []
 
     def write(file: BinaryIO) -> None:
-        for row, item in _pictures(folder, range(len(folder)), threads, background):
+        for row, item in _pictures(folder, range(len(folder)), threads, background, side):
             if isinstance(item, str):
                 bad[row] = item
                 shapes.append((0, 0))
@@ -268,7 +289,12 @@ def _make(folder: ImageSource, pixels: Path, index: Path, threads: int, backgrou
 
 
 def _add(
-    cache: PictureCache, folder: ImageSource, index: Path, threads: int, background: str
+    cache: PictureCache,
+    folder: ImageSource,
+    index: Path,
+    threads: int,
+    background: str,
+    side: int,
 ) -> None:
     """Add what can be decoded by now to a cache, or without damage.
 
@@ -278,7 +304,7 @@ def _add(
     rows, damaged, known = {*cache.bad, *cache.damaged}, set(cache.damaged), len(content["added"])
     with open(cache.file, "r+b") as file:
         file.seek(cache.end)  # what a run that was killed here has left behind is overwritten
-        for row, item in _pictures(folder, sorted(rows), threads, background):
+        for row, item in _pictures(folder, sorted(rows), threads, background, side):
             if isinstance(item, str) or (item.damaged and row in cache.damaged):
                 continue
             file.write(item.image.tobytes())
@@ -299,7 +325,7 @@ def _write_index(index: Path, content: dict[str, Any]) -> None:
 
 
 def _pictures(
-    folder: ImageSource, rows: Sequence[int], threads: int, background: str
+    folder: ImageSource, rows: Sequence[int], threads: int, background: str, side: int
 ) -> Iterator[tuple[int, Picture | str]]:
     """Decode rows in order; a bad image gives its reason. Decoders work without Python's lock."""
 
@@ -310,8 +336,8 @@ def _pictures(
         except ImageError as error:
             return row, error.reason
         short = min(image.size)
-        if short > SHORT_SIDE:
-            w, h = (round(side * SHORT_SIDE / short) for side in image.size)
+        if short > side:
+            w, h = (round(length * side / short) for length in image.size)
             image = image.resize((w, h), Image.Resampling.BILINEAR)
         return row, Picture(image.convert("RGB"), damaged)
 

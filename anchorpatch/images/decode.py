@@ -2,7 +2,7 @@
 
 By default the transform is the validation transform of ImageNet: short side 256, center crop 224,
 antialiased bilinear on uint8, with sizes and offsets rounded as by ``Resize(256)`` and
-``CenterCrop(224)`` of torchvision.transforms.v2. With mode ``squash`` it is ``Resize((224, 224))``.
+``CenterCrop(224)`` of torchvision.transforms.v2; `anchorpatch.geometry` knows the others.
 
 Two decoders do the work, and each file takes one of two paths:
 
@@ -47,12 +47,13 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import AvifImagePlugin, Image
+from PIL import AvifImagePlugin, Image, ImageColor
 from simplejpeg import decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from anchorpatch.errors import ImageError
-from anchorpatch.settings import CROP, RESIZE, CropSettings
+from anchorpatch.geometry import geometry
+from anchorpatch.settings import CropSettings
 
 #: Images of more pixels are refused unread: Pillow's own limit for decompression bombs. One of
 #: this size takes 0.7 GB while it is decoded.
@@ -96,7 +97,7 @@ class Decoded(NamedTuple):
     """One image, ready for the network.
 
     Attributes:
-        pixels: RGB, uint8 (224, 224, 3).
+        pixels: RGB, uint8 (S, S, 3) of the side S that the settings say, 224 by default.
         size: (height, width) of the source image in pixels, as it is meant to be looked at
             (after EXIF orientation).
         damaged: libjpeg had to make up for missing or corrupt data.
@@ -117,38 +118,6 @@ class Picture(NamedTuple):
 
     image: Image.Image
     damaged: bool = False
-
-
-class Geometry(NamedTuple):
-    """Size of the resized image and corner of the crop in it, in pixels."""
-
-    height: int
-    width: int
-    top: int
-    left: int
-
-
-def geometry(height: int, width: int, mode: str = "center") -> Geometry:
-    """Return how an image of ``height`` x ``width`` px is resized and cropped.
-
-    Args:
-        height: of the image in pixels.
-        width: of the image in pixels.
-        mode: one of `anchorpatch.settings.CROP_MODES`.
-
-    Example:
-        >>> geometry(375, 500)
-        Geometry(height=256, width=341, top=16, left=58)
-        >>> geometry(375, 500, "squash")
-        Geometry(height=224, width=224, top=0, left=0)
-    """
-    if mode == "squash":
-        return Geometry(CROP, CROP, 0, 0)
-    if height <= width:
-        h, w = RESIZE, int(RESIZE * width / height)
-    else:
-        h, w = int(RESIZE * height / width), RESIZE
-    return Geometry(h, w, round((h - CROP) / 2), round((w - CROP) / 2))
 
 
 def decode(data: bytes, settings: CropSettings | None = None) -> Decoded:
@@ -182,13 +151,13 @@ def decode(data: bytes, settings: CropSettings | None = None) -> Decoded:
     if isinstance(whole, np.ndarray):
         height, width = whole.shape[:2]
         if max(height, width) <= _LONGEST_ASPECT * min(height, width):
-            h, w, top, left = geometry(height, width, settings.mode)
+            h, w, top, left = geometry(height, width, settings)
             resized = F.resize(torch.from_numpy(whole).permute(2, 0, 1), [h, w], antialias=True)
-            crop = resized[:, top : top + CROP, left : left + CROP]
-            pixels = crop.permute(1, 2, 0).contiguous().numpy()
-            return Decoded(pixels, (height, width), damaged)
+            (y0, y1), (x0, x1) = _kept(top, h, settings), _kept(left, w, settings)
+            pixels = resized[:, y0:y1, x0:x1].permute(1, 2, 0).contiguous().numpy()
+            return Decoded(_framed(pixels, top, left, settings), (height, width), damaged)
         whole = Image.fromarray(whole)
-    return Decoded(_resized(whole, settings.mode), (whole.height, whole.width), damaged)
+    return Decoded(_resized(whole, settings), (whole.height, whole.width), damaged)
 
 
 def decode_picture(data: bytes, background: str = "#ffffff") -> Picture:
@@ -340,19 +309,34 @@ def _transparency(image: Image.Image) -> object:
     return transparency
 
 
-def _resized(image: Image.Image, mode: str) -> npt.NDArray[np.uint8]:
+def _kept(offset: int, length: int, settings: CropSettings) -> tuple[int, int]:
+    """Return from where to where a crop shows a resized image, along one axis."""
+    return max(offset, 0), min(offset + settings.img_size, length)
+
+
+def _framed(
+    pixels: npt.NDArray[np.uint8], top: int, left: int, settings: CropSettings
+) -> npt.NDArray[np.uint8]:
+    """Put what a crop shows of an image into its place in the crop, on the background."""
+    (height, width), side = pixels.shape[:2], settings.img_size
+    if (height, width) == (side, side):
+        return pixels
+    crop = np.empty((side, side, 3), np.uint8)
+    crop[:] = ImageColor.getrgb(settings.background)
+    y, x = max(-top, 0), max(-left, 0)
+    crop[y : y + height, x : x + width] = pixels
+    return crop
+
+
+def _resized(image: Image.Image, settings: CropSettings) -> npt.NDArray[np.uint8]:
     """Resize and crop in one step; gray becomes RGB last, when there is least to do."""
-    h, w, top, left = geometry(image.height, image.width, mode)
+    h, w, top, left = geometry(image.height, image.width, settings)
+    (y0, y1), (x0, x1) = _kept(top, h, settings), _kept(left, w, settings)
     x, y = image.width / w, image.height / h
     # Clamped, since the rounding of the division may put an edge a hair outside the image.
-    box = (
-        left * x,
-        top * y,
-        min((left + CROP) * x, image.width),
-        min((top + CROP) * y, image.height),
-    )
-    crop = image.resize((CROP, CROP), Image.Resampling.BILINEAR, box=box)
-    return np.array(crop.convert("RGB"))
+    box = (x0 * x, y0 * y, min(x1 * x, image.width), min(y1 * y, image.height))
+    crop = image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=box)
+    return _framed(np.array(crop.convert("RGB")), top, left, settings)
 
 
 def _as_rgb_or_gray(image: Image.Image, background: str) -> Image.Image:

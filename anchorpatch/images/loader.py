@@ -50,7 +50,7 @@ from anchorpatch.errors import AnchorpatchError, ImageError, SettingsError, reas
 from anchorpatch.images.decode import Decoded, decode
 from anchorpatch.images.folder import ImageSource
 from anchorpatch.runtime.distributed import environment_number
-from anchorpatch.settings import CROP, CropSettings
+from anchorpatch.settings import CropSettings
 from anchorpatch.signals import STOP_SIGNALS, waiting_for
 from anchorpatch.storage import patiently
 
@@ -85,7 +85,7 @@ class Batch(NamedTuple):
 
     Attributes:
         index: rows of the folder, in the order asked for, int64 (n,).
-        pixels: RGB, uint8 (n, 224, 224, 3).
+        pixels: RGB, uint8 (n, S, S, 3), S = 224 by default.
         size: height and width of each source image in pixels, int32 (n, 2).
         bad: row and reason of each image that could not be decoded.
         damaged: rows of the images in ``index`` that were decoded with damage.
@@ -129,8 +129,9 @@ def load_batches(
         pin_memory: see `serve_batches`.
     """
     requests = ((0, np.asarray(rows, np.int64)) for rows in batches)
-    decoder = partial(_crop, crop or CropSettings())
-    return serve_batches(folder, requests, decoder, CROP, workers=workers, pin_memory=pin_memory)
+    crop = crop or CropSettings()
+    decoder, side = partial(_crop, crop), crop.img_size
+    return serve_batches(folder, requests, decoder, side, workers=workers, pin_memory=pin_memory)
 
 
 def _crop(crop: CropSettings, path: str, row: int, epoch: int) -> Decoded:

@@ -1,6 +1,6 @@
 """What jobs read: the shards of a split, and whole images.
 
-Whole images are the 224 px crops that AnchorNet sees, as shards store them or decoded again.
+Whole images are the crops that AnchorNet sees, as shards store them or decoded again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from anchorpatch.errors import DataError, ShardError
 from anchorpatch.images.folder import ImageSource, scan_folder
 from anchorpatch.images.loader import load_batches
-from anchorpatch.settings import CROP, CropSettings
+from anchorpatch.settings import CropSettings
 from anchorpatch.shards.dataset import load_rows
 from anchorpatch.shards.layout import MANIFEST_NAME, decode_text
 from anchorpatch.shards.reader import ShardReader
@@ -50,7 +50,7 @@ class Crops(NamedTuple):
 
     Attributes:
         rows: of the source (n,), int64.
-        pixels: uint8 (n, H, W, 3), 224 px as a source gives them.
+        pixels: uint8 (n, S, S, 3), of the side of the source's crops, or rescaled.
         labels: class index (n,), int64.
     """
 
@@ -66,10 +66,10 @@ class Crops(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """Crops for `load_rows`: rows of images (n,), int64."""
+    """Crops for `load_rows`: their side, and rows of images (n,), int64."""
 
+    scale: int
     rows: NDArray[np.int64]
-    scale: int = CROP
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class CropSource:
         labels: class index of each image (n,), int64.
         folder: the images' files; None where shards store the crops.
         reader: of the shards that were made from the images; None for a folder alone.
-        crop: how a file becomes a crop.
+        crop: how a file becomes a crop, or became the stored one.
         workers: processes that decode files.
     """
 
@@ -136,9 +136,9 @@ class CropSource:
             ShardError: no crops are stored, and ``data`` is None.
             DataError: no crops are stored, and not all of the files are there.
         """
-        labels = reader.label.astype(np.int64)
+        labels, crop = reader.label.astype(np.int64), reader.settings.crop
         if reader.has_images:
-            return cls(str(reader.folder), reader.classes, labels, reader=reader)
+            return cls(str(reader.folder), reader.classes, labels, reader=reader, crop=crop)
         without = f"{reader.folder} holds no whole images"
         advice = "extract with --store-images, or give the image folder with --data"
         if data is None:
@@ -154,7 +154,6 @@ class CropSource:
             )
         sizes = np.zeros(len(reader), np.int64)
         folder = ImageSource(root, split, reader.path, reader.label, sizes, reader.classes)
-        crop = reader.settings.crop
         return cls(str(root), reader.classes, labels, folder, reader, crop, workers)
 
     def __len__(self) -> int:
@@ -173,7 +172,7 @@ class CropSource:
         return decode_text(self.reader.path[row])
 
     def pixels(self, rows: Sequence[int]) -> NDArray[np.uint8]:
-        """Read a few images in this process: the crops, uint8 (n, 224, 224, 3).
+        """Read a few images in this process: the crops, uint8 (n, S, S, 3).
 
         Raises:
             DataError: one of them cannot be decoded.
@@ -208,8 +207,8 @@ class CropSource:
         parts = [wanted[i : i + size] for i in range(0, len(wanted), size)]
         if self.folder is None:
             assert self.reader is not None
-            requests = map(_Stored, parts)
-            stored = load_rows(self.reader, requests, threads=2, pin_memory=pin_memory)
+            requests = (_Stored(self.crop.img_size, part) for part in parts)
+            stored = load_rows(self.reader, requests, threads=2, pin_memory=pin_memory, whole=True)
             with closing(stored):
                 for request, (pixels, _) in stored:
                     yield Crops(request.rows, pixels, self.labels[request.rows])

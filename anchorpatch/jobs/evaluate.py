@@ -49,7 +49,7 @@ from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, joined
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import CROP, SCALES, Computing
+from anchorpatch.settings import SCALES, Computing
 from anchorpatch.shards.reader import ShardReader
 
 #: Images on which speed is measured: some seconds for a ResNet-50.
@@ -140,30 +140,32 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
                 why_not = str(error)  # networks of one scale have no say in whole images
         job.report.message(computing_on(job.device))
         module, localizer = distinct[0].module, AnchorNet(len(job.reader.network_classes))
-        gmacs = {side: macs(module, side) / 1e9 for side in (*config.scales, CROP)}
-        gmacs_anchornet = macs(localizer, CROP, localizer.localize) / 1e9
+        size = job.reader.settings.img_size
+        gmacs = {side: macs(module, side) / 1e9 for side in (*config.scales, size)}
+        gmacs_anchornet = macs(localizer, size, localizer.localize) / 1e9
         figures = job.score_whole(asked, whole, config.scales) if asked and whole else None
         patches = job.score_patches(networks, keep=predictions.keep if predictions else None)
         if predictions is not None:
             predictions.write(job.world)
         speed = job.measure(networks, whole, anchornet) if anchornet and whole else None
-        missing = {"row 224": why_not if config.whole else None, "speed": no_speed}
+        missing = {f"row {size}": why_not if config.whole else None, "speed": no_speed}
         by_scale = ", ".join(f"{net.source} ({scale} px)" for scale, net in networks.items())
         weights: dict[str, str | None] = {str(s): net.source for s, net in networks.items()}
-        weights |= {str(CROP): asked.source if asked else None, "all": one.source if one else None}
+        weights |= {"whole": asked.source if asked else None, "all": one.source if one else None}
         return Table3(
             network=config.network,
             shards=str(job.reader.folder),
             weights=one.source if one else by_scale,
-            whole_weights=weights[str(CROP)],
+            whole_weights=weights["whole"],
             whole_source=whole.description if whole and asked else None,
-            gmacs_whole=gmacs[CROP],
+            gmacs_whole=gmacs[size],
             gmacs_anchornet=gmacs_anchornet,
-            rows=table_3_rows(patches, figures, gmacs, gmacs_anchornet, weights),
+            rows=table_3_rows(patches, figures, gmacs, gmacs_anchornet, weights, size),
             speed=speed,
             left_out=tuple(f"{what}: {why}" for what, why in missing.items() if why),
             whole_trained_on=asked.trained_on if asked else "",
             notes=_notes(*distinct, asked),
+            img_size=size,
         )
 
 
@@ -371,7 +373,8 @@ class _Evaluation:
         batches, patches = torch.split(pixels, size), 0
         runs = {scale: self._on_device(network) for scale, network in networks.items()}
         computing = self.device, self.config.engine, self.config.precision
-        localizer = Localizer(weights, self.reader.settings.lsp, *computing, batch_size=size)
+        lsp, side = self.reader.settings.lsp, self.reader.settings.img_size
+        localizer = Localizer(weights, lsp, *computing, side=side, batch_size=size)
 
         def whole_images() -> list[Tensor]:
             return [runs[SCALES[0]](batch).argmax(1) for batch in batches]

@@ -26,7 +26,7 @@ from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, exact_float32, joined, to_device
 from anchorpatch.runtime.distributed import World, sum_ranks
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import CROP, PRESETS, SCALES, Computing
+from anchorpatch.settings import PRESETS, SCALES, Computing
 from anchorpatch.text import counted
 
 
@@ -121,7 +121,7 @@ class _Meter(Runner):
     @torch.inference_mode()
     @exact_float32()
     def update(self, pixels: Tensor, labels: Tensor) -> None:
-        """Count a batch: uint8 pixels (n, 224, 224, 3) and labels (n,)."""
+        """Count a batch: uint8 pixels (n, side, side, 3) and labels (n,)."""
         labels = to_device(labels, self.device)
         pixels = pixels.to(self.device, non_blocking=True)
         # Localizing alone is timed: the outputs of the attention branches are no part of it.
@@ -172,6 +172,6 @@ class _Meter(Runner):
         return {
             **figures,
             "mean_patches": means,
-            "gmacs": macs(self.net, CROP, self.net.localize) / 1e9,
+            "gmacs": macs(self.net, self.side, self.net.localize) / 1e9,
             "images_per_second": figures["images"] / max(seconds, 1e-9),
         }

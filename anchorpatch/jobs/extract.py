@@ -28,11 +28,11 @@ from anchorpatch.errors import DataError, ShardBusy, ShardError
 from anchorpatch.images.folder import ImageSource, scan_folder, spread_rows, without_images
 from anchorpatch.images.loader import Batch, load_batches
 from anchorpatch.jobs.localizer import Localizer, Pending, resolve_engine
-from anchorpatch.runtime.checkpoint import Weights, load_weights
+from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights
 from anchorpatch.runtime.device import computing_on, cpu_count, has_bfloat16, resolve_device
 from anchorpatch.runtime.distributed import Task
 from anchorpatch.runtime.progress import Reporter, Stopwatch, Waits
-from anchorpatch.settings import PRESETS, Computing, LspSettings, default_preset
+from anchorpatch.settings import PRESETS, Computing, CropSettings, LspSettings, default_preset
 from anchorpatch.shards.header import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import (
     FilesDigest,
@@ -70,7 +70,7 @@ class ExtractConfig(Computing):
         lsp: K, T and P in place of the preset's.
         codec: raw, jpeg or image.
         jpeg_quality: 1 to 100, for codec jpeg.
-        store_images: store the 224 crop of each image too.
+        store_images: store the crop of each image too.
         shard_size: images in a shard.
         batch_size: images in a batch; None: 64 on CPU, 256 on a GPU, where shards of another
             batch size may differ.
@@ -79,7 +79,11 @@ class ExtractConfig(Computing):
             `anchorpatch.jobs.localizer.resolve_engine`.
         compile: use ``torch.compile``.
         limit: take only so many images, evenly spread over the sorted list.
-        background: color behind transparent pixels; None: that of the weights.
+        crop_mode: how images become crops; None, as for the next three: as the weights record it.
+        crop_pct: share of the resized side that a crop keeps; None with another ``crop_mode``: that
+            of the mode.
+        img_size: side of the crops in pixels.
+        background: color behind transparent pixels.
         damaged: what becomes of images that are decoded with damage, keep or skip.
         allow_empty: accept class folders without images.
         max_bad: share of unreadable images that fails the run when exceeded.
@@ -107,6 +111,9 @@ class ExtractConfig(Computing):
     workers: int = field(default_factory=cpu_count)
     compile: bool = False
     limit: int | None = None
+    crop_mode: str | None = None
+    crop_pct: float | None = None
+    img_size: int | None = None
     background: str | None = None
     damaged: str = "keep"
     allow_empty: bool = False
@@ -213,6 +220,14 @@ class _Plan:
         task = self.config.task
         return range(task.index, len(self.files.shards), task.total)
 
+    @property
+    def overridden(self) -> str:
+        """What is to be said where the crops are not those that the weights were trained for."""
+        trained, taken = str(self.weights.meta.cropping), str(self.header.settings.crop)
+        if trained == taken:
+            return ""
+        return f"the crops are {taken}, but the weights were trained for {trained}"
+
     def load(self, batches: Iterable[Sequence[int]], workers: int) -> Generator[Batch, None, None]:
         return load_batches(
             self.folder,
@@ -230,6 +245,7 @@ class _Plan:
             self.device,
             settings.engine,
             settings.precision,
+            side=settings.img_size,
             batch_size=self.batch_size,
             compile=settings.compile,
         )
@@ -249,7 +265,8 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
     if rejected := _rejected(plan, manifest, reporter):
         manifest = manifest.forget(rejected)
     folder = plan.folder
-    for remark in (folder.passed_over(), without_images(folder.labels, folder.classes)):
+    absent = without_images(folder.labels, folder.classes)
+    for remark in (plan.overridden, folder.passed_over(), absent):
         if remark:
             reporter.message(remark)
     began, images, waits = time.monotonic(), 0, Waits()
@@ -288,7 +305,7 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
     )
 
 
-def forecast(config: ExtractConfig) -> dict[str, Any]:
+def forecast(config: ExtractConfig, reporter: Reporter | None = None) -> dict[str, Any]:
     """Return what `run` would do, as JSON values, without writing into the output folder.
 
     ``bytes``, those of the whole split, follow from the ``bytes_per_image`` of a ``sample`` of up
@@ -296,6 +313,8 @@ def forecast(config: ExtractConfig) -> dict[str, Any]:
     ``images`` include unreadable ones; ``pending`` are the shards of this task that are not done.
     """
     plan = _plan(config)
+    if plan.overridden:
+        (reporter or Reporter()).message(plan.overridden)
     manifest = open_manifest(
         plan.out, plan.header, plan.files, overwrite=config.overwrite, dry_run=True
     )
@@ -346,7 +365,7 @@ def _plan(config: ExtractConfig) -> _Plan:
     weights = load_weights(config.weights)
     folder = scan_folder(config.data, config.split, config.labels, allow_empty=config.allow_empty)
     folder = folder.limited(config.limit)
-    preset = config.preset or default_preset(config.split)
+    preset, crop = config.preset or default_preset(config.split), _crop(config, weights.meta)
     lsp = config.lsp or PRESETS[preset]
     settings = ShardSettings(
         **vars(lsp),
@@ -356,13 +375,15 @@ def _plan(config: ExtractConfig) -> _Plan:
         precision=config.precision,
         preset=preset if PRESETS[preset] == lsp else None,
         jpeg_quality=config.jpeg_quality,
-        crop_mode=weights.meta.crop_mode,
-        background=config.background or weights.meta.background,
-        damaged=config.damaged,
+        crop_mode=crop.mode,
+        background=crop.background,
+        damaged=crop.damaged,
         device=device.type,
         batch_size=batch_size,
         compile=config.compile,
         engine=_engine(config, device),
+        img_size=crop.img_size,
+        crop_pct=crop.crop_pct,
     )
     header = ShardHeader(
         split=config.split,
@@ -373,6 +394,16 @@ def _plan(config: ExtractConfig) -> _Plan:
     )
     files = files_digest(folder, config.shard_size)
     return _Plan(config, folder, weights, device, batch_size, header, files)
+
+
+def _crop(config: ExtractConfig, meta: WeightsMeta) -> CropSettings:
+    """Return how images become crops: as the weights record it, but for what is asked for."""
+    found = replace(meta.cropping, damaged=config.damaged)
+    if config.crop_mode not in (None, found.mode):
+        found = replace(found, mode=config.crop_mode, crop_pct=None)
+    asked = ("img_size", "crop_pct", "background")
+    given = {name: value for name in asked if (value := getattr(config, name)) is not None}
+    return replace(found, **given)
 
 
 def files_digest(folder: ImageSource, shard_size: int) -> FilesDigest:

@@ -30,7 +30,7 @@ from anchorpatch.networks import OR_NONE, load_network
 from anchorpatch.runtime.device import joined
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import CROP, SCALES
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.dataset import Loaded, batches_of, epoch_rows, load_rows, pieces_of, visited
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.state_dicts import find_pretrained
@@ -74,10 +74,16 @@ def run(config: FinetuneConfig, progress: Reporter | None = None) -> FinetuneSum
         alone_in(config.folder, world, device),
     ):
         task = prepare(config, device, world, report.message)
-        if task.train.header.weights_sha256 != task.val.header.weights_sha256:
+        train, val = task.train, task.val
+        differ = {
+            "AnchorNet weights": train.header.weights_sha256 != val.header.weights_sha256,
+            f"transforms ({val.settings.crop}; {train.settings.crop})": str(train.settings.crop)
+            != str(val.settings.crop),
+        }
+        if found := " and ".join(what for what, different in differ.items() if different):
             report.message(
                 f"{config.shards}: the shards of val and train were extracted with different "
-                "AnchorNet weights; the results will mix the two"
+                f"{found}; the results will mix the two"
             )
         cost = task.cost
         if "budget" in cost:
@@ -244,7 +250,7 @@ class FinetuneTask(Task):
     Attributes:
         plan: the steps.
         cost: what the run takes, as JSON values: its epochs, the steps of each, the patches of an
-            epoch by scale (for a baseline, images by 224), the multiply-accumulates of one of
+            epoch by scale (for a baseline, images by side), the multiply-accumulates of one of
             them and of the whole run, and what a baseline may spend, by which run. Those are of
             the forward passes in training. The backward passes take about twice as many, for
             patches and whole images alike.
@@ -340,7 +346,7 @@ class FinetuneTask(Task):
 
     def build(self) -> nn.Module:
         """Return the network with its initial weights, on the device."""
-        config, settings = self.config, self.train.settings
+        config, crop = self.config, self.train.settings.crop
         found = load_network(
             config.network,
             self.train.classes,
@@ -349,9 +355,7 @@ class FinetuneTask(Task):
             replace_head=True,
             matching=config.matching,
         )
-        self.meta = replace(
-            found.meta, crop_mode=settings.crop_mode, background=settings.background
-        )
+        self.meta = found.meta.cropped(crop)
         weights = config.weights
         if weights not in ("default", "none"):
             with open(weights, "rb") as file:
@@ -400,8 +404,18 @@ class FinetuneTask(Task):
 
     def load(self, requests: Iterator[Request]) -> Generator[tuple[Request, Loaded], None, None]:
         """Read the pieces of a run ahead of their use."""
-        pin_memory = self.device.type == "cuda"
-        return load_rows(self.train, requests, threads=self.config.workers, pin_memory=pin_memory)
+        return self._read(requests, whole=False)
+
+    def _read(
+        self, requests: Iterator[Request], *, whole: bool
+    ) -> Generator[tuple[Request, Loaded], None, None]:
+        return load_rows(
+            self.train,
+            requests,
+            threads=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+            whole=whole,
+        )
 
     def evaluate(self, module: nn.Module, check: Callable[[], object]) -> dict[str, Any]:
         """Decide on the validation images by the sum of their patches' distributions."""
@@ -420,7 +434,7 @@ class FinetuneTask(Task):
 class BaselineTask(FinetuneTask):
     """A network that learns from whole images, at the cost of a run on patches.
 
-    Their pixels are the crops of 224 px in the shards, or else the files they were made from.
+    Their pixels are the crops in the shards, or else the files they were made from.
     """
 
     unit = "images"
@@ -443,24 +457,30 @@ class BaselineTask(FinetuneTask):
 
     def counts(self) -> dict[int, int]:
         """Return the images of a pass."""
-        return {CROP: len(self.images)}
+        return {self.images.crop.img_size: len(self.images)}
 
     def draw(self, rng: np.random.Generator) -> Mapping[int, NDArray[np.int64]]:
         """Return the images of a pass in random order."""
-        return {CROP: rng.permutation(len(self.images))}
+        return {self.images.crop.img_size: rng.permutation(len(self.images))}
 
     def load(self, requests: Iterator[Request]) -> Generator[tuple[Request, Loaded], None, None]:
         """Read or decode the pieces of a run ahead of their use."""
         config, folder = self.config, self.images.folder
         if folder is None:
-            yield from super().load(requests)
+            yield from self._read(requests, whole=True)
             return
         asked, kept = tee(requests)
-        background = self.images.crop.background
+        crop = RandomCrop(
+            self.images.crop.img_size,
+            config.min_area,
+            flip=False,
+            seed=config.seed,
+            background=self.images.crop.background,
+        )
         loaded = load_training_batches(
             folder,
             ((request.visit, request.rows) for request in asked),
-            RandomCrop(CROP, config.min_area, flip=False, seed=config.seed, background=background),
+            crop,
             workers=config.workers,
             pin_memory=self.device.type == "cuda",
         )

@@ -104,12 +104,12 @@ def load_anchornet(weights: Weights) -> AnchorNet:
     """Build AnchorNet as a weights file describes it, in evaluation mode.
 
     Raises:
-        WeightsError: the tensors do not fit, or the file asks for another preprocessing.
+        WeightsError: the tensors do not fit, or the file asks for crops that there are not.
     """
-    meta = weights.meta
-    if (meta.resize, meta.crop) != (256, 224):
+    meta, known = weights.meta, weights.meta.cropping.resize
+    if meta.crop_mode != "squash" and meta.resize != known:
         raise WeightsError(
-            f"{weights.path}: expected weights for the transform 256 -> 224, "
+            f"{weights.path}: expected weights for the transform {known} -> {meta.crop}, "
             f"found {meta.resize} -> {meta.crop}"
         )
     net = AnchorNet(len(meta.classes), se=meta.se, weighted_mean=meta.weighted_mean)
@@ -186,6 +186,7 @@ class Runner:
         weights: of AnchorNet.
         device: a CPU or a CUDA device.
         engine: as for `resolve_engine`.
+        side: of the images in pixels; None for that of the weights' crops.
         precision: that the features are computed in; logits and heatmaps are always float32.
         compile: the features are for ``torch.compile``.
         streams: calls of `features` at once, which share the threads that torch has.
@@ -201,10 +202,12 @@ class Runner:
         engine: str = "auto",
         precision: str = "float32",
         *,
+        side: int | None = None,
         compile: bool = False,
         streams: int = 1,
     ) -> None:
         self.device, self.amp = device, precision == "bfloat16"
+        self.side = side or weights.meta.crop
         self.engine = resolve_engine(engine, device, precision, compile=compile)
         net = load_anchornet(weights).fuse().to(device)
         # A channels-last network takes the decoder's pixels as they lie in memory.
@@ -213,17 +216,19 @@ class Runner:
         self._openvino = None
         if self.engine == "openvino":
             mean, std = weights.meta.mean, weights.meta.std
-            self._openvino = OpenVinoFeatures(net, mean, std, precision=precision, streams=streams)
+            self._openvino = OpenVinoFeatures(
+                net, mean, std, side=self.side, precision=precision, streams=streams
+            )
 
     def features(self, pixels: Tensor) -> Features:
-        """Return the features of uint8 pixels (n, 224, 224, 3)."""
+        """Return the features of uint8 pixels (n, side, side, 3)."""
         if self._openvino is not None:
             return self._openvino(pixels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return self.net.features(self._normalize(pixels))
 
     def run(self, pixels: Tensor) -> Run:
-        """Decide on uint8 pixels (n, 224, 224, 3), and return the heatmaps of the decision."""
+        """Decide on uint8 pixels (n, side, side, 3), and return the heatmaps of the decision."""
         features = self.features(pixels)
         logits = self.net.logits(features)
         decision = decide(logits.softmax(-1))
@@ -237,7 +242,7 @@ class Localizer(Runner):
         weights: of AnchorNet.
         settings: K, T and P of Algorithm 1.
         device: a CPU or a CUDA device.
-        engine: as for `Runner`; with ``precision``.
+        engine: as for `Runner`; with ``precision`` and ``side``.
         batch_size: images in a chunk on a GPU; on CPU chunks have `CPU_CHUNK` images.
         compile: pass the stage through ``torch.compile``.
     """
@@ -250,11 +255,13 @@ class Localizer(Runner):
         engine: str = "auto",
         precision: str = "float32",
         *,
+        side: int | None = None,
         batch_size: int = 256,
         compile: bool = False,
     ) -> None:
         threads = torch.get_num_threads()
-        super().__init__(weights, device, engine, precision, compile=compile, streams=threads)
+        computing = device, engine, precision
+        super().__init__(weights, *computing, side=side, compile=compile, streams=threads)
         self.settings = settings
         other = "use --precision float32" if self.amp else "train or download them again"
         self._advice = f"the weights {weights.path} may be damaged or badly trained: {other}"
@@ -272,7 +279,7 @@ class Localizer(Runner):
         if compile:
             self._stage = torch.compile(self._localize)
             # Compiling is for one thread, before the pool's get there.
-            self.submit(torch.zeros(1, 224, 224, 3, dtype=torch.uint8)).result()
+            self.submit(torch.zeros(1, self.side, self.side, 3, dtype=torch.uint8)).result()
 
     def __enter__(self) -> Localizer:
         return self
@@ -285,7 +292,7 @@ class Localizer(Runner):
         """Start on a batch and return without waiting for it.
 
         Args:
-            pixels: uint8 (n, 224, 224, 3), n at least 1; in pinned memory for a GPU.
+            pixels: uint8 (n, side, side, 3), n at least 1; in pinned memory for a GPU.
         """
         chunks = torch.split(pixels, self.chunk)
         pool, results = self._pool, []
@@ -297,7 +304,7 @@ class Localizer(Runner):
         """Return attention maps and class heatmaps, the numbers that `submit` decides on.
 
         Args:
-            pixels: uint8 (n, 224, 224, 3), n at least 1.
+            pixels: uint8 (n, side, side, 3), n at least 1.
             classes: whose heatmaps to return, for each image (n, k), int64.
         """
         parts = []

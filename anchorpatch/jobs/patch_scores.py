@@ -252,7 +252,7 @@ def sum_localized(
     Args:
         networks: by the scale of the patches that they decide on.
         found: in the images.
-        pixels: of the images, uint8 (n, 224, 224, 3).
+        pixels: of the images, uint8 (n, S, S, 3).
         batch_size: patches in a batch.
 
     Returns:

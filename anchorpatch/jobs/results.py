@@ -109,11 +109,12 @@ class Table3Row:
     """A line of Table 3; shares from 0 to 1.
 
     Attributes:
-        scale: "224", "63", "95", "111", or "all" for the images of all scales.
+        scale: the side of the whole image, such as "224", in the first row where whole images were
+            decided on; "63", "95", "111", or "all" for the images of all scales.
         images: that chose the scale.
         mean_patches: patches per image; None without images, and for whole images.
         gmacs: of the network for one image, as in the paper.
-        saved: share of the network's cost at 224 px that this leaves out.
+        saved: share of the network's cost for the whole image that this leaves out.
         gmacs_with_anchornet: the same with AnchorNet's own cost.
         saved_with_anchornet: the same with AnchorNet's own cost.
         top1: share of images that are decided right.
@@ -145,7 +146,7 @@ class Table3:
         weights: what the network on patches was loaded from, or the three of them.
         whole_weights: what the network on whole images was loaded from; None without.
         whole_source: where the whole images came from; None without.
-        gmacs_whole: of the network at 224 px, 1e9.
+        gmacs_whole: of the network for the whole image, 1e9.
         gmacs_anchornet: of localizing one image, 1e9.
         rows: of the table.
         speed: measured; None where it was not.
@@ -153,6 +154,7 @@ class Table3:
         whole_trained_on: "whole images" or "patches", which the network on whole images was
             trained on; "" where nothing says it.
         notes: how outputs were matched with other classes.
+        img_size: side of the whole images in pixels.
     """
 
     network: str
@@ -167,6 +169,7 @@ class Table3:
     left_out: tuple[str, ...]
     whole_trained_on: str = ""
     notes: tuple[str, ...] = ()
+    img_size: int = CROP
 
     def to_json(self) -> dict[str, Any]:
         """Return the table as JSON values."""
@@ -174,12 +177,13 @@ class Table3:
 
     def tables(self) -> tuple[Table, ...]:
         """Return the table: whole images against patches."""
+        side = self.img_size
         columns = (
-            Column("scale", False, "224 is the whole image, all the patches of any scale"),
+            Column("scale", False, f"{side} is the whole image, all the patches of any scale"),
             Column("images"),
             Column("patches", help="of an image, on average"),
             Column("GMACs", help="of the network for one image, as the paper counts"),
-            Column("saved", help=f"of {_gmacs(self.gmacs_whole)} GMACs at 224 px"),
+            Column("saved", help=f"of {_gmacs(self.gmacs_whole)} GMACs at {side} px"),
             Column("in all", help=f"GMACs with AnchorNet's {_gmacs(self.gmacs_anchornet)}"),
             Column("saved in all"),
             Column("top-1"),
@@ -202,7 +206,7 @@ class Table3:
         notes = [f"{self.network} on {self.shards}; weights: {self.weights}."]
         if self.whole_source:
             asked = asked_text(str(self.whole_weights), self.whole_trained_on)
-            notes.append(f"Row 224: {self.whole_source}; weights: {asked}.")
+            notes.append(f"Row {side}: {self.whole_source}; weights: {asked}.")
         if speed := self.speed:
             whole, patches = (decimal(v, 1).text for v in (speed.whole, speed.patches))
             ratio, mean = (decimal(v).text for v in (speed.ratio, speed.mean_patches))
@@ -226,24 +230,26 @@ def table_3_rows(
     gmacs: Mapping[int, float],
     anchornet: float,
     weights: Mapping[str, str | None],
+    side: int = CROP,
 ) -> tuple[Table3Row, ...]:
     """Return the lines of Table 3: whole images, where there are any, each scale, and all.
 
     Args:
         figures: of the network on patches.
         whole: of the network on whole images.
-        gmacs: of the network for one input, by its side: 224 px and each scale.
+        gmacs: of the network for one input, by its side: that of the whole image and each scale.
         anchornet: GMACs of localizing one image.
-        weights: what the network of each row was loaded from.
+        weights: what the network of each row was loaded from; "whole": that for whole images.
+        side: of the whole image in pixels.
     """
-    at_224 = gmacs[CROP]
+    at_whole = gmacs[side]
 
     def saved(spent: float | None) -> float | None:
-        return None if spent is None or not at_224 else 1 - spent / at_224
+        return None if spent is None or not at_whole else 1 - spent / at_whole
 
-    def row(scale: str, found: Figures, cost: _Cost) -> Table3Row:
+    def row(scale: str, found: Figures, cost: _Cost, key: str = "") -> Table3Row:
         decided = (found.top1, found.top5, found.loss)
-        return Table3Row(scale, found.images, *cost, *decided, weights.get(scale))
+        return Table3Row(scale, found.images, *cost, *decided, weights.get(key or scale))
 
     def of_patches(scale: str, found: Figures, spent: float) -> Table3Row:
         mean = spent / found.images if found.images else None
@@ -252,7 +258,7 @@ def table_3_rows(
 
     rows, total = [], 0.0
     if whole is not None:
-        rows.append(row(str(CROP), whole, (None, at_224, None, None, None)))
+        rows.append(row(str(side), whole, (None, at_whole, None, None, None), "whole"))
     for scale, found in figures.by_scale.items():
         spent = found.patches * gmacs[scale]
         rows.append(of_patches(str(scale), found, spent))

@@ -56,6 +56,7 @@ class OpenVinoFeatures:
     Args:
         net: AnchorNet, fused.
         mean: of the weights' normalization; with ``std``.
+        side: of the images in pixels.
         precision: float32 or bfloat16.
         streams: threads that may call at once; their calls share the threads that torch has.
 
@@ -69,6 +70,7 @@ class OpenVinoFeatures:
         mean: Sequence[float],
         std: Sequence[float],
         *,
+        side: int = CROP,
         precision: str = "float32",
         streams: int = 1,
     ) -> None:
@@ -80,7 +82,7 @@ class OpenVinoFeatures:
             "ENABLE_CPU_PINNING": False,  # processes of one machine would share the first cores
         }
         try:
-            graph = _graph(importlib.import_module("openvino.opset13"), net, mean, std)
+            graph = _graph(importlib.import_module("openvino.opset13"), net, mean, std, side)
             self._compiled = core.compile_model(graph, "CPU", settings)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
@@ -89,7 +91,7 @@ class OpenVinoFeatures:
         self._thread = threading.local()
 
     def __call__(self, pixels: Tensor) -> Features:
-        """Return the features of uint8 pixels (n, 224, 224, 3)."""
+        """Return the features of uint8 pixels (n, side, side, 3)."""
         if not hasattr(self._thread, "request"):
             self._thread.request = self._compiled.create_infer_request()
         found = [np.empty((len(pixels), *shape), np.float32) for shape in self._shapes]
@@ -105,9 +107,9 @@ class OpenVinoFeatures:
         return Features(*(tuple(tensors[i * third : (i + 1) * third]) for i in range(3)))
 
 
-def _graph(ops: Any, net: AnchorNet, mean: Sequence[float], std: Sequence[float]) -> Any:
+def _graph(ops: Any, net: AnchorNet, mean: Sequence[float], std: Sequence[float], side: int) -> Any:
     """Return the model from uint8 pixels to the tensors of `Features`, one after another."""
-    pixels = ops.parameter([_IMAGES, CROP, CROP, 3], np.uint8)
+    pixels = ops.parameter([_IMAGES, side, side, 3], np.uint8)
     x = ops.convert(ops.transpose(pixels, [0, 3, 1, 2]), "f32")
     head = _apply(ops, _apply(ops, x, _on_pixels(net.stem, mean, std)), net.head)
     weighted, attention, pooled = [], [], []

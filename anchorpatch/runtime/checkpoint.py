@@ -18,7 +18,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -56,10 +56,11 @@ class WeightsMeta:
         classes: folder names, in the order of the outputs.
         se: AnchorNet was built with squeeze-and-excitation.
         weighted_mean: AnchorNet was built with S times H * W.
-        resize: length of the short side before cropping, in pixels.
+        resize: length in pixels to which images are resized before cropping; it follows from the
+            next three, but that older weights of mode ``squash`` say 256 where it was 224.
         crop: side of the crop, in pixels.
-        crop_mode: how images become crops, see `anchorpatch.settings.CropSettings`; with
-            ``squash``, ``resize`` has no meaning.
+        crop_mode: how images become crops, see `anchorpatch.settings.CropSettings`.
+        crop_pct: share of the resized side that the crop keeps; None for that of the mode.
         background: color behind transparent pixels that the network was trained with.
         mean: of the three channels, pixels in [0, 1].
         std: of the three channels, above 0, pixels in [0, 1].
@@ -78,6 +79,7 @@ class WeightsMeta:
     resize: int = 256
     crop: int = 224
     crop_mode: str = "center"
+    crop_pct: float | None = None
     background: str = "#ffffff"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -101,12 +103,33 @@ class WeightsMeta:
         for what, side in (("resize", self.resize), ("crop", self.crop)):
             if not 1 <= side <= 65_535:
                 raise SettingsError(f"{what}: expected 1 to 65,535 px, found {side:,}")
-        object.__setattr__(self, "background", self.cropping.background)
+        colors = CropSettings(self.crop_mode, self.background, crop_pct=self.crop_pct)
+        object.__setattr__(self, "background", colors.background)
+        object.__setattr__(self, "crop_pct", colors.crop_pct)
+        if self.architecture == "anchornet":
+            _ = self.cropping  # of which its largest patch must be a part
 
     @property
     def cropping(self) -> CropSettings:
-        """How images become crops."""
-        return CropSettings(self.crop_mode, self.background)
+        """How images become crops.
+
+        Raises:
+            SettingsError: the crop is smaller than the largest patch.
+        """
+        return CropSettings(
+            self.crop_mode, self.background, img_size=self.crop, crop_pct=self.crop_pct
+        )
+
+    def cropped(self, crop: CropSettings) -> WeightsMeta:
+        """Return the same with other crops."""
+        return replace(
+            self,
+            resize=crop.resize,
+            crop=crop.img_size,
+            crop_mode=crop.mode,
+            crop_pct=crop.crop_pct,
+            background=crop.background,
+        )
 
 
 @dataclass(frozen=True)
@@ -137,14 +160,17 @@ def save_weights(
     Raises:
         StorageError: the disk refused.
     """
-    document = json.dumps({"format": _FORMAT, **asdict(meta)}, sort_keys=True, ensure_ascii=False)
+    content = {"format": _FORMAT, **asdict(meta)}
+    if meta.crop_pct is None:
+        del content["crop_pct"]  # as in files from before it
+    document = json.dumps(content, sort_keys=True, ensure_ascii=False)
     # One key: safetensors writes several in no fixed order.
-    content = safetensors.torch.save(
+    file_bytes = safetensors.torch.save(
         {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)},
         metadata={_KEY: document},
     )
-    write_atomically(Path(path), lambda file: file.write(content))
-    return hashlib.sha256(content).hexdigest()
+    write_atomically(Path(path), lambda file: file.write(file_bytes))
+    return hashlib.sha256(file_bytes).hexdigest()
 
 
 def load_weights(path: str | os.PathLike[str], architecture: str | None = "anchornet") -> Weights:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from anchorpatch.errors import SettingsError
-from anchorpatch.settings import CROP, SCALES
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.signals import shut_down, waiting_for
 
@@ -75,11 +75,11 @@ class Rows(Protocol):
 
     @property
     def scale(self) -> int:
-        """Side of the patches in pixels; 224 stands for whole crops, by rows of images."""
+        """Side of the patches in pixels."""
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """Rows of patches (n,)."""
+        """Rows of patches, or of images where whole crops are read (n,)."""
 
 
 _R = TypeVar("_R", bound=Rows)
@@ -200,6 +200,7 @@ def load_rows(
     threads: int,
     ahead: int = 2,
     pin_memory: bool = False,
+    whole: bool = False,
 ) -> Generator[tuple[_R, Loaded], None, None]:
     """Read each request, in order, ahead of its use.
 
@@ -209,6 +210,7 @@ def load_rows(
         threads: that read; 0 reads in this thread when a batch is asked for.
         ahead: requests that are read, or wait to be, beside those that the threads work on.
         pin_memory: put the pixels into page-locked memory, for copies to a GPU.
+        whole: read the crops of images instead of patches.
 
     Raises:
         CorruptShard: while iterating: a shard cannot be read.
@@ -218,7 +220,7 @@ def load_rows(
     waiting = iter(requests)
     if threads == 0:
         for request in waiting:
-            yield request, _load(reader, request, pin_memory)
+            yield request, _load(reader, request, pin_memory, whole)
         return
     pool = ThreadPoolExecutor(threads, thread_name_prefix="anchorpatch-read")
     try:
@@ -226,7 +228,7 @@ def load_rows(
 
         def submit(some: Iterator[_R]) -> None:
             for request in some:
-                queue.append((request, pool.submit(_load, reader, request, pin_memory)))
+                queue.append((request, pool.submit(_load, reader, request, pin_memory, whole)))
 
         submit(islice(waiting, threads + ahead))
         while queue:
@@ -240,9 +242,9 @@ def load_rows(
         shut_down(pool, "the threads that read shards")
 
 
-def _load(reader: ShardReader, request: Rows, pin_memory: bool) -> Loaded:
+def _load(reader: ShardReader, request: Rows, pin_memory: bool, whole: bool) -> Loaded:
     scale, rows = request.scale, request.rows
-    if scale == CROP:
+    if whole:
         pixels, images = np.stack([reader.image(i) for i in rows.tolist()]), rows
     else:
         pixels, images = reader.patches(scale, rows), reader.patch_image(scale, rows)

@@ -11,19 +11,17 @@ from typing import Any, Final
 
 import anchorpatch
 from anchorpatch.errors import SettingsError, ShardError
-from anchorpatch.settings import CODECS, ENGINES, PRECISIONS, CropSettings, LspSettings
+from anchorpatch.settings import CODECS, CROP, ENGINES, PRECISIONS, CropSettings, LspSettings
 from anchorpatch.storage import from_json, to_json
 
 #: Settings that the first shards of version 1 do not have; their defaults are what held then.
 _NEWER: Final = frozenset(
     {"crop_mode", "background", "damaged", "device", "batch_size", "compile", "engine"}
+    | {"img_size", "crop_pct"}
 )
 
 #: Settings that a preset decides.
 _OF_A_PRESET: Final = ("max_patches", "iou_threshold", "coverage")
-
-#: Settings that no option of the same name decides.
-_NOT_OPTIONS: Final = {"crop_mode": "crop mode (of the weights)"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,8 @@ class ShardSettings:
             shapes; None on CPU, where it changes nothing.
         compile: AnchorNet ran through ``torch.compile``.
         engine: what computed AnchorNet's features, one of `anchorpatch.settings.ENGINES`.
+        img_size: side of the crops in pixels, as ``crop_pct`` of `CropSettings`.
+        crop_pct: share of the resized side that crops keep; None for that of the mode.
 
     Raises:
         SettingsError: a value outside its range.
@@ -76,6 +76,8 @@ class ShardSettings:
     batch_size: int | None = None
     compile: bool = False
     engine: str = "torch"
+    img_size: int = CROP
+    crop_pct: float | None = None
 
     @property
     def lsp(self) -> LspSettings:
@@ -85,7 +87,9 @@ class ShardSettings:
     @property
     def crop(self) -> CropSettings:
         """How the images became crops."""
-        return CropSettings(self.crop_mode, self.background, self.damaged)
+        return CropSettings(
+            self.crop_mode, self.background, self.damaged, self.img_size, self.crop_pct
+        )
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
@@ -101,6 +105,7 @@ class ShardSettings:
                 raise SettingsError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
         # One spelling for one meaning, so that equal shards have equal settings.
         object.__setattr__(self, "background", self.crop.background)
+        object.__setattr__(self, "crop_pct", self.crop.crop_pct)
         if self.device != "cuda":
             object.__setattr__(self, "batch_size", None)
         if self.codec == "image":
@@ -109,10 +114,11 @@ class ShardSettings:
             object.__setattr__(self, "jpeg_quality", 95)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as shards have them; torch goes unsaid, as in older ones."""
+        """Return the settings as shards have them; the newest go unsaid by default."""
         data: dict[str, Any] = to_json(self)
-        if self.engine == "torch":
-            del data["engine"]
+        for name, default in (("engine", "torch"), ("img_size", CROP), ("crop_pct", None)):
+            if data[name] == default:
+                del data[name]
         return data
 
     @classmethod
@@ -165,7 +171,7 @@ def extract_options(header: ShardHeader) -> list[str]:
         '--split val --max-patches 6,3,2 --iou-threshold 0.3 --coverage 0.3,0.3,0.3 --codec jpeg'
     """
     settings = header.settings
-    implied = {"crop_mode", *(_OF_A_PRESET if settings.preset is not None else ())}
+    implied = {*(_OF_A_PRESET if settings.preset is not None else ())}
     implied |= {"store_images"} if settings.codec == "image" else set()
     defaults = {field.name: field.default for field in fields(settings)}
     if settings.device == "cpu":
@@ -201,8 +207,7 @@ def header_differences(old: ShardHeader, new: ShardHeader) -> list[str]:
         then["batch_size"] = now["batch_size"]  # goes with the device
     for name, before in then.items():
         if before != now[name]:
-            option = _NOT_OPTIONS.get(name) or _option(name)
-            found.append(f"{option} was {_shown(before)}, now {_shown(now[name])}")
+            found.append(f"{_option(name)} was {_shown(before)}, now {_shown(now[name])}")
     if old.split != new.split:
         found.append(f"--split was {old.split}, now {new.split}")
     if old.weights_sha256 != new.weights_sha256:

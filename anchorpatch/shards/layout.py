@@ -12,15 +12,17 @@
     │   ├── branch_prob       float32 (n, 3)
     │   ├── first, count      int32 (n,): the image's rows in patches/SCALE
     │   ├── size              int32 (n, 2): height, width of the source image
-    │   └── pixels            uint8 (n, 224, 224, 3), with stored images only
+    │   └── pixels            uint8 (n, S, S, 3), the crops, with stored images only
     ├── patches/63, 95, 111/  one row per patch, image-major, strongest first
-    │   ├── corner            int16 (m, 2): top-left (y, x) in the 224 crop
+    │   ├── corner            int16 (m, 2): top-left (y, x) in the crop
     │   ├── score             float32 (m,): activation
     │   ├── image             int32 (m,): row in images
     │   ├── pixels            uint8 (m, T, T, 3), codec raw
     │   └── blob, offset      uint8 (bytes,), int64 (m + 1,), codec jpeg
     └── skipped/              images that could not be read
         └── path, reason      bytes (k,), UTF-8
+
+S is the side of the crops, `ShardSettings.img_size`, 224 by default.
 
 All datasets are contiguous and uncompressed, and all strings have a fixed length, so a reader
 may map them into memory instead of going through HDF5.
@@ -40,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchorpatch.errors import CorruptShard, ShardError, reason_of
-from anchorpatch.settings import CROP, SCALES
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.header import ShardHeader, ShardSettings
 
 FORMAT_VERSION: Final = 1
@@ -178,7 +180,8 @@ def expected_datasets(
     for name, (dtype, shape) in IMAGE_TABLE.items():
         found[f"images/{name}"] = dtype, (images, *shape)
     if settings.store_images:
-        found["images/pixels"] = "u1", (images, CROP, CROP, 3)
+        side = settings.img_size
+        found["images/pixels"] = "u1", (images, side, side, 3)
     for scale in SCALES:
         m = patches[scale]
         for name, (dtype, shape) in PATCH_TABLE.items():

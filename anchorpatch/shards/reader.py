@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from anchorpatch.errors import CorruptShard, ShardError, reason_of
+from anchorpatch.geometry import source_box
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.layout import IMAGE_TABLE, PATCH_TABLE, open_shard
 from anchorpatch.shards.manifest import read_manifest
@@ -38,7 +39,7 @@ class ImagePatches(NamedTuple):
     Attributes:
         scale: side theta of the patches in pixels.
         pixels: uint8 (k, theta, theta, 3).
-        corners: top-left (y, x) of each in the 224 crop, int16 (k, 2).
+        corners: top-left (y, x) of each in the crop, int16 (k, 2).
         scores: activation of each, float32 (k,).
     """
 
@@ -173,8 +174,19 @@ class ShardReader:
         return out
 
     def corners(self, scale: int, rows: ArrayLike) -> NDArray[np.int16]:
-        """Return the top-left (y, x) of patches in the 224 crop, int16 (m, 2)."""
+        """Return the top-left (y, x) of patches in the crop, int16 (m, 2)."""
         return self._patch_column(scale, "corner", rows)
+
+    def source_box(self, scale: int, rows: ArrayLike) -> NDArray[np.float64]:
+        """Return where patches lie in the pictures that they were cut from.
+
+        Returns:
+            x0, y0, x1, y1 of each, float64 (m, 4), in pixels of the picture as it is looked at
+            (after EXIF orientation, as ``size``), neither rounded nor clipped; see
+            `anchorpatch.geometry.source_box`.
+        """
+        size = self.size[self.patch_image(scale, rows)]
+        return source_box(size, self.corners(scale, rows), scale, self.settings.crop)
 
     def scores(self, scale: int, rows: ArrayLike) -> NDArray[np.float32]:
         """Return the activation of patches, float32 (m,)."""
@@ -194,7 +206,7 @@ class ShardReader:
         )
 
     def image(self, i: int) -> NDArray[np.uint8]:
-        """Return the crop that AnchorNet saw, uint8 (224, 224, 3).
+        """Return the crop that AnchorNet saw, uint8 (S, S, 3), S = ``settings.img_size``.
 
         Raises:
             ShardError: the crops are not stored.

@@ -19,7 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from anchorpatch import storage
 from anchorpatch.errors import CorruptShard, ShardError, reason_of
-from anchorpatch.settings import CROP, SCALES
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.header import ShardHeader
 from anchorpatch.shards.layout import (
     MANIFEST_NAME,
@@ -218,7 +218,8 @@ def survey(manifest: Manifest, entry: ShardEntry) -> Survey:
     problems = _header_problems(manifest, entry, header, files_sha256, skipped)
     problems += _image_problems(tables["images"], header)
     for scale in SCALES:
-        problems += _patch_problems(tables["images"], tables[f"patches/{scale}"], scale)
+        of_scale = tables[f"patches/{scale}"]
+        problems += _patch_problems(tables["images"], of_scale, scale, header.settings.img_size)
     for scale, offset in offsets.items():
         size = places[f"patches/{scale}/blob"][1][0]
         if offset[0] != 0 or offset[-1] != size or (offset[1:] < offset[:-1]).any():
@@ -268,7 +269,7 @@ def _image_problems(images: _Table, header: ShardHeader) -> Iterator[str]:
         yield "images/path: expected each once, in order, found others"
 
 
-def _patch_problems(images: _Table, patches: _Table, scale: int) -> Iterator[str]:
+def _patch_problems(images: _Table, patches: _Table, scale: int, side: int) -> Iterator[str]:
     rows = np.flatnonzero(images["scale"] == scale)
     count, first = images["count"][rows].astype(np.int64), images["first"][rows]
     image, corner, score = patches["image"], patches["corner"], patches["score"]
@@ -276,8 +277,8 @@ def _patch_problems(images: _Table, patches: _Table, scale: int) -> Iterator[str
         yield f"images/first, images/count: expected to divide {len(image)} patches of {scale} px"
     elif (image != np.repeat(rows, count)).any():
         yield f"patches/{scale}/image: expected the image whose slice it is, found others"
-    if ((corner < 0) | (corner > CROP - scale)).any():
-        yield f"patches/{scale}/corner: expected 0 to {CROP - scale}, found others"
+    if ((corner < 0) | (corner > side - scale)).any():
+        yield f"patches/{scale}/corner: expected 0 to {side - scale}, found others"
     if not np.isfinite(score).all():
         yield f"patches/{scale}/score: expected numbers, found NaN or infinity"
     if ((image[1:] == image[:-1]) & (score[1:] > score[:-1])).any():

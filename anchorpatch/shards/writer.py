@@ -33,7 +33,7 @@ from PIL import Image
 
 from anchorpatch import storage
 from anchorpatch.errors import ShardBusy
-from anchorpatch.settings import CROP, SCALES
+from anchorpatch.settings import SCALES
 from anchorpatch.shards.header import ShardHeader
 from anchorpatch.shards.layout import (
     IMAGE_TABLE,
@@ -71,7 +71,7 @@ class PatchBatch(NamedTuple):
         branch_class: Y of each branch, int32 (n, 3).
         branch_prob: P of each branch, float32 (n, 3).
         size: height and width of the source image in pixels, int32 (n, 2).
-        pixels: the crops that AnchorNet saw, uint8 (n, 224, 224, 3).
+        pixels: the crops that AnchorNet saw, uint8 (n, S, S, 3), S as the header says.
         counts: patches of each image, int32 (n,).
         corners: top-left (y, x) of each patch in pixels, strongest first, int (n, K, 2).
         scores: activation of each patch, float32 (n, K).
@@ -90,15 +90,15 @@ class PatchBatch(NamedTuple):
     scores: NDArray[Any]
 
 
-def _check_batch(batch: PatchBatch) -> None:
-    """Raise ValueError unless the arrays of a batch fit together."""
+def _check_batch(batch: PatchBatch, side: int) -> None:
+    """Raise ValueError unless the arrays of a batch, with crops of a side, fit together."""
     n = len(batch.path)
     wrong = [name for name, array in zip(batch._fields, batch, strict=True) if len(array) != n]
     if wrong:
         raise ValueError(f"expected {n} rows in every array of the batch, not so in {wrong}")
-    if batch.pixels.shape[1:] != (CROP, CROP, 3) or batch.pixels.dtype != np.uint8:
+    if batch.pixels.shape[1:] != (side, side, 3) or batch.pixels.dtype != np.uint8:
         raise ValueError(
-            f"expected crops uint8 (n, {CROP}, {CROP}, 3), "
+            f"expected crops uint8 (n, {side}, {side}, 3), "
             f"got {batch.pixels.dtype} {batch.pixels.shape}"
         )
     if not np.isin(batch.scale, SCALES).all():
@@ -189,8 +189,8 @@ class ShardWriter:
             IndexError: a patch reaches outside its crop.
             StorageError: the disk refuses.
         """
-        _check_batch(batch)
         settings, before = self.header.settings, len(self._paths)
+        _check_batch(batch, settings.img_size)
         first = np.zeros(len(batch.path), np.int32)
         with self._aborting():
             for scale in SCALES:
@@ -349,7 +349,8 @@ class ShardWriter:
                     file.create_dataset(f"patches/{scale}/offset", data=offsets)
             shapes: dict[str, tuple[int, ...]] = {}
             if settings.store_images:
-                shapes["images/pixels"] = len(self._paths), CROP, CROP, 3
+                side = settings.img_size
+                shapes["images/pixels"] = len(self._paths), side, side, 3
             for scale in SCALES:
                 if settings.codec == "raw":
                     shapes[f"patches/{scale}/pixels"] = self._patch_count[scale], scale, scale, 3
@@ -373,7 +374,8 @@ class ShardWriter:
         """Yield a dataset of pixels piece by piece; each piece takes the place of the last one."""
         group, _, kind = name.rpartition("/")
         # A map of the spool would count as memory of this process.
-        crops = np.empty((_CROPS, CROP, CROP, 3), np.uint8)
+        side = self.header.settings.img_size
+        crops = np.empty((_CROPS, side, side, 3), np.uint8)
         if name in self._spools:
             left = len(self._paths) * crops[0].size
             if kind == "blob":

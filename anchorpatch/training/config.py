@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from anchorpatch.classes import AS_NAMED, Matching
 from anchorpatch.errors import SettingsError
-from anchorpatch.settings import ARCHITECTURES, SCALES, CropSettings
+from anchorpatch.settings import ARCHITECTURES, CROP, SCALES, CropSettings
 
 if TYPE_CHECKING:
     from anchorpatch.runtime.distributed import World
@@ -166,11 +166,14 @@ class TrainConfig(LoopConfig):
         arch: the network, of `anchorpatch.settings.ARCHITECTURES`.
         labels: CSV with the labels of a flat ``val/``.
         recipe: name under which the settings are recorded.
-        crop_size: side of the training crops in pixels; validation always takes 224.
+        img_size: side of the validation crops in pixels.
+        crop_size: side of the training crops in pixels.
         min_area: smallest share of the picture that a training crop shows.
         crop_mode: how validation images become crops, see `anchorpatch.settings.CropSettings`;
-            recorded in the weights, for what is done with them later.
-        background: color behind transparent pixels; recorded likewise.
+            like ``img_size`` and the next two, recorded in the weights for what is done with them
+            later.
+        crop_pct: share of the resized side that a validation crop keeps; None for that of the mode.
+        background: color behind transparent pixels.
         allow_empty: accept training classes without images.
         se: AnchorNet: build the squeeze-and-excitation blocks.
         weighted_mean: AnchorNet: multiply S by H * W.
@@ -189,9 +192,11 @@ class TrainConfig(LoopConfig):
     arch: str = "anchornet"
     labels: Path | None = None
     recipe: str = "paper"
-    crop_size: int = 224
+    img_size: int = CROP
+    crop_size: int = CROP
     min_area: float = 0.08
     crop_mode: str = "center"
+    crop_pct: float | None = None
     background: str = "#ffffff"
     allow_empty: bool = False
     se: bool = True
@@ -204,7 +209,9 @@ class TrainConfig(LoopConfig):
     @property
     def crop(self) -> CropSettings:
         """How validation images become crops."""
-        return CropSettings(self.crop_mode, self.background)
+        return CropSettings(
+            self.crop_mode, self.background, img_size=self.img_size, crop_pct=self.crop_pct
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,6 +231,7 @@ class TrainConfig(LoopConfig):
                     f"{name}: only for anchornet, not for {self.arch}; leave it out"
                 )
         object.__setattr__(self, "background", self.crop.background)
+        object.__setattr__(self, "crop_pct", self.crop.crop_pct)
 
 
 #: What each recipe sets. ``paper`` is section 4.1, the defaults. ``small`` is for a few thousand
@@ -244,6 +252,20 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
         "min_area": 0.35,
     },
 }
+
+
+def recipe_settings(recipe: str, arch: str = "anchornet", img_size: int = CROP) -> dict[str, Any]:
+    """Return what a recipe sets, with training crops that suit the size of the validation crops.
+
+    Example:
+        >>> [recipe_settings("small", img_size=side)["crop_size"] for side in (224, 256, 111)]
+        [176, 201, 111]
+        >>> recipe_settings("paper", img_size=320)
+        {'crop_size': 320}
+    """
+    settings = RECIPES[recipe]
+    side = round(settings.get("crop_size", CROP) * img_size / CROP)
+    return {**settings, "crop_size": max(side, ARCHITECTURES[arch])}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from anchorpatch.images.crops import (
     PictureCache,
     RandomCrop,
     build_cache,
+    cache_side,
     epoch_order,
     load_training_batches,
     open_cache,
@@ -67,14 +68,14 @@ def open_images(
             if remark:
                 report.message(remark)
     config.piece(world)
-    cache = None
+    cache, side = None, cache_side(config.crop)
     if config.image_cache is not None:
         if world.is_main:
             report.message(f"decoding {counted(len(train), 'image')} into {config.image_cache}")
             threads = max(1, config.workers)
-            build_cache(train, config.image_cache, threads, config.background)
+            build_cache(train, config.image_cache, threads, config.background, side)
         world.wait(f"rank 0 to decode {counted(len(train), 'image')} into {config.image_cache}")
-        cache = open_cache(train, config.image_cache, config.background)
+        cache = open_cache(train, config.image_cache, config.background, side)
     return train, val, cache
 
 
@@ -128,14 +129,12 @@ class ImageTask(Task):
             self.train.classes,
             config.se,
             config.weighted_mean,
-            crop_mode=config.crop_mode,
-            background=config.background,
-        )
+        ).cropped(config.crop)
         self.kind = self.kind or config.arch
         arch = self.starts_from or config.arch
         self.start = load_weights(config.init, arch) if config.init else None
         settings = {k: v for k, v in config.decisive().items() if k not in self.meaningless}
-        for name in ("crop_mode", "background"):
+        for name in ("img_size", "crop_mode", "crop_pct", "background"):
             # By default these say nothing, so that checkpoints from before them are continued.
             if settings[name] == getattr(TrainConfig, name):
                 del settings[name]

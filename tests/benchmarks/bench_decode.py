@@ -22,25 +22,28 @@ from torchvision.io import decode_jpeg as decode_by_torchvision
 from torchvision.transforms.v2 import functional as F
 
 from anchorpatch.images import decode as ours
+from anchorpatch.settings import CROP, CropSettings
 
 Way = Callable[[bytes], object]
+
+RESIZE = 256
 
 
 def _pillow_box(data: bytes) -> object:
     with Image.open(BytesIO(data)) as image:
-        return ours._resized(ours._load_upright(image, "#ffffff"), "center")
+        return ours._resized(ours._load_upright(image, "#ffffff"), CropSettings())
 
 
 def _pillow_v2(data: bytes) -> object:
     with Image.open(BytesIO(data)) as image:
-        resized = F.resize(image.convert("RGB"), [ours.RESIZE], antialias=True)
-    return np.asarray(F.center_crop(resized, [ours.CROP]))
+        resized = F.resize(image.convert("RGB"), [RESIZE], antialias=True)
+    return np.asarray(F.center_crop(resized, [CROP]))
 
 
 def _pillow_then_torch(data: bytes) -> object:
     with Image.open(BytesIO(data)) as image:
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    return F.center_crop(F.resize(pixels, [ours.RESIZE], antialias=True), [ours.CROP])
+    return F.center_crop(F.resize(pixels, [RESIZE], antialias=True), [CROP])
 
 
 def _torchvision_only(data: bytes) -> torch.Tensor:
@@ -50,7 +53,7 @@ def _torchvision_only(data: bytes) -> torch.Tensor:
 
 
 def _torchvision_v2(data: bytes) -> object:
-    return F.center_crop(F.resize(_torchvision_only(data), [ours.RESIZE]), [ours.CROP])
+    return F.center_crop(F.resize(_torchvision_only(data), [RESIZE]), [CROP])
 
 
 def _simplejpeg_only(data: bytes) -> object:
@@ -68,7 +71,7 @@ def _pillow_only(data: bytes) -> object:
 
 def _pillow_draft(data: bytes) -> object:
     with Image.open(BytesIO(data)) as image:
-        image.draft("RGB", (ours.RESIZE, ours.RESIZE))
+        image.draft("RGB", (RESIZE, RESIZE))
         return ours._resized(image.convert("RGB"), "center")
 
 

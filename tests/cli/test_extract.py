@@ -459,7 +459,7 @@ def test_damage_transparency_and_what_is_passed_over(
     np.testing.assert_array_equal(reader.image(1), decode(jpeg).pixels)
 
     other = program(*arguments, tmp_path / "squash.safetensors")
-    assert "crop mode (of the weights) was center, now squash" in other.stderr
+    assert "--crop-mode was center, now squash" in other.stderr
     assert "--background was #ffffff, now #0000ff" in other.stderr
     again = [*arguments, tmp_path / "squash.safetensors", "--damaged", "skip", "--overwrite"]
     report = json.loads(program(*again).stdout)

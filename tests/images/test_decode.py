@@ -20,8 +20,8 @@ from torchvision.transforms.v2 import functional as F
 
 from anchorpatch.errors import ImageError
 from anchorpatch.images import decode as module
-from anchorpatch.images.decode import decode, decode_picture, geometry
-from anchorpatch.settings import CROP, RESIZE, CropSettings
+from anchorpatch.images.decode import decode, decode_picture
+from anchorpatch.settings import CROP, CropSettings
 from tests.oddities import (
     bad_files,
     encoded,
@@ -37,6 +37,7 @@ from tests.oddities import (
 Array = npt.NDArray[np.uint8]
 GOOD, BAD, TRANSPARENT = good_files(), bad_files(), transparent_files()
 SIDE = st.integers(1, 300)
+RESIZE = 256
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,17 +62,6 @@ def validation_transform_of_tensor(image: Image.Image) -> Array:
 
 def levels_apart(a: Array, b: Array) -> int:
     return int(np.abs(a.astype(int) - b.astype(int)).max())
-
-
-@given(st.integers(1, 6000), st.integers(1, 6000))
-def test_geometry_is_torchvisions(height: int, width: int) -> None:
-    got = geometry(height, width)
-    resized = F.resize(torch.empty(3, height, width, device="meta"), [RESIZE], antialias=True)
-    assert (got.height, got.width) == tuple(resized.shape[1:])
-    rows = torch.arange(got.height)[None, :, None].expand(1, got.height, got.width)
-    columns = torch.arange(got.width)[None, None, :].expand(1, got.height, got.width)
-    assert got.top == F.center_crop(rows, [CROP])[0, 0, 0]
-    assert got.left == F.center_crop(columns, [CROP])[0, 0, 0]
 
 
 @settings(max_examples=40, deadline=None)

@@ -114,11 +114,11 @@ def test_whole_crops(folders: dict[str, Path]):
     rows = np.array([3, 0, 11])
     for name in ("image", "both"):
         reader = ShardReader(folders[name])
-        [(_, loaded)] = load_rows(reader, [Request(224, rows)], threads=1)
+        [(_, loaded)] = load_rows(reader, [Request(224, rows)], threads=1, whole=True)
         assert np.array_equal(loaded.pixels, np.stack([reader.image(i) for i in rows]))
         assert loaded.labels.tolist() == reader.label[rows].tolist()
     with pytest.raises(ShardError, match="--store-images"):
-        list(load_rows(ShardReader(folders["raw"]), [Request(224, rows)], threads=1))
+        list(load_rows(ShardReader(folders["raw"]), [Request(224, rows)], threads=1, whole=True))
 
 
 def test_requests_are_taken_a_few_at_a_time(reader: ShardReader):

@@ -35,7 +35,7 @@ def test_the_same_inputs_continue(tmp_path: Path) -> None:
 
 
 SETTINGS = [
-    ({"crop_mode": "squash"}, "crop mode (of the weights) was center, now squash"),
+    ({"crop_mode": "squash"}, "--crop-mode was center, now squash"),
     ({"background": "black"}, "--background was #ffffff, now #000000"),
     ({"damaged": "skip"}, "--damaged was keep, now skip"),
     ({"iou_threshold": 0.8}, "--iou-threshold was 0.3, now 0.8"),
