@@ -167,7 +167,11 @@ DOCUMENT = {"format": 1, **asdict(META)}
 @pytest.mark.parametrize(
     ("name", "value", "found"),
     [
-        ("crop_mode", "stretch", "--crop-mode: expected one of center, squash, border, got 'stretch'"),
+        (
+            "crop_mode",
+            "stretch",
+            "--crop-mode: expected one of center, squash, border, got 'stretch'",
+        ),
         ("crop_mode", ["center"], "crop_mode: expected text"),
         ("background", "no color", "--background: expected an opaque color"),
         ("mean", [0.5], "mean: expected 3 values, each a finite number, found [0.5]"),

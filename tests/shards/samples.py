@@ -36,13 +36,15 @@ def make_header(split: str = "val", **changes: object) -> ShardHeader:
     return ShardHeader(split, CLASSES, (*CLASSES, "elk"), make_settings(**changes), "ab" * 32)
 
 
-def make_batch(n: int, seed: int = 0, *, width: int = 5, start: int = 0) -> PatchBatch:
-    """Random images; ``width`` is K, the padded number of patches."""
+def make_batch(
+    n: int, seed: int = 0, *, width: int = 5, start: int = 0, side: int = 224
+) -> PatchBatch:
+    """Random images; ``width`` is K, the padded number of patches, ``side`` that of the crops."""
     rng = np.random.default_rng(seed)
     scale = rng.choice(SCALES, n).astype(np.uint8)
     counts = rng.integers(1, width + 1, n).astype(np.int32)
     valid = np.arange(width) < counts[:, None]
-    corners = rng.integers(0, 1 + (224 - scale.astype(int))[:, None, None], (n, width, 2))
+    corners = rng.integers(0, 1 + (side - scale.astype(int))[:, None, None], (n, width, 2))
     scores = -np.sort(-rng.normal(size=(n, width)).astype(np.float32))
     paths = [f"{CLASSES[min(3, (start + i) // 6)]}/{start + i:06d}é.jpg".encode() for i in range(n)]
     return PatchBatch(
@@ -53,7 +55,7 @@ def make_batch(n: int, seed: int = 0, *, width: int = 5, start: int = 0) -> Patc
         branch_class=rng.integers(0, 5, (n, 3)).astype(np.int32),
         branch_prob=rng.random((n, 3)).astype(np.float32),
         size=rng.integers(1, 3000, (n, 2)).astype(np.int32),
-        pixels=rng.integers(0, 256, (n, 224, 224, 3), dtype=np.uint8),
+        pixels=rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8),
         counts=counts,
         corners=corners * valid[..., None],
         scores=scores * valid,
@@ -77,16 +79,25 @@ def split_batch(batch: PatchBatch, sizes: list[int]) -> Iterator[PatchBatch]:
 
 
 def make_split(
-    folder: Path, shards: int = 3, per_shard: int = 8, last: int = 5, **changes: object
+    folder: Path,
+    shards: int = 3,
+    per_shard: int = 8,
+    last: int = 5,
+    crops: int | None = None,
+    **changes: object,
 ) -> tuple[Manifest, list[PatchBatch]]:
-    """Write a whole split under ``folder`` and return its manifest and what went in."""
+    """Write a whole split under ``folder`` and return its manifest and what went in.
+
+    ``crops`` is the side of the crops that are written; None for that of the settings.
+    """
     header = make_header(folder.name, shard_size=per_shard, **changes)
     sizes = [per_shard] * (shards - 1) + [last]
     files = FilesDigest(sum(sizes), "f0" * 32, tuple(f"{i:064x}" for i in range(shards)))
     manifest = open_manifest(folder, header, files)
     batches = []
     for i, size in enumerate(sizes):
-        batch = make_batch(size, seed=i, start=i * per_shard)
+        side = crops or header.settings.img_size
+        batch = make_batch(size, seed=i, start=i * per_shard, side=side)
         with ShardWriter(
             folder / shard_name(folder.name, i), header, files_sha256=files.shards[i]
         ) as writer:

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from anchorpatch.errors import CorruptShard, SettingsError, ShardError
+from anchorpatch.geometry import source_box
 from anchorpatch.settings import CODECS, SCALES
 from anchorpatch.shards import PatchDataset, ShardReader
 from anchorpatch.shards.manifest import FilesDigest
 from anchorpatch.shards.reader import _mapped
 from anchorpatch.shards.splits import open_manifest
+from anchorpatch.shards.verify import verify_folder
 from tests.shards.samples import CLASSES, edit_manifest, make_header, make_split
 
 
@@ -117,6 +119,32 @@ def test_image_patches_are_those_of_the_batch(tmp_path: Path, codec: str) -> Non
                     np.testing.assert_array_equal(got.pixels[k], original)
             i += 1
     assert i == len(reader)
+
+
+@pytest.mark.parametrize("side", [111, 225, 256])
+@pytest.mark.parametrize("codec", CODECS)
+def test_crops_of_other_sizes(tmp_path: Path, codec: str, side: int) -> None:
+    """Their patches are cut from them, their boxes are of their transform, and others are errors."""
+    crop = {"img_size": side, "crop_mode": "border", "crop_pct": 0.9}
+    manifest, batches = make_split(tmp_path / "val", codec=codec, **crop)
+    assert not verify_folder(manifest.folder, jobs=1)
+    reader, settings = ShardReader(manifest.folder), manifest.header.settings
+    for i, (scale, label) in enumerate(zip(reader.scale.tolist(), reader.label, strict=True)):
+        batch, k = batches[i // 8], i % 8
+        found, n = reader.image_patches(i), batch.counts[k]
+        assert label == batch.label[k]
+        np.testing.assert_array_equal(found.corners, batch.corners[k, :n])
+        for patch, (y, x) in zip(found.pixels, found.corners, strict=True):
+            cut = batch.pixels[k, y : y + scale, x : x + scale]
+            assert patch.shape == cut.shape
+            if codec != "jpeg":
+                np.testing.assert_array_equal(patch, cut)
+        rows = np.arange(reader.first[i], reader.first[i] + n)
+        expected = source_box(batch.size[k], batch.corners[k, :n], scale, settings.crop)
+        np.testing.assert_array_equal(reader.source_box(scale, rows), expected)
+    assert reader.source_box(63, []).shape == (0, 4)
+    with pytest.raises(ValueError, match=rf"expected crops uint8 \(n, {side}, {side}, 3\)"):
+        make_split(tmp_path / "other", codec=codec, **crop, crops=224)
 
 
 def test_jpeg_patches_are_what_pillow_decodes(splits: dict[str, Path], tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ def test_the_same_inputs_continue(tmp_path: Path) -> None:
 
 SETTINGS = [
     ({"crop_mode": "squash"}, "--crop-mode was center, now squash"),
+    ({"img_size": 256}, "--img-size was 224, now 256"),
+    ({"crop_pct": 0.9}, "--crop-pct was none, now 0.9"),
     ({"background": "black"}, "--background was #ffffff, now #000000"),
     ({"damaged": "skip"}, "--damaged was keep, now skip"),
     ({"iou_threshold": 0.8}, "--iou-threshold was 0.3, now 0.8"),
