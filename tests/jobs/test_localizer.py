@@ -130,7 +130,9 @@ def test_nan_names_the_image(tmp_path: Path, pixels: torch.Tensor) -> None:
 def test_weights_for_another_transform_are_refused(tmp_path: Path) -> None:
     meta = WeightsMeta("anchornet", ("a", "b"), resize=288, crop=256)
     save_weights(tmp_path / "w", AnchorNet(2).state_dict(), meta)
-    with pytest.raises(WeightsError, match="expected weights for the transform 256 -> 224"):
+    with pytest.raises(
+        WeightsError, match="expected weights for the transform 292 -> 256, found 288"
+    ):
         load_anchornet(load_weights(tmp_path / "w"))
 
 

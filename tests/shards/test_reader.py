@@ -124,7 +124,7 @@ def test_image_patches_are_those_of_the_batch(tmp_path: Path, codec: str) -> Non
 @pytest.mark.parametrize("side", [111, 225, 256])
 @pytest.mark.parametrize("codec", CODECS)
 def test_crops_of_other_sizes(tmp_path: Path, codec: str, side: int) -> None:
-    """Their patches are cut from them, their boxes are of their transform, and others are errors."""
+    """Patches are cut from them, boxes are of their transform, and others are errors."""
     crop = {"img_size": side, "crop_mode": "border", "crop_pct": 0.9}
     manifest, batches = make_split(tmp_path / "val", codec=codec, **crop)
     assert not verify_folder(manifest.folder, jobs=1)
