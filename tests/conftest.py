@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,10 @@ from tests.program import run_program
 # Tests run side by side, one a core; threads of theirs would only get in each other's way.
 # Set before anything loads torch, and for the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Indexes of archives are kept here, and not where the user's are.
+_CACHE = tempfile.TemporaryDirectory(prefix="anchorpatch-cache-")
+os.environ["ANCHORPATCH_CACHE"] = _CACHE.name
 
 # A shell starts its background jobs with Ctrl-C ignored, and so would the programs be that tests
 # start in order to interrupt them.

@@ -39,6 +39,7 @@ def run_program(
     """
     words = list(map(str, args))
     settings = {k: v for k, v in os.environ.items() if not k.startswith("ANCHORPATCH_")}
+    settings["ANCHORPATCH_CACHE"] = os.environ["ANCHORPATCH_CACHE"]
     settings |= env or {}
     if fresh:
         command = [sys.executable, "-m", "anchorpatch", *words]

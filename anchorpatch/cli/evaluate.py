@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from anchorpatch.jobs.results import AnchorNetFigures, Table3, Table4
 
 #: Options that only one of the two kinds of evaluation has.
-_OF_ANCHORNET = ("labels", "max_bad")
+_OF_ANCHORNET = ("labels", "files", "only_labelled", "max_bad")
 _OF_NETWORKS = (
     "shards",
     "protocol",
@@ -126,11 +126,12 @@ def evaluate(
     timm. A classifier is evaluated on the shards of a split: top-1 and top-5 accuracy by the sum of
     the softmax outputs of an image's patches, MACs and speed, compared with whole images.
 
-    anchornet is evaluated on a labeled folder: top-1 and top-5 accuracy of every branch and of
-    the decision of Eq. 7, the share of images assigned to each branch, patches per image for each
-    preset, and MACs. --labels and --max-bad are only for anchornet; --shards, --protocol,
-    --scale, --per-scale, --whole-weights, --whole, --anchornet-weights, --speed, --predictions,
-    --class-map, --all-classes and --class-names only for classifiers.
+    anchornet is evaluated on a labeled split of images: top-1 and top-5 accuracy of every branch
+    and of the decision of Eq. 7, the share of images assigned to each branch, patches per image
+    for each preset, and MACs. --labels, --files, --only-labelled and --max-bad are only for
+    anchornet; --shards, --protocol, --scale, --per-scale, --whole-weights, --whole,
+    --anchornet-weights, --speed, --predictions, --class-map, --all-classes and --class-names only
+    for classifiers.
 
     Classes are matched by name, so pretrained weights of ImageNet can be evaluated on a folder
     with some of its classes: the logits of the others are left out, or kept with --all-classes.

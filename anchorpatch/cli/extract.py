@@ -98,19 +98,21 @@ def extract(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write the semantic patches of a folder of images to HDF5 shards.
+    """Write the semantic patches of a split of images to HDF5 shards.
 
-    The images are DATA/SPLIT/CLASS/*.JPEG (also PNG, WebP, BMP, GIF, TIFF, AVIF), or with
-    --labels DATA/SPLIT/*.JPEG. The weights record how images are resized and cropped;
-    --img-size, --crop-pct and --crop-mode override that, with a warning. Run an interrupted command
-    again to resume it. The shards do not depend on the number of workers, processes or
-    interruptions.
+    The images are DATA/SPLIT/CLASS/*.JPEG (also PNG, WebP, BMP, GIF, TIFF, AVIF), with --labels
+    DATA/SPLIT/*.JPEG, or the same in DATA/SPLIT.tar or .zip, which are not unpacked. The weights
+    record how images are resized and cropped; --img-size, --crop-pct and --crop-mode override
+    that, with a warning. Run an interrupted command again to resume it. The shards do not depend on
+    the number of workers, processes or interruptions, nor on where the images lie.
 
     \b
     anchorpatch extract --split val --data imagenet --weights demo --out shards
     torchrun --nproc-per-node 8 -m anchorpatch extract --split train --precision bfloat16
     sbatch --array=0-7 --wrap 'anchorpatch extract --split train'
     anchorpatch extract --split train --task 0/8
+    anchorpatch extract --split train --data 'imagenet-train-{0000..1023}.tar'
+    find photos -name '*.jpg' | anchorpatch extract --split mine --files -
     """
     from anchorpatch.jobs.extract import ExtractConfig, forecast, run
     from anchorpatch.runtime.device import use_threads

@@ -89,6 +89,8 @@ def _draw(
     data: Path,
     split: str,
     labels: Path | None,
+    files: Path | None,
+    only_labelled: bool,
     weights: str | None,
     runs: Path,
     workers: int,
@@ -110,11 +112,19 @@ def _draw(
     configure, find, picture_of = EXAMPLES[number]
     config = configure(**settings)
     loaded = load_weights(find_weights(weights, runs))
+    report = reporter()
     source = CropSource.of_folder(
-        data, split, labels=labels, workers=workers, crop=loaded.meta.cropping
+        data,
+        split,
+        labels=labels,
+        workers=workers,
+        crop=loaded.meta.cropping,
+        files=files,
+        only_labelled=only_labelled,
+        report=report,
     )
     names = config.class_names.of(source.classes, loaded.meta.classes)
-    result = find(source, loaded, replace(config, class_names=names), reporter())
+    result = find(source, loaded, replace(config, class_names=names), report)
     for line in result.warnings:
         click.echo(line, err=True)
     facts = result.to_json()
@@ -265,6 +275,8 @@ def coverage(
     data: Path,
     split: str,
     labels: Path | None,
+    files: Path | None,
+    only_labelled: bool,
     anchornet_weights: str | None,
     peers: tuple[Path, ...],
     localizers: tuple[str, ...],
@@ -309,14 +321,18 @@ def coverage(
         images=limit,
         **options,
     )
+    report = reporter()
     source = CropSource.of_folder(
         data,
         split,
         labels=labels,
         workers=workers,
         crop=read_meta(config.anchornet_weights).cropping,
+        files=files,
+        only_labelled=only_labelled,
+        report=report,
     )
-    result = measure_coverage(source, config, reporter())
+    result = measure_coverage(source, config, report)
     facts = result.to_json()
     write_atomically(out.with_suffix(".csv"), lambda file: file.write(result.csv().encode()))
     save_picture(coverage_figure(result), out, facts)

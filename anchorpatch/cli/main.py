@@ -302,6 +302,7 @@ def unknown_variables(ctx: click.Context) -> list[str]:
     # The tests' own are called ANCHORPATCH_TEST_*.
     given = [n for n in os.environ if n.startswith(_PREFIX) and not n.startswith(f"{_PREFIX}TEST_")]
     known = {f"{_PREFIX}{variable_name(name)}" for name in options_of(ctx.command)}
+    known.add(f"{_PREFIX}CACHE")  # of the indexes of archives
     if known.issuperset(given):
         return []
     for names, option_name, option in _walk(ctx):

@@ -223,11 +223,16 @@ def folder(name: str, shared: str, text: str) -> Callable[[_F], _F]:
     )
 
 
-data = folder("--data", "data", "Folder of the images, SPLIT/CLASS/*.JPEG")
+data = folder(
+    "--data",
+    "data",
+    "Images: a folder with SPLIT/CLASS/*.JPEG, SPLIT.tar or SPLIT.zip, an archive, or WebDataset "
+    "shards such as 'train-{000..255}.tar'",
+)
 runs = folder("--runs", "runs", "Folder of the training runs")
 shards = folder("--shards", "shards", "Folder of the shards, with a folder per split")
 
-split = click.option("--split", default="val", help="Name of the split's folder.")
+split = click.option("--split", default="val", help="Name of the split's folder or archive.")
 
 class_names = click.option(
     "--class-names",
@@ -271,11 +276,21 @@ def matching(*, all_classes: bool = True) -> Callable[[_F], _F]:
     return add
 
 
-labels = click.option(
-    "--labels",
-    type=PATH,
-    help="Labels for a split whose images are not in class folders: LOC_val_solution.csv, or a "
-    "table of image and class.",
+labels = grouped(
+    click.option(
+        "--labels",
+        type=PATH,
+        help="Labels for a split whose images are not in class folders: LOC_val_solution.csv, or a "
+        "table of image and class.",
+    ),
+    click.option(
+        "--files",
+        type=PATH,
+        metavar="LIST",
+        help="Use the images of this list, one path or path,label per line, relative to the "
+        "working directory; -: stdin.",
+    ),
+    click.option("--only-labelled", is_flag=True, help="Leave out images without a label."),
 )
 
 allow_empty = click.option("--allow-empty", is_flag=True, help="Accept empty class folders.")

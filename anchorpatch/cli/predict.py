@@ -85,8 +85,8 @@ def predict(
 
     AnchorNet localizes the patches of each IMAGE, and the network classifies it by the sum of
     their softmax outputs, as `extract` and `evaluate` do for a whole split. Corners are pixels
-    (y, x) in the 224 px crop. An IMAGE may be a folder, whose images are found at any depth, or -
-    to read file names from stdin, one per line.
+    (y, x) in the 224 px crop. An IMAGE may be a folder, whose images are found at any depth,
+    archive.tar::member, or - to read file names from stdin, one per line.
 
     \b
     anchorpatch predict dog.jpg --network resnet50

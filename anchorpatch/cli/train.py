@@ -187,6 +187,9 @@ def train(
 ) -> None:
     """Train AnchorNet, or a peer to compare it with, on DATA/train and validate on DATA/val.
 
+    DATA/train may also be DATA/train.tar or .zip, or a folder of WebDataset shards, and so may
+    DATA/val. --files lists the training images, --labels those of a flat DATA/val.
+
     Writes best.safetensors (which `extract` uses), last.safetensors, log.jsonl, config.json and
     last.pt to RUNS/ARCH. Run the same command again to resume a stopped run, or with more
     --epochs to extend a finished one.

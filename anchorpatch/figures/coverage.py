@@ -34,7 +34,7 @@ from anchorpatch.figures.localizers import (
     peer,
     pixel_positions,
 )
-from anchorpatch.images.folder import without_images
+from anchorpatch.images.source import without_images
 from anchorpatch.jobs.crops import CropSource
 from anchorpatch.jobs.patch_scores import Distributions
 from anchorpatch.networks import Network, asked_text, load_checkpoint, load_for_whole_images

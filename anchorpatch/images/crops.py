@@ -3,7 +3,7 @@
 Order and augmentation follow from (seed, epoch, row) alone, not from workers, ranks, batches
 or what was drawn before. So a run resumes within an epoch by its step number.
 
-A folder's pictures may be decoded once and kept in a file that is mapped into memory, the cache:
+A source's pictures may be decoded once and kept in a file that is mapped into memory, the cache:
 shrunk to a short side of 256 px or more (never enlarged), which is what the validation transform
 leaves of them too. Processes share the pages, so the file is in memory once at most.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +26,8 @@ from PIL import Image
 
 from anchorpatch.errors import DataError, ImageError
 from anchorpatch.images.decode import Decoded, Picture, decode_picture
-from anchorpatch.images.folder import ImageSource
-from anchorpatch.images.loader import Batch, read_image, serve_batches
+from anchorpatch.images.loader import Batch, serve_batches
+from anchorpatch.images.source import ImageSource
 from anchorpatch.settings import CROP, CropSettings
 from anchorpatch.signals import shut_down, waiting_for
 from anchorpatch.storage import locked, refusals, write_atomically
@@ -108,7 +108,7 @@ def random_crop(
 
 
 def load_training_batches(
-    folder: ImageSource,
+    images: ImageSource,
     plan: Iterable[tuple[int, npt.NDArray[np.int64]]],
     crop: RandomCrop,
     *,
@@ -121,27 +121,31 @@ def load_training_batches(
     The workers live as long as the plan, which may go over many epochs.
 
     Args:
-        folder: the images.
+        images: the source.
         plan: epoch and rows of each batch, in order.
         crop: the augmentation.
         workers: processes that load; 0 loads in this thread when a batch is asked for.
-        cache: decoded pictures of the folder; None decodes the files.
+        cache: decoded pictures of the source; None decodes the files.
         pin_memory: put pixels into page-locked memory, for copies to a GPU.
 
     Returns:
         Batches whose pixels are uint8 (n, size, size, 3).
     """
     decoder = partial(_training_crop, crop, cache)
-    return serve_batches(folder, plan, decoder, crop.size, workers=workers, pin_memory=pin_memory)
+    return serve_batches(images, plan, decoder, crop.size, workers=workers, pin_memory=pin_memory)
 
 
 def _training_crop(
-    crop: RandomCrop, cache: PictureCache | None, path: str, row: int, epoch: int
+    crop: RandomCrop,
+    cache: PictureCache | None,
+    read: Callable[[], bytes],
+    row: int,
+    epoch: int,
 ) -> Decoded:
     if cache is not None:
         image, damaged = cache[row]
     else:
-        image, damaged = decode_picture(read_image(path), crop.background)
+        image, damaged = decode_picture(read(), crop.background)
     return Decoded(random_crop(image, crop, epoch, row), (image.height, image.width), damaged)
 
 
@@ -150,7 +154,7 @@ def _training_crop(
 
 @dataclass(frozen=True, eq=False)
 class PictureCache:
-    """Pictures of a folder, by row.
+    """Pictures of a source, by row.
 
     Attributes:
         file: the pixels of all pictures.
@@ -193,20 +197,20 @@ def cache_side(crop: CropSettings) -> int:
 
 
 def build_cache(
-    folder: ImageSource,
+    images: ImageSource,
     where: Path,
     threads: int,
     background: str = "#ffffff",
     side: int = SHORT_SIDE,
 ) -> PictureCache:
-    """Open the cache of a folder; make it first where it is missing.
+    """Open the cache of a source; make it first where it is missing.
 
-    Its name carries the digest of the folder's paths and sizes: other files, another cache.
+    Its name carries the digest of the source's paths and sizes: other files, another cache.
     Pictures that could not be decoded, or with damage only, are tried again each time, as their
     files may have been restored at the same size; what can be decoded now gets in.
 
     Args:
-        folder: the images.
+        images: the source.
         where: the folder of caches.
         threads: that decode.
         background: color behind transparent pixels.
@@ -216,31 +220,31 @@ def build_cache(
         StorageError: the disk refused.
         DataError: the cache's index is damaged, or the images cannot be read.
     """
-    pixels, index = _files(folder, where, background, side)
+    pixels, index = _files(images, where, background, side)
     if index.is_file():
-        cache = open_cache(folder, where, background, side)
+        cache = open_cache(images, where, background, side)
         if not (cache.bad or cache.damaged) or not os.access(where, os.W_OK):
             return cache
     with refusals(where):
         where.mkdir(parents=True, exist_ok=True)
         with locked(where / ".lock"):
             if not index.is_file():
-                _make(folder, pixels, index, threads, background, side)
+                _make(images, pixels, index, threads, background, side)
             else:
-                cache = open_cache(folder, where, background, side)
-                _add(cache, folder, index, threads, background, side)
-            return open_cache(folder, where, background, side)
+                cache = open_cache(images, where, background, side)
+                _add(cache, images, index, threads, background, side)
+            return open_cache(images, where, background, side)
 
 
 def open_cache(
-    folder: ImageSource, where: Path, background: str = "#ffffff", side: int = SHORT_SIDE
+    images: ImageSource, where: Path, background: str = "#ffffff", side: int = SHORT_SIDE
 ) -> PictureCache:
-    """Open the cache of a folder as `build_cache` has left it.
+    """Open the cache of a source as `build_cache` has left it.
 
     Raises:
         DataError: the cache's index is damaged.
     """
-    pixels, index = _files(folder, where, background, side)
+    pixels, index = _files(images, where, background, side)
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         shapes = np.array(content["shapes"], np.int32).reshape(-1, 2)
@@ -254,27 +258,27 @@ def open_cache(
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"{index}: expected the index of an image cache; remove it") from error
     end = int(sizes.sum())
-    if len(rows) != len(folder) or not pixels.is_file() or pixels.stat().st_size < end:
+    if len(rows) != len(images) or not pixels.is_file() or pixels.stat().st_size < end:
         raise DataError(f"{pixels}: expected {end} bytes; remove the cache and run again")
     offsets = np.cumsum(sizes) - sizes
     return PictureCache(pixels, offsets[rows], shapes[rows].astype(np.int32), bad, damaged, end)
 
 
-def _files(folder: ImageSource, where: Path, background: str, side: int) -> tuple[Path, Path]:
+def _files(images: ImageSource, where: Path, background: str, side: int) -> tuple[Path, Path]:
     """Return the names of pixels and index."""
-    stem = f"{folder.split}-{side}-{background[1:]}-{folder.digest()[:16]}"
+    stem = f"{images.split}-{side}-{background[1:]}-{images.digest()[:16]}"
     return where / f"{stem}.pixels", where / f"{stem}.json"
 
 
 def _make(
-    folder: ImageSource, pixels: Path, index: Path, threads: int, background: str, side: int
+    images: ImageSource, pixels: Path, index: Path, threads: int, background: str, side: int
 ) -> None:
     shapes: list[tuple[int, int]] = []
     bad: dict[int, str] = {}
     damaged: list[int] = []
 
     def write(file: BinaryIO) -> None:
-        for row, item in _pictures(folder, range(len(folder)), threads, background, side):
+        for row, item in _pictures(images, range(len(images)), threads, background, side):
             if isinstance(item, str):
                 bad[row] = item
                 shapes.append((0, 0))
@@ -290,7 +294,7 @@ def _make(
 
 def _add(
     cache: PictureCache,
-    folder: ImageSource,
+    images: ImageSource,
     index: Path,
     threads: int,
     background: str,
@@ -304,7 +308,7 @@ def _add(
     rows, damaged, known = {*cache.bad, *cache.damaged}, set(cache.damaged), len(content["added"])
     with open(cache.file, "r+b") as file:
         file.seek(cache.end)  # what a run that was killed here has left behind is overwritten
-        for row, item in _pictures(folder, sorted(rows), threads, background, side):
+        for row, item in _pictures(images, sorted(rows), threads, background, side):
             if isinstance(item, str) or (item.damaged and row in cache.damaged):
                 continue
             file.write(item.image.tobytes())
@@ -325,14 +329,13 @@ def _write_index(index: Path, content: dict[str, Any]) -> None:
 
 
 def _pictures(
-    folder: ImageSource, rows: Sequence[int], threads: int, background: str, side: int
+    images: ImageSource, rows: Sequence[int], threads: int, background: str, side: int
 ) -> Iterator[tuple[int, Picture | str]]:
     """Decode rows in order; a bad image gives its reason. Decoders work without Python's lock."""
 
     def one(row: int) -> tuple[int, Picture | str]:
         try:
-            data = read_image(os.path.join(folder.root, folder.path(row)))
-            image, damaged = decode_picture(data, background)
+            image, damaged = decode_picture(images.read(row), background)
         except ImageError as error:
             return row, error.reason
         short = min(image.size)

@@ -1,6 +1,7 @@
-"""From an image folder to batches of pixels, decoded in worker processes ahead of their use.
+"""From a source of images to batches of pixels, decoded in worker processes ahead of their use.
 
-Work travels to the workers as paths, not as row numbers, so that no worker holds the folder.
+Work travels to the workers as the places of images, not as row numbers, so that no worker holds
+the source.
 
 The workers are started by ``fork`` on Linux. They run Pillow, numpy, simplejpeg and torch on one
 thread each, and touch neither CUDA nor HDF5 nor the parent's OpenMP threads, so that what makes
@@ -27,7 +28,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import stat
 import sys
 import threading
 import warnings
@@ -48,27 +48,10 @@ from torch import Tensor
 
 from anchorpatch.errors import AnchorpatchError, ImageError, SettingsError, reason_of
 from anchorpatch.images.decode import Decoded, decode
-from anchorpatch.images.folder import ImageSource
+from anchorpatch.images.source import ImageSource
 from anchorpatch.runtime.distributed import environment_number
 from anchorpatch.settings import CropSettings
 from anchorpatch.signals import STOP_SIGNALS, waiting_for
-from anchorpatch.storage import patiently
-
-#: Files of more bytes are not read: an uncompressed image of `MAX_PIXELS` fits.
-MAX_BYTES: Final = 1 << 30
-
-#: What says nothing about the image: the process has run out of something.
-_NOT_THE_IMAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-
-_REASONS: Final = {
-    errno.ENOENT: "missing",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
-    errno.EISDIR: "not a regular file",
-    errno.ELOOP: "too many links",
-    errno.ENXIO: "not a regular file",  # a socket
-}
-
 
 #: Pixels that the workers of all processes of a machine may be ahead, in bytes: 7,000 crops.
 _ROOM: Final = 1 << 30
@@ -84,7 +67,7 @@ class Batch(NamedTuple):
     """The images of one batch that could be decoded, and those that could not.
 
     Attributes:
-        index: rows of the folder, in the order asked for, int64 (n,).
+        index: rows of the source, in the order asked for, int64 (n,).
         pixels: RGB, uint8 (n, S, S, 3), S = 224 by default.
         size: height and width of each source image in pixels, int32 (n, 2).
         bad: row and reason of each image that could not be decoded.
@@ -107,23 +90,26 @@ _Piece = tuple[
     list[int],
 ]
 
-#: What a piece is made from: rows (n,), relative paths (n,), and the epoch.
-_Request = tuple[npt.NDArray[np.int64], npt.NDArray[np.bytes_], int]
+#: What a piece is made from: rows (n,), places of the images (n,), and the epoch.
+_Request = tuple[npt.NDArray[np.int64], npt.NDArray[Any], int]
+
+#: What makes pixels, given what reads the image, the row and the epoch.
+Decoder = Callable[[Callable[[], bytes], int, int], Decoded]
 
 
 def load_batches(
-    folder: ImageSource,
+    images: ImageSource,
     batches: Iterable[Sequence[int]],
     *,
     workers: int,
     crop: CropSettings | None = None,
     pin_memory: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Decode batches of a folder's images, in the given order, each once.
+    """Decode batches of a source's images, in the given order, each once.
 
     Args:
-        folder: the images.
-        batches: rows of the folder, a sequence for each batch; see `serve_batches`.
+        images: the source.
+        batches: rows of the source, a sequence for each batch; see `serve_batches`.
         workers: processes that decode. 0 decodes in this thread, when a batch is asked for.
         crop: how an image becomes a crop; None for the defaults.
         pin_memory: see `serve_batches`.
@@ -131,23 +117,23 @@ def load_batches(
     requests = ((0, np.asarray(rows, np.int64)) for rows in batches)
     crop = crop or CropSettings()
     decoder, side = partial(_crop, crop), crop.img_size
-    return serve_batches(folder, requests, decoder, side, workers=workers, pin_memory=pin_memory)
+    return serve_batches(images, requests, decoder, side, workers=workers, pin_memory=pin_memory)
 
 
-def _crop(crop: CropSettings, path: str, row: int, epoch: int) -> Decoded:
-    return decode(read_image(path), crop)
+def _crop(crop: CropSettings, read: Callable[[], bytes], row: int, epoch: int) -> Decoded:
+    return decode(read(), crop)
 
 
 def serve_batches(
-    folder: ImageSource,
+    images: ImageSource,
     batches: Iterable[tuple[int, npt.NDArray[np.int64]]],
-    decoder: Callable[[str, int, int], Decoded],
+    decoder: Decoder,
     side: int,
     *,
     workers: int,
     pin_memory: bool,
 ) -> Generator[Batch, None, None]:
-    """Make batches of pixels from a folder's images, in the given order.
+    """Make batches of pixels from a source's images, in the given order.
 
     The workers start at once, not with the first ``next``: start them before other threads
     where that can be chosen. Closing the iterator ends them; so does the death of this process,
@@ -157,10 +143,10 @@ def serve_batches(
     1 GiB. Where it would take more, several workers make a batch, each a piece of it.
 
     Args:
-        folder: the images.
+        images: the source.
         batches: epoch and rows of each batch (n,). It is drawn from as the workers need work.
-        decoder: from path, row and epoch to pixels (side, side, 3); raises ImageError for a bad
-            image. The workers hold it.
+        decoder: from what reads an image, its row and the epoch to pixels (side, side, 3); raises
+            ImageError for a bad image. The workers hold it.
         side: of the pixels.
         workers: processes; 0 works in this thread.
         pin_memory: put the pixels into page-locked memory, for copies to a GPU, when a batch is
@@ -174,8 +160,8 @@ def serve_batches(
     """
     if workers < 0:
         raise SettingsError(f"workers: expected a whole number of at least 0, got {workers}")
-    load = partial(_load, str(folder.root), decoder, side)
-    requests = ((rows, folder.paths[rows], epoch) for epoch, rows in batches)
+    load = partial(_load, images.reader, decoder, side)
+    requests = ((rows, images.places_of(rows), epoch) for epoch, rows in batches)
     pin_memory = pin_memory and torch.cuda.is_available()
     if workers == 0:
         return _in_this_process(load, requests, pin_memory)
@@ -193,16 +179,16 @@ def serve_batches(
 
 def _pieces(requests: Iterable[_Request], size: int) -> Iterator[tuple[_Request, bool]]:
     """Cut requests into pieces of at most ``size`` images; tell of each whether it is the last."""
-    for rows, paths, epoch in requests:
+    for rows, places, epoch in requests:
         for start in range(0, max(1, len(rows)), size):
             stop = start + size
-            yield (rows[start:stop], paths[start:stop], epoch), stop >= len(rows)
+            yield (rows[start:stop], places[start:stop], epoch), stop >= len(rows)
 
 
 def _load(
-    root: str, decoder: Callable[[str, int, int], Decoded], side: int, request: _Request
+    read_at: Callable[[Any], bytes], decoder: Decoder, side: int, request: _Request
 ) -> _Piece:
-    index, paths, epoch = request
+    index, places, epoch = request
     n = len(index)
     # Allocated once and filled in place; stacking would copy every image twice.
     pixels = np.empty((n, side, side, 3), np.uint8)
@@ -210,9 +196,9 @@ def _load(
     good: list[int] = []
     bad: list[tuple[int, str]] = []
     damaged: list[int] = []
-    for row, path in zip(index.tolist(), paths.tolist(), strict=True):
+    for row, place in zip(index.tolist(), places.tolist(), strict=True):
         try:
-            decoded = decoder(os.path.join(root, path.decode()), row, epoch)
+            decoded = decoder(partial(read_at, place), row, epoch)
         except ImageError as error:
             bad.append((row, error.reason))
             continue
@@ -236,37 +222,6 @@ def _joined(pieces: Sequence[_Piece], pin_memory: bool) -> Batch:
     return Batch(
         np.concatenate(indices), pixels, np.concatenate(sizes), [*chain(*bad)], [*chain(*damaged)]
     )
-
-
-def read_image(path: str) -> bytes:
-    """Return the bytes of an image file.
-
-    Raises:
-        ImageError: it cannot be read: "missing", "permission denied", "not a regular file",
-            "file too large" or the system's own words.
-        DataError: the disk or network does not answer, which is no fault of the image.
-        OSError: this process has run out of files or memory.
-    """
-
-    def read() -> bytes:
-        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            info = os.fstat(descriptor)
-            if not stat.S_ISREG(info.st_mode):
-                raise ImageError("not a regular file")
-            if info.st_size > MAX_BYTES:
-                raise ImageError("file too large")
-            return file.read()
-
-    try:
-        return patiently(path, read)
-    except OSError as error:
-        if error.errno in _NOT_THE_IMAGE:
-            raise
-        raise ImageError(
-            _REASONS.get(error.errno or 0, f"unreadable: {reason_of(error)}")
-        ) from error
 
 
 # --- in this process --------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from anchorpatch.errors import DataError, ShardError
-from anchorpatch.images.folder import ImageSource, scan_folder
 from anchorpatch.images.loader import load_batches
+from anchorpatch.images.source import ImageSource, open_source, source_of
+from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import CropSettings
 from anchorpatch.shards.dataset import load_rows
 from anchorpatch.shards.layout import MANIFEST_NAME, decode_text
@@ -80,7 +81,7 @@ class CropSource:
         name: the folder of the images or shards.
         classes: names of the classes, which labels index.
         labels: class index of each image (n,), int64.
-        folder: the images' files; None where shards store the crops.
+        images: the images' files; None where shards store the crops.
         reader: of the shards that were made from the images; None for a folder alone.
         crop: how a file becomes a crop, or became the stored one.
         workers: processes that decode files.
@@ -89,7 +90,7 @@ class CropSource:
     name: str
     classes: tuple[str, ...]
     labels: NDArray[np.int64]
-    folder: ImageSource | None = None
+    images: ImageSource | None = None
     reader: ShardReader | None = None
     crop: CropSettings = field(default_factory=CropSettings)
     workers: int = 0
@@ -103,6 +104,9 @@ class CropSource:
         labels: Path | None = None,
         workers: int = 0,
         crop: CropSettings | None = None,
+        files: Path | None = None,
+        only_labelled: bool = False,
+        report: Reporter | None = None,
     ) -> CropSource:
         """Take the images of DATA/SPLIT.
 
@@ -112,17 +116,35 @@ class CropSource:
             labels: CSV with the labels of a flat split folder.
             workers: processes that decode.
             crop: how an image becomes a crop; None for the defaults.
+            files: list of images to take instead.
+            only_labelled: leave out images without a label.
+            report: as of `open_source`.
 
         Raises:
             DataError: the folder or the labels are not as expected.
         """
-        folder = scan_folder(data, split, labels, allow_empty=True)
-        labels_of, crop = folder.labels.astype(np.int64), crop or CropSettings()
-        return cls(str(folder.root), folder.classes, labels_of, folder, crop=crop, workers=workers)
+        images = open_source(
+            data,
+            split,
+            labels,
+            files=files,
+            only_labelled=only_labelled,
+            allow_empty=True,
+            report=report,
+        )
+        labels_of, crop = images.labels.astype(np.int64), crop or CropSettings()
+        name = str(images.root if files is None else files)
+        return cls(name, images.classes, labels_of, images, crop=crop, workers=workers)
 
     @classmethod
     def of_shards(
-        cls, reader: ShardReader, data: Path | None = None, *, split: str = "", workers: int = 0
+        cls,
+        reader: ShardReader,
+        data: Path | None = None,
+        *,
+        split: str = "",
+        workers: int = 0,
+        report: Reporter | None = None,
     ) -> CropSource:
         """Take the images that shards were made from: the crops that they store, else the files.
 
@@ -131,6 +153,7 @@ class CropSource:
             data: the files lie below DATA/SPLIT by the same paths; None for stored crops alone.
             split: name of the split's folder.
             workers: processes that decode files.
+            report: as of `open_source`.
 
         Raises:
             ShardError: no crops are stored, and ``data`` is None.
@@ -143,18 +166,18 @@ class CropSource:
         advice = "extract with --store-images, or give the image folder with --data"
         if data is None:
             raise ShardError(f"{without}: {advice}")
-        root = data / split
-        if not root.is_dir():
-            raise DataError(f"{without}, and there is no folder {root}: {advice}")
-        missing = [path for path in reader.path.tolist() if not (root / path.decode()).exists()]
+        try:
+            images, missing = source_of(
+                data, split, reader.path, reader.label, reader.classes, report
+            )
+        except DataError as error:
+            raise DataError(f"{without}, and {error}: {advice}") from error
         if missing:
             raise DataError(
-                f"{without}, and {len(missing):,} of its {len(reader):,} images are not in {root}, "
-                f"such as {missing[0].decode()}: {advice}"
+                f"{without}, and {len(missing):,} of its {len(reader):,} images are not in "
+                f"{images.root}, such as {missing[0]}: {advice}"
             )
-        sizes = np.zeros(len(reader), np.int64)
-        folder = ImageSource(root, split, reader.path, reader.label, sizes, reader.classes)
-        return cls(str(root), reader.classes, labels, folder, reader, crop, workers)
+        return cls(str(images.root), reader.classes, labels, images, reader, crop, workers)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -162,12 +185,12 @@ class CropSource:
     @property
     def description(self) -> str:
         """Where the crops come from, as messages and tables say it."""
-        return f"the images in {self.folder.root}" if self.folder else "the stored crops"
+        return f"the images in {self.images.root}" if self.images else "the stored crops"
 
     def path(self, row: int) -> str:
         """Return an image's path below the split folder."""
-        if self.folder is not None:
-            return self.folder.path(row)
+        if self.images is not None:
+            return self.images.path(row)
         assert self.reader is not None
         return decode_text(self.reader.path[row])
 
@@ -205,7 +228,7 @@ class CropSource:
         """
         wanted = np.asarray(rows, np.int64)
         parts = [wanted[i : i + size] for i in range(0, len(wanted), size)]
-        if self.folder is None:
+        if self.images is None:
             assert self.reader is not None
             requests = (_Stored(self.crop.img_size, part) for part in parts)
             stored = load_rows(self.reader, requests, threads=2, pin_memory=pin_memory, whole=True)
@@ -214,7 +237,7 @@ class CropSource:
                     yield Crops(request.rows, pixels, self.labels[request.rows])
             return
         decoded = load_batches(
-            self.folder,
+            self.images,
             [part.tolist() for part in parts],
             workers=min(self.workers, len(parts)),
             crop=self.crop,
@@ -225,7 +248,7 @@ class CropSource:
                 if batch.bad and self.reader is not None:
                     row, reason = batch.bad[0]
                     raise DataError(
-                        f"{self.folder.root / self.folder.path(row)}: expected the image that "
+                        f"{self.images.name(row)}: expected the image that "
                         f"the shards were made from, cannot be read ({reason}); restore it, or "
                         "leave the whole images out with --no-whole"
                     )

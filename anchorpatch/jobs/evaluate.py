@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anchorpatch.classes import AS_NAMED, IMAGENET_NAMES, ClassNames, Matching
 from anchorpatch.errors import DataError, WeightsError
-from anchorpatch.images.folder import spread_rows, without_images
+from anchorpatch.images.source import spread_rows, without_images
 from anchorpatch.jobs.crops import Crops, CropSource, open_shards
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.patch_scores import (
@@ -239,7 +239,11 @@ class _Evaluation:
         config = self.config
         try:
             found = CropSource.of_shards(
-                self.reader, config.data, split=config.split, workers=config.workers
+                self.reader,
+                config.data,
+                split=config.split,
+                workers=config.workers,
+                report=self.report,
             )
         except DataError as error:
             return None, str(error)

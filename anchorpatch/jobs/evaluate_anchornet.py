@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from anchorpatch.errors import NonFiniteError
-from anchorpatch.images.folder import scan_folder, without_images
 from anchorpatch.images.loader import load_batches
+from anchorpatch.images.source import open_source, without_images
 from anchorpatch.jobs.localizer import Runner
 from anchorpatch.jobs.results import AnchorNetFigures
 from anchorpatch.lsp import localize
@@ -38,7 +38,9 @@ class EvaluateAnchorNetConfig(Computing):
         data: folder that holds the split.
         weights: of AnchorNet.
         split: name of the split's folder.
-        labels: CSV with the labels of a flat split folder.
+        labels: CSV with the labels of a flat split images.
+        files: list of images to take instead; see `anchorpatch.images.labels.read_list`.
+        only_labelled: leave out images without a label.
         batch_size: images in a batch; None for 16 on CPU and 256 on a GPU.
         workers: loading processes.
         limit: take only so many images, evenly spread over the split.
@@ -49,6 +51,8 @@ class EvaluateAnchorNetConfig(Computing):
     weights: Path
     split: str = "val"
     labels: Path | None = None
+    files: Path | None = None
+    only_labelled: bool = False
     batch_size: int | None = None
     workers: int = 0
     limit: int | None = None
@@ -65,21 +69,24 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
     """
     with joined(config.device, progress) as (device, world, report):
         weights = load_weights(config.weights)
-        folder = scan_folder(
+        images = open_source(
             config.data,
             config.split,
             config.labels,
             classes=weights.meta.classes,
             classes_of=str(config.weights),
+            files=config.files,
+            only_labelled=config.only_labelled,
+            report=report,
         ).limited(config.limit)
-        for remark in (folder.passed_over(), without_images(folder.labels, folder.classes)):
+        for remark in (images.passed_over(), without_images(images.labels, images.classes)):
             if remark:
                 report.message(remark)
         meter = _Meter(weights, device, config.engine, config.precision)
-        rows = list(world.share(len(folder)))
+        rows = list(world.share(len(images)))
         size = config.batch_size or (16 if device.type == "cpu" else 256)
         loaded = load_batches(
-            folder,
+            images,
             [rows[i : i + size] for i in range(0, len(rows), size)],
             workers=config.workers,
             crop=weights.meta.cropping,
@@ -87,22 +94,22 @@ def run(config: EvaluateAnchorNetConfig, progress: Reporter | None = None) -> An
         )
         bad = damaged = 0
         report.message(computing_on(device, meter.engine))
-        advance = world.counter(report.advance, len(rows), len(folder))
-        with report.counting("evaluating", len(folder)), closing(loaded):
+        advance = world.counter(report.advance, len(rows), len(images))
+        with report.counting("evaluating", len(images)), closing(loaded):
             for batch in loaded:
                 bad += len(batch.bad)
                 damaged += len(batch.damaged)
                 if len(batch.index):
-                    labels = torch.from_numpy(folder.labels[batch.index].astype(np.int64))
+                    labels = torch.from_numpy(images.labels[batch.index].astype(np.int64))
                     meter.update(batch.pixels, labels)
                 advance(len(batch.index) + len(batch.bad))
         skipped, damaged = sum_ranks(torch.tensor([bad, damaged], device=device)).tolist()
-        if skipped > config.max_bad * len(folder):
-            raise folder.too_many_bad(skipped, len(folder), config.max_bad)
+        if skipped > config.max_bad * len(images):
+            raise images.too_many_bad(skipped, len(images), config.max_bad)
         return AnchorNetFigures(
             skipped=skipped,
             damaged=damaged,
-            ignored=dict(folder.ignored),
+            ignored=dict(images.ignored),
             **meter.result(world),
         )
 

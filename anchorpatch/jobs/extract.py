@@ -1,4 +1,4 @@
-"""The main job: folder -> decode -> AnchorNet -> decide -> LSP -> crop -> shards.
+"""The main job: images -> decode -> AnchorNet -> decide -> LSP -> crop -> shards.
 
 Five things overlap: worker processes decode, the localizer computes, one thread fills shards, a
 few cut patches and write full shards, and this thread hands batches on. Batches never cross
@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from anchorpatch.errors import DataError, ShardBusy, ShardError
-from anchorpatch.images.folder import ImageSource, scan_folder, spread_rows, without_images
 from anchorpatch.images.loader import Batch, load_batches
+from anchorpatch.images.source import ImageSource, open_source, spread_rows, without_images
 from anchorpatch.jobs.localizer import Localizer, Pending, resolve_engine
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights
 from anchorpatch.runtime.device import computing_on, cpu_count, has_bfloat16, resolve_device
@@ -61,11 +61,13 @@ class ExtractConfig(Computing):
     """What to extract, from where, to where.
 
     Attributes:
-        data: folder that holds the split's folder.
+        data: folder that holds the split's folder or archive, or archives.
         split: name of the split.
         weights: a weights file of AnchorNet.
         out: folder that gets SPLIT/SPLIT-00000.h5, ...
         labels: CSV with the labels of a flat split folder.
+        files: list of images to take instead; see `anchorpatch.images.labels.read_list`.
+        only_labelled: leave out images without a label.
         preset: a name in `anchorpatch.settings.PRESETS`; None: by the split.
         lsp: K, T and P in place of the preset's.
         codec: raw, jpeg or image.
@@ -101,6 +103,8 @@ class ExtractConfig(Computing):
     weights: Path
     out: Path
     labels: Path | None = None
+    files: Path | None = None
+    only_labelled: bool = False
     preset: str | None = None
     lsp: LspSettings | None = None
     codec: str = "raw"
@@ -204,7 +208,7 @@ class _Plan:
     """Everything that is known before the first image is decoded."""
 
     config: ExtractConfig
-    folder: ImageSource
+    images: ImageSource
     weights: Weights
     device: torch.device
     batch_size: int
@@ -230,7 +234,7 @@ class _Plan:
 
     def load(self, batches: Iterable[Sequence[int]], workers: int) -> Generator[Batch, None, None]:
         return load_batches(
-            self.folder,
+            self.images,
             batches,
             workers=workers,
             crop=self.header.settings.crop,
@@ -260,13 +264,13 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
     """
     before = files_in(config.out / config.split) if config.ranks > 1 else set()
     reporter, task = reporter or Reporter(), config.task
-    plan = _plan(config)
+    plan = _plan(config, reporter)
     manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=config.overwrite)
     if rejected := _rejected(plan, manifest, reporter):
         manifest = manifest.forget(rejected)
-    folder = plan.folder
-    absent = without_images(folder.labels, folder.classes)
-    for remark in (plan.overridden, folder.passed_over(), absent):
+    source = plan.images
+    absent = without_images(source.labels, source.classes)
+    for remark in (plan.overridden, source.passed_over(), absent):
         if remark:
             reporter.message(remark)
     began, images, waits = time.monotonic(), 0, Waits()
@@ -301,7 +305,7 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
         waited=waits.seconds,
         advice=advice,
         images_run=images,
-        ignored=folder.ignored,
+        ignored=source.ignored,
     )
 
 
@@ -320,7 +324,7 @@ def forecast(config: ExtractConfig, reporter: Reporter | None = None) -> dict[st
     )
     rejected = _rejected(plan, manifest, Reporter())
     manifest = replace(manifest, entries=tuple(e for e in manifest.entries if e not in rejected))
-    n = len(plan.folder)
+    n = len(plan.images)
     sample = spread_rows(n, _SAMPLE).tolist()
     with tempfile.TemporaryDirectory(prefix="anchorpatch-") as name:
         with plan.localizer() as localizer, ShardWriter(Path(name, "0.h5"), plan.header) as writer:
@@ -331,21 +335,21 @@ def forecast(config: ExtractConfig, reporter: Reporter | None = None) -> dict[st
     if not entry.images:
         path, reason = entry.skipped[0]
         raise DataError(
-            f"{plan.folder.root}: none of {len(sample)} images tried can be read; "
+            f"{plan.images.root}: none of {len(sample)} images tried can be read; "
             f"the first is {path}: {reason}"
         )
     per_image = entry.bytes / entry.images
     return {
         "folder": str(plan.out),
         "images": n,
-        "classes": len(plan.folder.classes),
+        "classes": len(plan.images.classes),
         "shards": len(plan.files.shards),
         "pending": len(_pending(plan, manifest)),
         "sample": len(sample),
         "bytes_per_image": per_image,
         "bytes": round(per_image * n),
         "settings": to_json(plan.header.settings),
-        "ignored": dict(plan.folder.ignored),
+        "ignored": dict(plan.images.ignored),
     }
 
 
@@ -359,12 +363,19 @@ def _engine(config: ExtractConfig, device: torch.device) -> str:
     return resolve_engine(name, device, config.precision, compile=config.compile)
 
 
-def _plan(config: ExtractConfig) -> _Plan:
+def _plan(config: ExtractConfig, reporter: Reporter | None = None) -> _Plan:
     device = resolve_device(config.device)
     batch_size = config.batch_size or (256 if device.type == "cuda" else 64)
     weights = load_weights(config.weights)
-    folder = scan_folder(config.data, config.split, config.labels, allow_empty=config.allow_empty)
-    folder = folder.limited(config.limit)
+    images = open_source(
+        config.data,
+        config.split,
+        config.labels,
+        files=config.files,
+        only_labelled=config.only_labelled,
+        allow_empty=config.allow_empty,
+        report=reporter,
+    ).limited(config.limit)
     preset, crop = config.preset or default_preset(config.split), _crop(config, weights.meta)
     lsp = config.lsp or PRESETS[preset]
     settings = ShardSettings(
@@ -387,13 +398,13 @@ def _plan(config: ExtractConfig) -> _Plan:
     )
     header = ShardHeader(
         split=config.split,
-        classes=folder.classes,
+        classes=images.classes,
         network_classes=weights.meta.classes,
         settings=settings,
         weights_sha256=weights.sha256,
     )
-    files = files_digest(folder, config.shard_size)
-    return _Plan(config, folder, weights, device, batch_size, header, files)
+    files = files_digest(images, config.shard_size)
+    return _Plan(config, images, weights, device, batch_size, header, files)
 
 
 def _crop(config: ExtractConfig, meta: WeightsMeta) -> CropSettings:
@@ -406,13 +417,13 @@ def _crop(config: ExtractConfig, meta: WeightsMeta) -> CropSettings:
     return replace(found, **given)
 
 
-def files_digest(folder: ImageSource, shard_size: int) -> FilesDigest:
-    """Return the digests of a folder's images, in all and by shard."""
+def files_digest(images: ImageSource, shard_size: int) -> FilesDigest:
+    """Return the digests of the images of a source, in all and by shard."""
     return FilesDigest(
-        count=len(folder),
-        sha256=folder.digest(),
-        shards=tuple(folder.digest(i, i + shard_size) for i in range(0, len(folder), shard_size)),
-        paths=lambda start, stop: [folder.path(i) for i in range(start, stop)],
+        count=len(images),
+        sha256=images.digest(),
+        shards=tuple(images.digest(i, i + shard_size) for i in range(0, len(images), shard_size)),
+        paths=lambda start, stop: [images.path(i) for i in range(start, stop)],
     )
 
 
@@ -517,7 +528,7 @@ def _readable_now(plan: _Plan, entries: Sequence[ShardEntry]) -> tuple[Counter[s
     """
     damage = "decoded with damage"
     was = {
-        int(np.searchsorted(plan.folder.paths, os.fsencode(path))): (entry.name, why)
+        int(np.searchsorted(plan.images.paths, os.fsencode(path))): (entry.name, why)
         for entry in entries
         for path, why in (*entry.skipped, *((path, damage) for path in entry.damaged))
     }
@@ -534,24 +545,24 @@ def _append(
     writer: ShardWriter, *, plan: _Plan, batch: Batch, pending: Pending | None, network: Stopwatch
 ) -> int:
     """Write a batch into its shard, when the network is done; return the number of patches."""
-    folder = plan.folder
+    images = plan.images
     for row, reason in batch.bad:
-        writer.skip(folder.path(row), reason)
+        writer.skip(images.path(row), reason)
     if pending is None:
         return 0
     with network:
-        found = pending.result(lambda i: str(folder.root / folder.path(int(batch.index[i]))))
+        found = pending.result(lambda i: images.name(int(batch.index[i])))
     writer.append(
         PatchBatch(
-            path=folder.paths[batch.index],
-            label=folder.labels[batch.index],
+            path=images.paths[batch.index],
+            label=images.labels[batch.index],
             size=batch.size,
             pixels=batch.pixels.numpy(),
             **found._asdict(),
         )
     )
     for row in batch.damaged:
-        writer.note_damage(folder.path(row))
+        writer.note_damage(images.path(row))
     return int(found.counts.sum())
 
 
@@ -569,8 +580,8 @@ def _check_bad(
     total = sum(len(manifest.shard_range(i)) for i in plan.owned)
     if found.total() > math.floor(plan.config.max_bad * total + 1e-9):
         most = ", ".join(f"{n} {reason}" for reason, n in found.most_common(5))
-        details = f": {most}; the last is {plan.folder.path(last)}"
-        raise plan.folder.too_many_bad(found.total(), total, plan.config.max_bad, details)
+        details = f": {most}; the last is {plan.images.path(last)}"
+        raise plan.images.too_many_bad(found.total(), total, plan.config.max_bad, details)
 
 
 def _advice(plan: _Plan, waited: Mapping[str, float]) -> str:

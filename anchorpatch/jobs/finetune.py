@@ -446,7 +446,7 @@ class BaselineTask(FinetuneTask):
             CropSource.of_shards(reader, config.data, split=split, workers=config.workers)
             for reader, split in ((train, "train"), (val, "val"))
         )
-        if self.images.folder is None:
+        if self.images.images is None:
             self.min_area = config.min_area
         super().__init__(config, train, val, *more)
 
@@ -465,8 +465,8 @@ class BaselineTask(FinetuneTask):
 
     def load(self, requests: Iterator[Request]) -> Generator[tuple[Request, Loaded], None, None]:
         """Read or decode the pieces of a run ahead of their use."""
-        config, folder = self.config, self.images.folder
-        if folder is None:
+        config, images = self.config, self.images.images
+        if images is None:
             yield from self._read(requests, whole=True)
             return
         asked, kept = tee(requests)
@@ -478,7 +478,7 @@ class BaselineTask(FinetuneTask):
             background=self.images.crop.background,
         )
         loaded = load_training_batches(
-            folder,
+            images,
             ((request.visit, request.rows) for request in asked),
             crop,
             workers=config.workers,
@@ -489,7 +489,7 @@ class BaselineTask(FinetuneTask):
                 if batch.bad:
                     row, reason = batch.bad[0]
                     raise DataError(
-                        f"{folder.root / folder.path(row)}: can no longer be read ({reason}), "
+                        f"{images.name(row)}: can no longer be read ({reason}), "
                         "but the shards have its patches; restore it, or extract again"
                     )
                 labels = torch.from_numpy(self.images.labels[request.rows])

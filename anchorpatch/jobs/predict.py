@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from anchorpatch.classes import AS_NAMED, IMAGENET_NAMES, ClassNames, Matching
 from anchorpatch.errors import ImageError, NonFiniteError, WeightsError
+from anchorpatch.images.archives import read_named
 from anchorpatch.images.decode import Decoded, decode
-from anchorpatch.images.folder import EXTENSIONS
-from anchorpatch.images.loader import read_image
+from anchorpatch.images.labels import EXTENSIONS
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.patch_scores import Distributions, sum_localized
 from anchorpatch.models.complexity import check_sides
@@ -294,6 +294,6 @@ def images_in(folder: str) -> Iterator[str]:
 def _decoded(path: str, crop: CropSettings) -> Decoded | str:
     """Return the picture, or why there is none."""
     try:
-        return decode(read_image(path), crop)
+        return decode(read_named(path), crop)
     except ImageError as error:
         return error.reason

@@ -165,6 +165,8 @@ class TrainConfig(LoopConfig):
         data: folder with ``train/`` and ``val/``.
         arch: the network, of `anchorpatch.settings.ARCHITECTURES`.
         labels: CSV with the labels of a flat ``val/``.
+        files: list of the training images; see `anchorpatch.images.labels.read_list`.
+        only_labelled: leave out images without a label.
         recipe: name under which the settings are recorded.
         img_size: side of the validation crops in pixels.
         crop_size: side of the training crops in pixels.
@@ -184,13 +186,16 @@ class TrainConfig(LoopConfig):
     """
 
     #: A checkpoint notes ``arch`` as its kind, and what the paths hold.
-    FREE: ClassVar[frozenset[str]] = LoopConfig.FREE | set(
-        ("data", "labels", "init", "max_bad", "allow_empty", "image_cache", "recipe", "arch")
-    )
+    FREE: ClassVar[frozenset[str]] = LoopConfig.FREE | {
+        *("data", "labels", "files", "only_labelled", "init", "max_bad", "allow_empty"),
+        *("image_cache", "recipe", "arch"),
+    }
 
     data: Path
     arch: str = "anchornet"
     labels: Path | None = None
+    files: Path | None = None
+    only_labelled: bool = False
     recipe: str = "paper"
     img_size: int = CROP
     crop_size: int = CROP

@@ -26,8 +26,8 @@ from anchorpatch.images.crops import (
     load_training_batches,
     open_cache,
 )
-from anchorpatch.images.folder import ImageSource, scan_folder, without_images
 from anchorpatch.images.loader import load_batches
+from anchorpatch.images.source import ImageSource, open_source, without_images
 from anchorpatch.metrics import OUTPUTS, Accuracy, AnchorNetAccuracy, six_losses
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.registry import build
@@ -43,7 +43,7 @@ from anchorpatch.training.loop import Batch, Task
 def open_images(
     config: TrainConfig, world: World, report: Reporter
 ) -> tuple[ImageSource, ImageSource, PictureCache | None]:
-    """Scan the folders, and fill the cache where one is wanted.
+    """Find the images, and fill the cache where one is wanted.
 
     Returns:
         Training images; validation images, of the same classes; decoded training pictures, or
@@ -53,18 +53,36 @@ def open_images(
         DataError: the folders do not fit together, or hold too few images.
         SettingsError: the batch does not divide evenly.
     """
-    train = scan_folder(config.data, "train", allow_empty=config.allow_empty)
-    val = scan_folder(
-        config.data, "val", config.labels, classes=train.classes, classes_of=str(train.root)
+    train = open_source(
+        config.data,
+        "train",
+        files=config.files,
+        only_labelled=config.only_labelled,
+        allow_empty=config.allow_empty,
+        report=report,
     )
+    val = open_source(
+        config.data,
+        "val",
+        config.labels,
+        only_labelled=config.only_labelled,
+        classes=train.classes,
+        classes_of=str(train.root),
+        report=report,
+    )
+    if train.root == val.root and np.array_equal(train.paths, val.paths):
+        raise DataError(
+            f"{train.root}: expected a train and a val split, found the same images for both; "
+            "give a folder or archive that holds both, or a pattern with {split} in it"
+        )
     if len(train) < config.batch_size:
         raise DataError(
             f"{train.root}: {len(train)} images are too few for a batch of {config.batch_size}; "
             "choose a smaller --batch-size, or --recipe small"
         )
-    for folder in (train, val):
-        absent = without_images(folder.labels, folder.classes)
-        for remark in (folder.passed_over(), absent and f"{folder.root}: {absent}"):
+    for images in (train, val):
+        absent = without_images(images.labels, images.classes)
+        for remark in (images.passed_over(), absent and f"{images.root}: {absent}"):
             if remark:
                 report.message(remark)
     config.piece(world)

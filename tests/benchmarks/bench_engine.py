@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from anchorpatch.demo import demo_weights
 from anchorpatch.demo.scene_folder import make_scenes
 from anchorpatch.errors import SettingsError
-from anchorpatch.images.folder import scan_folder
 from anchorpatch.images.loader import load_batches
+from anchorpatch.images.source import open_source
 from anchorpatch.jobs.localizer import CPU_CHUNK, Localized, Localizer, Runner, resolve_engine
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, load_weights
@@ -44,7 +44,7 @@ def pixels_of(data: Path | None, split: str, images: int, tmp: Path) -> Tensor:
     if data is None:
         data = tmp / "scenes"
         make_scenes(data, 0, images, 1)
-    folder = scan_folder(data, split).limited(images)
+    folder = open_source(data, split).limited(images)
     rows = [range(i, min(i + 64, len(folder))) for i in range(0, len(folder), 64)]
     return torch.cat([batch.pixels for batch in load_batches(folder, rows, workers=0)])
 

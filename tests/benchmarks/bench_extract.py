@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from anchorpatch.images.folder import ImageSource, scan_folder, spread_rows
 from anchorpatch.images.loader import load_batches
+from anchorpatch.images.source import ImageSource, open_source, spread_rows
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.jobs.localizer import Localizer, load_anchornet
 from anchorpatch.lsp import decide
@@ -124,7 +124,7 @@ def main() -> None:
         classes = tuple(f"class{i:04d}" for i in range(1000))
         save_weights(tmp / "w", net.state_dict(), WeightsMeta("anchornet", classes))
         weights = load_weights(tmp / "w")
-        folder = scan_folder(args.data, args.split).limited(args.limit)
+        folder = open_source(args.data, args.split).limited(args.limit)
         n, jobs = len(folder), batches_of(folder)
         ready = [b.pixels for b in load_batches(folder, jobs, workers=0)]
 

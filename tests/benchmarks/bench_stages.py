@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from anchorpatch.images.folder import scan_folder
 from anchorpatch.images.loader import load_batches
+from anchorpatch.images.source import open_source
 from anchorpatch.jobs.extract import ExtractConfig, run
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.models.anchornet import AnchorNet
@@ -103,7 +103,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         tmp = Path(name)
         weights = random_weights(tmp / "w", args.classes)
-        folder = scan_folder(args.data, args.split)
+        folder = open_source(args.data, args.split)
         folder = folder.limited(args.limit)
         speeds: dict[str, float] = {}
 

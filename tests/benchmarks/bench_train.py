@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from anchorpatch.images.crops import RandomCrop, build_cache, epoch_order, load_training_batches
-from anchorpatch.images.folder import scan_folder
+from anchorpatch.images.source import open_source
 from anchorpatch.metrics import six_losses
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.networks import Normalization
@@ -53,7 +53,7 @@ def plain_batches(args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def our_batches(args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    folder = scan_folder(args.data, "train")
+    folder = open_source(args.data, "train")
     cache = build_cache(folder, args.cache, 2) if args.way == "ours-cache" else None
     order = epoch_order(len(folder), 0, 0)
     plan = [(0, order[i : i + args.batch]) for i in range(0, len(order) - args.batch, args.batch)]

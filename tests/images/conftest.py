@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from anchorpatch.images.folder import ImageSource, scan_folder
+from anchorpatch.images.source import ImageSource, open_source
 from tests.oddities import encoded, picture
 
 
@@ -15,4 +15,4 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
             file = data / "val" / label / f"{i}.jpg"
             file.write_bytes(encoded(picture(60 + i, 50, i), "JPEG"))
     (data / "val" / "a" / "bad.jpg").write_bytes(b"no")
-    return scan_folder(data, "val")
+    return open_source(data, "val")

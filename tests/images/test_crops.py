@@ -25,7 +25,7 @@ from anchorpatch.images.crops import (
     random_crop,
 )
 from anchorpatch.images.decode import Picture, decode_picture
-from anchorpatch.images.folder import ImageSource, scan_folder
+from anchorpatch.images.source import ImageSource, open_source
 from tests.conftest import draw_photo
 from tests.oddities import encoded, picture
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
             photo = draw_photo(i, (200 + 40 * i, 300 - 20 * i))
             photo.save(data / "train" / name / f"{i}.png")
     (data / "train" / "a" / "4.png").write_bytes(b"no image")
-    return scan_folder(data, "train")
+    return open_source(data, "train")
 
 
 @given(
@@ -206,7 +206,7 @@ def _with_bad_files(data: Path) -> dict[str, bytes]:
 def test_restored_files_of_the_same_size_get_into_the_cache(folder: ImageSource, tmp_path: Path):
     data = tmp_path / "data"
     shutil.copytree(folder.root.parent, data)
-    copied = scan_folder(data, "train")
+    copied = open_source(data, "train")
     undisturbed = build_cache(copied, tmp_path / "undisturbed", 1)
     good = _with_bad_files(data)
     cache = build_cache(copied, tmp_path / "cache", 1)
@@ -254,7 +254,7 @@ def test_damage_is_known_from_files_and_from_the_cache(tmp_path: Path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     (tmp_path / "train" / "a" / "0.jpg").write_bytes(data)
     (tmp_path / "train" / "a" / "1.jpg").write_bytes(data[:start] + data[start + 40 :])
-    folder = scan_folder(tmp_path, "train")
+    folder = open_source(tmp_path, "train")
     plan = [(0, np.array([1, 0]))]
     for cache in (None, build_cache(folder, tmp_path / "cache", 1)):
         crop = RandomCrop(size=64)
@@ -272,7 +272,7 @@ def test_a_damaged_picture_restored_at_the_same_size_gets_into_the_cache(
     for name in ("0", "1", "2"):
         path = tmp_path / "train" / "a" / f"{name}.jpg"
         path.write_bytes(data[:start] + bytes(40) + data[start + 40 :])
-    folder = scan_folder(tmp_path, "train")
+    folder = open_source(tmp_path, "train")
     before = build_cache(folder, tmp_path / "cache", 1)
     assert before.damaged == {0, 1, 2}
     # Another picture of as many bytes: what stands behind its end says nothing.
@@ -292,7 +292,7 @@ def test_a_damaged_picture_restored_at_the_same_size_gets_into_the_cache(
 def test_crops_show_the_background(tmp_path: Path, cached: bool):
     (tmp_path / "train" / "a").mkdir(parents=True)
     Image.new("RGBA", (50, 40)).save(tmp_path / "train" / "a" / "0.png")
-    folder = scan_folder(tmp_path, "train")
+    folder = open_source(tmp_path, "train")
     for color, value in (("#ffffff", 255), ("#0000ff", (0, 0, 255))):
         cache = build_cache(folder, tmp_path / "cache", 1, color) if cached else None
         crop = RandomCrop(size=64, background=color)

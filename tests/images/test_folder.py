@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from anchorpatch import storage
 from anchorpatch.errors import DataError, SettingsError
-from anchorpatch.images.folder import EXTENSIONS, ImageSource, scan_folder, spread_rows
+from anchorpatch.images.labels import EXTENSIONS
+from anchorpatch.images.source import ImageSource, open_source, spread_rows
 
 
 def touch(*files: Path) -> None:
@@ -27,7 +28,7 @@ def touch(*files: Path) -> None:
 
 def error_of(data: Path, split: str = "val", labels: Path | None = None) -> str:
     with pytest.raises(DataError) as caught:
-        scan_folder(data, split, labels)
+        open_source(data, split, labels)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -75,7 +76,7 @@ def test_scan_equals_a_plain_walk(
     root = tmp_path_factory.mktemp("data") / "val"
     for label, names in tree.items():
         touch(*(root / f"class {label}" / (name + extension) for name, extension in names))
-    folder = scan_folder(root.parent, "val")
+    folder = open_source(root.parent, "val")
     files = [path for path in root.rglob("*") if path.is_file()]
     wanted = sorted(os.fsencode(path.relative_to(root)) for path in files)
     assert folder.paths.tolist() == wanted
@@ -96,7 +97,7 @@ def test_extensions_hidden_files_and_nested_folders(tmp_path: Path) -> None:
     touch(a / "deep" / "er" / "more.TXT", a / "b" / ".hidden.txt", tmp_path / "val" / "loose.jpg")
     touch(tmp_path / "val" / ".DS_Store", tmp_path / "val" / "list.csv")
     (tmp_path / "val" / ".git").mkdir()
-    folder = scan_folder(tmp_path, "val")
+    folder = open_source(tmp_path, "val")
     assert relative(folder) == sorted(f"a/{name}" for name in good)
     assert folder.classes == ("a",)
     passed_over = {".txt": 2, ".svg": 1, "jpg": 1, ".jpg outside the class folders": 1}
@@ -110,7 +111,7 @@ def test_extensions_hidden_files_and_nested_folders(tmp_path: Path) -> None:
 def test_order_is_that_of_the_bytes(tmp_path: Path) -> None:
     names = ["é/1.jpg", "z/1.jpg", "Z/1.jpg", "z z/1.jpg", "中/1.jpg", "z/1 .jpg", "z/10.jpg"]
     touch(*(tmp_path / "val" / name for name in names))
-    folder = scan_folder(tmp_path, "val")
+    folder = open_source(tmp_path, "val")
     assert relative(folder) == sorted(names, key=str.encode)
     assert folder.classes == ("Z", "z", "z z", "é", "中")
 
@@ -120,7 +121,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "val" / "a").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "val" / "b" / "loop").symlink_to(tmp_path / "val" / "b")
     (tmp_path / "val" / "b" / "gone.jpg").symlink_to("nowhere")
-    folder = scan_folder(tmp_path, "val")
+    folder = open_source(tmp_path, "val")
     assert relative(folder) == ["a/1.jpg", "b/2.jpg", "b/gone.jpg"]
     assert folder.sizes.tolist() == [5, 5, 0]
 
@@ -128,14 +129,14 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 def test_a_folder_or_pipe_named_like_an_image_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "val" / "a" / "1.jpg").mkdir(parents=True)
     os.mkfifo(tmp_path / "val" / "a" / "2.jpg")
-    folder = scan_folder(tmp_path, "val")
+    folder = open_source(tmp_path, "val")
     assert relative(folder) == ["a/1.jpg", "a/2.jpg"]
     assert folder.sizes.tolist() == [0, 0]
 
 
 def test_newlines_are_just_bytes(tmp_path: Path) -> None:
     touch(tmp_path / "val" / "a" / "new\nline.jpg")
-    assert relative(scan_folder(tmp_path, "val")) == ["a/new\nline.jpg"]
+    assert relative(open_source(tmp_path, "val")) == ["a/new\nline.jpg"]
 
 
 @pytest.mark.parametrize("name", [b"a/\xff.jpg", b"\xe9/1.jpg"])
@@ -162,7 +163,7 @@ def test_a_limit_gives_every_class_its_share(sizes: list[int], limit: int) -> No
 
 def test_limit_and_digest(tmp_path: Path) -> None:
     touch(*(tmp_path / "val" / name for name in ("a/1.jpg", "b/22.jpg", "c/333.jpg")))
-    folder = scan_folder(tmp_path, "val")
+    folder = open_source(tmp_path, "val")
     plain_digest = hashlib.sha256(
         b"a/1.jpg\0b/22.jpg\0c/333.jpg\0" + struct.pack("<3i3q", 0, 1, 2, 5, 6, 7)
     ).hexdigest()
@@ -174,20 +175,20 @@ def test_limit_and_digest(tmp_path: Path) -> None:
     assert folder.limited(None).digest() == folder.limited(4).digest() == plain_digest
     # A longer name elsewhere widens the array, which must not be seen.
     touch(tmp_path / "val" / "d" / ("long" * 30 + ".jpg"))
-    assert scan_folder(tmp_path, "val").digest(0, 3) == plain_digest
+    assert open_source(tmp_path, "val").digest(0, 3) == plain_digest
 
 
 @pytest.mark.parametrize("change", ["name", "label", "size", "order"])
 def test_digest_sees_every_change(tmp_path: Path, change: str) -> None:
     touch(*(tmp_path / "val" / name for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg")))
-    before = scan_folder(tmp_path, "val")
+    before = open_source(tmp_path, "val")
     if change == "name":
         (tmp_path / "val" / "a" / "2.jpg").rename(tmp_path / "val" / "a" / "3.jpg")
     elif change == "label":
         touch(tmp_path / "val" / "0" / "1.jpg")
     elif change == "size":
         (tmp_path / "val" / "a" / "2.jpg").write_bytes(b"")
-    after = scan_folder(tmp_path, "val")
+    after = open_source(tmp_path, "val")
     if change == "order":
         turned = [1, 0, 2]
         after = ImageSource(
@@ -205,7 +206,7 @@ def test_missing_data_folder(tmp_path: Path) -> None:
     message = error_of(tmp_path / "data")
     assert message.startswith(f"{tmp_path / 'data'}: no such folder; expected DATA/SPLIT/CLASS")
     touch(tmp_path / "file")
-    assert "is not a folder" in error_of(tmp_path / "file")
+    assert "neither a tar nor a zip file" in error_of(tmp_path / "file")
 
 
 def test_missing_split_names_those_that_exist(tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_missing_split_names_those_that_exist(tmp_path: Path) -> None:
 def test_a_split_is_the_name_of_a_folder(tmp_path: Path, split: str) -> None:
     (tmp_path / "data" / "val" / "a").mkdir(parents=True)
     with pytest.raises(SettingsError, match="--split: expected the name of a folder below --data"):
-        scan_folder(tmp_path / "data", split)
+        open_source(tmp_path / "data", split)
 
 
 def test_data_that_is_itself_a_split(tmp_path: Path) -> None:
@@ -250,7 +251,7 @@ def test_empty_classes_are_named(tmp_path: Path) -> None:
     assert "7 of 8 class folders are empty" in message
     assert "(a: empty, b: empty, c: empty, d: empty, e: empty and 2 more)" in message
     assert message.endswith("remove the folders, or accept them with --allow-empty")
-    folder = scan_folder(tmp_path, "val", allow_empty=True)
+    folder = open_source(tmp_path, "val", allow_empty=True)
     assert folder.classes == (*"abcdefg", "z")
     assert folder.labels.tolist() == [7]
     assert folder.passed_over() is None
@@ -263,7 +264,7 @@ def test_the_classes_of_train_hold_for_other_splits(tmp_path: Path, empty: bool)
     touch(tmp_path / "val" / "cat" / "1.jpg", tmp_path / "val" / "ant" / "1.jpg")
     if empty:
         (tmp_path / "val" / "bee").mkdir()
-    folder = scan_folder(tmp_path, "val")
+    folder = open_source(tmp_path, "val")
     assert folder.classes == ("ant", "bee", "cat")
     assert folder.labels.tolist() == [0, 2]
     # A class of its own: the split stands for itself, unless the classes of train are asked for.
@@ -271,14 +272,14 @@ def test_the_classes_of_train_hold_for_other_splits(tmp_path: Path, empty: bool)
     if empty:
         assert "1 of 4 class folders are empty (bee: empty)" in error_of(tmp_path)
     else:
-        assert scan_folder(tmp_path, "val").classes == ("ant", "cat", "dog")
+        assert open_source(tmp_path, "val").classes == ("ant", "cat", "dog")
     with pytest.raises(DataError, match=r"only the 3 classes of train, found 1 more \(dog\)"):
-        scan_folder(tmp_path, "val", classes=("ant", "bee", "cat"))
+        open_source(tmp_path, "val", classes=("ant", "bee", "cat"))
 
 
 def test_given_classes_keep_their_order(tmp_path: Path) -> None:
     touch(tmp_path / "val" / "a" / "1.jpg", tmp_path / "val" / "b" / "1.jpg")
-    folder = scan_folder(tmp_path, "val", classes=("b", "x", "a"))
+    folder = open_source(tmp_path, "val", classes=("b", "x", "a"))
     assert folder.classes == ("b", "x", "a")
     assert folder.labels.tolist() == [2, 0]
 
@@ -311,7 +312,7 @@ def test_a_disk_that_falters_is_asked_again(
 
     monkeypatch.setattr(os, "scandir", falter)
     times = 2
-    assert len(scan_folder(tmp_path, "val")) == 1
+    assert len(open_source(tmp_path, "val")) == 1
     times = -1
     assert "/val/a: cannot be read: Stale file handle (tried 3 times)" in error_of(tmp_path)
 
@@ -323,7 +324,7 @@ def test_kaggle_labels(flat: Path) -> None:
         "ILSVRC2012_val_00000000,n02 111 108 230 366 ",
         "ILSVRC2012_val_00000001,n03 0 0 9 9",
     )
-    folder = scan_folder(flat, "val", file)
+    folder = open_source(flat, "val", file)
     assert relative(folder) == [f"ILSVRC2012_val_0000000{i}.JPEG" for i in range(3)]
     assert folder.classes == ("n02", "n03")
     assert folder.labels.tolist() == [0, 1, 1]
@@ -333,9 +334,9 @@ def test_classes_are_those_of_train_where_they_include_all(flat: Path) -> None:
     file = plain(flat, *(f"ILSVRC2012_val_0000000{i}.JPEG,n0{i + 2}" for i in range(3)))
     for name in ("n01", "n02", "n03"):
         touch(flat / "train" / name / "1.jpg")
-    assert scan_folder(flat, "val", file).classes == ("n02", "n03", "n04")
+    assert open_source(flat, "val", file).classes == ("n02", "n03", "n04")
     touch(flat / "train" / "n04" / "1.jpg")
-    folder = scan_folder(flat, "val", file)
+    folder = open_source(flat, "val", file)
     assert folder.classes == ("n01", "n02", "n03", "n04")
     assert folder.labels.tolist() == [1, 2, 3]
 
@@ -348,7 +349,7 @@ def test_plain_labels(tmp_path: Path, header: str | None, mark: str) -> None:
     file = plain(tmp_path, *([mark + header] if header else []), *rows)
     if mark and not header:
         file.write_text(mark + file.read_text(encoding="utf-8"), encoding="utf-8")
-    folder = scan_folder(tmp_path, "val", file)
+    folder = open_source(tmp_path, "val", file)
     assert folder.classes == ('great "white" shark', "hund", "katze")
     assert [folder.classes[i] for i in folder.labels] == [
         'great "white" shark',
@@ -364,14 +365,14 @@ def test_any_two_columns(flat: Path, separator: str, header: str | None, extensi
     rows = [f"ILSVRC2012_val_0000000{i}{extension},n0{i}" for i in (2, 0, 1)]
     lines = ["", *([header] if header else []), *rows]
     file = plain(flat, *(line.replace(",", separator) for line in lines))
-    folder = scan_folder(flat, "val", file)
+    folder = open_source(flat, "val", file)
     assert folder.classes == ("n00", "n01", "n02")
     assert folder.labels.tolist() == [0, 1, 2]
 
 
 def test_a_kaggle_file_with_semicolons(flat: Path) -> None:
     rows = [f"ILSVRC2012_val_0000000{i};n0{i} 1 2 3 4" for i in range(3)]
-    folder = scan_folder(flat, "val", plain(flat, "ImageId;PredictionString", *rows))
+    folder = open_source(flat, "val", plain(flat, "ImageId;PredictionString", *rows))
     assert folder.classes == ("n00", "n01", "n02")
 
 
@@ -444,7 +445,7 @@ def test_ten_thousand_images_take_no_time(tmp_path: Path) -> None:
         for i in range(1000):
             os.close(os.open(below / f"{i}.jpg", os.O_CREAT | os.O_WRONLY))
     start = time.process_time()
-    folder = scan_folder(tmp_path, "val")
+    folder = open_source(tmp_path, "val")
     assert len(folder) == 10_000
     assert folder.digest() == folder.digest(0, 10**9) != folder.digest(0, -1)
     assert time.process_time() - start < 2  # about 0.05 s; a quadratic step would take longer

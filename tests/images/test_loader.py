@@ -23,10 +23,11 @@ import torch
 
 from anchorpatch import storage
 from anchorpatch.errors import AnchorpatchError, ImageError, SettingsError
-from anchorpatch.images import loader
+from anchorpatch.images import folder, loader
 from anchorpatch.images.decode import decode
-from anchorpatch.images.folder import ImageSource, scan_folder
-from anchorpatch.images.loader import Batch, load_batches, read_image
+from anchorpatch.images.folder import read_image
+from anchorpatch.images.loader import Batch, load_batches
+from anchorpatch.images.source import ImageSource, open_source
 from anchorpatch.runtime.device import cpu_count
 from anchorpatch.settings import CROP, CropSettings
 from anchorpatch.signals import STOP_SIGNALS
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings(
 def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSource, dict[str, str | None]]:
     data = tmp_path_factory.mktemp("odd")
     expected = make_oddities(data / "val" / "class")
-    return scan_folder(data, "val"), expected
+    return open_source(data, "val"), expected
 
 
 def slowly(folder: ImageSource, batches: Sequence[Sequence[int]]) -> list[Batch]:
@@ -149,7 +150,7 @@ def test_reading_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert read_image(str(file)) == b"abc"
     with pytest.raises(ImageError, match="missing"):
         read_image(str(tmp_path / "b.jpg"))
-    monkeypatch.setattr(loader, "MAX_BYTES", 2)
+    monkeypatch.setattr(folder, "MAX_BYTES", 2)
     with pytest.raises(ImageError, match="file too large"):
         read_image(str(file))
 
@@ -215,7 +216,7 @@ def test_damage_is_counted_or_skipped(tmp_path: Path) -> None:
     (tmp_path / "val" / "a").mkdir(parents=True)
     (tmp_path / "val" / "a" / "0.jpg").write_bytes(plain[:start] + plain[start + 40 :])
     (tmp_path / "val" / "a" / "1.jpg").write_bytes(plain)
-    folder = scan_folder(tmp_path, "val")
+    folder = open_source(tmp_path, "val")
     (kept,) = load_batches(folder, [range(2)], workers=0)
     assert (kept.index.tolist(), kept.bad, kept.damaged) == ([0, 1], [], [0])
     crop = CropSettings(damaged="skip")
@@ -382,11 +383,11 @@ def test_a_failing_worker_is_one_clear_error(
 SCRIPT = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
-from anchorpatch.images.folder import scan_folder
+from anchorpatch.images.source import open_source
 from anchorpatch.images.loader import load_batches
 from anchorpatch.signals import STOP_SIGNALS
 from tests.images.processes import own_workers, wait_until, workers_alive
-folder = scan_folder(Path(sys.argv[1]), "val")
+folder = open_source(Path(sys.argv[1]), "val")
 batches = load_batches(folder, [range(20)] * 1000, workers=2)
 next(batches)
 pids = [child.pid for child in multiprocessing.active_children()]

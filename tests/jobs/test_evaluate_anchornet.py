@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anchorpatch.errors import NonFiniteError
-from anchorpatch.images.folder import scan_folder
+from anchorpatch.images.source import open_source
 from anchorpatch.jobs.evaluate_anchornet import EvaluateAnchorNetConfig, _Meter, run
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.distributed import World
@@ -32,7 +32,7 @@ def test_a_limit_is_spread_over_the_classes(
         copy = tmp_path / "val" / f"{name}.JPEG"
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.hardlink_to(image_folder / "val" / f"{name}.JPEG")
-    assert len(scan_folder(tmp_path, "val")) == limited.images == 4
+    assert len(open_source(tmp_path, "val")) == limited.images == 4
     alone = run(EvaluateAnchorNetConfig(tmp_path, weights, device="cpu"))
     assert (alone.loss, alone.top1, alone.mean_patches) == (
         limited.loss,

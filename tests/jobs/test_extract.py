@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from anchorpatch import storage
 from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError, TooManyBadImages
 from anchorpatch.images import loader
-from anchorpatch.images.folder import ImageSource
+from anchorpatch.images.source import ImageSource
 from anchorpatch.jobs import extract
 from anchorpatch.jobs.extract import (
     ExtractConfig,

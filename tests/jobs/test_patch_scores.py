@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from anchorpatch.errors import CorruptShard, NonFiniteError, ShardError, WeightsError
-from anchorpatch.images.folder import spread_rows
+from anchorpatch.images.source import spread_rows
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.patch_scores import (
     Distributions,
