@@ -29,6 +29,7 @@ from anchorpatch.classes import imagenet_ids, imagenet_names
 from anchorpatch.errors import WeightsError, reason_of
 from anchorpatch.models.registry import TIMM, timm_module, torchvision_name
 from anchorpatch.runtime.checkpoint import (
+    INTERPOLATIONS,
     load_torch,
     load_weights,
     reading_safetensors,
@@ -156,7 +157,8 @@ def preprocessing_of(name: str) -> Preprocessing | None:
         size, share = config.crop_size[0], config.crop_size[0] / config.resize_size[0]
     mean, std = (tuple(map(float, values)) for values in (config.mean, config.std))
     how = getattr(config.interpolation, "value", config.interpolation)
-    return Preprocessing(mean, std, how or "bilinear", size, share)
+    # timm says "random" where training drew one of two.
+    return Preprocessing(mean, std, how if how in INTERPOLATIONS else "bilinear", size, share)
 
 
 def _recorded(name: str) -> dict[str, Any]:

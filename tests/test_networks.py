@@ -464,7 +464,16 @@ def test_pretrained_sets_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     network, messages = load(name, IMAGENET, "default")
     assert_same(network.module, state)
     assert messages == []
+    half = (0.5, 0.5, 0.5)  # as timm says of this network
+    assert (network.meta.mean, network.meta.std, network.meta.interpolation) == (
+        *(half, half),
+        "bilinear",
+    )
+    path = tmp_path / "own.safetensors"
+    save_weights(path, network.module.state_dict(), network.meta)
+    assert load_checkpoint(path).meta == network.meta
     network, messages = load(name, THREE, file, replace_head=True)
+    assert network.meta.mean == half
     assert network.module.conv1[0].weight.equal(state["conv1.0.weight"])
     assert "replacing its head for 1,000 with" in messages[0]
 

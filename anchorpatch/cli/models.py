@@ -47,6 +47,11 @@ def models(
     is listed as it is trained, with the full class maps F, and as `extract` runs it, which
     computes the map of one class only. The counts of the BagNets and Saccader include the maps of
     all classes.
+
+    The last lines are how the pretrained weights of NAME expect their input. Mean and std are
+    followed everywhere and recorded in checkpoints, and so is the interpolation, which
+    `evaluate --protocol rescale` resizes by. Patches and whole images are resized bilinearly, as
+    AnchorNet sees them, and keep their own sizes.
     """
     if table3 or only_names:
         if names or (table3 and only_names):
@@ -79,6 +84,12 @@ def models(
         if fields is not None and " " not in name:
             plural = "s" if len(fields) > 1 else ""
             click.echo(f"receptive field{plural} of {name}: {', '.join(map(str, fields))} px")
+        if names and (made := row["preprocessing"]) is not None:
+            mean, std = (", ".join(f"{v:g}" for v in made[key]) for key in ("mean", "std"))
+            click.echo(
+                f"pretrained input of {name}: mean {mean}; std {std}; {made['interpolation']}, "
+                f"{made['size']} px, crop_pct {made['crop_pct']:.3g}"
+            )
     if not names:
         click.echo(
             "Any classifier of torchvision works by its name (--names lists them), and timm's as "
@@ -91,6 +102,7 @@ def _rows(names: tuple[str, ...], classes: int, sides: list[int]) -> list[dict[s
     from anchorpatch.models.complexity import summaries
     from anchorpatch.models.registry import NETWORKS, check_name
     from anchorpatch.runtime.progress import reporter
+    from anchorpatch.state_dicts import preprocessing_of
 
     for name in names:
         check_name(name)
@@ -99,7 +111,9 @@ def _rows(names: tuple[str, ...], classes: int, sides: list[int]) -> list[dict[s
     rows: list[dict[str, Any]] = []
     with progress.counting("counting", len(wanted), unit="networks"):
         for name in wanted:
-            rows += summaries(name, classes, sides)
+            made = preprocessing_of(name)
+            facts = None if made is None else made._asdict()
+            rows += [{**row, "preprocessing": facts} for row in summaries(name, classes, sides)]
             progress.advance(1)
     return rows
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from anchorpatch.errors import DataError, ShardError
 from anchorpatch.images.loader import load_batches
@@ -59,10 +59,17 @@ class Crops(NamedTuple):
     pixels: Tensor
     labels: NDArray[np.int64]
 
-    def rescaled(self, side: int) -> Crops:
-        """Return the images in another size, antialiased bilinear."""
+    def rescaled(self, side: int, interpolation: str = "bilinear") -> Crops:
+        """Return the images in another size, antialiased.
+
+        Args:
+            side: in pixels.
+            interpolation: as timm and torchvision call it; "lanczos", which torch lacks, is bicubic
+                here.
+        """
         images = self.pixels.permute(0, 3, 1, 2)
-        resized: Tensor = v2.functional.resize(images, [side, side], antialias=True)
+        how = InterpolationMode({"lanczos": "bicubic"}.get(interpolation, interpolation))
+        resized: Tensor = v2.functional.resize(images, [side, side], how, antialias=True)
         return self._replace(pixels=resized.permute(0, 2, 3, 1))
 
 

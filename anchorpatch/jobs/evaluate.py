@@ -164,7 +164,7 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
             speed=speed,
             left_out=tuple(f"{what}: {why}" for what, why in missing.items() if why),
             whole_trained_on=asked.trained_on if asked else "",
-            notes=_notes(*distinct, asked),
+            notes=_notes(*distinct, asked, resized="extract resized patches and whole images"),
             img_size=size,
         )
 
@@ -185,7 +185,12 @@ def run_rescale(config: EvaluateConfig, progress: Reporter | None = None) -> Tab
         network = job.for_whole_images()
         job.report.message(computing_on(job.device))
         rescaled = {
-            scale: job.score_whole(network, whole, (scale,), partial(Crops.rescaled, side=scale))
+            scale: job.score_whole(
+                network,
+                whole,
+                (scale,),
+                partial(Crops.rescaled, side=scale, interpolation=network.meta.interpolation),
+            )
             for scale in config.scales
         }
         localized = job.score_patches(dict.fromkeys(config.scales, network), most=1)
@@ -196,7 +201,7 @@ def run_rescale(config: EvaluateConfig, progress: Reporter | None = None) -> Tab
             whole_source=whole.description,
             rows=table_4_rows(rescaled, localized),
             trained_on=network.trained_on,
-            notes=_notes(network),
+            notes=_notes(network, resized="extract resized the images and their patches"),
         )
 
 
@@ -405,6 +410,17 @@ class _Evaluation:
         return Speed(n, _ROUNDS, of_whole, of_patches, of_patches / of_whole, patches / n)
 
 
-def _notes(*networks: Network | None) -> tuple[str, ...]:
-    """Return how the outputs of networks were matched with the classes, each once."""
-    return tuple(dict.fromkeys(net.note for net in networks if net is not None and net.note))
+def _notes(*networks: Network | None, resized: str) -> tuple[str, ...]:
+    """Return what is special about networks, each once.
+
+    That is how their outputs were matched with the classes, and an interpolation that is not that
+    of the pixels.
+    """
+    notes = []
+    for network in networks:
+        if network is not None:
+            how = network.meta.interpolation
+            notes += [network.note] if network.note else []
+            if how != "bilinear" and network.trained_on != "patches":
+                notes.append(f"{network.source}: trained with {how} resizing; {resized} bilinearly")
+    return tuple(dict.fromkeys(notes))

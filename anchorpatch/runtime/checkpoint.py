@@ -36,6 +36,9 @@ from anchorpatch.storage import from_json, write_atomically
 _KEY: Final = "anchorpatch"
 _FORMAT: Final = 1
 
+#: How images may have been resized, by timm's names.
+INTERPOLATIONS: Final = ("nearest", "bilinear", "bicubic", "lanczos")
+
 
 def versions() -> dict[str, str]:
     """Return the versions of the software that decides on a result."""
@@ -64,7 +67,7 @@ class WeightsMeta:
         background: color behind transparent pixels that the network was trained with.
         mean: of the three channels, pixels in [0, 1].
         std: of the three channels, above 0, pixels in [0, 1].
-        interpolation: that images were resized by where the network was trained.
+        interpolation: that images were resized by where the weights come from, by timm's name.
         training: how the weights came about and how good they are, as JSON values.
         versions: of the software that wrote the file.
 
@@ -100,6 +103,11 @@ class WeightsMeta:
                 raise SettingsError(f"{what}: expected 3 finite numbers, found {values}")
         if min(self.std) <= 0:
             raise SettingsError(f"std: expected 3 numbers above 0, found {self.std}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise SettingsError(
+                f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, found "
+                f"{self.interpolation!r}"
+            )
         for what, side in (("resize", self.resize), ("crop", self.crop)):
             if not 1 <= side <= 65_535:
                 raise SettingsError(f"{what}: expected 1 to 65,535 px, found {side:,}")

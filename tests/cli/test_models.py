@@ -24,7 +24,11 @@ def test_a_table_of_networks(program: Program) -> None:
         "resnet50": ["25,557,032", "4.0892", "1.0779", "0.7527", "0.3357"],
         "hcgnet_b": ["12,845,501", "2.0028", "0.5261", "0.3700", "0.1659"],
     }
-    assert lines[5:] == ["receptive fields of anchornet: 63, 95, 111 px"]
+    assert lines[5:] == [
+        "receptive fields of anchornet: 63, 95, 111 px",
+        "pretrained input of resnet50: mean 0.485, 0.456, 0.406; std 0.229, 0.224, 0.225; "
+        "bilinear, 224 px, crop_pct 0.966",
+    ]
     assert "\x1b" not in result.stdout
 
 
@@ -55,6 +59,18 @@ def test_named_networks_for_other_classes_and_sizes(program: Program) -> None:
     assert list(resnet["gmacs_by_side"]) == ["160", "111", "95", "63"]
     assert resnet["gmacs"] == resnet["gmacs_by_side"]["160"] == pytest.approx(0.92529, abs=1e-5)
     assert vit["gmacs_by_side"] == {"160": None, "111": None, "95": None, "63": None}
+
+
+def test_the_input_of_a_network_of_timm(program: Program) -> None:
+    pytest.importorskip("timm")
+    result = program("models", "timm:tf_efficientnet_lite0", "--json")
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)["networks"]
+    half = [0.5, 0.5, 0.5]
+    assert row["preprocessing"] == {
+        **{"mean": half, "std": half, "interpolation": "bicubic"},
+        **{"size": 224, "crop_pct": 0.875},
+    }
 
 
 def test_table_3_is_within_the_papers_rounding(program: Program) -> None:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from anchorpatch.errors import ShardError
 from anchorpatch.images.decode import decode
-from anchorpatch.jobs.crops import CropSource
+from anchorpatch.jobs.crops import Crops, CropSource
 from anchorpatch.settings import CropSettings
 from anchorpatch.shards.reader import ShardReader
 from tests.jobs.patch_shards import Drawn, classes_of, write_shards
@@ -60,3 +62,17 @@ def test_shards_without_crops_say_what_to_do(tmp_path: Path):
     write_shards(tmp_path / "val", [Drawn(63, 0, [[1] * 3])], classes_of(1))
     with pytest.raises(ShardError, match="--store-images"):
         CropSource.of_shards(ShardReader(tmp_path / "val"))
+
+
+def test_images_are_rescaled_as_their_network_was_trained():
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8))
+    crops = Crops(np.arange(2), pixels, np.zeros(2, np.int64))
+    for how, filter in (
+        ("bilinear", Image.Resampling.BILINEAR),
+        ("bicubic", Image.Resampling.BICUBIC),
+        ("lanczos", Image.Resampling.BICUBIC),
+    ):
+        for image, source in zip(crops.rescaled(95, how).pixels.numpy(), pixels, strict=True):
+            expected = np.asarray(Image.fromarray(source.numpy()).resize((95, 95), filter))
+            assert np.abs(image.astype(int) - expected).max() <= 1
+    assert crops.rescaled(63).pixels.equal(crops.rescaled(63, "bilinear").pixels)

@@ -391,6 +391,20 @@ def test_networks_of_further_classes(root: Path, tmp_path: Path):
             assert one.loss == pytest.approx(other.loss)
 
 
+def test_the_interpolation_of_the_weights_is_followed(root: Path, tmp_path: Path):
+    found = {}
+    for how in ("bilinear", "bicubic"):
+        path = tmp_path / f"{how}.safetensors"
+        meta = WeightsMeta(NETWORK, SEVEN, interpolation=how)
+        save_weights(path, lively(1).state_dict(), meta)
+        found[how] = run_rescale(config_of(root, whole_weights=path, scales=(63,)))
+    assert found["bilinear"].notes == ()
+    (note,) = found["bicubic"].notes
+    assert note.endswith(
+        "trained with bicubic resizing; extract resized the images and their patches bilinearly"
+    )
+
+
 def test_errors_are_one_clear_line(root: Path, tmp_path: Path):
     def fails(kind: type[AnchorpatchError], *parts: str, **changes: object) -> None:
         with pytest.raises(kind) as caught:
