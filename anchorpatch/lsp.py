@@ -265,7 +265,8 @@ def localize(
     taken = (picked > 0) & (order < k)
     column = (picked - 1).clamp_(min=0).long()
     corners = corner[..., 1:].gather(2, column.expand(2, -1, -1)).permute(1, 2, 0).long()
-    return Patches(taken.sum(1), corners * taken[..., None], score.gather(1, column) * taken)
+    scores = torch.where(taken, score.gather(1, column), 0.0)  # -inf, behind a small map
+    return Patches(taken.sum(1), corners * taken[..., None], scores)
 
 
 def select(

@@ -54,8 +54,8 @@ def test_equals_algorithm_1_on_2000_heatmaps(theta: int) -> None:
 @settings(deadline=None, max_examples=60)
 @given(
     data=st.data(),
-    height=st.integers(111, 300),
-    width=st.integers(111, 300),
+    height=st.one_of(st.integers(111, 300), st.sampled_from([111, 225, 256])),
+    width=st.one_of(st.integers(111, 300), st.just(111)),
     k=st.tuples(*[st.integers(1, 12)] * 3),
     t=st.floats(0, 1),
     p=st.tuples(*[st.floats(0.001, 1)] * 3),
@@ -79,6 +79,9 @@ def test_mixed_scales_at_any_size_equal_algorithm_1(
         assert all(y + SCALES[j] <= height for (y, _), _ in expected)
         assert all(x + SCALES[j] <= width for (_, x), _ in expected)
     assert found.corners.shape == (6, max(k), 2)
+    behind = torch.arange(max(k)) >= found.counts[:, None]
+    assert not found.corners[behind].any()
+    assert (found.scores[behind] == 0).all()
 
 
 def test_rows_behind_the_count_are_zero() -> None:
