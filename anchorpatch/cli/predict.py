@@ -23,6 +23,9 @@ from anchorpatch.settings import LspSettings
 from anchorpatch.text import counted
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from anchorpatch.jobs.predict import Prediction
 
 
@@ -52,6 +55,11 @@ if TYPE_CHECKING:
 @click.option(
     "--out", type=opt.PATH, help="Write a picture of each image and its patches to this folder."
 )
+@click.option(
+    "--original",
+    is_flag=True,
+    help="With --out: frame the patches in the image as it is, not in the crop AnchorNet saw.",
+)
 @opt.batch_size("64", "patches")
 @opt.workers
 @opt.device
@@ -77,6 +85,7 @@ def predict(
     preset: str,
     lsp: LspSettings,
     out: Path | None,
+    original: bool,
     form: str,
     as_json: bool,
     **options: Any,
@@ -85,8 +94,9 @@ def predict(
 
     AnchorNet localizes the patches of each IMAGE, and the network classifies it by the sum of
     their softmax outputs, as `extract` and `evaluate` do for a whole split. Corners are pixels
-    (y, x) in the 224 px crop. An IMAGE may be a folder, whose images are found at any depth,
-    archive.tar::member, or - to read file names from stdin, one per line.
+    (y, x) in the crop that AnchorNet saw; in JSON, `box` is x0, y0, x1, y1 in pixels of the upright
+    image. An IMAGE may be a folder, whose images are found at any depth, archive.tar::member, or -
+    to read file names from stdin, one per line.
 
     \b
     anchorpatch predict dog.jpg --network resnet50
@@ -113,6 +123,8 @@ def predict(
         matching = Matching.read(classes)
     if matching.class_map is not None and weights is None:
         raise click.UsageError("--class-map needs --weights.")
+    if original and out is None:
+        raise click.UsageError("--original needs --out.")
     config = PredictConfig(
         network=network,
         anchornet_weights=find_weights(anchornet_weights, runs, "--anchornet-weights"),
@@ -144,7 +156,10 @@ def predict(
         if isinstance(result, Unreadable):
             unreadable(result.path, result.reason)
             continue
-        drawn = None if out is None else _draw(result, out, pictures, predictor.class_names)
+        drawn = None
+        if out is not None:
+            whole = predictor.picture(result.path) if original else None
+            drawn = _draw(result, whole, out, pictures, predictor.class_names)
         facts = _facts(result, drawn)
         if form == "text":
             click.echo(_text(result, drawn, predictor.class_names))
@@ -248,11 +263,18 @@ def _counted(result: Prediction) -> str:
     return counted(len(result.scores), "patch")
 
 
-def _draw(result: Prediction, folder: Path, drawn: Counter[str], names: ClassNames) -> Path:
+def _draw(
+    result: Prediction,
+    whole: NDArray[np.uint8] | None,
+    folder: Path,
+    drawn: Counter[str],
+    names: ClassNames,
+) -> Path:
     """Write a picture of an image and its patches into a folder, under a name of its own.
 
     Args:
         result: of the image.
+        whole: the image itself, to frame the patches in it; None for the crop.
         folder: for the picture.
         drawn: pictures by the image's name, of which several folders may have one.
         names: what classes are called.
@@ -268,7 +290,8 @@ def _draw(result: Prediction, folder: Path, drawn: Counter[str], names: ClassNam
         result.patches,
         result.corners,
         result.scores,
-        image=result.crop,
+        image=result.crop if whole is None else whole,
+        boxes=None if whole is None else result.boxes,
         caption=f"{_printable(Path(result.path).name)}: {names.shown(of)} {probability:.1%}, "
         f"{_counted(result)} of {result.scale} px",
     )

@@ -13,11 +13,14 @@ import click
 from anchorpatch.classes import ClassNames
 from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
-from anchorpatch.errors import ShardError, WeightsError
+from anchorpatch.errors import DataError, ImageError, ShardError, WeightsError
 from anchorpatch.storage import sha256_of, to_json
 from anchorpatch.text import counted, did_you_mean, few, tally
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from anchorpatch.shards.manifest import Manifest, SplitFacts
     from anchorpatch.shards.reader import ShardReader
 
@@ -210,13 +213,21 @@ def _unknown(command: str) -> str:
 @_folder
 @click.argument("image")
 @click.option("--out", type=opt.PATH, required=True, help="Picture to write, such as patches.png.")
+@click.option(
+    "--original",
+    is_flag=True,
+    help="Frame the patches in the original image, read from DATA/SPLIT.",
+)
+@opt.data
 @opt.class_names
-def show(folder: Path, image: str, out: Path, class_names: ClassNames) -> None:
+def show(
+    folder: Path, image: str, out: Path, original: bool, data: Path, class_names: ClassNames
+) -> None:
     """Draw the patches of one image in descending order of their scores.
 
     IMAGE is its path within the split, such as n01440764/ILSVRC2012_val_00000293.JPEG, or its
-    number, starting from 0. If the shards store images, the image is drawn too, with the patches
-    framed.
+    number, starting from 0. If the shards store images, the crop that AnchorNet saw is drawn too,
+    with the patches framed; with --original, they are framed in the image that it was taken from.
     """
     from anchorpatch.figures.canvas import picture_kind, save_picture
     from anchorpatch.figures.frames import patch_figure
@@ -237,15 +248,48 @@ def show(folder: Path, image: str, out: Path, class_names: ClassNames) -> None:
     predicted = called.shown(reader.network_classes[reader.predicted[row]])
     patches = counted(len(found.pixels), "patch")
     caption = f"{path}: label {label}, predicted {predicted}, {patches} of {found.scale} px"
+    if original:
+        whole = _original(reader, row, data)
+        first = int(reader.first[row])
+        boxes = reader.source_box(found.scale, range(first, first + len(found.pixels)))
     picture = patch_figure(
         found.pixels,
         found.corners,
         found.scores,
-        image=reader.image(row) if reader.has_images else None,
+        image=whole if original else reader.image(row) if reader.has_images else None,
+        boxes=boxes if original else None,
         caption=caption,
     )
     save_picture(picture, out)
     click.echo(f"{caption}: {out}")
+
+
+def _original(reader: ShardReader, row: int, data: Path) -> NDArray[np.uint8]:
+    """Read the image that patches were cut from, upright, uint8 (H, W, 3).
+
+    Raises:
+        DataError: it cannot be read, or has another size than the one that was extracted.
+    """
+    import numpy as np
+
+    from anchorpatch.images.decode import decode_picture
+    from anchorpatch.images.source import source_of
+
+    one = slice(row, row + 1)
+    found = reader.path[one], reader.label[one], reader.classes
+    source, _ = source_of(data, reader.header.split, *found)
+    expected = f"{source.name(0)}: expected the image that the shards were made from"
+    try:
+        image, _ = decode_picture(source.read(0), reader.settings.background)
+    except ImageError as error:
+        raise DataError(f"{expected}, found: {error.reason}; name its folder by --data") from error
+    height, width = reader.size[row].tolist()
+    if (image.height, image.width) != (height, width):
+        raise DataError(
+            f"{expected}, of {width} x {height} px, found {image.width} x {image.height} px; name "
+            "its folder by --data"
+        )
+    return np.asarray(image.convert("RGB"))
 
 
 def _splits(folder: Path) -> list[Path]:
@@ -282,6 +326,7 @@ def _lines(facts: SplitFacts, classes: str) -> list[str]:
         + (f" by {s.engine}" if s.engine != "torch" else "")
         + (f" in batches of {s.batch_size}" if s.batch_size else "")
         + (", compiled" if s.compile else ""),
+        f"crops: {s.crop}",
         f"codec: {s.codec}{quality}, {stored}",
         f"weights: SHA-256 {facts.weights_sha256[:12]}..., anchorpatch {facts.anchorpatch_version}",
     ]

@@ -32,6 +32,7 @@ from anchorpatch.figures.frames import (
     draw_frames,
     heading,
     localized_picture,
+    squares,
     tick,
 )
 from anchorpatch.jobs.crops import CropSource
@@ -318,9 +319,9 @@ def errors_figure(result: BranchErrors) -> Image.Image:
 
 
 def _row(error: BranchError, scale: int, names: ClassNames) -> Image.Image:
-    corners = np.array([error.mistaken.corner, error.true.corner])
     marks = [cross(WRONG), tick(RIGHT)]
-    image = draw_frames(error.pixels, corners, scale, [WRONG, RIGHT], marks, width=_MARGIN)
+    boxes = squares([error.mistaken.corner, error.true.corner], scale)
+    image = draw_frames(error.pixels, boxes, [WRONG, RIGHT], marks, width=_MARGIN)
     true, of = names.parts(error.true.name)
     name = written(true, image.width, bold=True, end=of)
     others = " and ".join(f"{other} px" for other in error.right)

@@ -88,7 +88,8 @@ def contact_sheet(tiles: Sequence[Tile], columns: int, title: str) -> Image.Imag
     for tile in tiles:
         corners = np.asarray(tile.corners).reshape(-1, 2)
         colors = [COLORS[tile.scale]] * len(corners)
-        image = draw_frames(tile.pixels, corners, tile.scale, colors, zoom=_ZOOM, bold=True)
+        boxes = squares(corners, tile.scale)
+        image = draw_frames(tile.pixels, boxes, colors, zoom=_ZOOM, bold=True)
         if tile.box is not None:
             _dash(ImageDraw.Draw(image), _zoomed(tile.box, _ZOOM))
         cells.append(stacked([written(tile.caption, image.width), image], 4))
@@ -102,6 +103,7 @@ def patch_figure(
     scores: Sequence[float] | NDArray[Any],
     *,
     image: NDArray[np.uint8] | None = None,
+    boxes: NDArray[Any] | None = None,
     caption: str = "",
     zoom: int = 2,
 ) -> Image.Image:
@@ -109,9 +111,11 @@ def patch_figure(
 
     Args:
         patches: uint8 (k, theta, theta, 3), the strongest first.
-        corners: top-left (y, x) of each in the image, in pixels (k, 2).
+        corners: top-left (y, x) of each in the crop, in pixels (k, 2).
         scores: activation of each (k,).
-        image: uint8 (H, W, 3).
+        image: uint8 (H, W, 3), the crop, or the picture that it was taken from.
+        boxes: x0, y0, x1, y1 of each in that picture, which is drawn about as large as a crop
+            (k, 4); None where ``image`` is the crop.
         caption: one line above.
         zoom: enlarge everything so many times.
     """
@@ -119,7 +123,13 @@ def patch_figure(
     if image is not None:
         colors = [rank_color(rank, len(corners)) for rank in range(len(corners))]
         marks = [number(rank + 1, color) for rank, color in enumerate(colors)]
-        parts.insert(0, draw_frames(image, corners, patches.shape[1], colors, marks, zoom=zoom))
+        size = float(zoom)
+        if boxes is None:
+            boxes = squares(corners, patches.shape[1])
+        else:
+            high, wide = image.shape[:2]
+            size = zoom * _SHEET_HEIGHT / 2 / max(high, wide / 2)
+        parts.insert(0, draw_frames(image, boxes, colors, marks, zoom=size))
     picture = beside(parts, 6)
     return bordered(stacked([written(caption, None), picture], 6) if caption else picture, 6)
 
@@ -156,7 +166,7 @@ def localized_picture(
     """
     color = COLORS[theta]
     marks = [number(rank + 1, color) for rank in range(len(corners))]
-    image = draw_frames(pixels, corners, theta, [color] * len(corners), marks)
+    image = draw_frames(pixels, squares(corners, theta), [color] * len(corners), marks)
     # The number stands beside the patch: no pixel of it is hidden.
     cuts = [
         beside([badge(mark), cut_out(pixels, corner, theta, color)], 0)
@@ -193,6 +203,12 @@ def rank_color(rank: int, count: int) -> Color:
 # --- frames -------------------------------------------------------------------------------
 
 
+def squares(corners: ArrayLike, theta: int) -> NDArray[Any]:
+    """Return the boxes x0, y0, x1, y1 (k, 4) of patches with corners (y, x) (k, 2) in a crop."""
+    first = np.asarray(corners).reshape(-1, 2)[:, ::-1]
+    return np.concatenate((first, first + theta), axis=1)
+
+
 def cut_out(
     pixels: NDArray[np.uint8],
     corner: Sequence[int],
@@ -211,8 +227,7 @@ def cut_out(
 
 def draw_frames(
     pixels: NDArray[np.uint8],
-    corners: NDArray[Any],
-    theta: int,
+    patches: NDArray[Any],
     colors: Sequence[Color],
     marks: Sequence[Image.Image] = (),
     *,
@@ -229,8 +244,8 @@ def draw_frames(
 
     Args:
         pixels: uint8 (H, W, 3).
-        corners: top-left (y, x) of each patch in pixels (k, 2).
-        theta: side of the patches in pixels.
+        patches: x0, y0, x1, y1 of each in pixels (k, 4), as `squares` returns them; what lies
+            outside the image is cut off.
         colors: of the frames (k).
         marks: of the patches (k), or none at all.
         zoom: enlarge the picture so many times.
@@ -240,17 +255,19 @@ def draw_frames(
     picture = _enlarged(pixels, zoom)
     draw = ImageDraw.Draw(picture)
     taken, marked = np.zeros((2, picture.height, picture.width), bool)
-    places = [tuple(corner) for corner in np.asarray(corners).tolist()]
+    ends = np.array([picture.width, picture.height] * 2)
+    places = [tuple(box) for box in (patches * zoom).round().astype(int).clip(0, ends).tolist()]
     # Width of each frame, and with its seam.
     widths = [width + 3 * (bold and rank == 0) for rank in range(len(places))]
     edges = [w + (rank == 0 or not bold) for rank, w in enumerate(widths)]
     boxes: list[Box] = []
-    for rank, (y, x) in enumerate(places):
-        inset = sum(edges[i] for i in range(rank) if places[i] == (y, x))
-        x0, y0, x1, y1 = _zoomed((x, y, x + theta, y + theta), zoom)
+    for rank, (x0, y0, x1, y1) in enumerate(places):
+        inset = sum(edges[i] for i in range(rank) if places[i] == (x0, y0, x1, y1))
         boxes.append((x0 + inset, y0 + inset, x1 - inset, y1 - inset))
     frames = list(zip(boxes, colors, widths, edges, strict=True))
     for (x0, y0, x1, y1), color, outer, edge in reversed(frames):
+        if min(x1 - x0, y1 - y0) <= 2 * edge:
+            continue  # next to nothing of it is in the image
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=BLACK, width=edge)
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=color, width=outer)
         for start, stop in ((x0, x0 + edge), (x1 - edge, x1)):

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from anchorpatch.classes import AS_NAMED, IMAGENET_NAMES, ClassNames, Matching
 from anchorpatch.errors import ImageError, NonFiniteError, WeightsError
+from anchorpatch.geometry import source_box
 from anchorpatch.images.archives import read_named
-from anchorpatch.images.decode import Decoded, decode
+from anchorpatch.images.decode import Decoded, decode, decode_picture
 from anchorpatch.images.labels import EXTENSIONS
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.patch_scores import Distributions, sum_localized
@@ -84,7 +85,9 @@ class Prediction:
         names: what these classes are called; None where nothing says it.
         corners: top-left (y, x) of each patch in the crop (k, 2), the strongest first.
         scores: activation of each patch (k,).
-        crop: the 224 px crop that AnchorNet saw, uint8 (224, 224, 3).
+        boxes: x0, y0, x1, y1 of each patch in pixels of the picture (k, 4); see
+            `anchorpatch.geometry.source_box`.
+        crop: the crop that AnchorNet saw, uint8 (S, S, 3).
     """
 
     path: str
@@ -94,6 +97,7 @@ class Prediction:
     names: tuple[str | None, ...]
     corners: NDArray[np.int16]
     scores: NDArray[np.float32]
+    boxes: NDArray[np.float64]
     crop: NDArray[np.uint8]
 
     @property
@@ -116,8 +120,10 @@ class Prediction:
             ],
             "scale": self.scale,
             "patches": [
-                {"y": y, "x": x, "score": score}
-                for (y, x), score in zip(self.corners.tolist(), self.scores.tolist(), strict=True)
+                {"y": y, "x": x, "score": score, "box": box}
+                for (y, x), score, box in zip(
+                    self.corners.tolist(), self.scores.tolist(), self.boxes.tolist(), strict=True
+                )
             ],
         }
 
@@ -197,6 +203,15 @@ class Predictor:
         for last in ahead:
             yield from self._chunk(*last)
 
+    def picture(self, path: str) -> NDArray[np.uint8]:
+        """Read the whole picture that a prediction is of, upright, uint8 (H, W, 3).
+
+        Raises:
+            ImageError: it cannot be decoded any more.
+        """
+        image, _ = decode_picture(read_named(path), self._crop.background)
+        return np.asarray(image.convert("RGB"))
+
     def _chunk(
         self, paths: list[str], decoded: list[Future[Decoded | str]]
     ) -> Iterator[Prediction | Unreadable]:
@@ -225,6 +240,7 @@ class Predictor:
             order = torch.sort(means[i], descending=True, stable=True).indices
             best, count = order[: self.config.top].tolist(), local.counts[i]
             classes = tuple((self.network.meta.classes[c], float(means[i, c])) for c in best)
+            corners = local.corners[i, :count]
             predictions.append(
                 Prediction(
                     path=path,
@@ -232,8 +248,9 @@ class Predictor:
                     scale=int(local.scale[i]),
                     classes=classes,
                     names=tuple(self.class_names.name(of) for of, _ in classes),
-                    corners=local.corners[i, :count],
+                    corners=corners,
                     scores=local.scores[i, :count],
+                    boxes=source_box(image.size, corners, int(local.scale[i]), self._crop),
                     crop=image.pixels,
                 )
             )

@@ -473,6 +473,62 @@ def test_damage_transparency_and_what_is_passed_over(
     assert "--background: expected an opaque color" in wrong.stderr
 
 
+def test_crops_other_than_those_of_the_weights(
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path
+) -> None:
+    """Options override the weights with a warning; shards follow, and so do merge and show."""
+    from anchorpatch.runtime.checkpoint import load_weights, save_weights
+    from anchorpatch.shards.reader import ShardReader
+
+    arguments = ["extract", "--data", image_folder, "--limit", 6, "--max-patches", 2]
+    arguments += ["--codec", "image", "--workers", 0, "--shard-size", 3]
+    small = CropSettings("border", "#102030", img_size=112)
+    trained = load_weights(weights)
+    save_weights(tmp_path / "small.safetensors", trained.tensors, trained.meta.cropped(small))
+    options = ["--img-size", 112, "--crop-mode", "border", "--background", "#102030"]
+    for out, given in (("own", [tmp_path / "small.safetensors"]), ("asked", [weights, *options])):
+        result = program(*arguments, "--out", out, "--weights", *given)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("but the weights were trained for center, short") == (
+            out == "asked"
+        )
+        assert program("shards", "verify", f"{out}/val").returncode == 0
+    readers = [ShardReader(tmp_path / out / "val") for out in ("own", "asked")]
+    for reader in readers:
+        assert reader.settings.crop == small
+        for i, path in enumerate(reader.path.tolist()):
+            data = (image_folder / "val" / path.decode()).read_bytes()
+            np.testing.assert_array_equal(reader.image(i), decode(data, small).pixels)
+    for scale in (63, 95, 111):
+        rows = range(readers[0].patch_count(scale))
+        np.testing.assert_array_equal(*(r.patches(scale, rows) for r in readers))
+        assert readers[0].source_box(scale, rows).shape == (len(rows), 4)
+    printed = program("shards", "inspect", "asked/val").stdout
+    assert "crops: border, long side 112 px" in printed
+
+    other = program(*arguments, "--out", "other", "--weights", weights, *options[2:])
+    assert other.returncode == 0, other.stderr
+    assert "the crops are border, long side 224 px, but the weights" in other.stderr
+    merged = program("shards", "merge", "asked", "other", "--out", "merged")
+    assert (merged.returncode, merged.stderr.count("\n")) == (1, 1)
+    assert "--img-size was 112, now 224" in merged.stderr
+    again = program(*arguments, "--out", "asked", "--weights", weights)
+    assert again.returncode == 1
+    assert "--crop-mode was border, now center" in again.stderr
+    assert program(*arguments, "--weights", weights, "--img-size", 110).returncode == 2
+    wrong = program(*arguments, "--weights", weights, "--crop-pct", 1.5)
+    assert "--crop-pct: expected a number from 0.1 to 1, got 1.5" in wrong.stderr
+
+    show = ["shards", "show", "asked/val", 0, "--original", "--out", "patches.png", "--data"]
+    result = program(*show, image_folder)
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "patches.png") as drawn:
+        assert min(drawn.size) > 400
+    result = program(*show, tmp_path / "nowhere")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "expected the image that the shards were made from, found: missing" in result.stderr
+
+
 def test_a_disk_that_falters_loses_no_image(
     tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from anchorpatch.classes import ClassNames
+from anchorpatch.geometry import source_box
 from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import load_weights
+from anchorpatch.settings import CropSettings
 from tests.conftest import Program
 from tests.jobs.small_networks import save_small_network
 
@@ -58,6 +61,16 @@ def test_classes_patches_and_pictures(
         {"path": "none.jpg", "reason": "missing"},
     ]
     assert [image["path"] for image in report["images"]] == [str(path) for path in good]
+    for image in report["images"]:
+        corners = [[patch["y"], patch["x"]] for patch in image["patches"]]
+        boxes = source_box(image["size"], corners, image["scale"], CropSettings())
+        np.testing.assert_array_equal([patch["box"] for patch in image["patches"]], boxes)
+    original = program(*arguments[:2], *arguments[-4:], "--out", "whole", "--original")
+    assert original.returncode == 0, original.stderr
+    assert (tmp_path / "whole/00-patches.png").read_bytes() != (
+        tmp_path / "drawn/00-patches.png"
+    ).read_bytes()
+    assert program(*arguments, "--original").returncode == 2
     # Both are called 00.JPEG: neither picture may replace the other.
     assert [image["picture"] for image in report["images"]] == [
         "drawn/00-patches.png",

@@ -60,6 +60,7 @@ def test_inspect_prints_a_plain_table_into_a_pipe(program: Program, out: Path) -
         "skipped: 0",
         "classes: 4 (cat, dog, hen and 1 more); other than the network's 5",
         "settings: preset figure, K 5/3/2, T 0.3, P 0.05/0.04/0.03, float32",
+        "crops: center, short side 256 px, crop 224 px",
         "codec: raw, images stored",
         f"weights: SHA-256 abababababab..., anchorpatch {__version__}",
     ]

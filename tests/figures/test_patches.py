@@ -18,6 +18,7 @@ from anchorpatch.figures.frames import (
     draw_frames,
     localized_picture,
     number,
+    squares,
 )
 from anchorpatch.figures.patches import (
     PatchesConfig,
@@ -154,7 +155,8 @@ def test_every_frame_has_its_number_however_many_cross(theta: int, step: int):
     colors = [(10 * i, 255 - 10 * i, 7) for i in range(len(corners))]
     marks = [Image.new("RGBA", (MARK, MARK), color) for color in colors]
     gray = np.full((224, 224, 3), 128, np.uint8)
-    drawn = np.asarray(draw_frames(gray, corners, theta, [(0, 0, 255)] * len(corners), marks))
+    frames = squares(corners, theta)
+    drawn = np.asarray(draw_frames(gray, frames, [(0, 0, 255)] * len(corners), marks))
     for (y, x), color in zip(corners.tolist(), colors, strict=True):
         of_mark = (drawn == color).all(2)
         assert of_mark.sum() == MARK**2
@@ -188,7 +190,7 @@ def test_long_names_keep_their_probability(found: PatchExamples):
 def test_a_zoomed_frame_lies_on_the_zoomed_patch():
     pixels = np.full((224, 224, 3), 128, np.uint8)
     color = COLORS[63]
-    image = np.asarray(draw_frames(pixels, np.array([[8, 160]]), 63, [color], zoom=3))
+    image = np.asarray(draw_frames(pixels, squares([[8, 160]], 63), [color], zoom=3))
     ys, xs = np.nonzero((image == color).all(2))
     assert image.shape == (672, 672, 3)
     assert (ys.min(), ys.max() + 1) == (3 * 8, 3 * (8 + 63))
@@ -198,7 +200,7 @@ def test_a_zoomed_frame_lies_on_the_zoomed_patch():
 def test_frames_at_one_place_lie_within_each_other():
     pixels = np.full((224, 224, 3), 128, np.uint8)
     colors = [COLORS[63], COLORS[95]]
-    image = np.asarray(draw_frames(pixels, np.array([[16, 32]] * 2), 63, colors))
+    image = np.asarray(draw_frames(pixels, squares([[16, 32]] * 2, 63), colors))
     assert (image[edge(16, 32, 63, 0, WIDTH)] == colors[0]).all()
     inner = WIDTH + 1
     assert (image[edge(16, 32, 63, inner, inner + WIDTH)] == colors[1]).all()

@@ -8,6 +8,7 @@ from torchvision.models._utils import _make_divisible
 from torchvision.ops import SqueezeExcitation
 
 from anchorpatch.errors import SettingsError
+from anchorpatch.lsp import grid_size
 from anchorpatch.models.anchornet import BRANCHES, HEAD, AnchorNet, spatial_attention
 from anchorpatch.models.complexity import anchornet_receptive_fields, macs, parameters
 from anchorpatch.models.registry import build
@@ -53,8 +54,14 @@ def test_maps_are_those_of_table_2(net: AnchorNet) -> None:
     with torch.no_grad():
         shapes = [tuple(f.shape) for f in net.full(torch.zeros(1, 3, 224, 224))]
         wide = [tuple(f.shape[2:]) for f in net.full(torch.zeros(1, 3, 150, 311))]
+        others = {
+            side: [f.shape[2:] for f in net.full(torch.zeros(1, 3, side, side))]
+            for side in (111, 225, 256, 320)
+        }
     assert shapes == [(1, 1000, 21, 21), (1, 1000, 17, 17), (1, 1000, 15, 15)]
     assert wide == [(11, 32), (7, 28), (5, 26)]
+    for side, maps in others.items():
+        assert maps == [grid_size(side, side, theta) for theta in SCALES]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -100,7 +107,8 @@ class FixedGates(nn.Module):
         return x * self.gates
 
 
-def test_a_location_sees_exactly_its_patch(net: AnchorNet) -> None:
+@pytest.mark.parametrize("size", [111, 224, 225])
+def test_a_location_sees_exactly_its_patch(net: AnchorNet, size: int) -> None:
     """Pixels outside [8h, 8h + theta) do not matter, those at its four edges do."""
     held = AnchorNet(10).double()
     for module in held.modules():
@@ -108,7 +116,7 @@ def test_a_location_sees_exactly_its_patch(net: AnchorNet) -> None:
             if isinstance(child, SqueezeExcitation):
                 setattr(module, name, FixedGates(child.fc2.out_channels))
     held.eval()
-    images = torch.randn(1, 3, 224, 224, dtype=torch.double)
+    images = torch.randn(1, 3, size, size, dtype=torch.double)
 
     def local(image: torch.Tensor, j: int) -> torch.Tensor:
         return held.branches[j].localization(held.head(held.stem(image)))
@@ -117,7 +125,7 @@ def test_a_location_sees_exactly_its_patch(net: AnchorNet) -> None:
         for j, theta in enumerate(SCALES):
             before = local(images, j)
             side = before.shape[-1]
-            for h, w in ((0, 0), (side - 1, side - 1), (3, side // 2)):
+            for h, w in ((0, 0), (side - 1, side - 1), (side // 5, side // 2)):
                 y, x = 8 * h, 8 * w
                 outside = images.clone().normal_()
                 outside[..., y : y + theta, x : x + theta] = images[
