@@ -524,7 +524,8 @@ def test_crops_other_than_those_of_the_weights(
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "patches.png") as drawn:
         assert min(drawn.size) > 400
-    result = program(*show, tmp_path / "nowhere")
+    (tmp_path / "others/val").mkdir(parents=True)
+    result = program(*show, tmp_path / "others")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert "expected the image that the shards were made from, found: missing" in result.stderr
 
