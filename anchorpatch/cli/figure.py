@@ -346,6 +346,7 @@ def coverage(
     lines = [
         f"\n{counted(result.images, 'image')} of {result.source}",
         f"asked: {result.settings['asked']}",
+        *filter(None, [result.settings["note"]]),
         *result.winners(),
         f"{out}, {out.with_suffix('.csv')}, {out.with_suffix('.json')}",
     ]
