@@ -35,6 +35,9 @@ ARCHITECTURES: Final[Mapping[str, int]] = {
 #: file. ``image``: each crop once and no pixels of patches; the reader cuts them.
 CODECS: Final = ("raw", "jpeg", "image")
 
+#: What the patches of shards can be exported as.
+EXPORT_FORMATS: Final = ("folder", "webdataset", "csv", "parquet")
+
 #: Types that AnchorNet computes in.
 PRECISIONS: Final = ("float32", "bfloat16")
 

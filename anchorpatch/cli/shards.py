@@ -14,6 +14,7 @@ from anchorpatch.classes import ClassNames
 from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.errors import DataError, ImageError, ShardError, WeightsError
+from anchorpatch.settings import EXPORT_FORMATS, SCALES
 from anchorpatch.storage import sha256_of, to_json
 from anchorpatch.text import counted, did_you_mean, few, tally
 
@@ -29,7 +30,7 @@ _folder = click.argument("folder", metavar="DIR", type=opt.PATH)
 
 @click.group(cls=opt.Group)
 def shards() -> None:
-    """Inspect, verify, merge and show shards.
+    """Inspect, verify, merge, show and export shards.
 
     DIR is the folder of one split, such as ./shards/val, or a folder with several of them.
     """
@@ -290,6 +291,88 @@ def _original(reader: ShardReader, row: int, data: Path) -> NDArray[np.uint8]:
             "its folder by --data"
         )
     return np.asarray(image.convert("RGB"))
+
+
+@shards.command(cls=opt.Command)
+@_folder
+@click.option(
+    "--to",
+    type=click.Choice(EXPORT_FORMATS),
+    required=True,
+    help="folder: pictures CLASS/IMAGE__SCALE_RANK.png, as torchvision's ImageFolder reads them; "
+    "webdataset: SPLIT-000000.tar, ... with KEY.png, KEY.cls and KEY.json; csv, parquet: a table "
+    "with a row per patch.",
+)
+@click.option(
+    "--out", type=opt.PATH, required=True, help="Folder to write to; the file of a table."
+)
+@click.option(
+    "--format",
+    "picture",
+    type=click.Choice(["png", "jpg"]),
+    default="png",
+    help="Format of the pictures. As jpg, patches of codec jpeg are copied and not encoded again.",
+)
+@click.option(
+    "--quality", type=click.IntRange(1, 100), help="Quality of jpg pictures.  [default: 95]"
+)
+@click.option(
+    "--scale",
+    "scales",
+    type=click.Choice([str(scale) for scale in SCALES]),
+    multiple=True,
+    help="Export only images assigned to this scale; may be given several times.",
+)
+@opt.limit
+@click.option(
+    "--maxcount",
+    type=click.IntRange(min=1),
+    default=100_000,
+    help="Maximum number of samples per WebDataset shard; the patches of an image stay together.",
+)
+@click.option(
+    "--maxsize",
+    type=click.FloatRange(min=1),
+    default=3e9,
+    show_default="3e9",
+    help="Bytes after which the next WebDataset shard begins.",
+)
+@opt.class_names
+@opt.as_json
+def export(folder: Path, out: Path, scales: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Write the patches of shards as files for other programs.
+
+    \b
+    anchorpatch shards export shards/val --to folder --out patches/val
+    anchorpatch shards export shards/train --to webdataset --out tars --format jpg
+    anchorpatch shards export shards --to csv --out patches.csv
+
+    RANK is 0 for the strongest patch of an image. Tables and KEY.json have the corner (y, x) in
+    the crop that AnchorNet saw, and the box x0, y0, x1, y1 in pixels of the source image. With
+    several splits in DIR, pictures go to OUT/SPLIT. OUT must be empty or hold the same export:
+    run the same command again to complete one that was interrupted.
+    """
+    from anchorpatch.jobs.export import ExportConfig, export_splits, taken_images
+    from anchorpatch.runtime.progress import reporter
+    from anchorpatch.shards.reader import ShardReader
+
+    config = ExportConfig(scales=tuple(map(int, scales)) or SCALES, **options)
+    readers = [ShardReader(split) for split in _splits(folder)]
+    report = reporter()
+    images = sum(len(taken_images(reader, config)) for reader in readers)
+    with report.counting(f"export {folder}", images):
+        found = export_splits(readers, out, config, report.advance)
+    if as_json:
+        print_json({"exports": [to_json(exported) for exported in found]})
+        return
+    for exported in found:
+        click.echo(
+            f"{exported.out}: {counted(exported.patches, 'patch')} of "
+            f"{counted(exported.images, 'image')} in {counted(exported.files, 'file')}, "
+            f"{bytes_text(exported.bytes)}"
+        )
+        for note in exported.notes:
+            click.echo(note, err=True)
 
 
 def _splits(folder: Path) -> list[Path]:

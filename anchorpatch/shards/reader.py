@@ -22,7 +22,7 @@ from anchorpatch.geometry import source_box
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.layout import IMAGE_TABLE, PATCH_TABLE, open_shard
 from anchorpatch.shards.manifest import read_manifest
-from anchorpatch.shards.verify import Survey, check_size, decode_patch, survey
+from anchorpatch.shards.verify import Survey, check_jpeg, check_size, decode_patch, survey
 from anchorpatch.text import counted
 
 #: Attributes of a reader that are columns of the image table.
@@ -173,6 +173,32 @@ class ShardReader:
             self._gather(int(shard[start]), scale, rows_of_shard, out, target)
         return out
 
+    def jpegs(self, scale: int, rows: ArrayLike) -> list[bytes]:
+        """Return patches as the JPEG files that codec ``jpeg`` stores, in the order of ``rows``.
+
+        Their headers are checked; the pixels are not decoded.
+
+        Raises:
+            IndexError: a row that is not there.
+            ShardError: another codec.
+            CorruptShard: a shard cannot be read.
+        """
+        if self.settings.codec != "jpeg":
+            raise ShardError(
+                f"{self.folder}: expected codec jpeg, found {self.settings.codec}: its patches are "
+                "not stored as JPEG files"
+            )
+        index = _rows(rows, self.patch_count(scale))
+        found = []
+        for shard, row in zip(*_locate(self._starts[f"patches/{scale}"], index), strict=True):
+            data = self._blob(int(shard), scale, int(row))
+            try:
+                check_jpeg(data, scale)
+            except CorruptShard as error:
+                raise self._corrupt_patch(int(shard), scale, int(row), error) from error
+            found.append(data)
+        return found
+
     def corners(self, scale: int, rows: ArrayLike) -> NDArray[np.int16]:
         """Return the top-left (y, x) of patches in the crop, int16 (m, 2)."""
         return self._patch_column(scale, "corner", rows)
@@ -235,14 +261,17 @@ class ShardReader:
             for k, i, (y, x) in zip(target, image.tolist(), corner.tolist(), strict=True):
                 out[k] = pixels[i, y : y + scale, x : x + scale]
         else:
-            blob = self._pixels(shard, f"patches/{scale}/blob")
-            offset = self._shard(shard).blob_offsets[scale]
             for k, row in zip(target, rows.tolist(), strict=True):
                 try:
-                    out[k] = decode_patch(blob[offset[row] : offset[row + 1]].tobytes(), scale)
+                    out[k] = decode_patch(self._blob(shard, scale, row), scale)
                 except CorruptShard as error:
-                    problem = f"patches/{scale}/blob: patch {row}: {error}"
-                    raise self._corrupt(shard, problem) from error
+                    raise self._corrupt_patch(shard, scale, row, error) from error
+
+    def _blob(self, shard: int, scale: int, row: int) -> bytes:
+        """Return a patch of a shard as its JPEG file."""
+        blob = self._pixels(shard, f"patches/{scale}/blob")
+        offset = self._shard(shard).blob_offsets[scale]
+        return blob[offset[row] : offset[row + 1]].tobytes()
 
     def _pixels(self, shard: int, name: str) -> NDArray[np.uint8]:
         """Return a large dataset of a shard as a view into the file."""
@@ -266,6 +295,9 @@ class ShardReader:
 
     def _corrupt(self, shard: int, problem: str) -> CorruptShard:
         return CorruptShard(f"{self._files[shard]}: {problem}; {_AGAIN}")
+
+    def _corrupt_patch(self, shard: int, scale: int, row: int, error: Exception) -> CorruptShard:
+        return self._corrupt(shard, f"patches/{scale}/blob: patch {row}: {error}")
 
     def _patch_column(self, scale: int, name: str, rows: ArrayLike) -> NDArray[Any]:
         index = _rows(rows, self.patch_count(scale))

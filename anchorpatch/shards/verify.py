@@ -9,6 +9,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -285,21 +286,40 @@ def _patch_problems(images: _Table, patches: _Table, scale: int, side: int) -> I
         yield f"patches/{scale}/score: expected to fall within each image, found others"
 
 
+def check_jpeg(data: bytes, scale: int) -> None:
+    """Do nothing where a JPEG patch of a shard begins and ends as one; no pixel is decoded.
+
+    Raises:
+        CorruptShard: it is cut off or no JPEG file, or of another size or mode.
+    """
+    with _opened(data, scale):
+        if not data.endswith(b"\xff\xd9"):
+            raise ValueError("cut off")
+
+
 def decode_patch(data: bytes, scale: int) -> NDArray[np.uint8]:
     """Decode a JPEG patch of a shard, uint8 (scale, scale, 3), if it says it is one.
 
     Raises:
         CorruptShard: it is damaged, or of another size or mode.
     """
+    with _opened(data, scale) as image:
+        return np.asarray(image)
+
+
+@contextmanager
+def _opened(data: bytes, scale: int) -> Iterator[JpegImageFile]:
+    """Open a JPEG patch, and turn what goes wrong during the block into CorruptShard."""
     expected = f"expected a JPEG file, RGB of {scale} x {scale} px, found"
     try:
         # Not Image.open: that refuses large pictures with errors and warnings of its own.
         with JpegImageFile(io.BytesIO(data)) as image:
-            found, (width, height) = image.mode, image.size
-            if (found, width, height) == ("RGB", scale, scale):
-                return np.asarray(image)
+            found = image.mode, *image.size
+            if found == ("RGB", scale, scale):
+                yield image
     except Exception as error:  # Pillow raises nearly anything, by the damage
         raise CorruptShard(
             f"{expected} {len(data):,} bytes that are not a JPEG file: {reason_of(error)}"
         ) from error
-    raise CorruptShard(f"{expected} {found} of {width} x {height} px")
+    if found != ("RGB", scale, scale):
+        raise CorruptShard(f"{expected} {found[0]} of {found[1]} x {found[2]} px")

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from anchorpatch import __version__
+from anchorpatch.cli.output import bytes_text
 from anchorpatch.shards import ShardReader
 from anchorpatch.shards.manifest import read_manifest
 from tests.conftest import Program
@@ -246,3 +247,36 @@ def test_show_makes_the_folder_of_the_picture(program: Program, out: Path, tmp_p
     assert result.returncode == 1
     assert result.stderr.startswith(f"anchorpatch: {wrong}: cannot write: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_export_writes_what_it_says_and_goes_on_where_it_stopped(
+    program: Program, out: Path, tmp_path: Path
+) -> None:
+    words = ("shards", "export", out / "val", "--to", "folder", "--out", "patches")
+    done = program(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["exports"]
+    files = sorted((tmp_path / "patches").rglob("*.png"))
+    assert found["images"] == 21
+    assert found["patches"] == found["files"] == len(files)
+    files[3].unlink()
+    again = program(*words)
+    assert again.stdout == (
+        f"patches: {found['patches']:,} patches of 21 images in {found['files']:,} files, "
+        f"{bytes_text(found['bytes'])}\n"
+    )
+    assert sorted((tmp_path / "patches").rglob("*.png")) == files
+    refused = program(*words, "--format", "jpg")
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        "anchorpatch: patches holds an export of other inputs: --format was png, now jpg. Choose "
+        "another --out, or remove the folder\n"
+    )
+    table = program("shards", "export", out, "--to", "csv", "--out", "patches.csv")
+    assert table.returncode == 0, table.stderr
+    assert "of 34 images in 1 file, " in table.stdout
+    lines = (tmp_path / "patches.csv").read_text().splitlines()
+    assert sum(line.startswith("val,") for line in lines) == found["patches"]
+    usage = program("shards", "export", out, "--to", "csv", "--out", "patches.txt")
+    assert usage.returncode == 2
+    assert "expected a file that ends with .csv, found .txt" in usage.stderr
