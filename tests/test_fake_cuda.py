@@ -171,7 +171,7 @@ def test_anchornet_is_evaluated_without_waits(gpu: FakeGpu, anchornet: Weights) 
 def test_networks_are_evaluated_without_waits(gpu: FakeGpu, amp: bool) -> None:
     meta = WeightsMeta("resnet18", CLASSES)
     module = build("resnet18", len(CLASSES)).eval().to(GPU)
-    batch = Crops(np.arange(8), pixels(8), np.zeros(8, np.int64))
+    batch = Crops(np.arange(8), pixels(8), np.zeros(8, np.int64), np.ones((8, 2), np.int32))
 
     def batches() -> Iterator[Crops]:
         for _ in range(2):

@@ -239,10 +239,10 @@ def _more_rows(survey: Survey, mistaken: set[int], seed: int) -> list[int]:
 
 def _error(localizer: Localizer, survey: Survey, i: int, j: int) -> BranchError:
     """Work one image of the survey out, for the branch of index j."""
-    pixels = survey.source.pixels([int(survey.rows[i])])
+    pixels = survey.source.read([int(survey.rows[i])]).pixels
     predicted, truth = survey.found.branch_class[i], int(survey.truth[i])
     classes = (int(predicted[j]), truth)
-    maps = localizer.maps(torch.from_numpy(pixels), torch.tensor([classes]))
+    maps = localizer.maps(pixels, torch.tensor([classes]))
     evidence = []
     for c, heatmap in zip(classes, maps.heatmaps[j][0], strict=True):
         h, w = np.unravel_index(heatmap.argmax(), heatmap.shape)
@@ -250,7 +250,7 @@ def _error(localizer: Localizer, survey: Survey, i: int, j: int) -> BranchError:
         evidence.append(Evidence(survey.network[c], probability, corner, float(heatmap[h, w])))
     return BranchError(
         path=survey.source.path(int(survey.rows[i])),
-        pixels=pixels[0],
+        pixels=pixels[0].numpy(),
         mistaken=evidence[0],
         true=evidence[1],
         right=tuple(scale for scale, c in zip(SCALES, predicted, strict=True) if c == truth),
@@ -265,8 +265,8 @@ def _typical(localizer: Localizer, survey: Survey, mistaken: int, j: int) -> Typ
     if not right.any():
         return None
     i = int(np.argmax(np.where(right, found.branch_prob[:, j], -1.0)))
-    pixels = survey.source.pixels([int(survey.rows[i])])
-    maps = localizer.maps(torch.from_numpy(pixels), torch.tensor([[mistaken]]))
+    pixels = survey.source.read([int(survey.rows[i])]).pixels
+    maps = localizer.maps(pixels, torch.tensor([[mistaken]]))
     heatmap, lsp = torch.from_numpy(maps.heatmaps[j][:, 0]), PRESETS["figure"]
     patches = select(heatmap, SCALES[j], lsp.max_patches[j], lsp.iou_threshold, lsp.coverage[j])
     count = int(patches.counts[0])
@@ -275,7 +275,7 @@ def _typical(localizer: Localizer, survey: Survey, mistaken: int, j: int) -> Typ
         probability=float(found.branch_prob[i, j]),
         corners=patches.corners[0, :count].numpy(),
         scores=patches.scores[0, :count].numpy(),
-        pixels=pixels[0],
+        pixels=pixels[0].numpy(),
     )
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from anchorpatch.classes import IMAGENET_NAMES, ClassNames
 from anchorpatch.errors import DataError, SettingsError
+from anchorpatch.geometry import source_box
 from anchorpatch.jobs.crops import CropSource
 from anchorpatch.jobs.localizer import Localized, Localizer, Pending
 from anchorpatch.runtime.checkpoint import Weights
@@ -157,17 +158,19 @@ class Survey:
         if not chosen:
             return ()
         found, examples = self.found, []
-        pixels = self.source.pixels([int(self.rows[i]) for i in chosen])
-        for i, crop in zip(chosen, pixels, strict=True):
+        crops = self.source.read([int(self.rows[i]) for i in chosen])
+        for i, crop, size in zip(chosen, crops.pixels.numpy(), crops.size, strict=True):
             scale, patches = int(found.scale[i]), found.counts[i]
+            corners = found.corners[i, :patches]
             example = Example(
                 path=self.source.path(int(self.rows[i])),
                 label=self.source.classes[self.labels[i]],
                 predicted=self.network[found.predicted[i]],
                 probability=float(found.branch_prob[i, SCALES.index(scale)]),
                 scale=scale,
-                corners=found.corners[i, :patches],
+                corners=corners,
                 scores=found.scores[i, :patches],
+                boxes=source_box(size, corners, scale, self.source.crop),
                 pixels=crop,
             )
             examples.append(example)
@@ -186,6 +189,8 @@ class Example:
         scale: theta of the chosen branch, side of the patches in pixels.
         corners: top-left (y, x) of each patch in the crop (k, 2), the strongest first.
         scores: activation of each patch (k,).
+        boxes: x0, y0, x1, y1 of each patch in pixels of the picture (k, 4); see
+            `anchorpatch.geometry.source_box`.
         pixels: the crop that AnchorNet saw, uint8 (S, S, 3).
     """
 
@@ -196,6 +201,7 @@ class Example:
     scale: int
     corners: NDArray[np.int16]
     scores: NDArray[np.float32]
+    boxes: NDArray[np.float64]
     pixels: NDArray[np.uint8]
 
 

@@ -53,11 +53,13 @@ class Crops(NamedTuple):
         rows: of the source (n,), int64.
         pixels: uint8 (n, S, S, 3), of the side of the source's crops, or rescaled.
         labels: class index (n,), int64.
+        size: height and width of each picture that a crop is of, in pixels (n, 2), int32.
     """
 
     rows: NDArray[np.int64]
     pixels: Tensor
     labels: NDArray[np.int64]
+    size: NDArray[np.int32]
 
     def rescaled(self, side: int, interpolation: str = "bilinear") -> Crops:
         """Return the images in another size, antialiased.
@@ -201,8 +203,8 @@ class CropSource:
         assert self.reader is not None
         return decode_text(self.reader.path[row])
 
-    def pixels(self, rows: Sequence[int]) -> NDArray[np.uint8]:
-        """Read a few images in this process: the crops, uint8 (n, S, S, 3).
+    def read(self, rows: Sequence[int]) -> Crops:
+        """Read a few images in this process, in the order of ``rows``.
 
         Raises:
             DataError: one of them cannot be decoded.
@@ -214,7 +216,7 @@ class CropSource:
         for row in rows:
             if row not in found:
                 raise DataError(f"{self.name}/{self.path(row)}: cannot be decoded")
-        return crops[0].pixels.numpy()
+        return crops[0]
 
     def batches(
         self, rows: Sequence[int] | NDArray[np.int64], size: int, *, pin_memory: bool = False
@@ -241,7 +243,8 @@ class CropSource:
             stored = load_rows(self.reader, requests, threads=2, pin_memory=pin_memory, whole=True)
             with closing(stored):
                 for request, (pixels, _) in stored:
-                    yield Crops(request.rows, pixels, self.labels[request.rows])
+                    sizes = self.reader.size[request.rows]
+                    yield Crops(request.rows, pixels, self.labels[request.rows], sizes)
             return
         decoded = load_batches(
             self.images,
@@ -260,4 +263,5 @@ class CropSource:
                         "leave the whole images out with --no-whole"
                     )
                 if len(batch.index):
-                    yield Crops(batch.index, batch.pixels, self.labels[batch.index])
+                    labels = self.labels[batch.index]
+                    yield Crops(batch.index, batch.pixels, labels, batch.size)

@@ -57,7 +57,7 @@ def full(loaded: Weights, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def test_maps_are_those_of_the_whole_network(source: CropSource, loaded: Weights):
     """More images than a chunk has, and several classes each, in an order of their own."""
-    pixels = torch.from_numpy(source.pixels(list(range(11, 29))))
+    pixels = source.read(list(range(11, 29))).pixels
     classes = torch.tensor([[i % 2, 1 - i % 2, 1] for i in range(18)])
     with Localizer(loaded, PRESETS["figure"], CPU) as localizer:
         maps = localizer.maps(pixels, classes)
@@ -81,7 +81,7 @@ def test_attention_averages_one_and_is_the_networks(
 ):
     """The network's S sums to 1 or to H * W, as its weights say."""
     loaded = replace(loaded, meta=replace(loaded.meta, weighted_mean=weighted_mean))
-    pixels = torch.from_numpy(source.pixels([3, 30]))
+    pixels = source.read([3, 30]).pixels
     with Localizer(loaded, PRESETS["figure"], CPU) as localizer:
         maps = localizer.maps(pixels, torch.zeros(2, 1, dtype=torch.int64))
     net = load_anchornet(loaded)
@@ -165,6 +165,7 @@ def make_result(*scales: int, predicted: str = "cat", other: float = 0.5) -> Att
                 *(f"cat/{scale}.JPEG", "cat", predicted, 0.5, scale),
                 np.array([[8, 16]], np.int16),
                 np.array([1], np.float32),
+                np.array([[16.0, 8.0, 79.0, 71.0]]),
                 np.full((224, 224, 3), 128, np.uint8),
             ),
             ("cat", "dog", "cat"),

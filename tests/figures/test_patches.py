@@ -86,6 +86,8 @@ def test_the_figure_has_the_stored_patches_to_the_bit(
             assert example.scale == scale == patches.scale
             assert np.array_equal(example.corners, patches.corners)
             assert np.array_equal(example.scores, patches.scores)
+            rows = reader.first[row] + np.arange(len(example.scores))
+            assert np.array_equal(example.boxes, reader.source_box(scale, rows))
             assert np.array_equal(example.pixels, reader.image(row))
 
 

@@ -34,7 +34,7 @@ def test_images_are_cropped_as_asked_for(image_folder: Path):
     crop = CropSettings("squash")
     source = CropSource.of_folder(image_folder, "val", crop=crop)
     expected = decode((image_folder / "val" / source.path(5)).read_bytes(), crop).pixels
-    assert np.array_equal(source.pixels([5])[0], expected)
+    assert np.array_equal(source.read([5]).pixels[0], expected)
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out(tmp_path: Path, image_folder: Path):
@@ -66,7 +66,7 @@ def test_shards_without_crops_say_what_to_do(tmp_path: Path):
 
 def test_images_are_rescaled_as_their_network_was_trained():
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8))
-    crops = Crops(np.arange(2), pixels, np.zeros(2, np.int64))
+    crops = Crops(np.arange(2), pixels, np.zeros(2, np.int64), np.ones((2, 2), np.int32))
     for how, filter in (
         ("bilinear", Image.Resampling.BILINEAR),
         ("bicubic", Image.Resampling.BICUBIC),

@@ -178,11 +178,11 @@ def test_check_and_advance_are_called_between_batches(folder: Path):
 
 
 def test_whole_images(folder: Path):
-    pixels = torch.zeros(3, 8, 8, 3, dtype=torch.uint8)
+    pixels, sizes = torch.zeros(3, 8, 8, 3, dtype=torch.uint8), np.ones((3, 2), np.int32)
     pixels[0, 0, 1, 0] = pixels[1, 0, 2, 0] = pixels[2, 0, 5, 0] = 90
     batches = [
-        Crops(np.array([4, 7]), pixels[:2], np.array([1, 1])),
-        Crops(np.array([9]), pixels[2:], np.array([5])),
+        Crops(np.array([4, 7]), pixels[:2], np.array([1, 1]), sizes[:2]),
+        Crops(np.array([9]), pixels[2:], np.array([5]), sizes[2:]),
     ]
     run = Distributions(Spelled(6), CPU, meta_of(SIX), amp=False)
     figures = score_images(run, batches)

@@ -40,6 +40,22 @@ def test_costs_worked_out_by_hand():
     assert (overall.scale, overall.top1) == ("all", 2.5 / 8)
 
 
+def test_whole_images_of_the_size_of_a_patch_are_a_row_of_their_own():
+    patches = PatchFigures(4, 8, 0.5, 1.0, 1.3, {111: Figures(4, 8, 0.5, 1.0, 1.3)})
+    weights = {"111": "patches", "all": "patches", "whole": "whole images"}
+    found = table_3_rows(patches, Figures(4, 4, 0.75, 1.0, 0.2), *COSTS[:2], weights, side=111)
+    assert [(row.scale, row.weights) for row in found] == [
+        ("111", "whole images"),
+        ("111", "patches"),
+        ("all", "patches"),
+    ]
+    assert [row.gmacs for row in found] == [1.1, 2.2, 2.2]
+    table = Table3("tiny", "val", "w", "w", "crops", 1.1, 0.5, found, None, (), img_size=111)
+    (shown,) = table.tables()
+    assert "Row 111: crops; weights: w." in shown.notes
+    assert any("at 111 px" in column.help for column in shown.columns)
+
+
 def test_without_whole_images_and_as_json():
     figures = PatchFigures(1, 2, 1.0, 1.0, 0.1, {95: Figures(1, 2, 1.0, 1.0, 0.1)})
     rows = table_3_rows(figures, None, *COSTS)

@@ -297,13 +297,15 @@ def test_val_may_lack_classes_and_the_crop_mode_goes_with_the_weights(tmp_path: 
     start = jpeg.index(b"\xff\xda") + 200
     (data / "train" / "cat" / "00.png").write_bytes(jpeg[:start] + jpeg[start + 40 :])
     said = StopAt(-1)
-    config = tiny(data, tmp_path / "run", epochs=1, crop_mode="squash", background="navy")
+    side = {"img_size": 128, "crop_pct": 0.9}
+    config = tiny(data, tmp_path / "run", epochs=1, crop_mode="squash", background="navy", **side)
     summary = run(config, said)
     assert f"{data}/val: 1 of 2 classes has no image among the 3 images taken: dog" in said.lines
     assert (summary.damaged, summary.bad, summary.ignored) == (1, {}, {})
     weights = load_weights(tmp_path / "run" / "last.safetensors")
     assert weights.meta.classes == ("cat", "dog")
-    assert weights.meta.cropping == CropSettings("squash", "#000080")
+    assert weights.meta.cropping == CropSettings("squash", "#000080", **side)
+    assert weights.meta.resize == 142
 
 
 def test_evaluation_crops_as_the_weights_say(data: Path, weights: Path, tmp_path: Path):
