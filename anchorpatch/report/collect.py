@@ -314,6 +314,8 @@ def _read_result(path: Path) -> Table3 | Table4 | AnchorNetFigures | None:
         return None
     fields = json.loads(data)
     protocol = fields.pop("protocol", None) if isinstance(fields, dict) else None
+    if protocol and "notes" in fields:
+        fields["notes"] = tuple(map(str, fields["notes"]))
     if protocol == "patches":
         fields["rows"] = tuple(Table3Row(**row) for row in fields["rows"])
         fields["speed"] = None if fields["speed"] is None else Speed(**fields["speed"])
