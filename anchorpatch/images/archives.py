@@ -16,7 +16,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -427,7 +427,7 @@ class _Builder:
         stems = [Path(archive.path).stem for archive in self._read.archives]
         unlike = {re.sub(r"\d+", "", stem) for stem in stems}
         bear_names = len(unlike) == len(stems) or all(re.fullmatch(r"n\d{8}", s) for s in stems)
-        return len(stems) > 1 and bear_names and not any(b"/" in name for name in names.tolist())
+        return len(stems) > 1 and bear_names and not any(b"/" in name for name in _each(names))
 
 
 # --- as the images of a split ------------------------------------------------------------------
@@ -482,7 +482,7 @@ def _folder_of(split: str, index: Index, *, all_of_it: bool) -> bytes:
     if not split or len(index.archives) > 1:
         return b""
     found, others = set(), False
-    for folder in {name.rpartition(b"/")[0] for name in index.names.tolist()}:
+    for folder in {name.rpartition(b"/")[0] for name in _each(index.names)}:
         parts = folder.split(b"/")
         if split.encode() in parts:
             found.add(b"/".join(parts[: parts.index(split.encode()) + 1]) + b"/")
@@ -498,6 +498,12 @@ def _folder_of(split: str, index: Index, *, all_of_it: bool) -> bytes:
     return found.pop()
 
 
+def _each(names: npt.NDArray[np.bytes_]) -> Iterator[bytes]:
+    """Yield names, of which few are objects at a time."""
+    for start in range(0, len(names), _CHUNK):
+        yield from names[start : start + _CHUNK].tolist()
+
+
 def _columns(names: npt.NDArray[np.bytes_], start: int) -> npt.NDArray[np.bytes_]:
     """Return names without their first bytes."""
     width = max(names.dtype.itemsize - start, 1)
@@ -511,9 +517,11 @@ def _in_class_folders(found: Listing, index: Index, within: str) -> Listing:
     Raises:
         DataError: there are none, or all of them lie in one folder.
     """
-    paths = found.paths.tolist()
-    folders = [path.partition(b"/")[0].decode() if b"/" in path else None for path in paths]
-    names, labels = factorized(folders)
+    n, index_of = len(found.paths), {b"": -1}
+    tops = (path.rpartition(b"/")[0].partition(b"/")[0] for path in _each(found.paths))
+    values = (index_of.setdefault(top, len(index_of) - 1) for top in tops)
+    labels = np.fromiter(values, np.int32, n)
+    names = [top.decode() for top in index_of if top]
     loose = labels < 0
     if loose.all():
         raise DataError(
@@ -521,7 +529,8 @@ def _in_class_folders(found: Listing, index: Index, within: str) -> Listing:
             "NAME.cls nor a label in NAME.json lies beside them; or say which class each has with "
             "--labels FILE"
         )
-    if len(names) == 1 and not loose.any() and all(path.count(b"/") > 1 for path in paths):
+    deep = len(names) == 1 and all(path.count(b"/") > 1 for path in _each(found.paths))
+    if deep and not loose.any():
         raise DataError(
             f"{found.root}: expected class folders at its top, found all images in folders below "
             f"{names[0]}; pack the class folders alone: tar -C FOLDER -cf ..., or name what is "
@@ -530,17 +539,12 @@ def _in_class_folders(found: Listing, index: Index, within: str) -> Listing:
     below = (name.removeprefix(within) for name in index.folders if name.startswith(within))
     empty = {name.partition("/")[0] for name in below} - {*names, ""}
     outside = Counter(
-        f"{extension_of(paths[row]).decode()} outside the class folders"
-        for row in np.flatnonzero(loose)
+        f"{extension_of(path).decode()} outside the class folders"
+        for path in _each(found.paths[loose])
     )
-    keep = ~loose
-    assert found.places is not None
     return replace(
-        found,
-        paths=found.paths[keep],
-        sizes=found.sizes[keep],
-        labels=labels[keep],
-        places=found.places[keep],
+        found.taking(~loose) if loose.any() else found,
+        labels=labels[~loose],
         names=names,
         empty={name: f"{name}: empty" for name in sorted(empty, key=str.encode)},
         others=Counter(found.others) + outside,

@@ -11,7 +11,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from os.path import splitext
 from pathlib import Path
@@ -133,6 +133,16 @@ class Listing:
     others: Mapping[str, int] = field(default_factory=dict)
     why_not: str = ""
     places: npt.NDArray[Any] | None = None
+
+    def taking(self, rows: Any) -> Listing:
+        """Return some of the images."""
+        return replace(
+            self,
+            paths=self.paths[rows],
+            sizes=self.sizes[rows],
+            labels=self.labels[rows],
+            places=None if self.places is None else self.places[rows],
+        )
 
 
 def list_class_folders(root: Path) -> Listing:

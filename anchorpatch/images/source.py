@@ -265,18 +265,18 @@ def open_source(
     index = {name: i for i, name in enumerate(classes)}
     if found.numbered and not set(found.names) <= set(index):
         index = {name: int(name) for name in found.names}  # positions in the classes
-    order = np.argsort(found.paths, kind="stable")
-    values = np.array([index[name] for name in found.names], np.int32)[found.labels]
+    if not (found.paths[1:] > found.paths[:-1]).all():
+        found = found.taking(np.argsort(found.paths, kind="stable"))
     return ImageSource(
         found.root,
         split,
-        found.paths[order],
-        values[order],
-        found.sizes[order],
+        found.paths,
+        np.array([index[name] for name in found.names], np.int32)[found.labels],
+        found.sizes,
         tuple(classes),
         dict(found.others),
         found.read,
-        None if found.places is None else found.places[order],
+        found.places,
     )
 
 
@@ -335,14 +335,8 @@ def _labelled(found: Listing, only: bool) -> Listing:
             "expected class folders, NAME.cls or a label in NAME.json beside each image, or a "
             "table with --labels FILE; --only-labelled leaves images without a label out"
         )
-    return replace(
-        found,
-        paths=found.paths[~without],
-        sizes=found.sizes[~without],
-        labels=found.labels[~without],
-        places=None if found.places is None else found.places[~without],
-        others=Counter(found.others) + Counter({"without a label": count}),
-    )
+    others = Counter(found.others) + Counter({"without a label": count})
+    return replace(found.taking(~without), others=others)
 
 
 def _classes(
