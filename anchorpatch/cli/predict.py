@@ -95,8 +95,8 @@ def predict(
     AnchorNet localizes the patches of each IMAGE, and the network classifies it by the sum of
     their softmax outputs, as `extract` and `evaluate` do for a whole split. Corners are pixels
     (y, x) in the crop that AnchorNet saw; in JSON, `box` is x0, y0, x1, y1 in pixels of the upright
-    image. An IMAGE may be a folder, whose images are found at any depth, archive.tar::member, or -
-    to read file names from stdin, one per line.
+    image. An IMAGE may be a folder, whose images are found at any depth, a tar or zip file, one
+    image in it as archive.tar::member, or - to read names from stdin, one per line.
 
     \b
     anchorpatch predict dog.jpg --network resnet50
@@ -214,7 +214,7 @@ def _csv(row: Sequence[str]) -> str:
 
 
 def _names(images: Iterable[str], unreadable: Callable[[str, str], None]) -> Iterator[str]:
-    """Yield the images, those of folders and of lists on stdin too."""
+    """Yield the images, those of folders, archives and lists on stdin too."""
     from anchorpatch.jobs.predict import images_in
 
     for image in images:
@@ -223,10 +223,10 @@ def _names(images: Iterable[str], unreadable: Callable[[str, str], None]) -> Ite
             for line in sys.stdin.buffer:
                 if name := os.fsdecode(line.rstrip(b"\r\n")):
                     yield from [name] if name == "-" else _names([name], unreadable)
-        elif os.path.isdir(image):
+        elif os.path.isdir(image) or (image.endswith((".tar", ".zip")) and os.path.isfile(image)):
             found = images_in(image)
             if (first := next(found, None)) is None:
-                unreadable(image, "no image in this folder")
+                unreadable(image, "no image in it")
             else:
                 yield first
                 yield from found

@@ -109,6 +109,18 @@ def read_named(name: str) -> bytes:
     return read(index.places[found].item())
 
 
+def named_in(archive: str) -> Iterator[str]:
+    """Yield the names of the images in an archive, as `read_named` takes them.
+
+    Raises:
+        DataError: the archive cannot be used.
+    """
+    with _indexing:
+        index, _ = _named(archive)
+    for name in _each(index.names):
+        yield f"{archive}::{name.decode()}"
+
+
 #: Held by the thread that makes an index which others may want too.
 _indexing = threading.Lock()
 

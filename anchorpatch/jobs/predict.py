@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from anchorpatch.classes import AS_NAMED, IMAGENET_NAMES, ClassNames, Matching
 from anchorpatch.errors import ImageError, NonFiniteError, WeightsError
 from anchorpatch.geometry import source_box
-from anchorpatch.images.archives import read_named
+from anchorpatch.images.archives import named_in, read_named
 from anchorpatch.images.decode import Decoded, decode, decode_picture
 from anchorpatch.images.labels import EXTENSIONS
 from anchorpatch.jobs.localizer import Localizer
@@ -289,7 +289,13 @@ def names_file(network: str) -> bool:
 
 
 def images_in(folder: str) -> Iterator[str]:
-    """Yield the images below a folder, sorted in each, and the folders that cannot be read."""
+    """Yield the images below a folder, sorted in each, and the folders that cannot be read.
+
+    Or those in an archive, as ``archive.tar::member``.
+    """
+    if os.path.isfile(folder):
+        yield from named_in(folder)
+        return
     denied: list[str] = []
     seen: set[str] = set()
     for top, folders, files in os.walk(

@@ -70,7 +70,7 @@ def open_images(
         classes_of=str(train.root),
         report=report,
     )
-    if train.root == val.root and np.array_equal(train.paths, val.paths):
+    if train.places is not None and train.name(0) == val.name(0):
         raise DataError(
             f"{train.root}: expected a train and a val split, found the same images for both; "
             "give a folder or archive that holds both, or a pattern with {split} in it"

@@ -161,7 +161,7 @@ def test_folders_and_formats(
         result = program(*command, "--format", form)
         assert result.returncode == 1, result.stderr
         assert sorted(result.stderr.splitlines()) == [
-            "anchorpatch: empty: no image in this folder",
+            "anchorpatch: empty: no image in it",
             "anchorpatch: in/b/x.jpg: not an image",
         ]
         lines[form] = result.stdout.splitlines()
@@ -171,7 +171,7 @@ def test_folders_and_formats(
     assert [fact["path"] for fact in good] == [path for path in paths if "x.jpg" not in path]
     table = {row["path"]: row for row in csv.DictReader(lines["csv"])}
     assert table["in/b/x.jpg"]["error"] == "not an image"
-    assert table["empty"]["error"] == "no image in this folder"
+    assert table["empty"]["error"] == "no image in it"
     for fact in good:
         row = table[fact["path"]]
         assert {"a": "Ape", "b": "Bee", "c": "Cat"}[fact["class"]] == fact["name"] == row["name"]
