@@ -310,7 +310,9 @@ def source_of(
         source = ImageSource(root, split, paths, labels, sizes, classes)
         missing = [path for path in paths.tolist() if not (root / path.decode()).exists()]
         return source, [path.decode() for path in missing]
-    found = list_archives(root, archives, split, report or Reporter(), flat=True)
+    found = list_archives(
+        root, archives, split, report or Reporter(), flat=True, named=root != Path(data)
+    )
     order = np.argsort(found.paths, kind="stable")
     rows = np.searchsorted(found.paths, paths, sorter=order)
     rows = order[np.minimum(rows, len(order) - 1)]
@@ -409,7 +411,7 @@ def _find(data: Path, split: str, report: Reporter, *, flat: bool = False) -> Li
     """List the images of DATA/SPLIT, without labels if they are to be ``flat``."""
     root, archives = _locate(data, split, report)
     if archives is not None:
-        return list_archives(root, archives, split, report, flat=flat)
+        return list_archives(root, archives, split, report, flat=flat, named=root != data)
     return list_folder(root) if flat else list_class_folders(root)
 
 
@@ -445,11 +447,15 @@ def _locate(data: Path, split: str, report: Reporter) -> tuple[Path, list[Path] 
     for suffix in COMPRESSED:
         for name in (f"{split}{suffix}", f"ILSVRC2012_img_{split}{suffix}"):
             if (data / name).is_file():
-                raise DataError(
-                    f"{data / name}: compressed, so that no image can be read without all before "
-                    "it; decompress it to a plain .tar first (gunzip, bunzip2, unxz or unzstd)"
-                )
+                raise DataError(_why_not_compressed(data / name))
     raise DataError(_why_no_split(data, split))
+
+
+def _why_not_compressed(archive: Path) -> str:
+    return (
+        f"{archive}: compressed, so that no image can be read without all before it; decompress it "
+        "to a plain .tar first (gunzip, bunzip2, unxz or unzstd)"
+    )
 
 
 def _archives_of(data: Path, split: str) -> list[Path]:
@@ -459,9 +465,17 @@ def _archives_of(data: Path, split: str) -> list[Path]:
 
 
 def _shards_in(root: Path) -> list[Path] | None:
-    """Return the tars in a folder that holds neither images nor folders; None if there are none."""
-    tars = archives_in(root, ".tar")
-    return tars if tars and not class_names(root) and not loose_images(root) else None
+    """Return the tars in a folder that holds neither images nor folders; None if there are none.
+
+    Raises:
+        DataError: they are compressed.
+    """
+    tars, compressed = archives_in(root, ".tar"), archives_in(root, *COMPRESSED)
+    if not (tars or compressed) or class_names(root) or loose_images(root):
+        return None
+    if compressed:
+        raise DataError(_why_not_compressed(compressed[0]))
+    return tars
 
 
 def _matching(data: Path, split: str) -> list[Path]:

@@ -24,8 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorpatch.errors import DataError, ImageError
-from anchorpatch.images import archives, members
-from anchorpatch.images.archives import open_index, read_named
+from anchorpatch.images import index, members
+from anchorpatch.images.archives import read_named
+from anchorpatch.images.index import open_index
 from anchorpatch.images.loader import load_batches
 from anchorpatch.images.members import ArchiveReader
 from anchorpatch.images.source import ImageSource, open_source, source_of
@@ -180,7 +181,7 @@ def test_the_index_is_made_once(
     (kept,) = cache.glob("*.index")
     whole = kept.read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(archives, "tar_members", None)
+        patched.setattr(index, "tar_members", None)
         assert found(open_source(data, "val")) == TREE
     # Damaged in any way, it is made again.
     for damaged in (b"", b"PK\3\4", whole[:-30], whole[:200] + b"\xff" * 40 + whole[240:]):
@@ -654,6 +655,7 @@ def test_several_archives_could_be_meant(tmp_path: Path) -> None:
         (["a-0.tar"], "a-{2..0}.tar", r"or expected a pattern such as"),
         (["a-0.tar"], "a-{0.tar", r"or expected a pattern such as"),
         (["val/0001.tar", "val/0002.tar"], "", r"images without a class"),
+        (["val/0001.tar.gz", "val/0002.tar.gz"], "", r"0001\.tar\.gz: compressed, .* \(gunzip"),
     ],
 )
 def test_what_is_no_archive_of_the_split(
@@ -663,6 +665,25 @@ def test_what_is_no_archive_of_the_split(
         write(tmp_path / name, tar_bytes({f"{i}.jpg": A}))
     with pytest.raises(DataError, match=wanted):
         open_source(tmp_path / data, "val")
+
+
+def test_an_archive_of_several_splits(tmp_path: Path) -> None:
+    """Its folders are never taken for classes."""
+    splits = {
+        f"{split}/{name}": data for split in ("train", "valid") for name, data in GOOD.items()
+    }
+    both = write(tmp_path / "train-and-val.zip", zip_bytes(splits))
+    assert found(open_source(both, "valid")) == GOOD
+    with pytest.raises(DataError, match=r"no folder for split 'val' in it; there are train, valid"):
+        open_source(both, "val")
+
+
+def test_further_images_of_a_sample_are_passed_over(tmp_path: Path) -> None:
+    sample_of_three = {"1.jpg": A, "1.seg.png": B, "1.cls": b"cat", "1.edge.jpg": B}
+    write(tmp_path / "shards.tar", tar_bytes(sample_of_three))
+    source = open_source(tmp_path / "shards.tar", "val")
+    assert found(source) == {"1.jpg": A}
+    assert source.ignored == {"further images of a sample": 2}
 
 
 def test_the_classes_of_an_archive_of_train_hold_for_val(tmp_path: Path) -> None:
