@@ -5,6 +5,44 @@ An implementation of "Localizing Multi-scale Semantic Patches for Image Classifi
 imports nothing heavy: torch is loaded by the module that needs it.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anchorpatch.api import LocalizedPatches, localize
+    from anchorpatch.shards.dataset import BagBatch, BagDataset, PatchDataset, collate_bags
+    from anchorpatch.shards.reader import ImagePatches, ShardReader
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "BagBatch",
+    "BagDataset",
+    "ImagePatches",
+    "LocalizedPatches",
+    "PatchDataset",
+    "ShardReader",
+    "__version__",
+    "collate_bags",
+    "localize",
+]
+
+_HOMES = {
+    **dict.fromkeys(("LocalizedPatches", "localize"), "api"),
+    **dict.fromkeys(("BagBatch", "BagDataset", "PatchDataset", "collate_bags"), "shards.dataset"),
+    **dict.fromkeys(("ImagePatches", "ShardReader"), "shards.reader"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names too that nobody has asked for yet."""
+    return sorted({*globals(), *__all__})

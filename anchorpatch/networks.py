@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from anchorpatch.classes import AS_NAMED, ClassNames, Matching, imagenet_ids, match_classes
 from anchorpatch.errors import SettingsError, WeightsError
-from anchorpatch.models.registry import build, build_on_meta, check_name
+from anchorpatch.models.registry import build, build_on_meta, check_name, is_own
 from anchorpatch.runtime.checkpoint import (
     WeightsMeta,
     check_tensors,
@@ -190,6 +190,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Network:
         raise WeightsError(
             f"{path}: expected a network for patches, found weights of anchornet; name a file "
             "that `anchorpatch finetune` wrote"
+        )
+    if is_own(name):
+        raise WeightsError(
+            f"{path}: weights of {name}, code that is not run because a file names it: name it "
+            f"yourself with --network {name} --weights {path}"
         )
     return load_network(name, None, path)
 

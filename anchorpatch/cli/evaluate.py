@@ -122,9 +122,10 @@ def evaluate(
 ) -> None:
     """Evaluate a classifier on patches, or anchornet on images.
 
-    NETWORK is a name from `anchorpatch models`, or that of any other classifier of torchvision or
-    timm. A classifier is evaluated on the shards of a split: top-1 and top-5 accuracy by the sum of
-    the softmax outputs of an image's patches, MACs and speed, compared with whole images.
+    NETWORK is a name from `anchorpatch models`, that of any other classifier of torchvision or
+    timm, or MODULE:FUNCTION. A classifier is evaluated on the shards of a split: top-1 and top-5
+    accuracy by the sum of the softmax outputs of an image's patches, MACs and speed, compared with
+    whole images.
 
     anchornet is evaluated on a labeled split of images: top-1 and top-5 accuracy of every branch
     and of the decision of Eq. 7, the share of images assigned to each branch, patches per image

@@ -87,9 +87,10 @@ def finetune(
     """Fine-tune NETWORK on the patches in SHARDS/train and validate on SHARDS/val.
 
     NETWORK is resnet50, resnext50, densenet169, hcgnet_b, hcgnet_c, any classifier of
-    torchvision, or timm:NAME. An image is classified by the sum of the softmax outputs of its
-    patches. Pretrained weights keep the rows of their last layer that belong to the classes of the
-    shards; other classes get new ones.
+    torchvision, timm:NAME, or MODULE:FUNCTION for a network of your own (see `anchorpatch models
+    --help`). An image is classified by the sum of the softmax outputs of its patches. Pretrained
+    weights keep the rows of their last layer that belong to the classes of the shards; other
+    classes get new ones.
 
     Writes best.safetensors, last.safetensors, log.jsonl, config.json and last.pt to RUNS/NETWORK
     (RUNS/NETWORK-63 with --scale 63, RUNS/NETWORK-baseline with --baseline). Run the same command

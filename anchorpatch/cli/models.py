@@ -34,8 +34,9 @@ def models(
     """List networks with their parameters and their GMACs for whole images and for patches.
 
     NAME is anchornet, bagnet33, bagnet77, saccader, hcgnet_b, hcgnet_c, resnext50, the name of
-    any classifier of torchvision, or timm:NAME if timm is installed. The default is the networks
-    of the paper.
+    any classifier of torchvision, timm:NAME if timm is installed, or MODULE:FUNCTION, a network
+    of your own: a function in a module, in the current directory or installed, that takes the
+    number of classes and returns a torch.nn.Module. The default is the networks of the paper.
 
     \b
     anchorpatch models

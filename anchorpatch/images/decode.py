@@ -51,7 +51,7 @@ from PIL import AvifImagePlugin, Image, ImageColor
 from simplejpeg import decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
-from anchorpatch.errors import ImageError
+from anchorpatch.errors import ImageError, reason_of
 from anchorpatch.geometry import geometry
 from anchorpatch.settings import CropSettings
 
@@ -148,6 +148,34 @@ def decode(data: bytes, settings: CropSettings | None = None) -> Decoded:
     whole, damaged = _load(data, settings.background)
     if damaged and settings.damaged == "skip":
         raise ImageError("damaged")
+    return _cropped(whole, settings)._replace(damaged=damaged)
+
+
+def crop_image(image: Image.Image, settings: CropSettings | None = None) -> Decoded:
+    """Apply the validation transform to an image of Pillow, as `decode` does to the file of one.
+
+    The pixels of a JPEG are equal. `decode` resizes others by another kernel: within two levels.
+
+    Raises:
+        ImageError: its pixels are floating-point numbers, or cannot be loaded.
+    """
+    settings = settings or CropSettings()
+    if image.mode == "F":
+        raise ImageError("32-bit pixels")
+    transparency = _transparency(image)
+    try:
+        copy = image.copy()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"cannot be loaded: {reason_of(error)}") from error
+    if transparency is not None:
+        copy.info["transparency"] = transparency
+    upright, turned = _as_rgb_or_gray(copy, settings.background), _turned(image)
+    upright = upright if turned is None else upright.transpose(turned)
+    return _cropped(np.array(upright.convert("RGB")), settings)
+
+
+def _cropped(whole: Image.Image | npt.NDArray[np.uint8], settings: CropSettings) -> Decoded:
+    """Resize and crop an image that is upright, and gray or RGB."""
     if isinstance(whole, np.ndarray):
         height, width = whole.shape[:2]
         if max(height, width) <= _LONGEST_ASPECT * min(height, width):
@@ -155,9 +183,9 @@ def decode(data: bytes, settings: CropSettings | None = None) -> Decoded:
             resized = F.resize(torch.from_numpy(whole).permute(2, 0, 1), [h, w], antialias=True)
             (y0, y1), (x0, x1) = _kept(top, h, settings), _kept(left, w, settings)
             pixels = resized[:, y0:y1, x0:x1].permute(1, 2, 0).contiguous().numpy()
-            return Decoded(_framed(pixels, top, left, settings), (height, width), damaged)
+            return Decoded(_framed(pixels, top, left, settings), (height, width))
         whole = Image.fromarray(whole)
-    return Decoded(_resized(whole, settings), (whole.height, whole.width), damaged)
+    return Decoded(_resized(whole, settings), (whole.height, whole.width))
 
 
 def decode_picture(data: bytes, background: str = "#ffffff") -> Picture:

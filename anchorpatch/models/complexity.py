@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from anchorpatch.errors import SettingsError, reason_of
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.bagnet import BagNet
-from anchorpatch.models.registry import build_on_meta
+from anchorpatch.models.registry import build, build_on_meta, is_own
 from anchorpatch.models.saccader import Saccader
 from anchorpatch.settings import CROP, SCALES
 
@@ -40,6 +40,9 @@ PRINTED: Final[Mapping[str, Mapping[str, float]]] = {
 }
 
 _Forward: TypeAlias = Callable[[torch.Tensor], Any]
+
+#: A number of outputs that no network has unless it is asked for.
+_SOME_CLASSES: Final = 7
 
 #: What networks raise when an image has a side that they cannot take.
 _REFUSALS = (AssertionError, RuntimeError, ValueError)
@@ -95,6 +98,15 @@ def refusal(module: nn.Module, size: int) -> str | None:
         >>> "cannot be multiplied" in refusal(nn.Linear(64, 10), 63)
         True
     """
+    try:
+        _outputs(module, size)
+    except _REFUSALS as error:
+        return reason_of(error)[:120]
+    return None
+
+
+def _outputs(module: nn.Module, size: int) -> Any:
+    """Return what a network makes of one image, on the device "meta" where it can."""
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     shadow = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
     training = module.training
@@ -102,19 +114,16 @@ def refusal(module: nn.Module, size: int) -> str | None:
     try:
         with torch.no_grad():
             try:
-                functional_call(module, shadow, torch.empty(1, 3, size, size, device="meta"))
+                return functional_call(module, shadow, torch.empty(1, 3, size, size, device="meta"))
             except (NotImplementedError, *_REFUSALS):
                 parameter = next(module.parameters())
-                module(torch.zeros(1, 3, size, size, device=parameter.device))
-    except _REFUSALS as error:
-        return reason_of(error)[:120]
+                return module(torch.zeros(1, 3, size, size, device=parameter.device))
     finally:
         module.train(training)
-    return None
 
 
 def check_sides(name: str, module: nn.Module, sides: Iterable[int] = SCALES) -> None:
-    """Do nothing where a network takes images of all these sides.
+    """Do nothing where a network takes images of all these sides, and returns logits of classes.
 
     Args:
         name: of the network.
@@ -122,8 +131,9 @@ def check_sides(name: str, module: nn.Module, sides: Iterable[int] = SCALES) -> 
         sides: in pixels.
 
     Raises:
-        SettingsError: it cannot take a side.
+        SettingsError: it cannot take a side, or it is one of the user that returns something else.
     """
+    sides = tuple(sides)
     reasons = {side: reason for side in sides if (reason := refusal(module, side)) is not None}
     if reasons:
         listed = ", ".join(map(str, reasons))
@@ -131,6 +141,14 @@ def check_sides(name: str, module: nn.Module, sides: Iterable[int] = SCALES) -> 
             f"{name} cannot take images of {listed} px ({next(iter(reasons.values()))}): choose a "
             "network without a fixed or larger size of input, such as resnet50"
         )
+    if is_own(name):
+        logits = _outputs(build(name, _SOME_CLASSES), sides[0])
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if found != (1, _SOME_CLASSES):
+            raise SettingsError(
+                f"{name}: expected a network for {_SOME_CLASSES} classes to return logits of shape "
+                f"(1, {_SOME_CLASSES}) for one image, got {found}: return one output per class"
+            )
 
 
 class _Shortened(TorchFunctionMode):

@@ -1,7 +1,11 @@
-"""Networks by name: ours, every classifier of torchvision, and timm's where it is installed."""
+"""Networks by name: ours, torchvision's classifiers, timm's if it is installed, and one's own."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import os
+import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any, Final
@@ -10,7 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
-from anchorpatch.errors import MissingDependency, SettingsError
+from anchorpatch.errors import MissingDependency, SettingsError, reason_of
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.bagnet import bagnet33, bagnet77
 from anchorpatch.models.hcgnet import hcgnet_b, hcgnet_c
@@ -92,6 +96,64 @@ def timm_module() -> Any:
     return timm
 
 
+def is_own(name: str) -> bool:
+    """Tell whether a name is ``module:function``, code of the user that builds a network.
+
+    Example:
+        >>> is_own("networks:tiny"), is_own("timm:resnet18"), is_own("resnet18")
+        (True, False, False)
+    """
+    return ":" in name and not name.startswith(TIMM)
+
+
+@lru_cache
+def own_builder(name: str) -> Callable[[int], nn.Module]:
+    """Import what ``module:function`` names, from the current directory or installed.
+
+    The function, or the class, is given the number of classes: as ``num_classes`` if it has a
+    parameter of that name, else as the first argument.
+
+    Raises:
+        SettingsError: there is no such module or function, or importing it fails.
+    """
+    module_name, _, path = name.partition(":")
+    # As with `python -m`: the installed program does not look into the current directory.
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in path.split("."):
+            found = getattr(found, part)
+        if not callable(found):
+            raise TypeError(f"{path} is not callable")
+        parameters = inspect.signature(found).parameters
+    except Exception as error:  # whatever the user's module does
+        raise SettingsError(
+            f"{name}: expected a module in {here} or installed, and a function in it that returns "
+            f"a network, found: {type(error).__name__}: {reason_of(error)}"
+        ) from error
+    by_name = "num_classes" in parameters
+
+    def builder(classes: int) -> nn.Module:
+        try:
+            module = found(num_classes=classes) if by_name else found(classes)
+        except Exception as error:
+            on_meta = torch.get_default_device().type == "meta"
+            if on_meta and isinstance(error, (NotImplementedError, RuntimeError)):
+                raise  # `build_on_meta` knows another way
+            given = f"num_classes={classes}" if by_name else classes
+            raise SettingsError(
+                f"{name}: {path}({given}) failed: {type(error).__name__}: {reason_of(error)}"
+            ) from error
+        if not isinstance(module, nn.Module):
+            raise SettingsError(
+                f"{name}: expected {path} to return a torch.nn.Module, got {type(module).__name__}"
+            )
+        return module
+
+    return builder
+
+
 def check_name(name: str) -> None:
     """Do nothing where `build` knows the name.
 
@@ -100,6 +162,9 @@ def check_name(name: str) -> None:
         MissingDependency: it is one of timm's, which is not installed.
     """
     if name in NETWORKS or name in torchvision_names():
+        return
+    if is_own(name):
+        own_builder(name)
         return
     if name.startswith(TIMM):
         timm = timm_module()
@@ -112,7 +177,8 @@ def check_name(name: str) -> None:
     hint = f"did you mean {near!r}? " if near else ""
     raise SettingsError(
         f"unknown network {name!r}: {hint}`anchorpatch models` lists those of the paper; any "
-        f"classifier of torchvision works by its name, and timm's as {TIMM}NAME"
+        f"classifier of torchvision works by its name, timm's as {TIMM}NAME, and your own as "
+        "MODULE:FUNCTION"
     )
 
 
@@ -120,7 +186,8 @@ def build(name: str, classes: int = 1000) -> nn.Module:
     """Build a network by its name, with random weights.
 
     Args:
-        name: of `NETWORKS`, of torchvision's classifiers, or "timm:NAME".
+        name: of `NETWORKS`, of torchvision's classifiers, "timm:NAME", or ``module:function`` as
+            `own_builder` takes it.
         classes: number of outputs.
 
     Raises:
@@ -134,6 +201,8 @@ def build(name: str, classes: int = 1000) -> nn.Module:
     check_name(name)
     if name in NETWORKS:
         return NETWORKS[name](classes)
+    if is_own(name):
+        return own_builder(name)(classes)
     if name.startswith(TIMM):
         module: nn.Module = timm_module().create_model(
             name.removeprefix(TIMM), pretrained=False, num_classes=classes

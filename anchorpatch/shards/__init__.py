@@ -1,7 +1,7 @@
 """The shard format: HDF5 files of patches, read by memory map.
 
 ``from anchorpatch.shards import ShardReader, PatchDataset`` is how to read shards; only the
-latter imports torch.
+datasets import torch.
 """
 
 from __future__ import annotations
@@ -10,12 +10,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anchorpatch.shards.dataset import PatchDataset
+    from anchorpatch.shards.dataset import BagBatch, BagDataset, PatchDataset, collate_bags
     from anchorpatch.shards.reader import ImagePatches, ShardReader
 
-__all__ = ["ImagePatches", "PatchDataset", "ShardReader"]
+__all__ = [
+    "BagBatch",
+    "BagDataset",
+    "ImagePatches",
+    "PatchDataset",
+    "ShardReader",
+    "collate_bags",
+]
 
-_HOMES = {"ImagePatches": "reader", "PatchDataset": "dataset", "ShardReader": "reader"}
+_HOMES = {
+    **dict.fromkeys(("BagBatch", "BagDataset", "PatchDataset", "collate_bags"), "dataset"),
+    **dict.fromkeys(("ImagePatches", "ShardReader"), "reader"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""Patches for training: a dataset of PyTorch, and batches read ahead of their use.
+"""Patches for training: datasets of PyTorch, and batches read ahead of their use.
 
-`PatchDataset` is for loops of one's own. Below is what fine-tuning does: which rows an epoch
-visits, and reading them.
+`PatchDataset` and `BagDataset` are for loops of one's own. Below is what fine-tuning does: which
+rows an epoch visits, and reading them.
 
 A batch holds patches of one scale, as their pixels form one array. Order follows from
 (seed, epoch) alone, so a run resumes within an epoch by its step number.
@@ -13,61 +13,196 @@ enough: no processes, no shared memory, no pickling.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from anchorpatch.errors import SettingsError
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.signals import shut_down, waiting_for
 
+#: What is done to a patch or a label, if anything.
+Transform: TypeAlias = Callable[[Any], Any] | None
 
-class PatchDataset(Dataset[tuple[Tensor, int]]):
-    """All patches of one scale, each with the label of its image.
+
+class _ShardDataset(Dataset[tuple[Any, Any]]):
+    """What the datasets below share: a reader, and transforms as torchvision's datasets have."""
+
+    def __init__(
+        self, shards: ShardReader | Path | str, transform: Transform, target_transform: Transform
+    ) -> None:
+        self.reader = shards if isinstance(shards, ShardReader) else ShardReader(shards)
+        self.classes = self.reader.classes
+        self.transform, self.target_transform = transform, target_transform
+        self.labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Return how many items there are."""
+        return len(self.labels)
+
+    def _target(self, row: int) -> Any:
+        label = int(self.labels[row])
+        return label if self.target_transform is None else self.target_transform(label)
+
+    def _patch(self, pixels: NDArray[np.uint8]) -> Any:
+        """Return one patch (T, T, 3) as the transform makes it."""
+        return self.transform(Image.fromarray(pixels)) if self.transform else pixels
+
+
+class PatchDataset(_ShardDataset):
+    """The patches of one scale, or of all, each with the label of its image.
+
+    An item is a patch, uint8 (T, T, 3), and its label. With a ``transform`` it is as of
+    torchvision's datasets: the transform is given an RGB image of Pillow, which transforms of
+    torchvision and timm take. Patches of all scales only fit into one batch if the transform brings
+    them to one size.
 
     A `DataLoader` fetches whole batches by one gather, in any number of forked or spawned
     workers.
 
     Args:
         shards: OUT/SPLIT, or a reader of it.
-        scale: 63, 95 or 111.
+        scale: 63, 95 or 111; None for all of them, one after another.
+        transform: from a `PIL.Image.Image` to what an item has in its place.
+        target_transform: from a label to what an item has in its place.
 
     Attributes:
         reader: of the shards.
-        scale: side of the patches in pixels.
+        scale: side of the patches in pixels; None for all.
+        classes: names that the labels index.
         labels: of the patches, int64 (m,).
         images: row of the image that each patch is of, int64 (m,).
     """
 
-    def __init__(self, shards: ShardReader | Path | str, scale: int) -> None:
-        if scale not in SCALES:
+    def __init__(
+        self,
+        shards: ShardReader | Path | str,
+        scale: int | None = None,
+        transform: Transform = None,
+        target_transform: Transform = None,
+    ) -> None:
+        if scale is not None and scale not in SCALES:
             raise SettingsError(f"scale: expected one of {SCALES}, got {scale}")
-        self.reader = shards if isinstance(shards, ShardReader) else ShardReader(shards)
+        super().__init__(shards, transform, target_transform)
         self.scale = scale
-        self.images = self.reader.patch_image(scale, np.arange(self.reader.patch_count(scale)))
+        self._scales = SCALES if scale is None else (scale,)
+        counts = [self.reader.patch_count(s) for s in self._scales]
+        self._starts = np.cumsum([0, *counts])
+        rows = zip(self._scales, map(np.arange, counts), strict=True)
+        self.images = np.concatenate([self.reader.patch_image(s, some) for s, some in rows])
         self.labels = self.reader.label[self.images].astype(np.int64)
 
-    def __len__(self) -> int:
-        """Return how many patches there are."""
-        return len(self.labels)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        """Return a patch, uint8 (T, T, 3), and its label."""
+    def __getitem__(self, row: int) -> tuple[Any, Any]:
+        """Return a patch and its label."""
         return self.__getitems__([row])[0]
 
-    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """Return several patches by one gather, as `DataLoader` asks for a batch."""
-        pixels = torch.from_numpy(self.reader.patches(self.scale, rows))
-        return list(zip(pixels.unbind(0), self.labels[list(rows)].tolist(), strict=True))
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Any, Any]]:
+        """Return several patches by one gather per scale, as `DataLoader` asks for a batch."""
+        index = np.asarray(rows, np.int64)
+        if len(index) and not 0 <= index.min() <= index.max() < len(self):
+            raise IndexError(f"expected rows from 0 to {len(self) - 1}, got {list(rows)}")
+        patches: list[Any] = [None] * len(index)
+        of_scale = np.searchsorted(self._starts, index, side="right") - 1
+        for k in np.unique(of_scale).tolist():
+            places = np.flatnonzero(of_scale == k)
+            pixels = self.reader.patches(self._scales[k], index[places] - self._starts[k])
+            found = map(self._patch, pixels) if self.transform else torch.from_numpy(pixels)
+            for place, patch in zip(places.tolist(), found, strict=True):
+                patches[place] = patch
+        targets = map(self._target, index.tolist())
+        return list(zip(patches, targets, strict=True))
+
+
+class BagDataset(_ShardDataset):
+    """The images of a split, each as the bag of its patches, from the strongest to the weakest.
+
+    An item is a bag and the label of the image. A bag is a tensor uint8 (k, T, T, 3), or with a
+    ``transform`` the stacked tensors that it returns for each patch. Bags differ in k and T;
+    `collate_bags` makes batches of them.
+
+    Args:
+        shards: OUT/SPLIT, or a reader of it.
+        max_patches: only so many of the strongest patches of an image.
+        transform: from a `PIL.Image.Image` to a tensor.
+        target_transform: from a label to what an item has in its place.
+
+    Attributes:
+        reader: of the shards.
+        classes: names that the labels index.
+        labels: of the images, int64 (n,).
+    """
+
+    def __init__(
+        self,
+        shards: ShardReader | Path | str,
+        max_patches: int | None = None,
+        transform: Transform = None,
+        target_transform: Transform = None,
+    ) -> None:
+        if max_patches is not None and max_patches < 1:
+            raise SettingsError(f"max_patches: expected at least 1, got {max_patches}")
+        super().__init__(shards, transform, target_transform)
+        self.max_patches = max_patches
+        self.labels = self.reader.label.astype(np.int64)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Any]:
+        """Return the bag of an image and its label.
+
+        Raises:
+            IndexError: a row that is not there.
+        """
+        pixels = self.reader.image_patches(row).pixels[: self.max_patches]
+        if self.transform is None:
+            return torch.from_numpy(pixels), self._target(row)
+        return torch.stack([self._patch(patch) for patch in pixels]), self._target(row)
+
+
+class BagBatch(NamedTuple):
+    """Bags of n images, put together.
+
+    Attributes:
+        groups: patches of one shape each (m, ...), and the bag that each of them is of (m,),
+            int64; one group if all patches have the same shape.
+        labels: of the images (n,).
+        counts: patches of each image (n,), int64.
+    """
+
+    groups: list[tuple[Tensor, Tensor]]
+    labels: Tensor
+    counts: Tensor
+
+
+def collate_bags(items: Sequence[tuple[Tensor, Any]]) -> BagBatch:
+    """Put bags together, as ``collate_fn`` of a `DataLoader` over a `BagDataset`.
+
+    Example:
+        >>> bags = [torch.zeros(2, 63, 63, 3), torch.ones(1, 95, 95, 3), torch.ones(3, 63, 63, 3)]
+        >>> batch = collate_bags([(bag, label) for label, bag in enumerate(bags)])
+        >>> [(tuple(patches.shape), bag.tolist()) for patches, bag in batch.groups]
+        [((5, 63, 63, 3), [0, 0, 2, 2, 2]), ((1, 95, 95, 3), [1])]
+        >>> batch.labels, batch.counts
+        (tensor([0, 1, 2]), tensor([2, 1, 3]))
+    """
+    bags, targets = zip(*items, strict=True)
+    rows: dict[torch.Size, list[int]] = {}
+    for row, bag in enumerate(bags):
+        rows.setdefault(bag.shape[1:], []).append(row)
+    counts = torch.tensor([len(bag) for bag in bags])
+    groups = [
+        (torch.cat([bags[row] for row in some]), torch.tensor(some).repeat_interleave(counts[some]))
+        for some in rows.values()
+    ]
+    return BagBatch(groups, default_collate(list(targets)), counts)
 
 
 class Rows(Protocol):

@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
-from anchorpatch.errors import CorruptShard, ShardError
+from anchorpatch.errors import CorruptShard, SettingsError, ShardError
 from anchorpatch.settings import SCALES
-from anchorpatch.shards import ShardReader
+from anchorpatch.shards import BagDataset, PatchDataset, ShardReader, collate_bags
 from anchorpatch.shards.dataset import batches_of, epoch_rows, load_rows, pieces_of, visited
 from tests.shards.samples import make_split
 
@@ -155,3 +158,72 @@ def test_a_corrupt_shard_is_named_when_its_turn_comes(tmp_path: Path, threads: i
     next(loaded)
     with pytest.raises(CorruptShard, match="train-00001"):
         next(loaded)
+
+
+# --- datasets for loops of one's own ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [95, None])
+@pytest.mark.parametrize("codec", ["raw", "jpeg", "image"])
+def test_a_dataset_has_each_patch_with_its_label(
+    folders: dict[str, Path], codec: str, scale: int | None
+):
+    reader = ShardReader(folders[codec])
+    dataset = PatchDataset(folders[codec], scale)
+    scales = SCALES if scale is None else (scale,)
+    rows = [(s, row) for s in scales for row in range(reader.patch_count(s))]
+    assert len(dataset) == len(rows) == len(list(dataset))
+    order = np.random.default_rng(0).permutation(len(rows))
+    for i, (patch, label) in zip(order, dataset.__getitems__(order.tolist()), strict=True):
+        s, row = rows[i]
+        image = int(reader.patch_image(s, [row])[0])
+        assert np.array_equal(patch, reader.patches(s, [row])[0])
+        assert (label, dataset.images[i]) == (reader.label[image], image)
+    for outside in (-1, len(rows)):
+        with pytest.raises(IndexError, match="expected rows from 0 to"):
+            dataset[outside]
+    with pytest.raises(SettingsError, match="scale: expected one of"):
+        PatchDataset(reader, 64)
+
+
+def test_transforms_are_given_what_those_of_torchvision_datasets_are(reader: ShardReader):
+    plain = PatchDataset(reader)
+    transform = v2.Compose(
+        [v2.Resize((96, 96)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    )
+    dataset = PatchDataset(reader, transform=transform, target_transform=lambda label: label + 100)
+    loader = DataLoader(dataset, batch_size=7, num_workers=0)
+    patches, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    assert patches.shape == (len(plain), 3, 96, 96)
+    assert labels.tolist() == (plain.labels + 100).tolist()
+    seen = PatchDataset(reader, 63, transform=lambda image: (type(image).__name__, image.mode))
+    assert seen[0][0] == ("Image", "RGB")
+    same = PatchDataset(reader, 63, transform=v2.PILToTensor())
+    assert np.array_equal(same[5][0].permute(1, 2, 0), PatchDataset(reader, 63)[5][0])
+
+
+@pytest.mark.parametrize("max_patches", [None, 2])
+def test_bags_are_the_patches_of_images(reader: ShardReader, max_patches: int | None):
+    dataset = BagDataset(reader, max_patches)
+    assert len(dataset) == len(reader) == len(list(dataset))
+    for i, (bag, label) in enumerate(dataset):
+        assert np.array_equal(bag, reader.image_patches(i).pixels[:max_patches])
+        assert label == reader.label[i]
+    loader = DataLoader(dataset, batch_size=6, collate_fn=collate_bags, num_workers=1)
+    start = 0
+    for batch in loader:
+        n = len(batch.labels)
+        assert batch.labels.tolist() == reader.label[start : start + n].tolist()
+        assert len(batch.groups) == len(set(reader.scale[start : start + n].tolist()))
+        for row in range(n):
+            (bag,) = (patches[of == row] for patches, of in batch.groups if (of == row).any())
+            assert torch.equal(bag, dataset[start + row][0])
+            assert len(bag) == batch.counts[row]
+        start += n
+    assert start == len(reader)
+    small = BagDataset(reader, max_patches, v2.Compose([v2.Resize((32, 32)), v2.PILToTensor()]))
+    ((patches, bag),) = collate_bags([small[i] for i in range(5)]).groups
+    assert patches.shape[1:] == (3, 32, 32)
+    assert bag.tolist() == sorted(bag.tolist())
+    with pytest.raises(SettingsError, match="max_patches: expected at least 1, got 0"):
+        BagDataset(reader, 0)
