@@ -214,6 +214,25 @@ def six_losses(logits: Logits, labels: Tensor, label_smoothing: float = 0.0) -> 
     return _cross_entropies(outputs, labels, label_smoothing).mean(0)
 
 
+def six_distances(logits: Logits, taught: Tensor, temperature: float) -> Tensor:
+    """Return how far each of the `OUTPUTS` is from a teacher, the mean over images (6,), float32.
+
+    It is the Kullback-Leibler divergence of the distributions at a temperature, times the square
+    of the temperature, so that gradients keep their size (Hinton et al., 2015).
+
+    Args:
+        logits: of N images and C classes.
+        taught: the teacher's logits (N, C).
+        temperature: by which logits are divided.
+    """
+    outputs = torch.cat((logits.localization, logits.attention), 1).float() / temperature
+    targets = (taught.float() / temperature).log_softmax(-1).unsqueeze(1).expand_as(outputs)
+    distances = functional.kl_div(
+        outputs.log_softmax(-1), targets, reduction="none", log_target=True
+    )
+    return distances.sum(-1).mean(0) * temperature**2
+
+
 def _cross_entropies(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return the cross-entropy of each row of logits (n, ..., C) with its image's label."""
     flat = logits.flatten(0, -2)

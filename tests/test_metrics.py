@@ -15,6 +15,7 @@ from anchorpatch.metrics import (
     AnchorNetAccuracy,
     Figures,
     places,
+    six_distances,
     six_losses,
 )
 from anchorpatch.models.anchornet import Logits
@@ -75,6 +76,18 @@ def test_label_smoothing_mixes_in_the_uniform_target():
     outputs = torch.cat((logits.localization, logits.attention), 1)
     uniform = -outputs.log_softmax(-1).mean(-1).mean(0)
     assert torch.allclose(smooth, 0.8 * plain + 0.2 * uniform)
+
+
+def test_distances_are_divergences_of_softened_distributions():
+    logits, _ = draw(0, 4, 5)
+    generator = torch.Generator().manual_seed(1)
+    taught = torch.randn(4, 5, generator=generator)
+    outputs = torch.cat((logits.localization, logits.attention), 1)
+    target = (taught / 3).softmax(-1)[:, None]
+    divergence = (target * (target.log() - (outputs / 3).softmax(-1).log())).sum(-1)
+    assert torch.allclose(six_distances(logits, taught, 3.0), 9 * divergence.mean(0), rtol=1e-4)
+    same = Logits(outputs[:, :1].expand(4, 3, 5), outputs[:, :1].expand(4, 3, 5))
+    assert torch.allclose(six_distances(same, outputs[:, 0], 3.0), torch.zeros(6), atol=1e-6)
 
 
 def test_one_output_equals_the_definitions():

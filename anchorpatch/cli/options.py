@@ -245,7 +245,7 @@ class_names = click.option(
 )
 
 
-def matching(*, all_classes: bool = True) -> Callable[[_F], _F]:
+def matching(*, all_classes: bool = True, of: str = "the weights") -> Callable[[_F], _F]:
     """Return a decorator that adds the options of a `Matching`, which the command gets."""
 
     def add(command: _F) -> _F:
@@ -259,7 +259,7 @@ def matching(*, all_classes: bool = True) -> Callable[[_F], _F]:
         click.option(
             "--class-map",
             type=PATH,
-            help="Text file with the classes of the outputs of the weights, one per line, in their "
+            help=f"Text file with the classes of the outputs of {of}, one per line, in their "
             "order.  [default: those recorded in the weights; ImageNet's for pretrained ones]",
         )
     ]

@@ -169,6 +169,31 @@ def crop_options(*defaults: str) -> Callable[[_F], _F]:
     "if its classes are the same.",
 )
 @click.option(
+    "--teacher",
+    metavar="NETWORK",
+    help="anchornet: a classifier whose softened distribution on the same crop the six outputs "
+    "learn as well as the labels (knowledge distillation).",
+)
+@click.option(
+    "--teacher-weights",
+    default=TrainConfig.teacher_weights,
+    metavar="default|FILE",
+    help="Weights of the teacher: the pretrained ones of torchvision or timm, or a file.",
+)
+@click.option(
+    "--distill-weight",
+    type=opt.Share(),
+    default=TrainConfig.distill_weight,
+    help="Weight of the teacher's part of the loss; the labels have the rest.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0, min_open=True),
+    default=TrainConfig.temperature,
+    help="Temperature of the distributions of the teacher and the outputs.",
+)
+@opt.matching(all_classes=False, of="the teacher")
+@click.option(
     "--image-cache",
     type=opt.PATH,
     help="Folder for decoded images, so that each file is decoded only once.",

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -31,6 +32,7 @@ from torch.nn import functional
 from anchorpatch.metrics import hits
 from anchorpatch.models.registry import build
 from anchorpatch.models.saccader import Saccader
+from anchorpatch.networks import Network, load_network
 from anchorpatch.runtime.checkpoint import Weights, load_into, load_weights
 from anchorpatch.runtime.device import joined
 from anchorpatch.runtime.progress import Reporter
@@ -41,7 +43,7 @@ from anchorpatch.training.loop import Batch, Trainer
 from anchorpatch.training.run_folder import BEST, RunSummary, alone_in, best_record, refuse_foreign
 
 #: A run of the trainer: its name, what is trained, and how and in which folder.
-_Stage: TypeAlias = "tuple[str, type[ImageTask], TrainConfig]"
+_Stage: TypeAlias = "tuple[str, Callable[..., ImageTask], TrainConfig]"
 
 #: Of the rate of Saccader's third stage in the others'.
 _REFINE: Final = 0.1
@@ -80,7 +82,9 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
     ):
         train, val, cache = open_images(config, world, report)
         classes = train.classes
-        kind = AnchorNetTask if config.arch == "anchornet" else ImageTask
+        kind: Callable[..., ImageTask] = ImageTask
+        if config.arch == "anchornet":
+            kind = partial(AnchorNetTask, teacher=_teacher(config, classes, report))
         stages: list[_Stage] = [(config.arch, kind, config)]
         if config.arch == "saccader":
             stages = _stages(config, classes)
@@ -116,6 +120,14 @@ def run(config: TrainConfig, progress: Reporter | None = None) -> TrainSummary:
             ignored=dict(Counter(train.ignored) + Counter(val.ignored)),
             earlier=earlier,
         )
+
+
+def _teacher(config: TrainConfig, classes: tuple[str, ...], report: Reporter) -> Network | None:
+    if config.teacher is None:
+        return None
+    return load_network(
+        config.teacher, classes, config.teacher_weights, report.message, matching=config.matching
+    )
 
 
 # --- Saccader -----------------------------------------------------------------------------------

@@ -181,6 +181,12 @@ class TrainConfig(LoopConfig):
         weighted_mean: AnchorNet: multiply S by H * W.
         attention_loss: AnchorNet: add the three losses of the attention branches.
         init: weights to start from; classifiers of other classes start from random weights.
+        teacher: AnchorNet: a network, see `anchorpatch.models.registry.build`, whose softened
+            distribution on the same crop the six outputs learn too.
+        teacher_weights: "default" (the pretrained ones) or a file.
+        distill_weight: of the teacher's part of the loss; the labels have the rest.
+        temperature: by which the logits of both are divided.
+        matching: of the outputs of the teacher with the classes.
         image_cache: folder for decoded training pictures; None decodes files each epoch.
         max_bad: share of unreadable images above which the run fails.
     """
@@ -189,6 +195,8 @@ class TrainConfig(LoopConfig):
     FREE: ClassVar[frozenset[str]] = LoopConfig.FREE | {
         *("data", "labels", "files", "only_labelled", "init", "max_bad", "allow_empty"),
         *("image_cache", "recipe", "arch"),
+        # What a run without a teacher does not record.
+        *("teacher", "teacher_weights", "distill_weight", "temperature", "matching"),
     }
 
     data: Path
@@ -208,6 +216,11 @@ class TrainConfig(LoopConfig):
     weighted_mean: bool = True
     attention_loss: bool = True
     init: Path | None = None
+    teacher: str | None = None
+    teacher_weights: str = "default"
+    distill_weight: float = 0.5
+    temperature: float = 2.0
+    matching: Matching = AS_NAMED
     image_cache: Path | None = None
     max_bad: float = 0.01
 
@@ -223,7 +236,10 @@ class TrainConfig(LoopConfig):
         _check(self, " or ".join(RECIPES), RECIPES.__contains__, "recipe")
         known = f"one of {', '.join(ARCHITECTURES)}"
         _check(self, known, ARCHITECTURES.__contains__, "arch")
-        _check(self, "a share above 0", lambda share: 0 < share <= 1, "min_area")
+        _check(self, "a share above 0", lambda share: 0 < share <= 1, "min_area", "distill_weight")
+        _check(self, "a number above 0", lambda value: 0 < value < math.inf, "temperature")
+        if self.teacher is not None and self.arch != "anchornet":
+            raise SettingsError(f"teacher: only for anchornet, not for {self.arch}; leave it out")
         largest = ARCHITECTURES[self.arch]
         if self.crop_size < largest:
             raise SettingsError(

@@ -28,13 +28,21 @@ from anchorpatch.images.crops import (
 )
 from anchorpatch.images.loader import load_batches
 from anchorpatch.images.source import ImageSource, open_source, without_images
-from anchorpatch.metrics import OUTPUTS, Accuracy, AnchorNetAccuracy, six_losses
+from anchorpatch.metrics import (
+    OUTPUTS,
+    Accuracy,
+    AnchorNetAccuracy,
+    six_distances,
+    six_losses,
+)
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.registry import build
+from anchorpatch.networks import Network
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_into, load_weights
 from anchorpatch.runtime.device import exact_float32
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.storage import sha256_of
 from anchorpatch.text import counted
 from anchorpatch.training.config import ANCHORNET_ONLY, TrainConfig
 from anchorpatch.training.loop import Batch, Task
@@ -258,11 +266,43 @@ class ImageTask(Task):
 
 
 class AnchorNetTask(ImageTask):
-    """Learns from six losses, and is measured by branch and by Eq. 7."""
+    """Learns from six losses, and is measured by branch and by Eq. 7.
+
+    Args:
+        args: as of `ImageTask`.
+        teacher: whose distribution the six outputs learn too; with the classes of the images.
+    """
 
     at_once = (16, 256)
     meaningless = frozenset()
     accuracy = AnchorNetAccuracy
+
+    def __init__(self, *args: Any, teacher: Network | None = None) -> None:
+        super().__init__(*args)
+        self.teacher = teacher
+        if teacher is None:
+            return
+        teacher.module.requires_grad_(False).to(self.device)
+        # From what AnchorNet reads to what the teacher reads.
+        ours, theirs = self.meta, teacher.meta
+        ratio = np.divide(ours.std, theirs.std, dtype=np.float32)
+        shift = np.divide(np.subtract(ours.mean, theirs.mean), theirs.std, dtype=np.float32)
+        self._ratio, self._shift = (
+            torch.from_numpy(a).to(self.device).view(3, 1, 1) for a in (ratio, shift)
+        )
+        config, digest = self.config, "default"
+        if config.teacher_weights != "default":
+            with open(config.teacher_weights, "rb") as file:
+                digest = sha256_of(file)
+        taught = {
+            "teacher": config.teacher,
+            "teacher_weights": digest,
+            "distill_weight": config.distill_weight,
+            "temperature": config.temperature,
+            "class_map": config.matching.class_map and list(config.matching.class_map),
+        }
+        self.identity |= taught
+        self.origin["settings"] |= taught
 
     def build(self) -> nn.Module:
         """Return the network with its initial weights, on the device."""
@@ -277,9 +317,16 @@ class AnchorNetTask(ImageTask):
         return AnchorNet(classes, se=config.se, weighted_mean=config.weighted_mean)
 
     def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return the sum of six losses, and each of them."""
-        losses = six_losses(module(batch.inputs), batch.labels, self.config.label_smoothing)
+        """Return the sum of six losses, the teacher's among them, and each cross-entropy."""
+        config, logits = self.config, module(batch.inputs)
+        losses = six_losses(logits, batch.labels, config.label_smoothing)
+        parts = dict(zip(OUTPUTS, losses, strict=True))
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = self.teacher.module(batch.inputs * self._ratio + self._shift)
+            distances = six_distances(logits, taught, config.temperature)
+            parts["distillation"] = distances.sum()
+            losses = torch.lerp(losses, distances, config.distill_weight)
         # A factor of 0 keeps every parameter in the graph, as several processes need it.
-        attention = float(self.config.attention_loss)
-        total = losses[:3].sum() + attention * losses[3:].sum()
-        return total, dict(zip(OUTPUTS, losses, strict=True))
+        attention = float(config.attention_loss)
+        return losses[:3].sum() + attention * losses[3:].sum(), parts

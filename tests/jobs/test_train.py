@@ -27,7 +27,8 @@ from anchorpatch.errors import (
 )
 from anchorpatch.jobs import evaluate_anchornet
 from anchorpatch.jobs.train import run
-from anchorpatch.runtime.checkpoint import load_weights, save_weights
+from anchorpatch.models.registry import build
+from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights, save_weights
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import CropSettings
 from anchorpatch.training.config import RECIPES, TrainConfig
@@ -461,6 +462,51 @@ def test_attention_branches_rest_without_their_losses(data: Path, tmp_path: Path
     assert tensors["branches.0.classifier.bias"].any()
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The options for a teacher of further classes, in another order."""
+    torch.manual_seed(0)
+    net = build("shufflenet_v2_x0_5", 3)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_weights(path, net.state_dict(), WeightsMeta("shufflenet_v2_x0_5", ("ox", "dog", "cat")))
+    return {"teacher": "shufflenet_v2_x0_5", "teacher_weights": str(path), "distill_weight": 0.25}
+
+
+def test_a_teacher_has_its_part_in_the_loss(data: Path, whole: Path, teacher: dict, tmp_path: Path):
+    reporter = StopAt(-1)
+    run(tiny(data, tmp_path, **teacher), reporter)
+    assert "2 of its 3 outputs are the classes" in " ".join(reporter.lines)
+    first, plain = records(tmp_path)[0]["train"], records(whole)[0]["train"]
+    six = sum(v for k, v in first.items() if k not in ("loss", "distillation"))
+    assert first["loss"] == pytest.approx(0.75 * six + 0.25 * first["distillation"])
+    assert first["distillation"] > 0
+    assert first["localization_63"] != plain["localization_63"]
+    assert set(records(tmp_path)[0]["val"]["losses"]) == set(plain) - {"loss"}
+    recorded = load_weights(tmp_path / "best.safetensors").meta.training["settings"]
+    assert (recorded["teacher"], recorded["temperature"]) == ("shufflenet_v2_x0_5", 2.0)
+    with pytest.raises(WeightsError, match=r"temperature 2\.0 there, 4\.0 here"):
+        run(tiny(data, tmp_path, **teacher, temperature=4.0))
+    with pytest.raises(WeightsError, match="teacher shufflenet_v2_x0_5 there, None here"):
+        run(tiny(data, tmp_path))
+
+
+def test_a_run_with_a_teacher_resumes(data: Path, teacher: dict, tmp_path: Path):
+    run(tiny(data, tmp_path / "whole", **teacher))
+    with pytest.raises(Interrupted):
+        run(tiny(data, tmp_path / "stopped", **teacher), StopAt(20))
+    run(tiny(data, tmp_path / "stopped", **teacher))
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_teacher_that_lacks_classes_is_refused(data: Path, teacher: dict, tmp_path: Path):
+    path = tmp_path / "teacher.safetensors"
+    net = build("shufflenet_v2_x0_5", 2)
+    save_weights(path, net.state_dict(), WeightsMeta("shufflenet_v2_x0_5", ("ox", "cat")))
+    with pytest.raises(WeightsError, match="lack 1 of them: dog"):
+        run(tiny(data, tmp_path / "run", **{**teacher, "teacher_weights": str(path)}))
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -476,6 +522,9 @@ def test_attention_branches_rest_without_their_losses(data: Path, tmp_path: Path
         {"min_area": 0.0},
         {"nesterov": True, "momentum": 0.0},
         {"seed": -1},
+        {"distill_weight": 0.0},
+        {"temperature": 0.0},
+        {"teacher": "resnet18", "arch": "bagnet33"},
     ],
     ids=lambda changes: "-".join(changes),
 )
