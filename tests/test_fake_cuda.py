@@ -260,7 +260,8 @@ def test_training_never_waits(
 @pytest.mark.parametrize(("side", "amp"), [(95, False), (224, True)])
 def test_fine_tuning_never_waits(gpu: FakeGpu, tmp_path: Path, side: int, amp: bool) -> None:
     def load(*_: Any, threads: int, pin_memory: bool, whole: bool) -> Iterator[Any]:
-        assert pin_memory and whole == (side == 224)
+        assert pin_memory
+        assert whole == (side == 224)
         for k in range(9):
             request = Request((0, 0, k, 0), side, np.arange(8), 1.0)
             yield request, Loaded(pixels(8, side), torch.zeros(8, dtype=torch.int64))
