@@ -53,6 +53,10 @@ ENGINES: Final = ("torch", "openvino")
 CROP_PCT: Final[Mapping[str, float]] = {"center": 0.875, "squash": 1.0, "border": 1.0}
 CROP_MODES: Final = tuple(CROP_PCT)
 
+#: How the confidence of a decision is measured, and the thresholds of a curve.
+CONFIDENCES: Final = ("max", "margin", "entropy")
+THRESHOLDS: Final = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
+
 #: What becomes of an image that can only be decoded with damage.
 DAMAGED: Final = ("keep", "skip")
 

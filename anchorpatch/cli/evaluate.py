@@ -15,9 +15,18 @@ from anchorpatch.storage import write_atomically
 
 if TYPE_CHECKING:
     from anchorpatch.jobs.results import AnchorNetFigures, Table3, Table4
+    from anchorpatch.jobs.tradeoff import Dynamic
 
 #: Options that only one of the two kinds of evaluation has.
 _OF_ANCHORNET = ("labels", "files", "only_labelled", "max_bad")
+_OF_DYNAMIC = (
+    "confidence",
+    "thresholds",
+    "budgets",
+    "glance",
+    "calibrate_on",
+    "calibrate_images",
+)
 _OF_NETWORKS = (
     "shards",
     "protocol",
@@ -31,6 +40,7 @@ _OF_NETWORKS = (
     "class_map",
     "all_classes",
     "class_names",
+    *_OF_DYNAMIC,
 )
 
 #: Options without a meaning for one patch against a rescaled image.
@@ -53,10 +63,48 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 @opt.runs
 @click.option(
     "--protocol",
-    type=click.Choice(["patches", "rescale"]),
+    type=click.Choice(["patches", "rescale", "dynamic"]),
     default="patches",
-    help="Compare all patches with whole images (Table 3), or the strongest patch with the image "
-    "rescaled to its size (Table 4).",
+    help="Compare all patches with whole images (Table 3), the strongest patch with the image "
+    "rescaled to its size (Table 4), or accuracy with cost where an image is looked at patch by "
+    "patch until the network is sure.",
+)
+@opt.confidence
+@click.option(
+    "--threshold",
+    "thresholds",
+    type=opt.NumberList(float, length=None),
+    default=(),
+    show_default=False,
+    help="--protocol dynamic: confidence at which to stop, from 0 (after the first look) to 1 "
+    "(never).  [default: ten thresholds, unless --budget is given]",
+)
+@click.option(
+    "--budget",
+    "budgets",
+    type=opt.NumberList(float, length=None),
+    default=(),
+    show_default=False,
+    help="--protocol dynamic: GMACs per image, AnchorNet's included, to find thresholds for on "
+    "images that are neither measured nor trained on.",
+)
+@click.option(
+    "--glance",
+    metavar="SIDE",
+    type=click.IntRange(min=16),
+    help="--protocol dynamic: first look at the whole image, resized to SIDE px.",
+)
+@click.option(
+    "--calibrate-on",
+    default="train",
+    help="--budget: split of the shards to calibrate on: the images that `finetune --holdout` kept "
+    "out, or any images where the weights are not from finetune.",
+)
+@click.option(
+    "--calibrate-images",
+    type=click.IntRange(min=1),
+    default=2000,
+    help="--budget: maximum number of images to calibrate on.",
 )
 @click.option(
     "--scale",
@@ -131,8 +179,8 @@ def evaluate(
     and of the decision of Eq. 7, the share of images assigned to each branch, patches per image
     for each preset, and MACs. --labels, --files, --only-labelled and --max-bad are only for
     anchornet; --shards, --protocol, --scale, --per-scale, --whole-weights, --whole,
-    --anchornet-weights, --speed, --predictions, --class-map, --all-classes and --class-names only
-    for classifiers.
+    --anchornet-weights, --speed, --predictions, --class-map, --all-classes, --class-names and the
+    options of --protocol dynamic only for classifiers.
 
     Classes are matched by name, so pretrained weights of ImageNet can be evaluated on a folder
     with some of its classes: the logits of the others are left out, or kept with --all-classes.
@@ -144,6 +192,7 @@ def evaluate(
     \b
     anchorpatch evaluate resnet50
     anchorpatch evaluate resnet50 --protocol rescale
+    anchorpatch evaluate resnet50 --protocol dynamic --budget 0.8,1.2
     anchorpatch evaluate resnet50 --weights default
     anchorpatch evaluate resnet50 --scale 63 --predictions 63.csv
     anchorpatch evaluate anchornet --data imagenet --split val
@@ -157,6 +206,10 @@ def evaluate(
         _refuse(ctx, _OF_ANCHORNET, "is only for anchornet")
         if options["protocol"] == "rescale":
             _refuse(ctx, _OF_TABLE_3, "needs --protocol patches")
+        if options["protocol"] != "dynamic":
+            _refuse(ctx, _OF_DYNAMIC, "needs --protocol dynamic")
+        else:
+            _refuse(ctx, ("predictions",), "needs --protocol patches")
         if options["per_scale"] and options["weights"] is not None:
             raise click.UsageError("--per-scale and --weights are mutually exclusive.", ctx)
     from anchorpatch.runtime.device import use_threads  # torch is slow to import
@@ -191,16 +244,20 @@ def _anchornet(options: dict[str, Any]) -> AnchorNetFigures:
     return run(EvaluateAnchorNetConfig(weights=weights, **known), reporter())
 
 
-def _network(network: str, options: dict[str, Any]) -> Table3 | Table4:
+def _network(network: str, options: dict[str, Any]) -> Table3 | Table4 | Dynamic:
+    from anchorpatch.jobs import dynamic
     from anchorpatch.jobs.evaluate import EvaluateConfig, run, run_rescale
     from anchorpatch.runtime.progress import reporter
 
     scale, anchornet = options.pop("scale"), options.pop("anchornet_weights")
-    job = run_rescale if options.pop("protocol") == "rescale" else run
-    config = EvaluateConfig(
-        network=network,
-        scales=SCALES if scale is None else (int(scale),),
-        anchornet_weights=find_weights(anchornet, options["runs"]) if anchornet else None,
-        **{k: v for k, v in options.items() if k not in _OF_ANCHORNET},
-    )
-    return job(config, reporter())
+    protocol = options.pop("protocol")
+    given = {
+        "network": network,
+        "scales": SCALES if scale is None else (int(scale),),
+        "anchornet_weights": find_weights(anchornet, options["runs"]) if anchornet else None,
+        **{k: v for k, v in options.items() if k not in (*_OF_ANCHORNET, *_OF_DYNAMIC)},
+    }
+    if protocol == "dynamic":
+        given |= {k: v for k, v in options.items() if k in _OF_DYNAMIC}
+        return dynamic.run(dynamic.DynamicConfig(**given), reporter())
+    return (run_rescale if protocol == "rescale" else run)(EvaluateConfig(**given), reporter())

@@ -47,6 +47,13 @@ def _default(name: str) -> str:
     help="Number of random patches per image and epoch.  [default: all]",
 )
 @click.option(
+    "--holdout",
+    type=opt.Share(),
+    default=FinetuneConfig.holdout,
+    help="Share of the training images to keep out of training, for `anchorpatch evaluate "
+    "--protocol dynamic --budget` to calibrate on.",
+)
+@click.option(
     "--baseline",
     is_flag=True,
     help="Train on whole images instead, with the MACs of the run on patches in RUNS/NETWORK "

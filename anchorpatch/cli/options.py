@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from anchorpatch.classes import ClassNames, Matching
 from anchorpatch.errors import OutOfMemory
-from anchorpatch.settings import ENGINES, PRECISIONS, PRESETS, default_preset
+from anchorpatch.settings import CONFIDENCES, ENGINES, PRECISIONS, PRESETS, default_preset
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -358,6 +358,14 @@ precision = grouped(
         callback=_note_amp,
         help="The same as --precision bfloat16.",
     ),
+)
+
+confidence = click.option(
+    "--confidence",
+    type=click.Choice(CONFIDENCES),
+    default="max",
+    help="How sure the network is of the mean softmax so far: its largest probability, the margin "
+    "to the second largest, or 1 minus its normalized entropy.",
 )
 
 

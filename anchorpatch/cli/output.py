@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from anchorpatch.errors import StorageError, reason_of
-from anchorpatch.tables import NO_VALUE, Table
+from anchorpatch.tables import NO_VALUE, Table, shown_value
 
 
 class ReaderGone(BrokenPipeError):
@@ -134,7 +134,9 @@ def print_result(result: Mapping[str, Any], tables: Sequence[Table], form: str) 
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(result["rows"][0])
-        writer.writerows(row.values() for row in result["rows"])
+        for row in result["rows"]:
+            cells = row.values()
+            writer.writerow(shown_value(v) if isinstance(v, (list, tuple)) else v for v in cells)
         click.echo(text.getvalue(), nl=False)
         for note in _notes(tables):
             click.echo(note, err=True)

@@ -6,34 +6,30 @@ on whole images, with the cost of both.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from anchorpatch.classes import AS_NAMED, IMAGENET_NAMES, ClassNames, Matching
 from anchorpatch.errors import DataError, WeightsError
 from anchorpatch.images.source import spread_rows, without_images
 from anchorpatch.jobs.crops import Crops, CropSource, open_shards
-from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.jobs.patch_scores import (
     Distributions,
     Keep,
     Predictions,
     score_images,
     score_patches,
-    sum_localized,
 )
 from anchorpatch.jobs.results import Speed, Table3, Table4, table_3_rows, table_4_rows
+from anchorpatch.jobs.speed import SPEED_IMAGES, Stopwatch
 from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import check_sides, macs
@@ -51,12 +47,6 @@ from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import SCALES, Computing
 from anchorpatch.shards.reader import ShardReader
-
-#: Images on which speed is measured: some seconds for a ResNet-50.
-_SPEED_IMAGES: Final = {"cpu": 32, "cuda": 2048}
-
-#: Turns of each way that are timed, after one to warm up.
-_ROUNDS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -120,7 +110,7 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
         SettingsError: no such network, or it cannot take a patch.
         StorageError: the predictions cannot be written.
     """
-    with _Evaluation.prepare(config, progress) as job:
+    with Evaluation.prepare(config, progress) as job:
         whole, why_not = job.find_whole()
         anchornet, no_speed = job.find_anchornet(whole, why_not)
         networks = job.for_patches()
@@ -164,7 +154,7 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
             speed=speed,
             left_out=tuple(f"{what}: {why}" for what, why in missing.items() if why),
             whole_trained_on=asked.trained_on if asked else "",
-            notes=_notes(*distinct, asked, resized="extract resized patches and whole images"),
+            notes=notes_of(*distinct, asked, resized="extract resized patches and whole images"),
             img_size=size,
         )
 
@@ -178,7 +168,7 @@ def run_rescale(config: EvaluateConfig, progress: Reporter | None = None) -> Tab
         DataError: there are no whole images, or the shards have other classes than the weights.
         AnchorpatchError: as `run`.
     """
-    with _Evaluation.prepare(config, progress) as job:
+    with Evaluation.prepare(config, progress) as job:
         whole, why_not = job.find_whole()
         if whole is None:
             raise DataError(f"--protocol rescale needs the whole images, but {why_not}")
@@ -201,12 +191,12 @@ def run_rescale(config: EvaluateConfig, progress: Reporter | None = None) -> Tab
             whole_source=whole.description,
             rows=table_4_rows(rescaled, localized),
             trained_on=network.trained_on,
-            notes=_notes(network, resized="extract resized the images and their patches"),
+            notes=notes_of(network, resized="extract resized the images and their patches"),
         )
 
 
 @dataclass(frozen=True)
-class _Evaluation:
+class Evaluation:
     """Shards, opened and checked, and what can be measured of networks on them."""
 
     config: EvaluateConfig
@@ -218,7 +208,7 @@ class _Evaluation:
 
     @classmethod
     @contextmanager
-    def prepare(cls, config: EvaluateConfig, progress: Reporter | None) -> Iterator[_Evaluation]:
+    def prepare(cls, config: EvaluateConfig, progress: Reporter | None) -> Iterator[Evaluation]:
         """Open and check everything; see `anchorpatch.jobs.evaluate.run` for errors."""
         with joined(config.device, progress, config.precision) as (device, world, report):
             # Without weights yet: what cannot be is said at once.
@@ -324,9 +314,9 @@ class _Evaluation:
             most: take only the strongest patches of each image, so many.
             keep: gets the decisions.
         """
-        with self._counting("patches", self.config.scales) as (rows, advance):
+        with self.counting("patches", self.config.scales) as (rows, advance):
             return score_patches(
-                {scale: self._on_device(network) for scale, network in networks.items()},
+                self.runs(networks),
                 self.reader,
                 rows,
                 batch_size=self.batch_size,
@@ -344,18 +334,23 @@ class _Evaluation:
     ) -> Figures:
         """Decide on the whole images that chose one of the scales, changed first."""
         on_gpu = self.device.type == "cuda"
-        with self._counting("whole images", scales) as (rows, advance):
+        with self.counting("whole images", scales) as (rows, advance):
             batches = whole.batches(rows, self.batch_size, pin_memory=on_gpu)
-            return score_images(self._on_device(network), map(change, batches), advance=advance)
+            return score_images(self.on_device(network), map(change, batches), advance=advance)
 
-    def _on_device(self, network: Network) -> Distributions:
+    def runs(self, networks: Mapping[int, Network]) -> dict[int, Distributions]:
+        """Return the networks by scale, on the device."""
+        return {scale: self.on_device(network) for scale, network in networks.items()}
+
+    def on_device(self, network: Network) -> Distributions:
+        """Return a network that gives distributions, on the device."""
         # Channels last takes the pixels as they lie in the shards.
         module = network.module.eval().to(self.device).to(memory_format=torch.channels_last)
         amp = self.config.precision == "bfloat16"
         return Distributions(module, self.device, network.meta, amp)
 
     @contextmanager
-    def _counting(
+    def counting(
         self, what: str, scales: tuple[int, ...]
     ) -> Iterator[tuple[NDArray[np.int64], Callable[[int], None]]]:
         """Give this process's images of the scales, and what counts those that are done."""
@@ -367,50 +362,25 @@ class _Evaluation:
     def measure(
         self, networks: Mapping[int, Network], whole: CropSource, weights: Weights
     ) -> Speed | None:
-        """Time both ways from pixels in memory to decisions in memory, taking turns.
-
-        That is for the main process: None in the others.
-        """
+        """Time both ways. That is for the main process: None in the others."""
         if not self.world.is_main:
             return None
+        with self.stopwatch(networks, whole, weights) as watch:
+            return watch.speed()
+
+    def stopwatch(
+        self, networks: Mapping[int, Network], whole: CropSource, weights: Weights
+    ) -> Stopwatch:
+        """Read the images on which speed is measured, and return what measures it."""
         self.report.message("measuring speed")
         rows, size = self.rows(SCALES), self.batch_size
-        some = rows[spread_rows(len(rows), _SPEED_IMAGES[self.device.type])]
+        some = rows[spread_rows(len(rows), SPEED_IMAGES[self.device.type])]
         pixels = torch.cat([batch.pixels for batch in whole.batches(some, size)])
-        if self.device.type == "cuda":
-            pixels = pixels.pin_memory()
-        batches, patches = torch.split(pixels, size), 0
-        runs = {scale: self._on_device(network) for scale, network in networks.items()}
-        computing = self.device, self.config.engine, self.config.precision
-        lsp, side = self.reader.settings.lsp, self.reader.settings.img_size
-        localizer = Localizer(weights, lsp, *computing, side=side, batch_size=size)
-
-        def whole_images() -> list[Tensor]:
-            return [runs[SCALES[0]](batch).argmax(1) for batch in batches]
-
-        def by_patches() -> list[Tensor]:
-            nonlocal patches
-            patches, decided = 0, []
-            for batch in batches:
-                found = localizer.submit(batch).result()
-                on_device = batch.to(self.device, non_blocking=True)
-                decided.append(sum_localized(runs, found, on_device, size).argmax(1))
-                patches += int(found.counts.sum())
-            return decided
-
-        seconds: tuple[list[float], list[float]] = ([], [])
-        with localizer, torch.inference_mode():
-            for _ in range(1 + _ROUNDS):
-                for way, times in zip((whole_images, by_patches), seconds, strict=True):
-                    began = time.perf_counter()
-                    torch.cat(way()).cpu()  # waits for the device
-                    times.append(time.perf_counter() - began)
-        n = len(pixels)
-        of_whole, of_patches = (n / median(times[1:]) for times in seconds)
-        return Speed(n, _ROUNDS, of_whole, of_patches, of_patches / of_whole, patches / n)
+        how = self.reader.settings, self.device, self.config
+        return Stopwatch(self.runs(networks), weights, *how, pixels, size)
 
 
-def _notes(*networks: Network | None, resized: str) -> tuple[str, ...]:
+def notes_of(*networks: Network | None, resized: str) -> tuple[str, ...]:
     """Return what is special about networks, each once.
 
     That is how their outputs were matched with the classes, and an interpolation that is not that

@@ -31,7 +31,15 @@ from anchorpatch.runtime.device import joined
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import SCALES
-from anchorpatch.shards.dataset import Loaded, batches_of, epoch_rows, load_rows, pieces_of, visited
+from anchorpatch.shards.dataset import (
+    Loaded,
+    batches_of,
+    epoch_rows,
+    held_out,
+    load_rows,
+    pieces_of,
+    visited,
+)
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.state_dicts import find_pretrained
 from anchorpatch.storage import sha256_of, to_json
@@ -99,7 +107,7 @@ def run(config: FinetuneConfig, progress: Reporter | None = None) -> FinetuneSum
             source=task.source,
             epochs=len(records),
             classes=len(task.train.classes),
-            images=(len(task.train), len(task.val)),
+            images=(task.training_images, len(task.val)),
             cost=cost,
             best=best_record(records),
             last=records[-1],
@@ -124,7 +132,7 @@ def forecast(config: FinetuneConfig) -> dict[str, Any]:
         "source": task.source,
         "unit": task.unit,
         "classes": len(task.train.classes),
-        "images": [len(task.train), len(task.val)],
+        "images": [task.training_images, len(task.val)],
         "batch_size": config.batch_size,
         "cost": task.cost,
     }
@@ -249,6 +257,7 @@ class FinetuneTask(Task):
 
     Attributes:
         plan: the steps.
+        taken: training images that are not held out (n,), bool; None for all.
         cost: what the run takes, as JSON values: its epochs, the steps of each, the patches of an
             epoch by scale (for a baseline, images by side), the multiply-accumulates of one of
             them and of the whole run, and what a baseline may spend, by which run. Those are of
@@ -278,6 +287,7 @@ class FinetuneTask(Task):
     ) -> None:
         super().__init__(config, device, world)
         self.train, self.val, self.message = train, val, message
+        self.taken = ~held_out(train, config.holdout) if config.holdout else None
         counts = self.counts()
         self._refuse_too_few(sum(counts.values()))
         module = build_on_meta(config.network, len(train.classes)).eval()
@@ -334,7 +344,7 @@ class FinetuneTask(Task):
             of = f"{config.like}, {counted(cost['epochs'], 'epoch')}"
             return {"macs": int(cost["macs"]), "of": of}
         except FileNotFoundError:
-            counts = visited(self.train, SCALES)
+            counts = visited(self.train, SCALES, taken=self.taken)
             total = _total(counts, {scale: macs(module, scale) for scale in counts})
             of = f"{counted(config.epochs, 'epoch')} of all patches"
             return {"macs": config.epochs * total, "of": of}
@@ -384,6 +394,11 @@ class FinetuneTask(Task):
                 yield self.batch(inputs.permute(0, 2, 3, 1), labels, request.share)
 
     @property
+    def training_images(self) -> int:
+        """How many images are trained on."""
+        return len(self.train) if self.taken is None else int(self.taken.sum())
+
+    @property
     def eval_batch(self) -> int:
         """Images or patches of a batch in evaluation."""
         # CPU: larger ones spend their time on fresh memory.
@@ -396,11 +411,13 @@ class FinetuneTask(Task):
 
     def counts(self) -> dict[int, int]:
         """Return the rows of a pass by the side of their pixels."""
-        return visited(self.train, self.config.scales, self.config.patches_per_image)
+        config = self.config
+        return visited(self.train, config.scales, config.patches_per_image, self.taken)
 
     def draw(self, rng: np.random.Generator) -> Mapping[int, NDArray[np.int64]]:
         """Return the rows of a pass in random order."""
-        return epoch_rows(self.train, rng, self.config.scales, self.config.patches_per_image)
+        config = self.config
+        return epoch_rows(self.train, rng, config.scales, config.patches_per_image, self.taken)
 
     def load(self, requests: Iterator[Request]) -> Generator[tuple[Request, Loaded], None, None]:
         """Read the pieces of a run ahead of their use."""
@@ -457,11 +474,12 @@ class BaselineTask(FinetuneTask):
 
     def counts(self) -> dict[int, int]:
         """Return the images of a pass."""
-        return {self.images.crop.img_size: len(self.images)}
+        return {self.images.crop.img_size: self.training_images}
 
     def draw(self, rng: np.random.Generator) -> Mapping[int, NDArray[np.int64]]:
         """Return the images of a pass in random order."""
-        return {self.images.crop.img_size: rng.permutation(len(self.images))}
+        rows = np.arange(len(self.images)) if self.taken is None else np.flatnonzero(self.taken)
+        return {self.images.crop.img_size: rng.permutation(rows)}
 
     def load(self, requests: Iterator[Request]) -> Generator[tuple[Request, Loaded], None, None]:
         """Read or decode the pieces of a run ahead of their use."""

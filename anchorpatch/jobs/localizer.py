@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -190,6 +190,7 @@ class Runner:
         precision: that the features are computed in; logits and heatmaps are always float32.
         compile: the features are for ``torch.compile``.
         streams: calls of `features` at once, which share the threads that torch has.
+        latency: images come one by one, and not in batches.
 
     Raises:
         SettingsError: as `resolve_engine` says.
@@ -205,6 +206,7 @@ class Runner:
         side: int | None = None,
         compile: bool = False,
         streams: int = 1,
+        latency: bool = False,
     ) -> None:
         self.device, self.amp = device, precision == "bfloat16"
         self.side = side or weights.meta.crop
@@ -215,10 +217,9 @@ class Runner:
         self._normalize = Normalization(weights.meta, device)
         self._openvino = None
         if self.engine == "openvino":
-            mean, std = weights.meta.mean, weights.meta.std
-            self._openvino = OpenVinoFeatures(
-                net, mean, std, side=self.side, precision=precision, streams=streams
-            )
+            options: dict[str, Any] = {"side": self.side, "precision": precision}
+            options |= {"streams": streams, **({"images": 1} if latency else {})}
+            self._openvino = OpenVinoFeatures(net, weights.meta.mean, weights.meta.std, **options)
 
     def features(self, pixels: Tensor) -> Features:
         """Return the features of uint8 pixels (n, side, side, 3)."""
@@ -245,6 +246,8 @@ class Localizer(Runner):
         engine: as for `Runner`; with ``precision`` and ``side``.
         batch_size: images in a chunk on a GPU; on CPU chunks have `CPU_CHUNK` images.
         compile: pass the stage through ``torch.compile``.
+        latency: images come one by one, each for all threads: chunks have one image. Results may
+            differ from those of full chunks in their last bits.
     """
 
     def __init__(
@@ -258,10 +261,11 @@ class Localizer(Runner):
         side: int | None = None,
         batch_size: int = 256,
         compile: bool = False,
+        latency: bool = False,
     ) -> None:
-        threads = torch.get_num_threads()
-        computing = device, engine, precision
-        super().__init__(weights, *computing, side=side, compile=compile, streams=threads)
+        threads, calls = torch.get_num_threads(), 1 if latency else torch.get_num_threads()
+        options: dict[str, Any] = {"compile": compile, "streams": calls, "latency": latency}
+        super().__init__(weights, device, engine, precision, side=side, **options)
         self.settings = settings
         other = "use --precision float32" if self.amp else "train or download them again"
         self._advice = f"the weights {weights.path} may be damaged or badly trained: {other}"
@@ -269,13 +273,13 @@ class Localizer(Runner):
         self._stage: Callable[[Tensor], Sequence[Tensor]] = self._localize
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cpu":
-            self.chunk = CPU_CHUNK
+            self.chunk = 1 if latency else CPU_CHUNK
             # The number of threads is a matter of each thread, and new ones start with all cores.
             self._pool = ThreadPoolExecutor(
-                threads, initializer=torch.set_num_threads, initargs=(1,)
+                calls, initializer=torch.set_num_threads, initargs=(threads // calls,)
             )
         else:
-            self.chunk = batch_size
+            self.chunk = 1 if latency else batch_size
         if compile:
             self._stage = torch.compile(self._localize)
             # Compiling is for one thread, before the pool's get there.

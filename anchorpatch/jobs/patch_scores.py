@@ -84,6 +84,8 @@ class Part(NamedTuple):
     Attributes:
         scale: side of the patches in pixels.
         rows: of the patches among those of the scale (m,), int64.
+        images: row of each patch's image (m,), int64.
+        at: number of each patch among those of its image, from 0 (m,), int64.
         lengths: patches in this batch of each of its images (k,), int64.
         decided: rows of the images whose last patch is here, int64.
         counts: all patches of each of the decided images, int64.
@@ -92,6 +94,8 @@ class Part(NamedTuple):
 
     scale: int
     rows: NDArray[np.int64]
+    images: NDArray[np.int64]
+    at: NDArray[np.int64]
     lengths: NDArray[np.int64]
     decided: NDArray[np.int64]
     counts: NDArray[np.int64]
@@ -125,11 +129,30 @@ def _parts(
         yield Part(
             scale=scale,
             rows=first[image] + patches - begins,
+            images=images[image],
+            at=patches - begins,
             lengths=np.bincount(image - lo),
             decided=images[whole],
             counts=counts[whole],
             open=whole.stop == hi,
         )
+
+
+def each_part(
+    networks: Mapping[int, Distributions],
+    reader: ShardReader,
+    images: NDArray[np.int64],
+    batch_size: int,
+    most: int | None = None,
+) -> Iterator[tuple[Part, Tensor]]:
+    """Yield batches of patches with their distributions (m, C); see `score_patches`."""
+    device = next(iter(networks.values())).device
+    for scale, run in networks.items():
+        plan = _parts(reader, scale, images[reader.scale[images] == scale], batch_size, most)
+        loaded = load_rows(reader, plan, threads=2, pin_memory=device.type == "cuda")
+        with closing(loaded):
+            for part, (pixels, _) in loaded:
+                yield part, run(pixels)
 
 
 def added_by_image(probabilities: Tensor, part: Part, carry: Tensor | None) -> Tensor:
@@ -185,22 +208,20 @@ def score_patches(
     """
     device = next(iter(networks.values())).device
     accuracy = Accuracy(device, len(networks))
-    for j, (scale, run) in enumerate(networks.items()):
-        plan = _parts(reader, scale, images[reader.scale[images] == scale], batch_size, most)
-        carry: Tensor | None = None
-        loaded = load_rows(reader, plan, threads=2, pin_memory=device.type == "cuda")
-        with closing(loaded):
-            for part, (pixels, _) in loaded:
-                check()
-                added = added_by_image(run(pixels), part, carry)
-                carry = added[-1] if part.open else None
-                rows, decided = part.decided, added[: len(part.decided)]
-                labels = to_device(reader.label[rows].astype(np.int64), device)
-                losses = probability_losses(decided, labels)
-                accuracy.update(decided, labels, losses, group=j, patches=len(part.rows))
-                if keep is not None and len(rows):
-                    keep(rows, decided.cpu().numpy() / part.counts[:, None])
-                advance(len(rows))
+    groups = {scale: j for j, scale in enumerate(networks)}
+    carry: Tensor | None = None
+    for part, probabilities in each_part(networks, reader, images, batch_size, most):
+        check()
+        added = added_by_image(probabilities, part, carry)
+        carry = added[-1] if part.open else None
+        rows, decided = part.decided, added[: len(part.decided)]
+        labels = to_device(reader.label[rows].astype(np.int64), device)
+        losses = probability_losses(decided, labels)
+        group = groups[part.scale]
+        accuracy.update(decided, labels, losses, group=group, patches=len(part.rows))
+        if keep is not None and len(rows):
+            keep(rows, decided.cpu().numpy() / part.counts[:, None])
+        advance(len(rows))
     total, by_scale = accuracy.figures()
     if not total.images:
         raise ShardError(

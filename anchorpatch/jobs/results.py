@@ -84,6 +84,26 @@ class AnchorNetFigures:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """How long decisions on single images take, one after another, with AnchorNet's part.
+
+    Attributes:
+        images: that were timed.
+        median: milliseconds.
+        p95: the 95th percentile, milliseconds.
+        images_per_second: at batch size 1.
+    """
+
+    images: int
+    median: float
+    p95: float
+    images_per_second: float
+
+    def __str__(self) -> str:
+        return f"{decimal(self.median, 1).text} ms ({decimal(self.p95, 1).text})"
+
+
+@dataclass(frozen=True)
 class Speed:
     """Both ways on the same pixels in one run, taking turns.
 
@@ -94,6 +114,7 @@ class Speed:
         patches: images per second of AnchorNet, LSP, cropping and the network on the patches.
         ratio: patches / whole.
         mean_patches: patches per image of these images.
+        latency: of single images, by "whole" and "patches".
     """
 
     images: int
@@ -102,6 +123,13 @@ class Speed:
     patches: float
     ratio: float
     mean_patches: float
+    latency: Mapping[str, Latency] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Speed:
+        """Return the speed that a result has as JSON."""
+        latency = {name: Latency(**value) for name, value in data.get("latency", {}).items()}
+        return cls(**{**data, "latency": latency})
 
 
 @dataclass(frozen=True)
@@ -215,6 +243,9 @@ class Table3:
                 f"{ratio} times as many ({counted(speed.images, 'image')} of {mean} patches, "
                 f"{counted(speed.rounds, 'turn')} each)."
             )
+            if speed.latency:
+                each = ", ".join(f"{way} {of}" for way, of in speed.latency.items())
+                notes.append(f"A single image, median (95th percentile): {each}.")
         notes += [f"{note}." for note in self.notes]
         notes += [f"Left out: {reason}." for reason in self.left_out]
         return (with_total(f"Table 3: {self.network}", columns, rows, notes),)

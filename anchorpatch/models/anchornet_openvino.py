@@ -59,6 +59,7 @@ class OpenVinoFeatures:
         side: of the images in pixels.
         precision: float32 or bfloat16.
         streams: threads that may call at once; their calls share the threads that torch has.
+        images: of an inference.
 
     Raises:
         SettingsError: OpenVINO cannot compile the network, and says why.
@@ -73,6 +74,7 @@ class OpenVinoFeatures:
         side: int = CROP,
         precision: str = "float32",
         streams: int = 1,
+        images: int = _IMAGES,
     ) -> None:
         core = openvino_core()
         settings = {
@@ -82,23 +84,25 @@ class OpenVinoFeatures:
             "ENABLE_CPU_PINNING": False,  # processes of one machine would share the first cores
         }
         try:
-            graph = _graph(importlib.import_module("openvino.opset13"), net, mean, std, side)
+            graph = _graph(
+                importlib.import_module("openvino.opset13"), net, mean, std, (images, side)
+            )
             self._compiled = core.compile_model(graph, "CPU", settings)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise SettingsError(f"--engine openvino: {reason}; use --engine torch") from error
         self._shapes = [tuple(out.shape)[1:] for out in self._compiled.outputs]
-        self._thread = threading.local()
+        self._thread, self._images = threading.local(), images
 
     def __call__(self, pixels: Tensor) -> Features:
         """Return the features of uint8 pixels (n, side, side, 3)."""
         if not hasattr(self._thread, "request"):
             self._thread.request = self._compiled.create_infer_request()
         found = [np.empty((len(pixels), *shape), np.float32) for shape in self._shapes]
-        for begin in range(0, len(pixels), _IMAGES):
-            piece = np.ascontiguousarray(pixels[begin : begin + _IMAGES].numpy())
+        for begin in range(0, len(pixels), self._images):
+            piece = np.ascontiguousarray(pixels[begin : begin + self._images].numpy())
             n = len(piece)
-            piece = np.concatenate((piece, piece[:1].repeat(_IMAGES - n, 0)))
+            piece = np.concatenate((piece, piece[:1].repeat(self._images - n, 0)))
             made = self._thread.request.infer([piece], share_inputs=True, share_outputs=True)
             for array, part in zip(found, made.values(), strict=True):
                 array[begin : begin + n] = part[:n]
@@ -107,9 +111,18 @@ class OpenVinoFeatures:
         return Features(*(tuple(tensors[i * third : (i + 1) * third]) for i in range(3)))
 
 
-def _graph(ops: Any, net: AnchorNet, mean: Sequence[float], std: Sequence[float], side: int) -> Any:
-    """Return the model from uint8 pixels to the tensors of `Features`, one after another."""
-    pixels = ops.parameter([_IMAGES, side, side, 3], np.uint8)
+def _graph(
+    ops: Any,
+    net: AnchorNet,
+    mean: Sequence[float],
+    std: Sequence[float],
+    shape: tuple[int, int],
+) -> Any:
+    """Return the model from uint8 pixels to the tensors of `Features`, one after another.
+
+    The shape is the number of images, and their side in pixels.
+    """
+    pixels = ops.parameter([shape[0], shape[1], shape[1], 3], np.uint8)
     x = ops.convert(ops.transpose(pixels, [0, 3, 1, 2]), "f32")
     head = _apply(ops, _apply(ops, x, _on_pixels(net.stem, mean, std)), net.head)
     weighted, attention, pooled = [], [], []

@@ -318,7 +318,7 @@ def _read_result(path: Path) -> Table3 | Table4 | AnchorNetFigures | None:
         fields["notes"] = tuple(map(str, fields["notes"]))
     if protocol == "patches":
         fields["rows"] = tuple(Table3Row(**row) for row in fields["rows"])
-        fields["speed"] = None if fields["speed"] is None else Speed(**fields["speed"])
+        fields["speed"] = None if fields["speed"] is None else Speed.from_json(fields["speed"])
         fields["left_out"] = tuple(map(str, fields["left_out"]))
         return Table3(**fields)
     if protocol == "rescale":

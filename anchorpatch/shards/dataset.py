@@ -12,6 +12,7 @@ enough: no processes, no shared memory, no pickling.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -232,8 +233,26 @@ class Loaded(NamedTuple):
     labels: Tensor
 
 
+def held_out(reader: ShardReader, share: float) -> NDArray[np.bool_]:
+    """Return which images are kept from training (n,): about a share of them, by their paths.
+
+    An image is held out whatever else is in the shards and however it was extracted. A larger share
+    holds out the same images and more.
+
+    Args:
+        reader: of the shards.
+        share: from 0 to 1.
+    """
+    digests = [hashlib.sha256(path).digest()[:8] for path in reader.path.tolist()]
+    numbers = np.frombuffer(b"".join(digests), ">u8").astype(np.float64)
+    return numbers < share * 2.0**64
+
+
 def visited(
-    reader: ShardReader, scales: Sequence[int] = SCALES, per_image: int | None = None
+    reader: ShardReader,
+    scales: Sequence[int] = SCALES,
+    per_image: int | None = None,
+    taken: NDArray[np.bool_] | None = None,
 ) -> dict[int, int]:
     """Return how many patches of each scale an epoch visits, without scales that have none.
 
@@ -241,11 +260,13 @@ def visited(
         reader: of the shards.
         scales: that take part.
         per_image: patches of each image, all where it has fewer; None for every patch.
+        taken: images that take part (n,); None for all.
     """
     counts = {scale: reader.patch_count(scale) for scale in scales}
-    if per_image is not None:
-        taken = np.minimum(reader.counts, per_image)
-        counts = {scale: int(taken[reader.scale == scale].sum()) for scale in scales}
+    if per_image is not None or taken is not None:
+        of_image = reader.counts if per_image is None else np.minimum(reader.counts, per_image)
+        of_image = of_image if taken is None else of_image * taken
+        counts = {scale: int(of_image[reader.scale == scale].sum()) for scale in scales}
     return {scale: count for scale, count in counts.items() if count}
 
 
@@ -254,6 +275,7 @@ def epoch_rows(
     rng: np.random.Generator,
     scales: Sequence[int] = SCALES,
     per_image: int | None = None,
+    taken: NDArray[np.bool_] | None = None,
 ) -> dict[int, NDArray[np.int64]]:
     """Draw the patches of an epoch, in random order; see `visited` for the arguments.
 
@@ -261,8 +283,10 @@ def epoch_rows(
         Rows by scale; each row once.
     """
     found = {}
-    for scale in visited(reader, scales, per_image):
+    for scale in visited(reader, scales, per_image, taken):
         rows = np.arange(reader.patch_count(scale))
+        if taken is not None:
+            rows = rows[taken[reader.patch_image(scale, rows)]]
         if per_image is not None:
             rows = _some_of_each(reader.patch_image(scale, rows), per_image, rng)
         found[scale] = rng.permutation(rows)

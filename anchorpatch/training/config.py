@@ -305,6 +305,8 @@ class FinetuneConfig(LoopConfig):
         matching: of the outputs of ``weights`` with the classes, whose rows the network keeps.
         scale: train and measure on the patches of one scale alone; None takes all three.
         patches_per_image: of each image in an epoch, drawn again each time; None takes all.
+        holdout: share of the training images that are not trained on, chosen by their paths, for
+            `anchorpatch evaluate --budget` to calibrate thresholds on.
         baseline: train on whole images instead, at the same cost (see `like`).
         data: folder with the images, for a baseline where the shards hold no crops.
         like: folder of the run whose multiply-accumulates a baseline may spend, by convention
@@ -331,6 +333,7 @@ class FinetuneConfig(LoopConfig):
     matching: Matching = AS_NAMED
     scale: int | None = None
     patches_per_image: int | None = None
+    holdout: float = 0.0
     baseline: bool = False
     data: Path = Path("data")
     like: Path | None = None
@@ -351,13 +354,21 @@ class FinetuneConfig(LoopConfig):
             )
         _check(self, f"one of {SCALES}", (None, *SCALES).__contains__, "scale")
         _check(self, "at least 1", lambda n: n is None or n >= 1, "patches_per_image")
-        _check(self, "a number from 0 to below 1", lambda value: 0 <= value < 1, "jitter")
+        shares = ("jitter", "holdout")
+        _check(self, "a number from 0 to below 1", lambda value: 0 <= value < 1, *shares)
         _check(self, "a share above 0", lambda share: 0 < share <= 1, "min_area")
         if self.baseline and (self.scale or self.patches_per_image):
             raise SettingsError(
                 "baseline: trains on whole images, so it takes no --scale or --patches-per-image; "
                 "its budget is that of the run on patches"
             )
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that decide the result; ``holdout``, the newest, unless it is 0."""
+        found = super().decisive()
+        if not self.holdout:
+            del found["holdout"]
+        return found
 
     @property
     def scales(self) -> tuple[int, ...]:
