@@ -54,6 +54,7 @@ class Network:
         trained_on: "whole images", "patches", or "" where nothing says it.
         note: how the outputs of the weights were matched with other classes, a sentence; "" where
             they are those of the weights.
+        holdout: as of `anchorpatch.state_dicts.StateDict`.
     """
 
     module: nn.Module
@@ -61,6 +62,7 @@ class Network:
     source: str
     trained_on: str = ""
     note: str = ""
+    holdout: float | None = None
 
 
 class Normalization:
@@ -168,7 +170,7 @@ def load_network(
     _fill(module, found, meta, message, rows=rows, replace_head=replace_head)
     if note:
         message(note)
-    return Network(module, meta, found.source, found.trained_on, note)
+    return Network(module, meta, found.source, found.trained_on, note, found.holdout)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Network:

@@ -83,6 +83,8 @@ class StateDict(NamedTuple):
         preprocessing: mean, std and interpolation of the input, where something says them.
         trained_on: "whole images", "patches", or "" where nothing says it.
         ours: a file that `anchorpatch train` or `finetune` wrote.
+        holdout: share of the training images that such a run kept out of training; None where
+            nothing says it.
     """
 
     tensors: Mapping[str, Tensor]
@@ -91,6 +93,7 @@ class StateDict(NamedTuple):
     preprocessing: Mapping[str, Any] = {}
     trained_on: str = ""
     ours: bool = False
+    holdout: float | None = None
 
 
 def pretrained_set(name: str) -> Any:
@@ -292,8 +295,9 @@ def _of_ours(path: Path, name: str) -> StateDict:
             f"{path}: expected weights of {name}, found {found}; give a file of its own weights"
         )
     settings = meta.training.get("settings")
-    trained_on = ""
+    trained_on, holdout = "", None
     if isinstance(settings, Mapping):
+        holdout = float(settings.get("holdout", 0.0))
         # `train` has no baselines: it trains on whole images.
         trained_on = "whole images" if settings.get("baseline", True) else "patches"
     return StateDict(
@@ -303,6 +307,7 @@ def _of_ours(path: Path, name: str) -> StateDict:
         {name: getattr(meta, name) for name in ("mean", "std", "interpolation")},
         trained_on,
         ours=True,
+        holdout=holdout,
     )
 
 

@@ -126,11 +126,8 @@ def run(config: DynamicConfig, progress: Reporter | None = None) -> Dynamic:
             thresholds = dict.fromkeys(THRESHOLDS)
         looks, alone = _score(job, networks, whole, glance)
         rows = [] if asked is None or whole is None else _whole_rows(job, asked, whole)
-        most = job.reader.settings.max_patches
-        fixed = {
-            "/".join(map(str, k)): alone.fixed(dict(zip(costs.patch, k, strict=True)))
-            for k in fixed_numbers([most[SCALES.index(scale)] for scale in config.scales], alone)
-        }
+        most = dict(zip(SCALES, job.reader.settings.max_patches, strict=True))
+        fixed = fixed_numbers({scale: most[scale] for scale in config.scales}, alone)
         of_looks = [row_of("fixed", name, alone, taken, costs) for name, taken in fixed.items()]
         at = partial(_at_threshold, looks, costs)
         of_looks += [at(threshold) for threshold in thresholds]
@@ -292,7 +289,14 @@ def _calibrate(
             f"{reader.folder}: expected shards of the classes of {job.reader.folder}, to calibrate "
             f"on, found {counted(len(reader.classes), 'class')} ({few(reader.classes)})"
         )
-    shares = [_holdout(network, reader) for network in networks.values()]
+    for network in networks.values():
+        if network.holdout == 0:
+            raise DataError(
+                f"{network.source}: was trained on all images of {reader.folder}, where it is too "
+                "sure to calibrate thresholds: fine-tune it with --holdout 0.05, choose a split of "
+                "other images with --calibrate-on, or give --threshold"
+            )
+    shares = (network.holdout for network in networks.values())
     share = min((s for s in shares if s is not None), default=None)
     rows = np.flatnonzero(held_out(reader, 1.0 if share is None else share))
     rows = rows[spread_rows(len(rows), config.calibrate_images)]
@@ -320,25 +324,6 @@ def _calibrate(
         return Calibration(len(rows), source, share), looks
     looks = _localized(job, networks, reader, rows, glance)
     return Calibration(len(looks.counts), source, share), looks
-
-
-def _holdout(network: Network, reader: ShardReader) -> float | None:
-    """Return the share of the training images that a run of ours held out; None for others.
-
-    Raises:
-        DataError: it held out none.
-    """
-    settings = network.meta.training.get("settings")
-    if not isinstance(settings, Mapping) or "train_shards" not in settings:
-        return None
-    share = settings.get("holdout", 0.0)
-    if not share:
-        raise DataError(
-            f"{network.source}: was fine-tuned on all images of {reader.folder}, where it is too "
-            "sure to calibrate thresholds: fine-tune it with --holdout 0.05, choose a split of "
-            "other images with --calibrate-on, or give --threshold"
-        )
-    return float(share)
 
 
 def _localized(

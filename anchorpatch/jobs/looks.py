@@ -139,8 +139,9 @@ class Looks:
         order = np.argsort(highest, kind="stable")
         highest = highest[order]
         total = np.cumsum(np.diff(spent, axis=1)[more][order]) / len(self.counts)
-        # Those below the threshold, which is one of these values, or 1.
-        thresholds, below = np.unique(np.append(highest, 1.0), return_index=True)
+        # At 1 all go on, and right below it those that are not wholly sure.
+        thresholds = np.unique(np.append(highest, (np.nextafter(1.0, 0.0), 1.0)))
+        below = np.searchsorted(highest, thresholds)
         below[-1] = len(highest)
         means = spent[:, 0].mean() + np.append(0.0, total)[below]
         best = int(np.searchsorted(means, budget + 1e-12, side="right")) - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, Final
@@ -170,11 +170,13 @@ class Dynamic:
         fields = {name: value for name, value in data.items() if name != "protocol"}
         calibration = fields["calibration"]
         fields |= {
-            "rows": tuple(DynamicRow(**row) for row in fields["rows"]),
+            "rows": tuple(
+                DynamicRow(**{**row, "stopped": tuple(row["stopped"])}) for row in fields["rows"]
+            ),
             "savings": tuple(Saving(**row) for row in fields["savings"]),
             "curve": tuple((*map(float, point),) for point in fields["curve"]),
             "calibration": None if calibration is None else Calibration(**calibration),
-            "left_out": tuple(map(str, fields["left_out"])),
+            **{name: tuple(map(str, fields[name])) for name in ("left_out", "notes")},
         }
         return cls(**fields)
 
@@ -300,22 +302,25 @@ def curve_of(looks: Looks, costs: LookCosts) -> tuple[tuple[float, float, float,
     return tuple((float(t), r.gmacs, r.gmacs_with_anchornet, r.top1 or 0.0) for t, r in rows)
 
 
-def fixed_numbers(most: Sequence[int], looks: Looks) -> Iterator[tuple[int, ...]]:
-    """Yield numbers of patches by scale in the proportions of K, up to all that images have.
+def fixed_numbers(most: Mapping[int, int], looks: Looks) -> dict[str, NDArray[np.int64]]:
+    """Return looks at each image (n,) with fixed numbers of patches, by these numbers.
 
-    Of K 24, 10 and 8 these are 1/1/1, 2/1/1, 3/2/1, 4/2/2, 6/3/2, 8/4/3, 12/5/4, ...
+    The numbers have the proportions of K: of 24, 10 and 8 they are 1/1/1, 2/1/1, 3/2/1, 4/2/2,
+    6/3/2, 8/4/3, 12/5/4, 16/7/6 and 24/10/8, or fewer where no image has more patches.
+
+    Args:
+        most: K by scale.
+        looks: at the patches of the images.
     """
-    seen = set()
-    for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
-        share = min(1.0, k / max(most))
-        numbers = tuple(ceil(k * n / max(most)) if share < 1 else n for n in most)
-        patches = int(np.minimum(looks.counts, max(numbers)).sum())
-        if patches in seen:
-            return
-        seen.add(patches)
-        yield numbers
-        if share == 1.0:
-            return
+    found: dict[str, NDArray[np.int64]] = {}
+    largest = max(most.values())
+    for k in (*(k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if k < largest), largest):
+        numbers = {scale: ceil(k * n / largest) for scale, n in most.items()}
+        taken = looks.fixed(numbers)
+        found["/".join(map(str, numbers.values()))] = taken
+        if (taken == looks.counts).all():
+            break
+    return found
 
 
 def savings(
