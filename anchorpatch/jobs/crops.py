@@ -62,17 +62,26 @@ class Crops(NamedTuple):
     size: NDArray[np.int32]
 
     def rescaled(self, side: int, interpolation: str = "bilinear") -> Crops:
-        """Return the images in another size, antialiased.
+        """Return the images in another size; see `rescaled`."""
+        return self._replace(pixels=rescaled(self.pixels, side, interpolation))
 
-        Args:
-            side: in pixels.
-            interpolation: as timm and torchvision call it; "lanczos", which torch lacks, is bicubic
-                here.
-        """
-        images = self.pixels.permute(0, 3, 1, 2)
-        how = InterpolationMode({"lanczos": "bicubic"}.get(interpolation, interpolation))
-        resized: Tensor = v2.functional.resize(images, [side, side], how, antialias=True)
-        return self._replace(pixels=resized.permute(0, 2, 3, 1))
+
+def rescaled(pixels: Tensor, side: int, interpolation: str = "bilinear") -> Tensor:
+    """Return images in another size, antialiased.
+
+    Args:
+        pixels: uint8 (n, S, S, 3).
+        side: in pixels.
+        interpolation: as timm and torchvision call it; "lanczos", which torch lacks, is bicubic
+            here.
+
+    Returns:
+        uint8 (n, side, side, 3).
+    """
+    how = InterpolationMode({"lanczos": "bicubic"}.get(interpolation, interpolation))
+    images = pixels.permute(0, 3, 1, 2)
+    resized: Tensor = v2.functional.resize(images, [side, side], how, antialias=True)
+    return resized.permute(0, 2, 3, 1)
 
 
 class _Stored(NamedTuple):

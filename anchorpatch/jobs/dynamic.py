@@ -17,11 +17,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from anchorpatch.errors import DataError, SettingsError, WeightsError
 from anchorpatch.images.source import spread_rows
-from anchorpatch.jobs.crops import Crops, CropSource, open_shards
+from anchorpatch.jobs.crops import Crops, CropSource, open_shards, rescaled
 from anchorpatch.jobs.evaluate import EvaluateConfig, Evaluation, notes_of
 from anchorpatch.jobs.localizer import Localized, Localizer
 from anchorpatch.jobs.looks import LookCosts, Looks, joined, score_localized, score_looks
@@ -183,12 +182,7 @@ def _glance(job: Evaluation, networks: Mapping[int, Network]) -> Way | None:
     nearest = networks[min(networks, key=lambda scale: abs(scale - side))]
     run, how = job.on_device(nearest), nearest.meta.interpolation
 
-    def look(pixels: Tensor) -> Tensor:
-        nothing = np.zeros(0, np.int64)
-        small = Crops(nothing, pixels.to(job.device), nothing).rescaled(side, how)
-        return run(small.pixels)
-
-    return look
+    return lambda pixels: run(rescaled(pixels.to(job.device), side, how))
 
 
 def _score(

@@ -279,6 +279,7 @@ def row_of(
     image, last = np.arange(len(taken)), taken - 1
     network, every = (spent[image, last].mean() for spent in looks.spent(costs))
     place = looks.place[image, last]
+    stopped = np.bincount(last, minlength=looks.place.shape[1])
     return DynamicRow(
         way,
         setting,
@@ -288,7 +289,7 @@ def row_of(
         float(every),
         float((place < 1).mean()),
         float((place < 5).mean()),
-        stopped=tuple((np.bincount(last) / len(taken)).tolist()),
+        stopped=tuple((stopped / len(taken)).tolist()),
     )
 
 

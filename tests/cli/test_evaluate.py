@@ -89,6 +89,28 @@ def test_the_result_goes_to_a_file_whatever_is_printed(
     assert [path.name for path in file.parent.iterdir()] == ["table4.json"]
 
 
+def test_dynamic_inference_in_every_format(program: Program, root: Path, tmp_path: Path):
+    options = ("--protocol", "dynamic", "--no-speed", "--threshold", "0,0.5,1")
+    result = tmp_path / "dynamic.json"
+    done = program(*common(root, *options, "--glance", 96, "--result", result))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:4] == ["looks", "patches", "GMACs", "in"]
+    (stopping,) = (line for line in lines if line.startswith("dynamic 0.5 "))
+    assert "Saved by stopping early:" in lines
+    assert any("after a glance at the whole image at 96 px" in line for line in lines)
+    document = json.loads(result.read_text())
+    assert document["protocol"] == "dynamic"
+    ways = [row["way"] for row in document["rows"]]
+    assert ways[:6] + ways[-4:] == ["whole"] * 5 + ["fixed"] * 2 + ["dynamic"] * 3
+    assert f"{document['rows'][-2]['top1']:.2%}" in stopping
+    table = program(*common(root, *options, "--format", "csv"))
+    rows = list(csv.DictReader(io.StringIO(table.stdout)))
+    assert [row["setting"] for row in rows[-3:]] == ["0", "0.5", "1"]
+    assert rows[-3]["stopped"].startswith("1/0")
+    assert "Left out" not in table.stderr
+
+
 def test_errors_and_wrong_usage(program: Program, root: Path, tmp_path: Path):
     missing = program("evaluate", NETWORK)
     assert missing.returncode == 1
@@ -104,6 +126,8 @@ def test_errors_and_wrong_usage(program: Program, root: Path, tmp_path: Path):
             "Error: --no-speed needs",
         ),
         (("evaluate", NETWORK, "--per-scale", "--weights", "default"), "--per-scale and --weights"),
+        (("evaluate", NETWORK, "--budget", 1), "--budget needs --protocol dynamic"),
+        (("evaluate", "anchornet", "--glance", 95), "--glance is only for classifiers"),
     ):
         done = program(*wrong)
         assert (done.returncode, done.stdout) == (2, "")

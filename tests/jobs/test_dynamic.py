@@ -134,9 +134,9 @@ def test_budgets_are_calibrated_on_other_images(root: Path):
         met = sum(spent) / 80 + found.gmacs_anchornet
         assert row.calibrated == pytest.approx(met)
         assert met <= row.budget
-        assert met - own == pytest.approx(row.budget - own, rel=0.02)
+        assert met - own == pytest.approx(row.budget - own, rel=0.05)
         assert row.gmacs == pytest.approx(row.budget - own, rel=0.2)  # of 60 other images
-    with pytest.raises(SettingsError, match=r"--budget 0.1: expected at least 0\.4"):
+    with pytest.raises(SettingsError, match=r"--budget 0.1: expected at least 0\.39"):
         run(config_of(root, budgets=(0.1,)))
     with pytest.raises(SettingsError, match="--calibrate-on val: the images of this split"):
         config_of(root, budgets=(1.0,), calibrate_on="val")

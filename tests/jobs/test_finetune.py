@@ -31,10 +31,12 @@ from anchorpatch.jobs.finetune import FinetuneConfig, FinetuneSummary, forecast,
 from anchorpatch.jobs.patch_scores import Distributions, score_patches
 from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build
+from anchorpatch.networks import load_network
 from anchorpatch.runtime.checkpoint import load_into, load_weights, save_state
 from anchorpatch.runtime.distributed import World
 from anchorpatch.settings import SCALES
 from anchorpatch.shards import ShardReader
+from anchorpatch.shards.dataset import held_out
 from anchorpatch.training.run_folder import alone_in
 from tests.jobs.finetune_runs import CLASSES, FEW, TRAIN, VAL, register, tiny, write_shards
 from tests.training.runs import StopAt, state_of
@@ -303,6 +305,27 @@ def pictures(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 def baseline(shards: Path, folder: Path, **changes: Any) -> FinetuneConfig:
     return tiny(shards, folder, baseline=True, like=folder.parent / "tiny", **changes)
+
+
+def test_held_out_images_are_not_trained_on(shards: Path, tmp_path: Path):
+    config = tiny(shards, tmp_path / "tiny", holdout=0.4, epochs=1)
+    task = prepare(config, torch.device("cpu"), World())
+    out = np.flatnonzero(held_out(task.train, 0.4))
+    assert 0 < len(out) < len(TRAIN)
+    seen: set[int] = set()
+    for request in task.plan.pieces(0, 0):
+        seen |= set(task.train.patch_image(request.scale, request.rows).tolist())
+    assert seen == set(range(len(TRAIN))) - set(out.tolist())
+    summary = run(config)
+    assert summary.images == (len(TRAIN) - len(out), len(VAL))
+    network = load_network("tiny", CLASSES, tmp_path / "tiny" / "best.safetensors")
+    assert (network.holdout, network.trained_on) == (0.4, "patches")
+    # Another share is another run.
+    with pytest.raises(WeightsError, match=r"holdout 0\.4 there, None here"):
+        run(replace(config, holdout=0.0))
+    baseline = prepare(replace(config, baseline=True), torch.device("cpu"), World())
+    ((_, drawn),) = baseline.draw(np.random.default_rng(0)).items()
+    assert set(drawn.tolist()) == seen
 
 
 def test_a_baseline_costs_what_patches_cost(shards: Path, tmp_path: Path):

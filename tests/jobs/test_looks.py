@@ -215,7 +215,8 @@ def localized(images: list[Drawn]) -> tuple[Crops, Localized]:
     none = np.zeros((n, 3))
     scale = np.array([image.scale for image in images], np.uint8)
     found = Localized(none, none, none[:, 0], scale, np.array(counts), corners, none)
-    return Crops(np.arange(n), pixels, np.array([image.label for image in images])), found
+    labels = np.array([image.label for image in images])
+    return Crops(np.arange(n), pixels, labels, np.full((n, 2), 224)), found
 
 
 @pytest.mark.parametrize("glance", [False, True])
