@@ -223,7 +223,9 @@ def _names(images: Iterable[str], unreadable: Callable[[str, str], None]) -> Ite
             for line in sys.stdin.buffer:
                 if name := os.fsdecode(line.rstrip(b"\r\n")):
                     yield from [name] if name == "-" else _names([name], unreadable)
-        elif os.path.isdir(image) or (image.endswith((".tar", ".zip")) and os.path.isfile(image)):
+        elif os.path.isdir(image) or (
+            image.lower().endswith((".tar", ".zip")) and os.path.isfile(image)
+        ):
             found = images_in(image)
             if (first := next(found, None)) is None:
                 unreadable(image, "no image in it")

@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import functools
 import os
+import posixpath
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from anchorpatch.errors import DataError, ImageError
-from anchorpatch.images.folder import Listing, extension_of, factorized, read_image
+from anchorpatch.images.folder import Listing, as_numbers, extension_of, factorized, read_image
 from anchorpatch.images.index import Index, each_name, open_index
 from anchorpatch.images.labels import EXTENSIONS
 from anchorpatch.images.members import ArchiveReader
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.text import few
+
+#: Folders that are splits and not classes where they hold folders.
+_SPLITS: Final = frozenset(
+    (b"train", b"training", b"val", b"valid", b"validation", b"test", b"testing")
+)
 
 
 def list_archives(
@@ -71,10 +78,7 @@ def list_archives(
     if not beside:
         sole = named or bool(within) or len(archives) > 1
         return _in_class_folders(found, index, within.decode(), "" if sole else split)
-    texts = [text.decode() or None for text in labels.tolist()]
-    numbered = all(text is None or text.isdecimal() for text in texts)
-    if numbered:  # 007 is 7
-        texts = [text and str(int(text)) for text in texts]
+    texts, numbered = as_numbers([text.decode() or None for text in labels.tolist()])
     names, values = factorized(texts)
     return replace(found, names=names, labels=values, numbered=numbered)
 
@@ -93,14 +97,20 @@ def _folder_of(split: str, index: Index, *, all_of_it: bool) -> bytes:
     if not split or len(index.archives) > 1:
         return b""
     found, others = set(), False
-    for folder in {name.rpartition(b"/")[0] for name in each_name(index.names)}:
+    folders = {name.rpartition(b"/")[0] for name in each_name(index.names)}
+    for folder in folders:
         parts = folder.split(b"/")
         if split.encode() in parts:
             found.add(b"/".join(parts[: parts.index(split.encode()) + 1]) + b"/")
         else:
             others = True
-    if not found or (all_of_it and (others or len(found) > 1)):
+    tops = {folder.partition(b"/")[0] for folder in folders if b"/" in folder}
+    of_splits = len(tops) > 1 and tops <= _SPLITS | {split.encode()}
+    if not found or (all_of_it and not of_splits and (others or len(found) > 1)):
         return b""
+    # A class may have the name of a split, such as train.
+    depth = min(name.count(b"/") for name in found)
+    found = {name for name in found if name.count(b"/") == depth}
     if len(found) > 1:
         raise DataError(
             f"{index.archives[0].path}: expected one folder of the split {split!r}, found "
@@ -140,11 +150,14 @@ def _in_class_folders(found: Listing, index: Index, within: str, sought: str) ->
             "NAME.cls nor a label in NAME.json lies beside them; or say which class each has with "
             "--labels FILE"
         )
-    deep = all(path.count(b"/") > 1 for path in each_name(found.paths))
-    if deep and sought:
+    folders = {path.rpartition(b"/")[0] for path in each_name(found.paths)} - {b""}
+    deeper = {folder.partition(b"/")[0] for folder in folders if b"/" in folder}
+    deep = all(b"/" in folder for folder in folders)
+    if sought and (not deeper.issubset(folders) or deeper & _SPLITS):
         raise DataError(
             f"{found.root}: no folder for split {sought!r} in it; there are {few(names, 5)}; "
-            "choose one with --split"
+            f"choose one with --split, or if these are the classes, call it {sought}"
+            f"{found.root.suffix} and give its folder with --data"
         )
     if deep and len(names) == 1:
         raise DataError(
@@ -177,10 +190,16 @@ def read_named(name: str) -> bytes:
     archive, colons, member = name.partition("::")
     if not colons or os.path.exists(name):
         return read_image(name)
+    while not os.path.isfile(archive) and "::" in member:  # which folders may have in their names
+        further, _, member = member.partition("::")
+        archive += "::" + further
+    if not os.path.exists(archive):
+        raise ImageError(f"missing: there is no archive {archive}")
     with _indexing:
         index, read = _named(archive)
-    found = int(np.searchsorted(index.names, member.encode(errors="surrogateescape")))
-    if found == len(index.names) or bytes(index.names[found]).decode() != member:
+    wanted = posixpath.normpath(os.fsencode(member))  # tar may list it as ./member
+    found = int(np.searchsorted(index.names, wanted))
+    if found == len(index.names) or bytes(index.names[found]) != wanted:
         raise ImageError("missing")
     return read(index.places[found].item())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,9 @@ LAYOUT: Final = "expected DATA/SPLIT/CLASS/*.jpg"
 
 #: Files of more bytes are not read: an uncompressed image of `MAX_PIXELS` fits.
 MAX_BYTES: Final = 1 << 30
+
+#: A label that is a number.
+_NUMBER: Final = re.compile(r"-?\d+")
 
 #: What says nothing about the image: the process has run out of something.
 _NOT_THE_IMAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
@@ -203,8 +207,8 @@ def list_files(file: Path, *, labelled: bool = True) -> Listing:
     Raises:
         DataError: an image has no label and lies in no folder.
     """
-    paths, labels = read_list(file)
-    numbered = bool(labels) and all(label.isdecimal() for label in labels)
+    paths, said = read_list(file)
+    labels, numbered = as_numbers(said) if said else ([], False)
     if not labels:
         labels = [os.path.basename(os.path.dirname(path)) for path in paths]
         if labelled and "" in labels:
@@ -223,6 +227,22 @@ def list_files(file: Path, *, labelled: bool = True) -> Listing:
         FolderReader(""),
         numbered=numbered,
     )
+
+
+def as_numbers(labels: Sequence[str | None]) -> tuple[list[str | None], bool]:
+    """Return labels and whether they are numbers, which are then the indices of classes.
+
+    A negative number is no label, as is usual for images of a test set.
+
+    Example:
+        >>> as_numbers(["007", None, "-1"]), as_numbers(["7", "cat"])
+        ((['7', None, None], True), (['7', 'cat'], False))
+    """
+    found = list(labels)
+    if not all(label is None or _NUMBER.fullmatch(label) for label in labels):
+        return found, False
+    numbers = (None if label is None else int(label) for label in labels)
+    return [None if n is None or n < 0 else str(n) for n in numbers], True
 
 
 def factorized(labels: Sequence[str | None]) -> tuple[list[str], npt.NDArray[np.int32]]:
@@ -247,7 +267,7 @@ def loose_images(folder: Path) -> list[str]:
 def archives_in(folder: Path, *suffixes: str) -> list[Path]:
     """Return what lies directly in a folder and bears the name of an archive, sorted."""
     names = [os.fsdecode(entry.name) for entry in _entries(os.fsencode(folder))]
-    return [folder / name for name in sorted(names) if name.endswith(suffixes)]
+    return [folder / name for name in sorted(names) if name.lower().endswith(suffixes)]
 
 
 def class_names(root: Path) -> list[str]:

@@ -46,7 +46,7 @@ from anchorpatch.storage import locked, write_atomically
 from anchorpatch.text import counted
 
 #: Of the cache file; another one is made where it has another version.
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 #: Age in ns from which an archive's time tells it from a later one: filesystems count in up to 2 s.
 _SETTLED: Final = 2_000_000_000
@@ -220,11 +220,12 @@ class _Builder:
         self._names: list[bytes] = []
         self._places: list[tuple[int, ...]] = []
         self._labels: list[bytes] = []
-        self._links: dict[bytes, bytes] = {}
+        self._links: dict[tuple[int, bytes], bytes] = {}
         self._folders: set[str] = set()
         self._others: Counter[str] = Counter()
-        # The sample that is being collected: its key, first row, and label.
-        self._key, self._first, self._label = b"", 0, b""
+        # The sample that is being collected: its key, first row, and labels by the names of files.
+        self._key, self._first = b"", 0
+        self._found: dict[bytes, bytes] = {}
 
     def begin(self, number: int) -> None:
         """Go on with another archive."""
@@ -245,7 +246,7 @@ class _Builder:
                 kind = NOT_REGULAR
             elif kind == LINK:
                 kind = MISSING
-                self._links[name] = posixpath.normpath(within + member.link)
+                self._links[self._number, name] = posixpath.normpath(within + member.link)
             size = 0 if kind in (MISSING, NOT_REGULAR) else member.size
             self._names.append(name)
             place = (member.offset, member.stored, size, member.crc, member.name_crc)
@@ -291,9 +292,9 @@ class _Builder:
             self._key = key
 
     def _note_label(self, name: bytes, extension: bytes, member: Member) -> None:
-        """Take the label of a sample from its .cls, else from its .json."""
+        """Note what a .cls or .json says, unless there is what goes before it."""
         is_class = extension == b".cls"
-        if not is_class and (self._label or member.size > _LONGEST_JSON):
+        if not is_class and (self._key_of(b".cls") in self._found or member.size > _LONGEST_JSON):
             return
         place = (self._number, *member[1:-1])
         label: Any = None
@@ -312,11 +313,22 @@ class _Builder:
                     f"{self._archive}: {printable(name)}: expected the name or number of a class, "
                     f"found {label[:60]!r}"
                 )
-            self._label = label.encode()
+            self._found[name] = label.encode()
+
+    def _key_of(self, extension: bytes) -> bytes:
+        return self._key.removeprefix(b"/") + extension
 
     def _end_sample(self) -> None:
-        if self._label:
+        if self._found:
             images = self._names[self._first :]
+            own = {posixpath.splitext(name)[0] for name in images} - {self._key_of(b"")}
+            if len(images) > 1 and any(posixpath.splitext(name)[0] in own for name in self._found):
+                raise DataError(
+                    f"{self._archive}: expected one label per sample, found "
+                    f"{', '.join(map(printable, [*images, *self._found][:6]))}, which WebDataset "
+                    "takes for one sample, as its key ends at the first dot; pack them again "
+                    "without further dots in their names"
+                )
             if len(images) > 1 and len(self._without_further_images()) > 1:
                 raise DataError(
                     f"{self._archive}: expected one image per sample, found "
@@ -324,10 +336,29 @@ class _Builder:
                 )
             if not images:
                 self._others["label without an image beside it"] += 1
-            self._labels[self._first :] = [self._label] * len(self._names[self._first :])
+            label = self._label_of_sample()
+            self._labels[self._first :] = [label] * len(self._names[self._first :])
         if len(self._names) >= _CHUNK:
             self._pack()
-        self._first, self._label = len(self._names), b""
+        self._first, self._found = len(self._names), {}
+
+    def _label_of_sample(self) -> bytes:
+        """Return what key.cls says, else key.json, else the one file beside them that has a label.
+
+        Raises:
+            DataError: several have, and say different things.
+        """
+        for extension in (b".cls", b".json"):
+            if label := self._found.get(self._key_of(extension)):
+                return label
+        (name, label), *others = sorted(self._found.items())
+        if different := next((of for of, said in others if said != label), None):
+            raise DataError(
+                f"{self._archive}: expected one label per sample, found {printable(name)} and "
+                f"{printable(different)}; pack the one that counts as "
+                f"{printable(self._key_of(b'.cls'))}"
+            )
+        return label
 
     def _without_further_images(self) -> list[bytes]:
         """Leave out ``key.seg.png`` beside ``key.jpg``; return the images of the sample."""
@@ -361,11 +392,11 @@ class _Builder:
         self._pack()
         names, places, labels = (np.concatenate(parts) for parts in zip(*self._done, strict=True))
         self._done.clear()
+        above = [b""] * len(self._read.archives)
         if each_a_class := not (labels != b"").any() and self._each_a_class(names):
             stems = [Path(archive.path).stem for archive in self._read.archives]
-            names = np.char.add(
-                np.array([f"{s}/".encode() for s in stems])[places["archive"]], names
-            )
+            above = [f"{stem}/".encode() for stem in stems]
+            names = np.char.add(np.array(above)[places["archive"]], names)
             self._folders.update(stems)
         order = np.argsort(names, kind="stable")
         names, places, labels = names[order], places[order], labels[order]
@@ -379,11 +410,12 @@ class _Builder:
                 f"{where}: {counted(len(same), 'image')} there twice, such as "
                 f"{printable(bytes(names[same[0]]))}; pack each image once"
             )
-        for name, target in self._links.items():
+        links = {above[i] + name: above[i] + target for (i, name), target in self._links.items()}
+        for name, target in links.items():
             for _ in range(40):
-                if target not in self._links:
+                if target not in links:
                     break
-                target = self._links[target]
+                target = links[target]
             found = int(np.searchsorted(names, target))
             if found < len(names) and bytes(names[found]) == target:
                 places[np.searchsorted(names, name)] = places[found]

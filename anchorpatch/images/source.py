@@ -359,7 +359,9 @@ def _classes(
         )
     if classes is None and split != "train":
         of_train = _classes_of_train(data, report)
-        classes = of_train if present.issubset(of_train) else None
+        positions = found.numbered and not any(name.isdecimal() for name in of_train)
+        if present.issubset(of_train) or (positions and max(map(int, present)) < len(of_train)):
+            classes = of_train
     if classes is None:
         if found.numbered:
             return [str(i) for i in range(max(map(int, present)) + 1)]
@@ -431,7 +433,8 @@ def _locate(data: Path, split: str, report: Reporter) -> tuple[Path, list[Path] 
         return data, [data]
     if not data.is_dir():
         what = "is not a folder" if data.exists() else "no such folder"
-        raise DataError(f"{data}: {what}; {LAYOUT}: give DATA with --data")
+        pattern = ", or a pattern such as train-{0000..1023}.tar" if "*" in data.name else ""
+        raise DataError(f"{data}: {what}; {LAYOUT}: give DATA with --data{pattern}")
     archives = _archives_of(data, split)
     if split and (root := data / split).is_dir():
         if archives:
@@ -460,8 +463,10 @@ def _why_not_compressed(archive: Path) -> str:
 
 def _archives_of(data: Path, split: str) -> list[Path]:
     """Return the archives that stand for DATA/SPLIT."""
-    names = (f"{split}.tar", f"{split}.zip", f"ILSVRC2012_img_{split}.tar")
-    return [data / name for name in names if split and (data / name).is_file()]
+    stems = (split, f"ILSVRC2012_img_{split}")
+    found = archives_in(data, ".tar", ".zip") if split else []
+    found = [path for path in found if path.stem in stems and path.is_file()]
+    return sorted(found, key=lambda path: stems.index(path.stem))
 
 
 def _shards_in(root: Path) -> list[Path] | None:

@@ -249,6 +249,25 @@ def numbered(data: Path, numbers: list[int], how: str = "cls", width: int = 0) -
     return data / "shards-{0..0}.tar"
 
 
+def test_numbers_beside_class_folders_of_train(tmp_path: Path) -> None:
+    for name in ("ant", "bee", "cat"):
+        write(tmp_path / "train" / name / "1.jpg", A)
+    numbered(tmp_path, [2, 0, 2]).with_name("shards-0.tar").rename(tmp_path / "val.tar")
+    notes = Notes()
+    source = open_source(tmp_path, "val", report=notes)
+    assert source.classes == ("ant", "bee", "cat")
+    assert source.labels.tolist() == [2, 0, 2]
+    assert "taken as positions in the 3 classes of train: 0 is ant" in notes.messages[0]
+
+
+def test_negative_numbers_are_no_labels(tmp_path: Path) -> None:
+    data = numbered(tmp_path, [10, -1, 2])
+    with pytest.raises(DataError, match=r"no label for 1 of 3 images, such as 001\.jpg"):
+        open_source(data, "val")
+    source = open_source(data, "val", only_labelled=True)
+    assert source.labels.tolist() == [10, 2]
+
+
 @pytest.mark.parametrize("how", ["cls", "json", "number"])
 @pytest.mark.parametrize("width", [0, 4])
 def test_numbers_are_the_indices_of_classes(tmp_path: Path, how: str, width: int) -> None:
@@ -650,6 +669,8 @@ def test_several_archives_could_be_meant(tmp_path: Path) -> None:
     [
         (["val.tar.gz"], "", r"val\.tar\.gz: compressed, .* \(gunzip"),
         (["ILSVRC2012_img_val.tgz"], "", r"ILSVRC2012_img_val\.tgz: compressed"),
+        (["a-0.tar"], "a-*.tar", r"no such folder.* or a pattern such as train-"),
+        (["VAL.ZIP", "a.TAR"], "", r"no folder or archive .*; there are VAL, a; choose one"),
         (["valid.tar"], "", r"no folder or archive for split .*did you mean --split valid\?"),
         (["a-0.tar"], "a-{0..2}.tar", r"2 of 3 archives are missing, such as .*a-1\.tar"),
         (["a-0.tar"], "a-{2..0}.tar", r"or expected a pattern such as"),
@@ -676,6 +697,62 @@ def test_an_archive_of_several_splits(tmp_path: Path) -> None:
     assert found(open_source(both, "valid")) == GOOD
     with pytest.raises(DataError, match=r"no folder for split 'val' in it; there are train, valid"):
         open_source(both, "val")
+
+
+@pytest.mark.parametrize("name", ["data.zip", "val.zip"])
+def test_splits_are_no_classes_beside_loose_images(tmp_path: Path, name: str) -> None:
+    splits = {f"{split}/{path}": data for split in ("train", "val") for path, data in GOOD.items()}
+    write(tmp_path / name, zip_bytes({**splits, "train/cover.jpg": A, "preview.jpg": B}))
+    data = tmp_path if name == "val.zip" else tmp_path / name
+    assert found(open_source(data, "val")) == GOOD
+    with pytest.raises(DataError, match=r"no folder for split 'test' in it; there are train, val"):
+        open_source(tmp_path / name, "test")
+    write(
+        tmp_path / name, zip_bytes({**{f"set/{path}": d for path, d in GOOD.items()}, "a.jpg": A})
+    )
+    with pytest.raises(DataError, match=r"no folder for split 'test' in it; there are set"):
+        open_source(tmp_path / name, "test")
+
+
+def test_a_class_that_is_called_as_a_split(tmp_path: Path) -> None:
+    tree = {"car/1.jpg": A, "train/1.jpg": B}
+    splits = {f"{split}/{name}": data for split in ("train", "val") for name, data in tree.items()}
+    write(tmp_path / "data.zip", zip_bytes(splits))
+    for split in ("train", "val"):
+        assert found(open_source(tmp_path / "data.zip", split)) == tree
+
+
+def test_each_image_of_a_sample_with_a_label_of_its_own(tmp_path: Path) -> None:
+    """Names with dots, of which the first ends the key."""
+    samples = {"a.jpg": A, "a.cls": b"cat", "a.1.jpg": B, "a.1.cls": b"dog"}
+    write(tmp_path / "shards.tar", tar_bytes(samples))
+    with pytest.raises(DataError, match=r"expected one label per sample, found .*a\.1\.cls"):
+        open_source(tmp_path / "shards.tar", "val")
+    # Of several labels of one image, key.cls is that of the class.
+    several = {"a.jpg": A, "a.cls": b"cat", "a.order.cls": b"carnivora", "a.json": b"{}"}
+    write(tmp_path / "labels.tar", tar_bytes(several))
+    assert open_source(tmp_path / "labels.tar", "val").classes == ("cat",)
+    del several["a.cls"]
+    write(tmp_path / "labels.tar", tar_bytes(several))
+    assert open_source(tmp_path / "labels.tar", "val").classes == ("carnivora",)
+    write(tmp_path / "labels.tar", tar_bytes({**several, "a.genus.cls": b"felis"}))
+    with pytest.raises(DataError, match=r"found a\.genus\.cls and a\.order\.cls; pack .* a\.cls"):
+        open_source(tmp_path / "labels.tar", "val")
+
+
+def test_links_in_tars_of_classes(tmp_path: Path) -> None:
+    for label, data in (("ant", A), ("bee", B)):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            add(tar, "1.jpg", data)
+            link = tarfile.TarInfo("2.jpg")
+            link.type, link.linkname = tarfile.LNKTYPE, "1.jpg"
+            tar.addfile(link)
+        write(tmp_path / "val" / f"{label}.tar", file.getvalue())
+    assert found(open_source(tmp_path, "val")) == {
+        **{f"ant/{i}.jpg": A for i in (1, 2)},
+        **{f"bee/{i}.jpg": B for i in (1, 2)},
+    }
 
 
 def test_further_images_of_a_sample_are_passed_over(tmp_path: Path) -> None:
@@ -715,8 +792,12 @@ def test_named_images(tmp_path: Path) -> None:
     assert read_named(f"{tmp_path}/val.tar::cat/a.jpg") == A
     with pytest.raises(ImageError, match="missing"):
         read_named(f"{tmp_path}/val.tar::cat/b.jpg")
-    with pytest.raises(DataError, match=r"none\.tar: cannot be read"):
+    with pytest.raises(ImageError, match=r"missing: there is no archive .*none\.tar"):
         read_named(f"{tmp_path}/none.tar::cat/b.jpg")
+    # As tar lists it, and in a folder whose name has colons.
+    assert read_named(f"{tmp_path}/val.tar::./cat/a.jpg") == A
+    write(tmp_path / "a::b" / "val.tar", TAR)
+    assert read_named(f"{tmp_path}/a::b/val.tar::cat/a.jpg") == A
     write(tmp_path / "odd::name.jpg", B)
     assert read_named(f"{tmp_path}/odd::name.jpg") == B
 
