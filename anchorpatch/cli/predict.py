@@ -53,6 +53,14 @@ if TYPE_CHECKING:
     "--top", type=click.IntRange(min=1), default=5, help="Number of classes to print per image."
 )
 @click.option(
+    "--stop-at",
+    metavar="X",
+    type=click.FloatRange(0, 1),
+    help="Look at the patches one by one and stop at this confidence; the others are not computed. "
+    "`anchorpatch evaluate NETWORK --protocol dynamic --budget` finds a value.",
+)
+@opt.confidence
+@click.option(
     "--out", type=opt.PATH, help="Write a picture of each image and its patches to this folder."
 )
 @click.option(
@@ -103,6 +111,7 @@ def predict(
     anchorpatch predict photos --network resnet50 --weights default --format csv
     anchorpatch predict dog.jpg --network resnet50 --weights own.pth --class-map names.txt
     find photos -name '*.jpg' | anchorpatch predict - --network best.safetensors --json
+    anchorpatch predict photos --network resnet50 --stop-at 0.95
 
     Files that cannot be read as images are named on stderr and skipped; the exit status is then 1.
     """
@@ -139,7 +148,8 @@ def predict(
     pictures: Counter[str] = Counter()
     found: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
-    columns = _columns(min(config.top, len(predictor.network.meta.classes)))
+    short = _TABLE if config.stop_at is None else (*_TABLE, "localized", "gmacs")
+    columns = _columns(short, min(config.top, len(predictor.network.meta.classes)))
     if form == "csv":
         click.echo(_csv(columns), nl=False)
 
@@ -170,16 +180,21 @@ def predict(
         else:
             found.append(facts)
     if form == "table":
-        print_table(_TABLE, [_row(facts, _TABLE) for facts in found])
+        print_table(short, [_row(facts, short) for facts in found])
     elif form == "json":
         meta = predictor.network.meta
+        stopping = {"stop_at": config.stop_at, "confidence": config.confidence}
         print_json(
             {
                 "network": network,
                 "weights": predictor.network.source,
                 "architecture": meta.architecture,
                 "classes": len(meta.classes),
-                "settings": {"preset": preset, **asdict(lsp)},
+                "settings": {
+                    "preset": preset,
+                    **asdict(lsp),
+                    **({} if config.stop_at is None else stopping),
+                },
                 "images": found,
                 "unreadable": bad,
             }
@@ -191,10 +206,10 @@ def predict(
 _TABLE: Final = ("path", "class", "name", "probability", "scale", "patches")
 
 
-def _columns(top: int) -> tuple[str, ...]:
+def _columns(table: tuple[str, ...], top: int) -> tuple[str, ...]:
     """Return the columns of CSV, with the classes that follow the likeliest one."""
     more = (f"{what}{k}" for k in range(2, top + 1) for what in ("class", "name", "probability"))
-    return (*_TABLE, *more, "error")
+    return (*table, *more, "error")
 
 
 def _row(facts: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
@@ -256,6 +271,9 @@ def _text(result: Prediction, drawn: Path | None, names: ClassNames) -> str:
         for (y, x), score in zip(result.corners.tolist(), result.scores.tolist(), strict=True)
     )
     lines.append(f"  {_counted(result)} of {result.scale} px, (y, x) and score: {patches}")
+    if result.gmacs is not None:
+        looks = f"looked at {len(result.scores)} of {counted(result.localized, 'patch')}"
+        lines.append(f"  {looks}: {result.gmacs:.3f} GMACs")
     if drawn is not None:
         lines.append(f"  {_printable(str(drawn))}")
     return "\n".join(lines)

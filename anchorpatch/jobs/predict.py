@@ -26,8 +26,9 @@ from anchorpatch.images.archives import named_in, read_named
 from anchorpatch.images.decode import Decoded, decode, decode_picture
 from anchorpatch.images.labels import EXTENSIONS
 from anchorpatch.jobs.localizer import Localizer
+from anchorpatch.jobs.looks import LookCosts, look_until_sure
 from anchorpatch.jobs.patch_scores import Distributions, sum_localized
-from anchorpatch.models.complexity import check_sides
+from anchorpatch.models.complexity import check_sides, macs
 from anchorpatch.models.registry import check_name
 from anchorpatch.networks import Network, best_weights, load_checkpoint, load_network
 from anchorpatch.runtime.checkpoint import load_weights
@@ -57,6 +58,9 @@ class PredictConfig(Computing):
         runs: folder of training runs.
         lsp: K, T and P of Algorithm 1.
         top: classes to tell of each picture.
+        stop_at: confidence of the network at which the remaining patches of a picture are left out,
+            as for `anchorpatch.jobs.looks.Looks.stops`; None to take all.
+        confidence: how it is measured, one of `anchorpatch.settings.CONFIDENCES`.
         batch_size: patches in a batch of the network.
         workers: threads that decode; None for one per CPU core.
     """
@@ -69,6 +73,8 @@ class PredictConfig(Computing):
     runs: Path = Path("runs")
     lsp: LspSettings = PRESETS["evaluate"]
     top: int = 5
+    stop_at: float | None = None
+    confidence: str = "max"
     batch_size: int = 64
     workers: int | None = None
 
@@ -83,11 +89,14 @@ class Prediction:
         scale: chosen theta in pixels.
         classes: the likeliest ones with their probabilities, the mean over the patches.
         names: what these classes are called; None where nothing says it.
-        corners: top-left (y, x) of each patch in the crop (k, 2), the strongest first.
+        corners: top-left (y, x) of each patch that the network saw in the crop (k, 2), the
+            strongest first.
         scores: activation of each patch (k,).
         boxes: x0, y0, x1, y1 of each patch in pixels of the picture (k, 4); see
             `anchorpatch.geometry.source_box`.
         crop: the crop that AnchorNet saw, uint8 (S, S, 3).
+        localized: patches that AnchorNet and LSP found, of which the network may have seen fewer.
+        gmacs: spent on the picture by AnchorNet and the network; None without ``stop_at``.
     """
 
     path: str
@@ -99,6 +108,8 @@ class Prediction:
     scores: NDArray[np.float32]
     boxes: NDArray[np.float64]
     crop: NDArray[np.uint8]
+    localized: int
+    gmacs: float | None = None
 
     @property
     def patches(self) -> NDArray[np.uint8]:
@@ -108,6 +119,7 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """Return the prediction for JSON, without pixels."""
+        spent = {"looks": len(self.scores), "localized": self.localized, "gmacs": self.gmacs}
         return {
             "path": self.path,
             "size": list(self.size),
@@ -125,6 +137,7 @@ class Prediction:
                     self.corners.tolist(), self.scores.tolist(), self.boxes.tolist(), strict=True
                 )
             ],
+            **({} if self.gmacs is None else spent),
         }
 
 
@@ -170,6 +183,12 @@ class Predictor:
         module = self.network.module.to(device)
         amp = config.precision == "bfloat16"
         self._run = Distributions(module, device, self.network.meta, amp=amp)
+        self._costs: LookCosts | None = None
+        if config.stop_at is not None:
+            net, side = self._localizer.net, self._localizer.side
+            anchornet_macs = macs(net, side, net.localize) / 1e9
+            each = {scale: macs(module, scale) / 1e9 for scale in SCALES}
+            self._costs = LookCosts(each, anchornet_macs)
         # Images are too small to share out, and a new thread starts with all cores.
         self._decoders = ThreadPoolExecutor(
             cpu_count() if config.workers is None else max(1, config.workers),
@@ -228,8 +247,13 @@ class Predictor:
         pixels = torch.from_numpy(np.stack([image.pixels for _, image in images]))
         local = self._localizer.submit(pixels).result(lambda i: images[i][0])
         runs = dict.fromkeys(SCALES, self._run)
-        sums = sum_localized(runs, local, pixels, self.config.batch_size)
-        means = sums / torch.from_numpy(local.counts)[:, None]
+        config, looks = self.config, local.counts.astype(np.int64)
+        if config.stop_at is None:
+            means = sum_localized(runs, local, pixels, config.batch_size)
+            means /= torch.from_numpy(looks)[:, None]
+        else:
+            how = config.batch_size, config.stop_at, config.confidence
+            means, looks = look_until_sure(runs, local, pixels, *how)
         predictions = []
         for i, (path, image) in enumerate(images):
             if not means[i].isfinite().all():
@@ -238,20 +262,23 @@ class Predictor:
                 )
             # Stable: of equal probabilities the lower class goes first, as in the evaluation.
             order = torch.sort(means[i], descending=True, stable=True).indices
-            best, count = order[: self.config.top].tolist(), local.counts[i]
+            best, count = order[: config.top].tolist(), int(looks[i])
             classes = tuple((self.network.meta.classes[c], float(means[i, c])) for c in best)
-            corners = local.corners[i, :count]
+            corners, scale = local.corners[i, :count], int(local.scale[i])
+            costs = self._costs
             predictions.append(
                 Prediction(
                     path=path,
                     size=image.size,
-                    scale=int(local.scale[i]),
+                    scale=scale,
                     classes=classes,
                     names=tuple(self.class_names.name(of) for of, _ in classes),
                     corners=corners,
                     scores=local.scores[i, :count],
-                    boxes=source_box(image.size, corners, int(local.scale[i]), self._crop),
+                    boxes=source_box(image.size, corners, scale, self._crop),
                     crop=image.pixels,
+                    localized=int(local.counts[i]),
+                    gmacs=None if costs is None else costs.anchornet + count * costs.patch[scale],
                 )
             )
         return predictions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,12 @@ def test_folders_and_formats(
     command += ["--anchornet-weights", weights, "--class-names", "names.csv", "--workers", 1]
     paths = [f"in/{name}" for name in ("a.png", "b/10.JPEG", "b/2.jpg", "b/x.jpg", "b/c/1.jpg")]
     lines: dict[str, list[str]] = {}
+    stopping = program(*command[:2], *command[3:], "--stop-at", 0, "--format", "csv")
+    for row in csv.DictReader(stopping.stdout.splitlines()):
+        if not row["error"]:
+            assert (row["patches"], float(row["gmacs"]) > 0.39) == ("1", True)
+    told = program(*command[:2], *command[3:], "--stop-at", 0)
+    assert re.search(r"^  looked at 1 of \d+ patch(es)?: 0\.\d+ GMACs$", told.stdout, re.MULTILINE)
     for form in ("jsonl", "csv", "table", "text"):
         result = program(*command, "--format", form)
         assert result.returncode == 1, result.stderr

@@ -10,13 +10,19 @@ import torch
 from anchorpatch.errors import NonFiniteError, SettingsError, WeightsError
 from anchorpatch.images.decode import decode
 from anchorpatch.jobs.extract import ExtractConfig, run
+from anchorpatch.jobs.looks import score_looks
+from anchorpatch.jobs.patch_scores import Distributions
 from anchorpatch.jobs.predict import PredictConfig, Prediction, Predictor, Unreadable
+from anchorpatch.models.anchornet import AnchorNet
+from anchorpatch.models.complexity import macs
 from anchorpatch.models.registry import build
 from anchorpatch.networks import load_checkpoint
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights, save_weights
-from anchorpatch.settings import PRESETS
+from anchorpatch.settings import PRESETS, SCALES
 from anchorpatch.shards.reader import ShardReader
 from tests.jobs.small_networks import save_small_network
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,34 @@ def test_the_same_as_extracting_and_adding_softmaxes(
         for (_, p), c in zip(prediction.classes, best, strict=True):
             assert p == pytest.approx(float(total[c]), abs=1e-5)
     assert len(scales) > 1
+
+
+def test_stopping_decides_as_the_evaluation(
+    tmp_path: Path, image_folder: Path, weights: Path, network: Path
+) -> None:
+    run(ExtractConfig(image_folder, "val", weights, tmp_path, workers=0))
+    reader, loaded = ShardReader(tmp_path / "val"), load_checkpoint(network)
+    runs = dict.fromkeys(SCALES, Distributions(loaded.module, CPU, loaded.meta, amp=False))
+    rows = np.concatenate([np.flatnonzero(reader.scale == scale) for scale in SCALES])
+    looks, _ = score_looks(runs, reader, rows, rows, batch_size=16, measure="margin")
+    paths = [image_folder / "val" / reader.path[row].decode() for row in rows]
+    anchornet = AnchorNet(2)
+    own = macs(anchornet, 224, anchornet.localize) / 1e9
+    stopped = set()
+    for threshold in (0.0, 0.3, 0.6, 1.0):
+        found = predict(
+            PredictConfig(network, weights, stop_at=threshold, confidence="margin"), paths
+        )
+        taken = looks.stops(threshold)
+        for i, prediction in enumerate(found):
+            assert isinstance(prediction, Prediction)
+            assert len(prediction.scores) == len(prediction.corners) == taken[i]
+            assert prediction.localized == reader.counts[rows[i]]
+            assert prediction.classes[0][0] == "abc"[looks.predicted[i, taken[i] - 1]]
+            each = macs(loaded.module, prediction.scale) / 1e9
+            assert prediction.gmacs == pytest.approx(own + taken[i] * each)
+        stopped |= set(taken.tolist())
+    assert len(stopped) > 3
 
 
 def test_pictures_are_cropped_as_the_weights_say(
