@@ -447,8 +447,7 @@ def _extract(
     batches, made = _claimed(plan, sink, shards, begun, waits), 0
     try:
         with closing(plan.load(batches, plan.config.workers)) as loader:
-            with waits.on("network"):
-                localizer = build()
+            localizer = build()
             reporter.start(f"extract {plan.config.split}", total, total - left)
             for batch in waits.each("decoding", loader):
                 if batch.bad:

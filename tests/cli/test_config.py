@@ -42,7 +42,7 @@ def load(tmp_path: Path, text: str) -> dict[str, Any]:
         ("[figure.errors]\nscale = [63, 64]", "[figure.errors] scale: '64' is not one of"),
         ("[shards]\nshow = 3", "expected a table [shards.show], found 3"),
         ("[figure]\npatches = 5", "expected a table [figure.patches], found 5"),
-        ("[shards.nope]", "expected a table for a command (inspect, verify, merge, show)"),
+        ("[shards.nope]", "expected a table for a command (inspect, verify, merge, show, export)"),
         ("[shards.verify]\njobs = 1.5", "[shards.verify] jobs: '1.5' is not a valid integer"),
         ("[figure.coverage]\nlimits = 3", "no such option: 'limits'. Did you mean 'limit'?"),
         ("extract = 3", "extract is a command: expected a table [extract], found 3"),
