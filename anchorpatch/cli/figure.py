@@ -30,6 +30,7 @@ def figure() -> None:
     anchorpatch figure errors --data imagenet      Figure 4: what misled a branch
     anchorpatch figure attention --data imagenet   Figure 5: attention and class heatmaps
     anchorpatch figure coverage resnet50           Figure 6: accuracy by covered and masked area
+    anchorpatch figure tradeoff RESULT             accuracy against cost, of dynamic inference
     """
 
 
@@ -351,3 +352,44 @@ def coverage(
         f"{out}, {out.with_suffix('.csv')}, {out.with_suffix('.json')}",
     ]
     click.echo("\n".join(lines))
+
+
+@figure.command(cls=opt.Command)
+@click.argument("results", metavar="RESULT...", nargs=-1, required=True, type=opt.PATH)
+@click.option(
+    "--out",
+    type=opt.PATH,
+    default=Path("figures/tradeoff.png"),
+    help="Picture to write; a .csv and a .json file are written next to it.",
+)
+@opt.as_json
+def tradeoff(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Draw accuracy against cost, of results of evaluate --protocol dynamic.
+
+    Each RESULT is a file that `anchorpatch evaluate NETWORK --protocol dynamic --result RESULT`
+    wrote, and gets a panel: top-1 against GMACs per image, for whole images of several sizes, fixed
+    numbers of patches, and stopping when the network is sure; for patches with AnchorNet's cost and
+    without.
+
+    \b
+    anchorpatch evaluate resnet50 --protocol dynamic --result runs/resnet50/dynamic.json
+    anchorpatch figure tradeoff runs/resnet50/dynamic.json
+    """
+    from anchorpatch.figures.canvas import picture_kind, save_picture
+    from anchorpatch.figures.tradeoff import (
+        read_dynamic,
+        tradeoff_csv,
+        tradeoff_facts,
+        tradeoff_figure,
+    )
+    from anchorpatch.storage import write_atomically
+
+    picture_kind(out)
+    found = [read_dynamic(path) for path in results]
+    facts = tradeoff_facts(found)
+    write_atomically(out.with_suffix(".csv"), lambda file: file.write(tradeoff_csv(found).encode()))
+    save_picture(tradeoff_figure(found), out, facts)
+    if as_json:
+        print_json({**facts, "picture": str(out)})
+        return
+    click.echo(f"{facts['caption']}\n{out}, {out.with_suffix('.csv')}, {out.with_suffix('.json')}")

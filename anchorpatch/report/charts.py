@@ -21,6 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from anchorpatch.figures.canvas import drawable
+from anchorpatch.figures.tradeoff import tradeoff_curves
+from anchorpatch.jobs.tradeoff import Dynamic
 from anchorpatch.metrics import OUTPUTS
 from anchorpatch.report.collect import Run
 from anchorpatch.tables import (
@@ -108,27 +110,32 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of lines over epochs.
+    """A chart of lines over epochs, or over something else.
 
     Attributes:
         title: a few words.
         series: its lines, each with a point at least.
         share: whether values are shares from 0 to 1, written in percent.
+        over: what the lines run over.
     """
 
     title: str
     series: tuple[Series, ...]
     share: bool = False
+    over: str = "epoch"
 
     @property
     def description(self) -> str:
         """Say in words where each line begins and ends, for those who cannot see it."""
         ends = [
-            f"{line.name}: {self._text(line.points[0][1])} at epoch {line.points[0][0]:g}, "
-            f"{self._text(line.points[-1][1])} at epoch {line.points[-1][0]:g}"
+            f"{line.name}: {self._text(line.points[0][1])} at {self._at(line.points[0][0])}, "
+            f"{self._text(line.points[-1][1])} at {self._at(line.points[-1][0])}"
             for line in self.series
         ]
-        return f"{self.title} by epoch. {'; '.join(ends)}."
+        return f"{self.title} by {self.over}. {'; '.join(ends)}."
+
+    def _at(self, place: float) -> str:
+        return f"epoch {place:g}" if self.over == "epoch" else f"{place:.3g} {self.over}"
 
     def _text(self, value: float) -> str:
         return f"{value:.1%}" if self.share else f"{value:.4g}"
@@ -158,6 +165,17 @@ def comparison(runs: Sequence[Run]) -> Chart | None:
     return Chart(f"Top-1 on validation images, {which}", lines, share=True)
 
 
+def tradeoff_chart(result: Dynamic) -> Chart:
+    """Return top-1 of a network over its cost."""
+    looks = {"whole": (None, 1), "fixed": (0, 0), "dynamic": (1, 3)}
+    lines = []
+    for curve in tradeoff_curves(result):
+        hue, mark = looks[curve.way]
+        other = not curve.in_all
+        lines.append(Series(curve.name, curve.points, hue, int(other), mark, hollow=other))
+    return Chart(f"Top-1 of {result.network}", tuple(lines), share=True, over="GMACs per image")
+
+
 def draw(chart: Chart, key: str, width: float = 3.6, height: float = 2.9) -> str:
     """Draw a chart as an <svg> element.
 
@@ -175,8 +193,8 @@ def draw(chart: Chart, key: str, width: float = 3.6, height: float = 2.9) -> str
         axes.grid(visible=True)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlabel(chart.over)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=chart.over == "epoch"))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], min_n_ticks=4))
         if chart.share:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}%"))

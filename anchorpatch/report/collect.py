@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,7 @@ from anchorpatch.demo.score import SceneScore, score_scenes
 from anchorpatch.errors import AnchorpatchError, DataError, ImageError, reason_of
 from anchorpatch.images.decode import decode_picture
 from anchorpatch.jobs.results import AnchorNetFigures, Speed, Table3, Table3Row, Table4, Table4Row
+from anchorpatch.jobs.tradeoff import Dynamic
 from anchorpatch.runtime.checkpoint import WeightsMeta, read_meta
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.layout import MANIFEST_NAME
@@ -32,6 +33,9 @@ _LOG: Final = "log.jsonl"
 _NAMED: Final = 50
 
 _T = TypeVar("_T")
+
+#: What ``anchorpatch evaluate`` finds.
+Result: TypeAlias = Table3 | Table4 | AnchorNetFigures | Dynamic
 
 
 class LeftOut(NamedTuple):
@@ -133,7 +137,7 @@ class Contents:
     folder: Path
     runs: tuple[Run, ...]
     splits: tuple[Split, ...]
-    results: tuple[Table3 | Table4 | AnchorNetFigures, ...]
+    results: tuple[Result, ...]
     figures: tuple[FigureFile, ...]
     weights: tuple[WeightsFacts, ...]
     scenes: Scenes | None
@@ -305,7 +309,7 @@ def _histogram(reader: ShardReader) -> dict[int, tuple[int, ...]]:
 _MOST_BYTES: Final = 4 << 20
 
 
-def _read_result(path: Path) -> Table3 | Table4 | AnchorNetFigures | None:
+def _read_result(path: Path) -> Result | None:
     """Read a result; None for JSON of another kind, which may lie anywhere."""
     if path.stat().st_size > _MOST_BYTES:
         return None
@@ -324,6 +328,8 @@ def _read_result(path: Path) -> Table3 | Table4 | AnchorNetFigures | None:
     if protocol == "rescale":
         fields["rows"] = tuple(Table4Row(**row) for row in fields["rows"])
         return Table4(**fields)
+    if protocol == "dynamic":
+        return Dynamic.from_json(fields)
     return AnchorNetFigures(**fields) if protocol == "anchornet" else None
 
 

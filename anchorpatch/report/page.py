@@ -29,7 +29,16 @@ from anchorpatch.errors import SettingsError
 from anchorpatch.figures import EXAMPLES
 from anchorpatch.figures.coverage import coverage_table
 from anchorpatch.jobs.results import Table3, Table4
-from anchorpatch.report.charts import Chart, comparison, draw, epoch_table, run_charts, run_table
+from anchorpatch.jobs.tradeoff import Dynamic
+from anchorpatch.report.charts import (
+    Chart,
+    comparison,
+    draw,
+    epoch_table,
+    run_charts,
+    run_table,
+    tradeoff_chart,
+)
 from anchorpatch.report.collect import (
     Contents,
     FigureFile,
@@ -274,16 +283,21 @@ def _training(runs: Sequence[Run]) -> Section:
 
 
 def _results(contents: Contents) -> Section:
-    by_kind: dict[str, list[Any]] = {"table 3": [], "table 4": [], "anchornet": []}
+    kinds = {Table3: "table 3", Table4: "table 4", Dynamic: "dynamic"}
+    by_kind: dict[str, list[Any]] = {kind: [] for kind in (*kinds.values(), "anchornet")}
     for result in contents.results:
-        kinds = {Table3: "table 3", Table4: "table 4"}
         by_kind[kinds.get(type(result), "anchornet")].append(result)
-    blocks: list[Any] = [
-        table for found in by_kind.values() for result in found for table in result.tables()
-    ]
+    blocks: list[Any] = []
+    for result in (result for found in by_kind.values() for result in found):
+        if isinstance(result, Dynamic):
+            chart = tradeoff_chart(result)
+            svg = draw(chart, f"tradeoff{len(blocks)}", width=6.0, height=4.2)
+            blocks.append(Charts(((chart, svg),)))
+        blocks += result.tables()
     for kind, what, option in (
         ("table 3", "patches against whole images", ""),
         ("table 4", "one patch against the rescaled image", " --protocol rescale"),
+        ("dynamic", "accuracy against cost", " --protocol dynamic"),
     ):
         if not by_kind[kind]:
             blocks.append(

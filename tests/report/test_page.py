@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -23,6 +24,7 @@ from anchorpatch.report.page import (
 )
 from anchorpatch.report.pictures import Made
 from anchorpatch.settings import SCALES
+from tests.figures.test_tradeoff import sample as dynamic_sample
 from tests.report.samples import (
     SHOWN,
     TABLE_3,
@@ -207,6 +209,22 @@ def test_a_folder_with_little_in_it_says_what_would_fill_the_page(tmp_path: Path
     ):
         assert command in parsed.text
     assert parsed.all("aside") == []
+
+
+def test_accuracy_against_cost_is_drawn_and_told(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "a")
+    path = tmp_path / "runs" / "a" / "dynamic.json"
+    path.write_text(json.dumps(dynamic_sample("<b>net").to_json()))
+    summary = run(ReportConfig(tmp_path))
+    assert summary.left_out == ()
+    assert summary.sections["tables"]["dynamic"] == 1
+    parsed = Parsed(summary.report.read_bytes())
+    assert "Accuracy against cost: <b>net" in parsed.text
+    assert "Saved by stopping early" in parsed.text
+    assert "33% (20% to 40%)" in parsed.text
+    told = [div.get("aria-label", "") for div in parsed.all("div")]
+    begins = "Top-1 of <b>net by GMACs per image. whole image, by size: 50.0% at 0.8 GMACs"
+    assert any(label.startswith(begins) for label in told)
 
 
 def test_one_thing_is_not_counted_in_the_plural(root: Path) -> None:
