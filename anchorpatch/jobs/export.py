@@ -28,7 +28,7 @@ from anchorpatch import storage
 from anchorpatch.classes import IMAGENET_NAMES, ClassNames
 from anchorpatch.errors import ManifestMismatch, SettingsError, ShardBusy, ShardError
 from anchorpatch.images.source import spread_rows
-from anchorpatch.jobs.patch_files import Block, Blocks, class_folders, picture_names, pictures_of
+from anchorpatch.jobs.patch_files import Block, Pictures, class_folders, picture_names
 from anchorpatch.jobs.patch_table import (
     PatchRows,
     PatchTable,
@@ -244,10 +244,8 @@ def _to_files(
     reader: ShardReader, out: Path, config: ExportConfig, done: Callable[[int], object]
 ) -> Exported:
     """Export a split as pictures."""
-    images, pictures = (
-        taken_images(reader, config),
-        pictures_of(reader, config.picture, config.quality),
-    )
+    images = taken_images(reader, config)
+    pictures = Pictures(reader, config.picture, config.quality)
     inputs: dict[str, Any] = {
         "split": reader.header.split,
         "shards": hashlib.sha256(" ".join(reader.sha256).encode()).hexdigest(),
@@ -307,7 +305,7 @@ def _write_folder(
     out: Path,
     config: ExportConfig,
     images: NDArray[np.int64],
-    pictures: Blocks,
+    pictures: Pictures,
     record: _Record,
     done: Callable[[int], object],
 ) -> None:
@@ -319,7 +317,6 @@ def _write_folder(
         for folder in folders:
             (out / folder).mkdir(exist_ok=True)
     made: set[str] = set()
-    temporary = out / ".patch.tmp"
 
     def paths(rows: PatchRows) -> list[str]:
         labels = reader.label[rows.image].tolist()
@@ -330,25 +327,28 @@ def _write_folder(
             for image, label, scale, rank in zip(*columns, strict=True)
         ]
 
+    def write(block: Block) -> tuple[int, int, int]:
+        temporary = f"{out}/.{block.images[0]}.tmp"
+        for path, data in zip(paths(block.rows), block.files, strict=True):
+            with storage.refusals(Path(path)):
+                above = path.rpartition("/")[0]
+                if above not in made:
+                    os.makedirs(above, exist_ok=True)
+                    made.add(above)
+                with open(temporary, "wb", buffering=0) as file:
+                    file.write(data)
+                os.replace(temporary, path)
+        return len(block.images), len(block.files), sum(map(len, block.files))
+
     for index, start in enumerate(range(0, len(images), _PART)):
         part = images[start : start + _PART]
         if index < len(record.parts) and all(map(_is_there, paths(rows_of(reader, part)))):
             done(len(part))
             continue
         files = size = 0
-        for block, rows, blobs in pictures(part):
-            for path, blob in zip(paths(rows), blobs, strict=True):
-                with storage.refusals(Path(path)):
-                    above = path.rpartition("/")[0]
-                    if above not in made:
-                        os.makedirs(above, exist_ok=True)
-                        made.add(above)
-                    with open(temporary, "wb", buffering=0) as file:
-                        file.write(blob)
-                    os.replace(temporary, path)
-                size += len(blob)
-            files += len(blobs)
-            done(len(block))
+        for wrote, of_block, bytes_of_block in pictures.of(part, write):
+            files, size = files + of_block, size + bytes_of_block
+            done(wrote)
         # Once for all these files, that the record tells of none that a crash takes away.
         os.sync()
         record.note(index, {"images": len(part), "files": files, "bytes": size})
@@ -369,7 +369,7 @@ def _write_tars(
     out: Path,
     config: ExportConfig,
     images: NDArray[np.int64],
-    pictures: Blocks,
+    pictures: Pictures,
     record: _Record,
     done: Callable[[int], object],
 ) -> None:
@@ -384,7 +384,11 @@ def _write_tars(
             samples = None
             done(part["images"])
         else:
-            samples = samples or _samples(pictures(images[position:]), table, config.picture)
+            if samples is None:
+                blocks = pictures.of(
+                    images[position:], lambda block: _samples(block, table, config)
+                )
+                samples = chain.from_iterable(blocks)
             fill = partial(_fill, samples=samples, config=config, done=done)
             counts, following = storage.write_atomically(path, fill)
             if following is not None:
@@ -405,23 +409,22 @@ def _size(path: Path) -> int | None:
 _Samples: TypeAlias = list[dict[str, bytes]]
 
 
-def _samples(blocks: Iterator[Block], table: PatchTable, picture: str) -> Iterator[_Samples]:
-    """Yield the samples of each image. Keys are the image's number in the split, and the rank."""
-    for images, rows, files in blocks:
-        columns = table.columns(rows)
-        of_image: dict[int, _Samples] = {image: [] for image in images.tolist()}
-        pairs = zip(rows.image.tolist(), rows.rank.tolist(), strict=True)
-        for k, (image, rank) in enumerate(pairs):
-            text = json.dumps(facts_of(columns, k), separators=(",", ":"), allow_nan=False)
-            key = f"{image:08d}_{rank:03d}"
-            of_image[image].append(
-                {
-                    f"{key}.cls": str(columns["label"][k]).encode(),
-                    f"{key}.json": text.encode(),
-                    f"{key}.{picture}": files[k],
-                }
-            )
-        yield from of_image.values()
+def _samples(block: Block, table: PatchTable, config: ExportConfig) -> list[_Samples]:
+    """Return the samples of each image. Keys are the image's number in the split, and the rank."""
+    columns = table.columns(block.rows)
+    of_image: dict[int, _Samples] = {image: [] for image in block.images.tolist()}
+    pairs = zip(block.rows.image.tolist(), block.rows.rank.tolist(), strict=True)
+    for k, (image, rank) in enumerate(pairs):
+        text = json.dumps(facts_of(columns, k), separators=(",", ":"), allow_nan=False)
+        key = f"{image:08d}_{rank:03d}"
+        of_image[image].append(
+            {
+                f"{key}.cls": str(columns["label"][k]).encode(),
+                f"{key}.json": text.encode(),
+                f"{key}.{config.picture}": block.files[k],
+            }
+        )
+    return list(of_image.values())
 
 
 def _fill(

@@ -7,7 +7,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,11 @@ from anchorpatch.shards.reader import ShardReader
 from anchorpatch.shards.writer import encode_jpeg
 from anchorpatch.signals import shut_down, waiting_for
 
-#: Images whose patches one thread encodes at a time.
+#: Images whose patches are encoded at a time.
 _BLOCK: Final = 16
 
-#: Threads that encode, and blocks that wait to be written beside those that they work on. More
-#: threads are not faster: Pillow lets go of the interpreter's lock for too short.
-_THREADS: Final = 2
+#: Blocks that wait to be used beside the one that is made. One thread makes them, besides the one
+#: that uses them: two take turns with the interpreter's lock, and are no faster.
 _AHEAD: Final = 4
 
 #: Of zlib: 0.6 times as long as Pillow's default of 6, for files that are 4 % larger.
@@ -32,13 +31,19 @@ _PNG_LEVEL: Final = 1
 
 _JPEG_QUALITY: Final = 95
 
-#: Images, their patches, and the picture file of each patch.
-Block: TypeAlias = tuple[NDArray[np.int64], PatchRows, list[bytes]]
-Blocks: TypeAlias = Callable[[NDArray[np.int64]], Iterator[Block]]
+_T = TypeVar("_T")
 
 
-def pictures_of(reader: ShardReader, picture: str, quality: int | None) -> Blocks:
-    """Return what turns the patches of images into picture files, made ahead of their use.
+class Block(NamedTuple):
+    """Some images, their patches, and the picture file of each patch."""
+
+    images: NDArray[np.int64]
+    rows: PatchRows
+    files: list[bytes]
+
+
+class Pictures:
+    """Turns the patches of images into picture files, in a thread ahead of their use.
 
     Args:
         reader: of the shards.
@@ -48,51 +53,57 @@ def pictures_of(reader: ShardReader, picture: str, quality: int | None) -> Block
     Raises:
         SettingsError: a quality is given for patches that are copied.
     """
-    copied = picture == "jpg" and reader.settings.codec == "jpeg"
-    if copied and quality is not None:
-        raise SettingsError(
-            f"--quality: the patches of {reader.folder} are stored as JPEG of quality "
-            f"{reader.settings.jpeg_quality} and copied as they are: leave it out"
-        )
 
-    def encoded(pixels: NDArray[np.uint8]) -> bytes:
-        if picture == "jpg":
-            return encode_jpeg(pixels, quality or _JPEG_QUALITY)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG", compress_level=_PNG_LEVEL)
-        return buffer.getvalue()
-
-    def block(images: NDArray[np.int64]) -> Block:
-        rows = rows_of(reader, images)
-        files = [b""] * len(rows.row)
-        for scale, places, of_scale in by_scale(rows):
-            found: Iterable[bytes] = (
-                reader.jpegs(scale, of_scale)
-                if copied
-                else map(encoded, reader.patches(scale, of_scale))
+    def __init__(self, reader: ShardReader, picture: str, quality: int | None) -> None:
+        self._reader, self._picture, self._quality = reader, picture, quality
+        self._copied = picture == "jpg" and reader.settings.codec == "jpeg"
+        if self._copied and quality is not None:
+            raise SettingsError(
+                f"--quality: the patches of {reader.folder} are stored as JPEG of quality "
+                f"{reader.settings.jpeg_quality} and copied as they are: leave it out"
             )
-            for place, data in zip(places.tolist(), found, strict=True):
-                files[place] = data
-        return images, rows, files
 
-    def blocks(images: NDArray[np.int64]) -> Iterator[Block]:
-        pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="anchorpatch-export")
+    def of(self, images: NDArray[np.int64], use: Callable[[Block], _T]) -> Iterator[_T]:
+        """Yield what ``use`` makes of some of the images after another; the thread calls it."""
+
+        def work(some: NDArray[np.int64]) -> _T:
+            rows = rows_of(self._reader, some)
+            return use(Block(some, rows, self._files(rows)))
+
+        pool = ThreadPoolExecutor(1, thread_name_prefix="anchorpatch-export")
         try:
-            queue: deque[Future[Block]] = deque()
+            queue: deque[Future[_T]] = deque()
             for start in range(0, len(images), _BLOCK):
-                queue.append(pool.submit(block, images[start : start + _BLOCK]))
-                if len(queue) > _THREADS + _AHEAD:
+                queue.append(pool.submit(work, images[start : start + _BLOCK]))
+                if len(queue) > _AHEAD:
                     yield _result(queue)
             while queue:
                 yield _result(queue)
         finally:
-            shut_down(pool, "the threads that encode patches")
+            shut_down(pool, "the thread that encodes patches")
 
-    return blocks
+    def _files(self, rows: PatchRows) -> list[bytes]:
+        files = [b""] * len(rows.row)
+        for scale, places, of_scale in by_scale(rows):
+            found: Iterable[bytes] = (
+                self._reader.jpegs(scale, of_scale)
+                if self._copied
+                else map(self._encoded, self._reader.patches(scale, of_scale))
+            )
+            for place, data in zip(places.tolist(), found, strict=True):
+                files[place] = data
+        return files
+
+    def _encoded(self, pixels: NDArray[np.uint8]) -> bytes:
+        if self._picture == "jpg":
+            return encode_jpeg(pixels, self._quality or _JPEG_QUALITY)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG", compress_level=_PNG_LEVEL)
+        return buffer.getvalue()
 
 
-def _result(queue: deque[Future[Block]]) -> Block:
-    with waiting_for("the threads that encode patches"):
+def _result(queue: deque[Future[_T]]) -> _T:
+    with waiting_for("the thread that encodes patches"):
         return queue.popleft().result()
 
 
