@@ -24,6 +24,14 @@ from anchorpatch.text import counted, few
 _ID: Final = re.compile(r"n\d{8}")
 _ID_AND_NAME: Final = re.compile(r"(n\d{8})[ ,;:]\s*(.*)")
 
+#: What two classes of ImageNet are called: a bird and a machine, a dog and a garment. torchvision
+#: tells them apart, "crane bird" and "crane", in some versions.
+_SHARED: Final = {
+    "cardigan": ("n02113186", "n02963159"),
+    "crane": ("n02012849", "n03126707"),
+    "maillot": ("n03710637", "n03710721"),
+}
+
 
 @lru_cache
 def imagenet_ids() -> tuple[str, ...]:
@@ -83,9 +91,9 @@ class ClassNames:
     def read(cls, path: Path | None) -> ClassNames:
         r"""Read a file of names.
 
-        Either each line has a class and its name, separated by a tab or a comma (behind a WordNet
-        id also by a space, as in ImageNet's LOC_synset_mapping.txt), or each line has a name, in
-        the order of the classes. Empty lines are ignored.
+        Either each line has a class and its name, separated by a tab, comma or semicolon (behind a
+        WordNet id also by a space, as in ImageNet's LOC_synset_mapping.txt), or each line has a
+        name, in the order of the classes. Empty lines are ignored.
 
         Args:
             path: of the file; None for ImageNet's names alone.
@@ -101,9 +109,13 @@ class ClassNames:
             pairs = [line.split("\t", 1) for line in texts]
         elif all(_ID_AND_NAME.match(line) for line in texts):
             pairs = [list(_ID_AND_NAME.findall(line)[0]) for line in texts]
-        elif all("," in line for line in texts):
-            fields = csv.reader(texts, skipinitialspace=True)
-            pairs = [[first, ", ".join(rest)] for first, *rest in fields]
+        elif found := [sep for sep in ",;" if all(sep in line for line in texts)]:
+            # Line by line: a quotation mark without another must not join lines.
+            fields = (
+                next(csv.reader([line], delimiter=found[0], skipinitialspace=True))
+                for line in texts
+            )
+            pairs = [[first, f"{found[0]} ".join(rest)] for first, *rest in fields]
         else:
             return cls({}, tuple(lines), str(path))
         given: dict[str, str] = {}
@@ -240,11 +252,10 @@ def match_classes(wanted: Sequence[str], outputs: Sequence[str]) -> list[int | N
     index = {name: i for i, name in enumerate(outputs)}
     matched = [index.get(name) for name in wanted]
     if None in matched:
-        taken, asked = set(matched), Counter(map(_wordnet_id, wanted))
-        counts = Counter(map(_wordnet_id, outputs))
-        by_id = {_wordnet_id(name): i for name, i in index.items()}
-        for k, name in enumerate(wanted):
-            wordnet = _wordnet_id(name)
+        of_wanted, of_outputs = _wordnet_ids(wanted), _wordnet_ids(outputs)
+        taken, asked, counts = set(matched), Counter(of_wanted), Counter(of_outputs)
+        by_id = {wordnet: i for i, wordnet in enumerate(of_outputs)}
+        for k, wordnet in enumerate(of_wanted):
             found = by_id.get(wordnet)
             once = wordnet is not None and asked[wordnet] == counts[wordnet] == 1
             if matched[k] is None and once and found not in taken:
@@ -252,11 +263,22 @@ def match_classes(wanted: Sequence[str], outputs: Sequence[str]) -> list[int | N
     return matched
 
 
-def _wordnet_id(name: str) -> str | None:
-    """Return a class of ImageNet by its id, or by its name where only one class has that."""
-    if _ID.fullmatch(name):
-        return name
-    return _ids_by_name().get(name.replace("_", " ").casefold())
+def _wordnet_ids(classes: Sequence[str]) -> list[str | None]:
+    """Return classes of ImageNet by their ids, or by their names where these mean one class.
+
+    A name that two classes share means one of them where the other is there by its own name.
+    """
+    plain = [name.replace("_", " ") for name in classes]
+    of: dict[str, str | None] = dict(_ids_by_name())
+    for shared, pair in _SHARED.items():
+        own = {imagenet_names()[wordnet]: wordnet for wordnet in pair}
+        of[shared] = None
+        if len(own) == 2 and own.keys() <= set(plain):
+            of |= own
+    return [
+        name if _ID.fullmatch(name) else of.get(text, of.get(text.casefold()))
+        for name, text in zip(classes, plain, strict=True)
+    ]
 
 
 @lru_cache

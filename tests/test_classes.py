@@ -35,6 +35,7 @@ def test_imagenets_ids_are_the_published_ones() -> None:
         "n02102040\tSpringer, English\ncat\tCat\n",
         "n02102040, Springer, English\n\ncat,Cat\n",
         '\ufeffn02102040,"Springer, English"\r\ncat, Cat\r\n',
+        "n02102040;Springer, English\ncat; Cat\n",
     ],
 )
 def test_names_by_class(tmp_path: Path, text: str) -> None:
@@ -71,6 +72,7 @@ def test_names_in_the_order_of_the_classes(tmp_path: Path) -> None:
         ("", r"names: expected class names, one per line, found none"),
         ("a\tA\nb\n", r"names:2: expected a class, a tab or a comma, and its name, found 'b'"),
         ("a\tA\n\tB\n", r"names:2: expected a class"),
+        ('x,"A\ny,B\n', r"names: expected names of classes such as a, b, found only x, y"),
         ("a,A\n\na,B\n", r"names:3: a has a name already, 'A'"),
         ("x,A\ny,B\n", r"names: expected names of classes such as a, b, found only x, y"),
     ],
@@ -100,12 +102,18 @@ def test_class_maps(tmp_path: Path) -> None:
 
 def test_a_name_that_two_classes_share_matches_neither(monkeypatch: pytest.MonkeyPatch) -> None:
     crane, bird = "n03126707", "n02012849"
-    assert match_classes(("crane", bird), imagenet_ids()) == [517, 134]
+    assert match_classes(("crane", "maillot", "cardigan"), imagenet_ids()) == [None, None, None]
+    # As torchvision names them, they are told apart where both are there.
+    names = tuple(imagenet_names().values())
+    assert match_classes(imagenet_ids(), names) == list(range(1000))
+    assert match_classes(names, imagenet_ids()) == list(range(1000))
+    assert match_classes(("crane_bird",), imagenet_ids()) == [134]
     shared = {**imagenet_names(), bird: "crane"}  # as older torchvisions have it
     monkeypatch.setattr("anchorpatch.classes.imagenet_names", lambda: shared)
     _ids_by_name.cache_clear()
     try:
         assert match_classes(("crane", bird), imagenet_ids()) == [None, 134]
+        assert match_classes((crane,), ("crane",)) == [None]
         assert match_classes((crane, bird), ("crane", "tench")) == [None, None]
     finally:
         monkeypatch.undo()

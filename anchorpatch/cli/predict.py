@@ -19,6 +19,7 @@ from anchorpatch.classes import ClassNames, Matching
 from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import print_json, print_table
 from anchorpatch.demo import find_weights
+from anchorpatch.errors import DataError
 from anchorpatch.settings import LspSettings
 from anchorpatch.text import counted
 
@@ -242,7 +243,12 @@ def _names(images: Iterable[str], unreadable: Callable[[str, str], None]) -> Ite
             image.lower().endswith((".tar", ".zip")) and os.path.isfile(image)
         ):
             found = images_in(image)
-            if (first := next(found, None)) is None:
+            try:
+                first = next(found, None)
+            except DataError as error:  # the archive is damaged
+                unreadable(image, str(error))
+                continue
+            if first is None:
                 unreadable(image, "no image in it")
             else:
                 yield first

@@ -185,7 +185,7 @@ def read_named(name: str) -> bytes:
 
     Raises:
         ImageError: it cannot be read; see `anchorpatch.images.folder.read_image`.
-        DataError: the archive cannot be used, or the disk does not answer.
+        DataError: the archive has changed meanwhile, or the disk does not answer.
     """
     archive, colons, member = name.partition("::")
     if not colons or os.path.exists(name):
@@ -195,8 +195,11 @@ def read_named(name: str) -> bytes:
         archive += "::" + further
     if not os.path.exists(archive):
         raise ImageError(f"missing: there is no archive {archive}")
-    with _indexing:
-        index, read = _named(archive)
+    try:
+        with _indexing:
+            index, read = _named(archive)
+    except DataError as error:
+        raise ImageError(str(error)) from error
     wanted = posixpath.normpath(os.fsencode(member))  # tar may list it as ./member
     found = int(np.searchsorted(index.names, wanted))
     if found == len(index.names) or bytes(index.names[found]) != wanted:

@@ -154,7 +154,9 @@ def test_folders_and_formats(
     (tmp_path / "in/b/again").symlink_to("..")
     (tmp_path / "empty").mkdir()
     (tmp_path / "names.csv").write_text("a,Ape\nb,Bee\nc,Cat\n")
-    command: list[object] = ["predict", "in", "empty", "--network", network, "--top", 2]
+    (tmp_path / "cut.tar").write_bytes(b"no archive")
+    archives = ["cut.tar", "cut.tar::a.png", "none.tar::a.png"]
+    command: list[object] = ["predict", *archives, "in", "empty", "--network", network, "--top", 2]
     command += ["--anchornet-weights", weights, "--class-names", "names.csv", "--workers", 1]
     paths = [f"in/{name}" for name in ("a.png", "b/10.JPEG", "b/2.jpg", "b/x.jpg", "b/c/1.jpg")]
     lines: dict[str, list[str]] = {}
@@ -167,13 +169,17 @@ def test_folders_and_formats(
     for form in ("jsonl", "csv", "table", "text"):
         result = program(*command, "--format", form)
         assert result.returncode == 1, result.stderr
-        assert sorted(result.stderr.splitlines()) == [
+        damaged, member, *others = sorted(result.stderr.splitlines())
+        assert damaged.startswith(f"anchorpatch: cut.tar: {tmp_path}/cut.tar: neither a tar nor")
+        assert member.startswith(f"anchorpatch: cut.tar::a.png: {tmp_path}/cut.tar: neither a tar")
+        assert others == [
             "anchorpatch: empty: no image in it",
             "anchorpatch: in/b/x.jpg: not an image",
+            "anchorpatch: none.tar::a.png: missing: there is no archive none.tar",
         ]
         lines[form] = result.stdout.splitlines()
     facts = [json.loads(line) for line in lines["jsonl"]]
-    assert sorted(fact["path"] for fact in facts) == sorted([*paths, "empty"])
+    assert sorted(fact["path"] for fact in facts) == sorted([*paths, *archives, "empty"])
     good = [fact for fact in facts if "error" not in fact]
     assert [fact["path"] for fact in good] == [path for path in paths if "x.jpg" not in path]
     table = {row["path"]: row for row in csv.DictReader(lines["csv"])}
