@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @opt.runs
 @opt.folder("--out", "shards", "Folder for the shards, OUT/SPLIT/SPLIT-00000.h5, ...")
 @opt.lsp(shown="finetune for the split train, evaluate for others")
+@opt.patches("Find --coverage")
 @click.option(
     "--codec",
     type=click.Choice(CODECS),

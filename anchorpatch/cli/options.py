@@ -412,6 +412,16 @@ def batch_size(default: str, unit: str = "images", note: str = "") -> Callable[[
     )
 
 
+def patches(what: str) -> Callable[[_F], _F]:
+    """Return the option of mean numbers of patches, which the help says what is found for."""
+    return click.option(
+        "--patches",
+        type=NumberList(float),
+        help=f"{what} on a sample of the images, and --max-patches where it is too small, so that "
+        "an image has X patches on average at 63, 95 and 111 px.",
+    )
+
+
 def lsp(default: str | None = None, shown: str | None = None) -> Callable[[_F], _F]:
     """Return a decorator that adds the preset of LSP, and what overrides its values.
 
@@ -428,6 +438,8 @@ def lsp(default: str | None = None, shown: str | None = None) -> Callable[[_F], 
             name = preset or default_preset(rest["split"])
             names = ("max_patches", "iou_threshold", "coverage")
             given = {key: value for key in names if (value := rest.pop(key)) is not None}
+            if "coverage" in given and rest.get("patches") is not None:
+                raise click.UsageError("--patches and --coverage are mutually exclusive.")
             return command(preset=name, lsp=replace(PRESETS[name], **given), **rest)
 
         return options(with_settings)  # type: ignore[return-value]

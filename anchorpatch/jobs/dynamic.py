@@ -23,7 +23,14 @@ from anchorpatch.images.source import spread_rows
 from anchorpatch.jobs.crops import Crops, CropSource, open_shards, rescaled
 from anchorpatch.jobs.evaluate import EvaluateConfig, Evaluation, notes_of
 from anchorpatch.jobs.localizer import Localized, Localizer
-from anchorpatch.jobs.looks import LookCosts, Looks, joined, score_localized, score_looks
+from anchorpatch.jobs.looks import (
+    LookCosts,
+    Looks,
+    joined,
+    not_trained_on,
+    score_localized,
+    score_looks,
+)
 from anchorpatch.jobs.speed import Way
 from anchorpatch.jobs.tradeoff import (
     Calibration,
@@ -42,7 +49,6 @@ from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, to_device
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import CROP, SCALES, THRESHOLDS
-from anchorpatch.shards.dataset import held_out
 from anchorpatch.shards.reader import ShardReader
 from anchorpatch.text import counted, few
 
@@ -283,23 +289,14 @@ def _calibrate(
             f"{reader.folder}: expected shards of the classes of {job.reader.folder}, to calibrate "
             f"on, found {counted(len(reader.classes), 'class')} ({few(reader.classes)})"
         )
-    for network in networks.values():
-        if network.holdout == 0:
-            raise DataError(
-                f"{network.source}: was trained on all images of {reader.folder}, where it is too "
-                "sure to calibrate thresholds: fine-tune it with --holdout 0.05, choose a split of "
-                "other images with --calibrate-on, or give --threshold"
-            )
-    shares = (network.holdout for network in networks.values())
-    share = min((s for s in shares if s is not None), default=None)
-    rows = np.flatnonzero(held_out(reader, 1.0 if share is None else share))
+    others = "choose a split of other images with --calibrate-on, or give --threshold"
+    where = str(reader.folder)
+    rows, share = not_trained_on(networks.values(), reader.path, where, others)
     rows = rows[spread_rows(len(rows), config.calibrate_images)]
     if share is None:
         source = f"{counted(len(rows), 'image')} of {reader.folder}"
     else:
         source = f"{counted(len(rows), 'image')} of {reader.folder}, held out by finetune"
-    if not len(rows):
-        raise DataError(f"{reader.folder}: no images are held out; use a larger --holdout")
     job.report.message(f"calibrating on {source}")
     ours, theirs = job.reader.settings, reader.settings
     same = (ours.lsp, str(ours.crop), job.reader.header.weights_sha256) == (

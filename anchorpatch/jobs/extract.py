@@ -28,6 +28,7 @@ from anchorpatch.errors import DataError, ShardBusy, ShardError
 from anchorpatch.images.loader import Batch, load_batches
 from anchorpatch.images.source import ImageSource, open_source, spread_rows, without_images
 from anchorpatch.jobs.localizer import Localizer, Pending, resolve_engine
+from anchorpatch.jobs.selection import tune_images
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights
 from anchorpatch.runtime.device import computing_on, cpu_count, has_bfloat16, resolve_device
 from anchorpatch.runtime.distributed import Task
@@ -70,6 +71,8 @@ class ExtractConfig(Computing):
         only_labelled: leave out images without a label.
         preset: a name in `anchorpatch.settings.PRESETS`; None: by the split.
         lsp: K, T and P in place of the preset's.
+        patches: mean patches per image at each scale, for which P is found on a sample of the
+            images, and K where that of ``lsp`` is too small.
         codec: raw, jpeg or image.
         jpeg_quality: 1 to 100, for codec jpeg.
         store_images: store the crop of each image too.
@@ -107,6 +110,7 @@ class ExtractConfig(Computing):
     only_labelled: bool = False
     preset: str | None = None
     lsp: LspSettings | None = None
+    patches: tuple[float, float, float] | None = None
     codec: str = "raw"
     jpeg_quality: int = 95
     store_images: bool = False
@@ -316,7 +320,7 @@ def forecast(config: ExtractConfig, reporter: Reporter | None = None) -> dict[st
     to 64 images, evenly spread over the list, that are extracted into a temporary folder.
     ``images`` include unreadable ones; ``pending`` are the shards of this task that are not done.
     """
-    plan = _plan(config)
+    plan = _plan(config, reporter)
     if plan.overridden:
         (reporter or Reporter()).message(plan.overridden)
     manifest = open_manifest(
@@ -378,6 +382,10 @@ def _plan(config: ExtractConfig, reporter: Reporter | None = None) -> _Plan:
     ).limited(config.limit)
     preset, crop = config.preset or default_preset(config.split), _crop(config, weights.meta)
     lsp = config.lsp or PRESETS[preset]
+    engine = _engine(config, device)
+    if config.patches is not None:
+        computing = device, engine, config.precision
+        lsp = _tuned(config, images, weights, computing, crop, lsp, reporter or Reporter())
     settings = ShardSettings(
         **vars(lsp),
         codec=config.codec,
@@ -392,9 +400,10 @@ def _plan(config: ExtractConfig, reporter: Reporter | None = None) -> _Plan:
         device=device.type,
         batch_size=batch_size,
         compile=config.compile,
-        engine=_engine(config, device),
+        engine=engine,
         img_size=crop.img_size,
         crop_pct=crop.crop_pct,
+        patches=config.patches,
     )
     header = ShardHeader(
         split=config.split,
@@ -405,6 +414,28 @@ def _plan(config: ExtractConfig, reporter: Reporter | None = None) -> _Plan:
     )
     files = files_digest(images, config.shard_size)
     return _Plan(config, images, weights, device, batch_size, header, files)
+
+
+def _tuned(
+    config: ExtractConfig,
+    images: ImageSource,
+    weights: Weights,
+    computing: tuple[torch.device, str, str],
+    crop: CropSettings,
+    lsp: LspSettings,
+    reporter: Reporter,
+) -> LspSettings:
+    """Return settings for the mean patches that are asked for; those of shards that have begun."""
+    assert config.patches is not None
+    with suppress(ShardError):
+        begun = read_manifest(config.out / config.split).header
+        asked = (config.patches, lsp.max_patches, lsp.iou_threshold, weights.sha256)
+        then = begun.settings
+        if asked == (then.patches, then.max_patches, then.iou_threshold, begun.weights_sha256):
+            return then.lsp
+    found = tune_images(images, weights, computing, crop, config.patches, lsp, config.workers)
+    reporter.message(f"--patches: {found}")
+    return found.settings
 
 
 def _crop(config: ExtractConfig, meta: WeightsMeta) -> CropSettings:

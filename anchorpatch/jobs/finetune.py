@@ -287,7 +287,7 @@ class FinetuneTask(Task):
     ) -> None:
         super().__init__(config, device, world)
         self.train, self.val, self.message = train, val, message
-        self.taken = ~held_out(train, config.holdout) if config.holdout else None
+        self.taken = ~held_out(train.path, config.holdout) if config.holdout else None
         counts = self.counts()
         self._refuse_too_few(sum(counts.values()))
         module = build_on_meta(config.network, len(train.classes)).eval()

@@ -322,6 +322,27 @@ class Localizer(Runner):
         n = len(SCALES)
         return Maps(probabilities, tuple(maps[:n]), tuple(maps[n:]))
 
+    def heatmaps(self, pixels: Tensor) -> tuple[NDArray[np.int64], tuple[NDArray[np.float32], ...]]:
+        """Return what Algorithm 1 reads: the branch, and M of each branch for the decided class.
+
+        Args:
+            pixels: uint8 (n, side, side, 3), n at least 1.
+
+        Returns:
+            Index into `SCALES` (n,), and a heatmap (n, H, W) of each branch.
+        """
+
+        def found(chunk: Tensor) -> list[NDArray[Any]]:
+            with torch.inference_mode(), exact_float32():
+                _, _, decision, heatmaps = self.run(self._filled(chunk))
+                arrays = (decision.branch, *(heatmap.float() for heatmap in heatmaps))
+                return [tensor[: len(chunk)].cpu().numpy() for tensor in arrays]
+
+        chunks = torch.split(pixels, self.chunk)
+        parts = self._pool.map(found, chunks) if self._pool else map(found, chunks)
+        branch, *maps = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return branch, tuple(maps)
+
     def _maps(self, chunk: Tensor, classes: Tensor) -> list[NDArray[np.float32]]:
         with torch.inference_mode(), exact_float32():
             features = self.features(self._filled(chunk))

@@ -18,13 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anchorpatch.errors import DataError
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.localizer import Localized
 from anchorpatch.jobs.patch_scores import Distributions, each_part
 from anchorpatch.lsp import crop
 from anchorpatch.metrics import places
+from anchorpatch.networks import Network
 from anchorpatch.runtime.device import to_device
 from anchorpatch.runtime.distributed import sum_ranks
+from anchorpatch.shards.dataset import held_out
 from anchorpatch.shards.reader import ShardReader
 
 #: How finely `Looks.curve` divides the thresholds.
@@ -344,6 +347,40 @@ def score_localized(
             table.add(image, at + first, sums / to_device(at + 1.0 + first, device)[:, None])
         tables.append(table.looks)
     return tables
+
+
+def not_trained_on(
+    networks: Iterable[Network], paths: NDArray[np.bytes_], where: str, otherwise: str
+) -> tuple[NDArray[np.int64], float | None]:
+    """Return the images of a training split that tell how sure networks are of others.
+
+    Args:
+        networks: whose runs held images out, or that no run of ours has trained.
+        paths: of the images, relative to the split (n,).
+        where: the split lies, for messages.
+        otherwise: what a user can do without such images.
+
+    Returns:
+        Their rows (k,), and the share that was held out; None where all are taken, as the weights
+        are from elsewhere.
+
+    Raises:
+        DataError: a network was trained on all of them, or none is held out.
+    """
+    shares = []
+    for network in networks:
+        if network.holdout == 0:
+            raise DataError(
+                f"{network.source}: was trained on all images of {where}, of which it is too sure: "
+                f"fine-tune it with --holdout 0.05, {otherwise}"
+            )
+        shares += [] if network.holdout is None else [network.holdout]
+    if not shares:
+        return np.arange(len(paths)), None
+    rows = np.flatnonzero(held_out(paths, min(shares)))
+    if not len(rows):
+        raise DataError(f"{where}: none of its images is held out; use a larger --holdout")
+    return rows, min(shares)
 
 
 def joined(tables: Iterable[Looks]) -> Looks:

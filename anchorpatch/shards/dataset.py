@@ -233,17 +233,17 @@ class Loaded(NamedTuple):
     labels: Tensor
 
 
-def held_out(reader: ShardReader, share: float) -> NDArray[np.bool_]:
+def held_out(paths: NDArray[np.bytes_], share: float) -> NDArray[np.bool_]:
     """Return which images are kept from training (n,): about a share of them, by their paths.
 
-    An image is held out whatever else is in the shards and however it was extracted. A larger share
+    An image is held out whatever other images there are and however it is extracted. A larger share
     holds out the same images and more.
 
     Args:
-        reader: of the shards.
+        paths: of the images, relative to the split (n,).
         share: from 0 to 1.
     """
-    digests = [hashlib.sha256(path).digest()[:8] for path in reader.path.tolist()]
+    digests = [hashlib.sha256(path).digest()[:8] for path in paths.tolist()]
     numbers = np.frombuffer(b"".join(digests), ">u8").astype(np.float64)
     return numbers < share * 2.0**64
 

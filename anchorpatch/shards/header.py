@@ -17,8 +17,11 @@ from anchorpatch.storage import from_json, to_json
 #: Settings that the first shards of version 1 do not have; their defaults are what held then.
 _NEWER: Final = frozenset(
     {"crop_mode", "background", "damaged", "device", "batch_size", "compile", "engine"}
-    | {"img_size", "crop_pct"}
+    | {"img_size", "crop_pct", "patches"}
 )
+
+#: Settings that shards do not mention by default.
+_UNSAID: Final = (("engine", "torch"), ("img_size", CROP), ("crop_pct", None), ("patches", None))
 
 #: Settings that a preset decides.
 _OF_A_PRESET: Final = ("max_patches", "iou_threshold", "coverage")
@@ -51,6 +54,8 @@ class ShardSettings:
         engine: what computed AnchorNet's features, one of `anchorpatch.settings.ENGINES`.
         img_size: side of the crops in pixels, as ``crop_pct`` of `CropSettings`.
         crop_pct: share of the resized side that crops keep; None for that of the mode.
+        patches: mean patches per image at each scale that P, and K, were chosen for; None where
+            they were given.
 
     Raises:
         SettingsError: a value outside its range.
@@ -78,6 +83,7 @@ class ShardSettings:
     engine: str = "torch"
     img_size: int = CROP
     crop_pct: float | None = None
+    patches: tuple[float, float, float] | None = None
 
     @property
     def lsp(self) -> LspSettings:
@@ -110,13 +116,15 @@ class ShardSettings:
             object.__setattr__(self, "batch_size", None)
         if self.codec == "image":
             object.__setattr__(self, "store_images", True)
+        if self.patches is not None:
+            object.__setattr__(self, "preset", None)
         if self.codec != "jpeg":
             object.__setattr__(self, "jpeg_quality", 95)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as shards have them; the newest go unsaid by default."""
         data: dict[str, Any] = to_json(self)
-        for name, default in (("engine", "torch"), ("img_size", CROP), ("crop_pct", None)):
+        for name, default in _UNSAID:
             if data[name] == default:
                 del data[name]
         return data
@@ -173,6 +181,7 @@ def extract_options(header: ShardHeader) -> list[str]:
     settings = header.settings
     implied = {*(_OF_A_PRESET if settings.preset is not None else ())}
     implied |= {"store_images"} if settings.codec == "image" else set()
+    implied |= {"coverage"} if settings.patches is not None else set()  # which are found again
     defaults = {field.name: field.default for field in fields(settings)}
     if settings.device == "cpu":
         defaults["engine"] = "auto"

@@ -146,7 +146,7 @@ def test_images_that_were_trained_on_are_refused(root: Path):
     held = root / "held.safetensors"
     found = run(config_of(root, weights=held, budgets=(anchornet() + 2e-5,), whole=False))
     reader = ShardReader(root / "shards" / "train")
-    out = np.flatnonzero(held_out(reader, 0.5))
+    out = np.flatnonzero(held_out(reader.path, 0.5))
     assert (found.calibration.images, found.calibration.holdout) == (len(out), 0.5)
     train, row = drawn(80, 1), found.rows[-1]
     spent = [plain(train[i], row.threshold)[0] * train[i].scale ** 2 / 1e9 for i in out]
@@ -198,8 +198,8 @@ def test_savings_worked_out_by_hand():
 
 def test_held_out_images_are_a_share_by_path_alone(root: Path):
     train = ShardReader(root / "shards" / "train")
-    some, more = held_out(train, 0.3), held_out(train, 0.6)
+    some, more = held_out(train.path, 0.3), held_out(train.path, 0.6)
     assert (more | ~some).all()
-    assert not held_out(train, 0.0).any()
-    assert held_out(train, 1.0).all()
+    assert not held_out(train.path, 0.0).any()
+    assert held_out(train.path, 1.0).all()
     assert 0.15 < some.mean() < 0.45

@@ -310,7 +310,7 @@ def baseline(shards: Path, folder: Path, **changes: Any) -> FinetuneConfig:
 def test_held_out_images_are_not_trained_on(shards: Path, tmp_path: Path):
     config = tiny(shards, tmp_path / "tiny", holdout=0.4, epochs=1)
     task = prepare(config, torch.device("cpu"), World())
-    out = np.flatnonzero(held_out(task.train, 0.4))
+    out = np.flatnonzero(held_out(task.train.path, 0.4))
     assert 0 < len(out) < len(TRAIN)
     seen: set[int] = set()
     for request in task.plan.pieces(0, 0):
