@@ -35,7 +35,7 @@ from anchorpatch.images.folder import (
     loose_images,
 )
 from anchorpatch.images.labels import EXTENSIONS, read_labels
-from anchorpatch.images.members import COMPRESSED, ArchiveReader
+from anchorpatch.images.members import COMPRESSED, MISSING, ArchiveReader
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.text import counted, few, nearest
 
@@ -313,14 +313,16 @@ def source_of(
     found = list_archives(
         root, archives, split, report or Reporter(), flat=True, named=root != Path(data)
     )
+    if not len(found.paths):
+        raise DataError(found.why_not)
     order = np.argsort(found.paths, kind="stable")
     rows = np.searchsorted(found.paths, paths, sorter=order)
     rows = order[np.minimum(rows, len(order) - 1)]
     absent = found.paths[rows] != paths
     assert found.places is not None
-    source = ImageSource(
-        root, split, paths, labels, sizes, classes, {}, found.read, found.places[rows]
-    )
+    places = found.places[rows]
+    places["kind"][absent] = MISSING  # or each would be the image that follows in the archive
+    source = ImageSource(root, split, paths, labels, sizes, classes, {}, found.read, places)
     return source, [path.decode() for path in paths[absent].tolist()]
 
 

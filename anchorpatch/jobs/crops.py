@@ -241,7 +241,7 @@ class CropSource:
             pin_memory: put the pixels into page-locked memory, for copies to a GPU.
 
         Raises:
-            DataError: an image that shards were made from cannot be decoded.
+            DataError: an image that shards were made from cannot be decoded, or has another size.
             CorruptShard: a shard cannot be read.
         """
         wanted = np.asarray(rows, np.int64)
@@ -271,6 +271,25 @@ class CropSource:
                         f"the shards were made from, cannot be read ({reason}); restore it, or "
                         "leave the whole images out with --no-whole"
                     )
+                if self.reader is not None:
+                    self._check_sizes(batch.index, batch.size)
                 if len(batch.index):
                     labels = self.labels[batch.index]
                     yield Crops(batch.index, batch.pixels, labels, batch.size)
+
+    def _check_sizes(self, rows: NDArray[np.int64], sizes: NDArray[np.int32]) -> None:
+        """Raise DataError where a file is not the image that the shards were made from.
+
+        Names such as 00000.jpg are those of other images in other archives too.
+        """
+        assert self.images is not None
+        assert self.reader is not None
+        expected = self.reader.size[rows]
+        for k in np.flatnonzero((expected != sizes).any(1))[:1].tolist():
+            (height, width), (found_height, found_width) = expected[k].tolist(), sizes[k].tolist()
+            raise DataError(
+                f"{self.images.name(int(rows[k]))}: expected the image that the shards were made "
+                f"from, of {width} x {height} px, found one of {found_width} x {found_height} px; "
+                "name its folder or archive with --data, or leave the whole images out with "
+                "--no-whole"
+            )

@@ -115,8 +115,9 @@ def test_images_of_known_paths(kind: str, folder: ImageSource, tmp_path: Path) -
     assert not missing
     assert [source.read(row) for row in range(3)] == [folder.read(int(row)) for row in rows]
     paths = np.array([b"cat/1.jpg", b"zebra/1.jpg"])
-    _, missing = source_of(data, "val", paths, known[1][:2], folder.classes)
+    source, missing = source_of(data, "val", paths, known[1][:2], folder.classes)
     assert missing == ["zebra/1.jpg"]
+    assert [read(source, row) for row in range(2)] == [TREE["cat/1.jpg"], "missing"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -125,7 +125,7 @@ def _batch(images: Sequence[Image], start: int, seed: int) -> PatchBatch:
         scale=scale,
         branch_class=np.zeros((n, 3), np.int32),
         branch_prob=np.full((n, 3), 0.5, np.float32),
-        size=np.full((n, 2), 224, np.int32),
+        size=np.full((n, 2), 256, np.int32),
         pixels=noise + TINTS[label][:, None, None],
         counts=counts,
         corners=corners * valid[..., None],

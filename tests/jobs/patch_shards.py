@@ -105,7 +105,7 @@ def _batch(images: Sequence[Drawn], start: int, classes: Sequence[str]) -> Patch
         scale=np.array([image.scale for image in images], np.uint8),
         branch_class=np.zeros((n, 3), np.int32),
         branch_prob=np.full((n, 3), 0.5, np.float32),
-        size=np.full((n, 2), 224, np.int32),
+        size=np.full((n, 2), 256, np.int32),  # of which the crop is the center
         pixels=pixels,
         counts=np.array([len(image.logits) for image in images], np.int32),
         corners=corners,

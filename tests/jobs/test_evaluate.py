@@ -333,6 +333,10 @@ def test_a_file_that_cannot_be_read(root: Path, tmp_path: Path):
     assert np.array_equal(batch.pixels, squashed)
     with pytest.raises(DataError, match=r"0002\.png: expected the image .* cannot be read"):
         list(found.batches(np.arange(9), 4))
+    # Another archive or folder may have another image of the same name.
+    Image.new("RGB", (31, 33)).save(data / "val" / reader.path[3].decode())
+    with pytest.raises(DataError, match=r"0003\.png: expected the image .* one of 31 x 33 px"):
+        list(found.batches([3], 4))
 
 
 def test_networks_of_further_classes(root: Path, tmp_path: Path):
