@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from anchorpatch.errors import DataError, SettingsError, WeightsError
 from anchorpatch.images.source import spread_rows
@@ -205,9 +206,6 @@ def _score(
     with job.counting("patches", config.scales) as (mine, advance):
         # In the order in which patches are read.
         own = order[np.isin(order, mine)]
-        glances = None
-        if glance is not None and whole is not None:
-            glances = (glance(batch.pixels) for batch in whole.batches(own, job.batch_size))
         return score_looks(
             job.runs(networks),
             job.reader,
@@ -215,9 +213,18 @@ def _score(
             own,
             batch_size=job.batch_size,
             measure=config.confidence,
-            glances=glances,
+            glances=_glances(glance, whole, own, job.batch_size),
             advance=advance,
         )
+
+
+def _glances(
+    glance: Way | None, images: CropSource | None, rows: NDArray[np.int64], size: int
+) -> Iterator[Tensor] | None:
+    """Return the distributions of glances at images, in batches; None without glances."""
+    if glance is None or images is None:
+        return None
+    return (glance(batch.pixels) for batch in images.batches(rows, size))
 
 
 def _whole_rows(job: Evaluation, network: Network, whole: CropSource) -> list[DynamicRow]:
@@ -305,16 +312,29 @@ def _calibrate(
         reader.header.weights_sha256,
     )
     if same:
-        rows = rows[np.isin(reader.scale[rows], config.scales)]
-    if same and glance is None:
         rows = np.concatenate([rows[reader.scale[rows] == scale] for scale in config.scales])
-        mine = rows[list(job.world.share(len(rows)))]
-        mine = np.concatenate([mine[reader.scale[mine] == scale] for scale in config.scales])
-        how: dict[str, Any] = {"batch_size": job.batch_size, "measure": config.confidence}
-        looks, _ = score_looks(job.runs(networks), reader, rows, mine, **how)
+        mine = np.sort(list(job.world.share(len(rows))))
+        images = _crops(job, reader) if glance is not None else None
+        looks, _ = score_looks(
+            job.runs(networks),
+            reader,
+            rows,
+            rows[mine],
+            batch_size=job.batch_size,
+            measure=config.confidence,
+            glances=_glances(glance, images, rows[mine], job.batch_size),
+        )
         return Calibration(len(rows), source, share), looks
     looks = _localized(job, networks, reader, rows, glance)
     return Calibration(len(looks.counts), source, share), looks
+
+
+def _crops(job: Evaluation, reader: ShardReader) -> CropSource:
+    """Return the whole images of the shards that thresholds are calibrated on."""
+    config = job.config
+    assert isinstance(config, DynamicConfig)
+    options: dict[str, Any] = {"split": config.calibrate_on, "workers": config.workers}
+    return CropSource.of_shards(reader, config.data, **options, report=job.report)
 
 
 def _localized(
@@ -345,8 +365,7 @@ def _localized(
             "with --anchornet-weights FILE"
         )
     job.report.message(needed)
-    options: dict[str, Any] = {"split": config.calibrate_on, "workers": config.workers}
-    images = CropSource.of_shards(reader, config.data, **options, report=job.report)
+    images = _crops(job, reader)
     if str(images.crop) != str(ours.crop):
         raise DataError(
             f"{reader.folder}: expected crops as in {job.reader.folder} ({ours.crop}), to "

@@ -171,6 +171,10 @@ def test_a_glance_comes_first(root: Path):
     assert [row for row in found.rows if row.way == "fixed"] == [
         row for row in run(config_of(root)).rows if row.way == "fixed"
     ]
+    budget = (some.gmacs_with_anchornet + every.gmacs_with_anchornet) / 2
+    asked = run(config_of(root, glance=95, thresholds=(), budgets=(budget,), whole=False)).rows[-1]
+    assert asked.calibrated == pytest.approx(budget, rel=0.05)
+    assert asked.gmacs_with_anchornet == pytest.approx(budget, rel=0.15)
     going = 1 - some.stopped[0]
     assert some.gmacs_with_anchornet - some.gmacs == pytest.approx(going * found.gmacs_anchornet)
     assert every.stopped[0] == 0
