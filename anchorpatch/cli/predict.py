@@ -203,6 +203,9 @@ def predict(
     return int(bool(bad))
 
 
+#: Bytes of an image's name in that of its picture, which may have 255 with what is added.
+_LONGEST_STEM: Final = 200
+
 #: Columns of a table for people.
 _TABLE: Final = ("path", "class", "name", "probability", "scale", "patches")
 
@@ -322,6 +325,8 @@ def _draw(
         f"{_counted(result)} of {result.scale} px",
     )
     stem = Path(result.path).stem
+    if len(whole_name := os.fsencode(stem)) > _LONGEST_STEM:
+        stem = whole_name[:_LONGEST_STEM].decode(errors="ignore")
     drawn[stem] += 1
     path = folder / f"{stem}-patches{f'-{drawn[stem]}' if drawn[stem] > 1 else ''}.png"
     write_atomically(path, lambda file: picture.save(file, "PNG"))

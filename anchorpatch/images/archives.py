@@ -150,6 +150,14 @@ def _in_class_folders(found: Listing, index: Index, within: str, sought: str) ->
             "NAME.cls nor a label in NAME.json lies beside them; or say which class each has with "
             "--labels FILE"
         )
+    assert found.places is not None
+    of_archives = np.bincount(found.places["archive"])
+    strays = np.bincount(found.places["archive"][loose], minlength=len(of_archives))
+    for i in np.flatnonzero((strays == of_archives) & (strays > 0))[:1]:
+        raise DataError(
+            f"{index.archives[i].path}: images without a class: they lie in no class folders, as "
+            f"those of {found.root} do ({few(names, 5)}); pack all in the same way"
+        )
     folders = {path.rpartition(b"/")[0] for path in each_name(found.paths)} - {b""}
     deeper = {folder.partition(b"/")[0] for folder in folders if b"/" in folder}
     deep = all(b"/" in folder for folder in folders)

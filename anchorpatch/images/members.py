@@ -257,6 +257,8 @@ def zip_members(file: BinaryIO, archive: Archive) -> Iterator[Member]:
             raise bad(f"damaged directory: {printable(name)} is not within the file")
         if not flags & 0x800:
             name = _zip_name(name, extra)
+        if head[5] == 0 and b"/" not in name:  # some programs of Windows write its separator
+            name = name.replace(b"\\", b"/")
         mode, kind, link = attributes >> 16, NOT_REGULAR, b""
         if name.endswith(b"/"):
             kind = FOLDER

@@ -226,7 +226,7 @@ def open_source(
 
     In an archive the names of members are such paths, or each tar within a tar is a class, or
     labels lie beside the images as in WebDataset. Labels that are numbers there, or in a list, are
-    the indices of the classes.
+    the indices of the classes, those of train where it has as many; negative ones are no labels.
 
     The classes of another split than train are those of DATA/train where they include all of the
     split's, so that the indices agree; the split may then lack images of some of them.

@@ -66,8 +66,12 @@ def test_classes_patches_and_pictures(
         corners = [[patch["y"], patch["x"]] for patch in image["patches"]]
         boxes = source_box(image["size"], corners, image["scale"], CropSettings())
         np.testing.assert_array_equal([patch["box"] for patch in image["patches"]], boxes)
-    original = program(*arguments[:2], *arguments[-4:], "--out", "whole", "--original")
+    # A name as long as filesystems allow; that of its picture is cut between characters.
+    long = tmp_path / f"x{'é' * 123}.jpg"
+    long.write_bytes(good[0].read_bytes())
+    original = program(*arguments[:2], long, *arguments[-4:], "--out", "whole", "--original")
     assert original.returncode == 0, original.stderr
+    assert (tmp_path / f"whole/x{'é' * 99}-patches.png").is_file()
     assert (tmp_path / "whole/00-patches.png").read_bytes() != (
         tmp_path / "drawn/00-patches.png"
     ).read_bytes()

@@ -756,6 +756,25 @@ def test_links_in_tars_of_classes(tmp_path: Path) -> None:
     }
 
 
+def test_one_of_several_archives_without_class_folders(tmp_path: Path) -> None:
+    """Its images are not passed over as strays are."""
+    write(tmp_path / "val" / "ant.tar", tar_bytes({"1.jpg": A}))
+    write(tmp_path / "val" / "bee.tar", tar_bytes({"old/1.jpg": B}))
+    with pytest.raises(DataError, match=r"ant\.tar: images without a class: .* \(old\)"):
+        open_source(tmp_path, "val")
+    write(tmp_path / "val" / "ant.tar", tar_bytes({"1.jpg": A, "ant/2.jpg": A}))
+    assert open_source(tmp_path, "val").ignored == {".jpg outside the class folders": 1}
+
+
+def test_a_zip_of_windows(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
+        for name, data in TREE.items():
+            member = zipfile.ZipInfo("val\\" + name.replace("/", "\\"))
+            member.create_system = 0
+            archive.writestr(member, data)
+    assert found(open_source(tmp_path, "val")) == TREE
+
+
 def test_further_images_of_a_sample_are_passed_over(tmp_path: Path) -> None:
     sample_of_three = {"1.jpg": A, "1.seg.png": B, "1.cls": b"cat", "1.edge.jpg": B}
     write(tmp_path / "shards.tar", tar_bytes(sample_of_three))
