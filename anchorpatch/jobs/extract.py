@@ -28,7 +28,7 @@ from anchorpatch.errors import DataError, ShardBusy, ShardError
 from anchorpatch.images.loader import Batch, load_batches
 from anchorpatch.images.source import ImageSource, open_source, spread_rows, without_images
 from anchorpatch.jobs.localizer import Localizer, Pending, resolve_engine
-from anchorpatch.jobs.selection import tune_images
+from anchorpatch.jobs.selection import tuned_or_begun
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights
 from anchorpatch.runtime.device import computing_on, cpu_count, has_bfloat16, resolve_device
 from anchorpatch.runtime.distributed import Task
@@ -384,8 +384,13 @@ def _plan(config: ExtractConfig, reporter: Reporter | None = None) -> _Plan:
     lsp = config.lsp or PRESETS[preset]
     engine = _engine(config, device)
     if config.patches is not None:
-        computing = device, engine, config.precision
-        lsp = _tuned(config, images, weights, computing, crop, lsp, reporter or Reporter())
+        how = weights, (device, engine, config.precision), crop
+        found = tuned_or_begun(
+            config.out / config.split, images, *how, config.patches, lsp, config.workers
+        )
+        lsp = found.settings
+        if reporter is not None and found.images:
+            reporter.message(f"--patches: {found}")
     settings = ShardSettings(
         **vars(lsp),
         codec=config.codec,
@@ -414,28 +419,6 @@ def _plan(config: ExtractConfig, reporter: Reporter | None = None) -> _Plan:
     )
     files = files_digest(images, config.shard_size)
     return _Plan(config, images, weights, device, batch_size, header, files)
-
-
-def _tuned(
-    config: ExtractConfig,
-    images: ImageSource,
-    weights: Weights,
-    computing: tuple[torch.device, str, str],
-    crop: CropSettings,
-    lsp: LspSettings,
-    reporter: Reporter,
-) -> LspSettings:
-    """Return settings for the mean patches that are asked for; those of shards that have begun."""
-    assert config.patches is not None
-    with suppress(ShardError):
-        begun = read_manifest(config.out / config.split).header
-        asked = (config.patches, lsp.max_patches, lsp.iou_threshold, weights.sha256)
-        then = begun.settings
-        if asked == (then.patches, then.max_patches, then.iou_threshold, begun.weights_sha256):
-            return then.lsp
-    found = tune_images(images, weights, computing, crop, config.patches, lsp, config.workers)
-    reporter.message(f"--patches: {found}")
-    return found.settings
 
 
 def _crop(config: ExtractConfig, meta: WeightsMeta) -> CropSettings:

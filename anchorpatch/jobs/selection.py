@@ -8,8 +8,9 @@ was taken, tells the patches for every K and P.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -17,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anchorpatch.errors import DataError, SettingsError
+from anchorpatch.errors import DataError, SettingsError, ShardError
 from anchorpatch.images.loader import Batch, load_batches
 from anchorpatch.images.source import ImageSource, spread_rows
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.lsp import select
 from anchorpatch.runtime.checkpoint import Weights
 from anchorpatch.settings import SCALES, STRIDE, CropSettings, LspSettings
+from anchorpatch.shards.manifest import read_manifest
 from anchorpatch.text import counted
 
 #: Images of a sample: means of patches then differ from those of the split by about 2 %.
@@ -222,6 +224,28 @@ def tune_images(
     """
     samples, index = sample_images(images, weights, computing, crop, base, workers, limit)
     return TunedCounts(*tune_counts(samples, wanted, base), len(index))
+
+
+def tuned_or_begun(
+    folder: Path,
+    images: ImageSource,
+    weights: Weights,
+    computing: tuple[torch.device, str, str],
+    crop: CropSettings,
+    wanted: tuple[float, float, float],
+    base: LspSettings,
+    workers: int,
+) -> TunedCounts:
+    """Return the settings of shards that were begun for the same numbers, else of `tune_images`.
+
+    Settings of shards in ``folder`` come without a sample.
+    """
+    with suppress(ShardError):
+        begun = read_manifest(folder).header
+        then, asked = begun.settings, (wanted, base.max_patches, base.iou_threshold, weights.sha256)
+        if asked == (then.patches, then.max_patches, then.iou_threshold, begun.weights_sha256):
+            return TunedCounts(then.lsp, dict.fromkeys(SCALES), 0)
+    return tune_images(images, weights, computing, crop, wanted, base, workers)
 
 
 def sample_images(
