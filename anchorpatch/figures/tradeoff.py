@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from anchorpatch.errors import DataError, reason_of
 from anchorpatch.jobs.tradeoff import Dynamic, DynamicRow
@@ -55,12 +56,13 @@ def tradeoff_curves(result: Dynamic) -> tuple[Curve, ...]:
 
 def tradeoff_figure(results: Sequence[Dynamic]) -> Figure:
     """Draw top-1 against GMACs per image, a panel for each result."""
-    figure = Figure(figsize=(6.4 * len(results), 4.6), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
+    figure = Figure(figsize=(6.4 * len(results), 5.2), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    lines: dict[str, Line2D] = {}
     for axes, result in zip(panels, results, strict=True):
         for curve in tradeoff_curves(result):
             color, mark = _LOOKS[curve.way]
-            axes.plot(
+            (lines[curve.name],) = axes.plot(
                 *zip(*curve.points, strict=True),
                 color=color,
                 marker=mark,
@@ -68,16 +70,17 @@ def tradeoff_figure(results: Sequence[Dynamic]) -> Figure:
                 markerfacecolor=color if curve.in_all else "white",
                 linestyle="-" if curve.in_all else (0, (4, 2)),
                 linewidth=1.8 if curve.way == "dynamic" else 1.3,
-                label=curve.name,
             )
         axes.set_title(result.network)
         axes.set_xlabel("GMACs per image")
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower right", fontsize=8, frameon=False)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}")
     panels[0].set_ylabel("top-1 (%)")
+    # Below the panels, where no curve can lie under it.
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": 2}
+    figure.legend(list(lines.values()), list(lines), fontsize=8, frameon=False, **where)
     return figure
 
 

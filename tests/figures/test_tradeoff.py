@@ -60,7 +60,7 @@ def test_the_command_draws_results_and_refuses_others(program: Program, tmp_path
     assert done.returncode == 0, done.stderr
     assert "t.png, t.csv, t.json" in done.stdout
     with Image.open(tmp_path / "t.png") as picture:
-        assert picture.size == (960, 690)
+        assert picture.size == (960, 780)
     facts = json.loads((tmp_path / "t.json").read_text())
     assert (facts["figure"], facts["picture"]) == ("tradeoff", "t.png")
     rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
