@@ -180,7 +180,8 @@ def test_networks_are_evaluated_without_waits(gpu: FakeGpu, amp: bool) -> None:
 
     with torch.inference_mode():
         run = Distributions(module, GPU, meta, amp)
-        part = Part(95, np.arange(8), np.array([3, 5]), np.arange(1), np.array([3]), True)
+        of, at = np.repeat([0, 1], [3, 5]), np.concatenate((np.arange(3), np.arange(5)))
+        part = Part(95, np.arange(8), of, at, np.array([3, 5]), np.arange(1), np.array([3]), True)
         gpu.forget()
         added = added_by_image(run(pixels(8, 95)), part, None)
         added = added_by_image(run(pixels(8, 95)), part, added[-1])
