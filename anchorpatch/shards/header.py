@@ -116,8 +116,6 @@ class ShardSettings:
             object.__setattr__(self, "batch_size", None)
         if self.codec == "image":
             object.__setattr__(self, "store_images", True)
-        if self.patches is not None:
-            object.__setattr__(self, "preset", None)
         if self.codec != "jpeg":
             object.__setattr__(self, "jpeg_quality", 95)
 

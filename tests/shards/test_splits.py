@@ -38,6 +38,7 @@ SETTINGS = [
     ({"crop_mode": "squash"}, "--crop-mode was center, now squash"),
     ({"img_size": 256}, "--img-size was 224, now 256"),
     ({"crop_pct": 0.9}, "--crop-pct was none, now 0.9"),
+    ({"patches": (5.6, 2.9, 2.1)}, "--patches was none, now 5.6,2.9,2.1"),
     ({"background": "black"}, "--background was #ffffff, now #000000"),
     ({"damaged": "skip"}, "--damaged was keep, now skip"),
     ({"iou_threshold": 0.8}, "--iou-threshold was 0.3, now 0.8"),
