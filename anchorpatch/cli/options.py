@@ -422,6 +422,9 @@ def patches(what: str) -> Callable[[_F], _F]:
     )
 
 
+_EXCLUSIVE = ("patches", "coverage")
+
+
 def lsp(default: str | None = None, shown: str | None = None) -> Callable[[_F], _F]:
     """Return a decorator that adds the preset of LSP, and what overrides its values.
 
@@ -439,7 +442,12 @@ def lsp(default: str | None = None, shown: str | None = None) -> Callable[[_F], 
             names = ("max_patches", "iou_threshold", "coverage")
             given = {key: value for key in names if (value := rest.pop(key)) is not None}
             if "coverage" in given and rest.get("patches") is not None:
-                raise click.UsageError("--patches and --coverage are mutually exclusive.")
+                # One on the command line overrides the other of a settings file.
+                source = click.get_current_context().get_parameter_source
+                typed = [source(key) is ParameterSource.COMMANDLINE for key in _EXCLUSIVE]
+                if typed[0] == typed[1]:
+                    raise click.UsageError("--patches and --coverage are mutually exclusive.")
+                (given if typed[0] else rest).pop("coverage" if typed[0] else "patches")
             return command(preset=name, lsp=replace(PRESETS[name], **given), **rest)
 
         return options(with_settings)  # type: ignore[return-value]

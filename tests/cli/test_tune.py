@@ -63,6 +63,12 @@ def test_extracting_for_numbers_of_patches_is_recorded(
     assert other.returncode == 1
     assert "--patches was 4.1,2.5,1.8, now 3.0,2.0,1.5" in other.stderr
     assert program(*extract, "--coverage", 0.3).returncode == 2
+    (tmp_path / "anchorpatch.toml").write_text("[extract]\ncoverage = 0.3\n")
+    assert program(*extract, "--dry-run").returncode == 0
+    (tmp_path / "anchorpatch.toml").write_text("[extract]\npatches = [4, 2, 2]\n")
+    planned = program(*extract[:-2], "--coverage", 0.3, "--out", "o", "--dry-run", "--json")
+    assert json.loads(planned.stdout)["settings"]["coverage"] == [0.3] * 3, planned.stderr
+    (tmp_path / "anchorpatch.toml").unlink()
     shown = program("shards", "inspect", "shards")
     assert shown.returncode == 0, shown.stderr
 
