@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from anchorpatch.images.loader import Batch
-from anchorpatch.jobs import extract, finetune
+from anchorpatch.jobs import extract_plan, finetune
 from anchorpatch.jobs.crops import Crops
 from anchorpatch.jobs.evaluate_anchornet import _Meter
 from anchorpatch.jobs.finetune import FinetuneConfig, Request
@@ -83,8 +83,8 @@ def test_shards_record_what_decides_their_bytes(
 ) -> None:
     (tmp_path / "val" / "cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "val" / "cat" / "0.png")
-    monkeypatch.setattr(extract, "resolve_device", torch.device)
-    config = extract.ExtractConfig(
+    monkeypatch.setattr(extract_plan, "resolve_device", torch.device)
+    config = extract_plan.ExtractConfig(
         data=tmp_path,
         split="val",
         weights=weights_file(tmp_path, "anchornet"),
@@ -93,7 +93,7 @@ def test_shards_record_what_decides_their_bytes(
         device=kind,
         compile=True,
     )
-    settings = extract._plan(config).header.settings
+    settings = extract_plan.make_plan(config).header.settings
     assert (settings.device, settings.batch_size, settings.compile) == (kind, recorded, True)
 
 

@@ -57,7 +57,8 @@ def demo(
     from anchorpatch.demo.scene_folder import make_scenes
     from anchorpatch.demo.score import score_scenes
     from anchorpatch.errors import CorruptShard
-    from anchorpatch.jobs.extract import ExtractConfig, run
+    from anchorpatch.jobs.extract import run
+    from anchorpatch.jobs.extract_plan import ExtractConfig
     from anchorpatch.runtime.checkpoint import load_weights
     from anchorpatch.runtime.progress import reporter
     from anchorpatch.shards.verify import verify_folder

@@ -115,7 +115,8 @@ def extract(
     anchorpatch extract --split train --data 'imagenet-train-{0000..1023}.tar'
     find photos -name '*.jpg' | anchorpatch extract --split mine --files -
     """
-    from anchorpatch.jobs.extract import ExtractConfig, forecast, run
+    from anchorpatch.jobs.extract import forecast, run
+    from anchorpatch.jobs.extract_plan import ExtractConfig
     from anchorpatch.runtime.device import use_threads
     from anchorpatch.runtime.distributed import rank_and_size, resolve_task
     from anchorpatch.runtime.progress import Reporter, reporter

@@ -14,29 +14,24 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from anchorpatch.errors import DataError, ShardBusy, ShardError
-from anchorpatch.images.loader import Batch, load_batches
-from anchorpatch.images.source import ImageSource, open_source, spread_rows, without_images
-from anchorpatch.jobs.localizer import Localizer, Pending, resolve_engine
-from anchorpatch.jobs.selection import tuned_or_begun
-from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights
-from anchorpatch.runtime.device import computing_on, cpu_count, has_bfloat16, resolve_device
+from anchorpatch.errors import DataError, ShardBusy
+from anchorpatch.images.loader import Batch
+from anchorpatch.images.source import spread_rows, without_images
+from anchorpatch.jobs.extract_plan import ExtractConfig, Plan, make_plan
+from anchorpatch.jobs.localizer import Localizer, Pending
+from anchorpatch.runtime.device import computing_on, cpu_count, has_bfloat16
 from anchorpatch.runtime.distributed import Task
 from anchorpatch.runtime.progress import Reporter, Stopwatch, Waits
-from anchorpatch.settings import PRESETS, Computing, CropSettings, LspSettings, default_preset
-from anchorpatch.shards.header import ShardHeader, ShardSettings
 from anchorpatch.shards.manifest import (
-    FilesDigest,
     Manifest,
     ShardEntry,
     SplitFacts,
@@ -55,82 +50,6 @@ STAGES = ("decoding", "network", "writing")
 
 #: Images that a forecast looks at.
 _SAMPLE = 64
-
-
-@dataclass(frozen=True)
-class ExtractConfig(Computing):
-    """What to extract, from where, to where.
-
-    Attributes:
-        data: folder that holds the split's folder or archive, or archives.
-        split: name of the split.
-        weights: a weights file of AnchorNet.
-        out: folder that gets SPLIT/SPLIT-00000.h5, ...
-        labels: CSV with the labels of a flat split folder.
-        files: list of images to take instead; see `anchorpatch.images.labels.read_list`.
-        only_labelled: leave out images without a label.
-        preset: a name in `anchorpatch.settings.PRESETS`; None: by the split.
-        lsp: K, T and P in place of the preset's.
-        patches: mean patches per image at each scale, for which P is found on a sample of the
-            images, and K where that of ``lsp`` is too small.
-        codec: raw, jpeg or image.
-        jpeg_quality: 1 to 100, for codec jpeg.
-        store_images: store the crop of each image too.
-        shard_size: images in a shard.
-        batch_size: images in a batch; None: 64 on CPU, 256 on a GPU, where shards of another
-            batch size may differ.
-        workers: decoding processes; by default one per CPU core.
-        engine: auto: as the shards in ``out`` were made, else as for
-            `anchorpatch.jobs.localizer.resolve_engine`.
-        compile: use ``torch.compile``.
-        limit: take only so many images, evenly spread over the sorted list.
-        crop_mode: how images become crops; None, as for the next three: as the weights record it.
-        crop_pct: share of the resized side that a crop keeps; None with another ``crop_mode``: that
-            of the mode.
-        img_size: side of the crops in pixels.
-        background: color behind transparent pixels.
-        damaged: what becomes of images that are decoded with damage, keep or skip.
-        allow_empty: accept class folders without images.
-        max_bad: share of unreadable images that fails the run when exceeded.
-        overwrite: replace shards of other settings, weights or files instead of refusing.
-        retry_skipped: read skipped and damaged images again, and make the shards again of those
-            that come out otherwise now.
-        repair: verify the shards that are there, and make damaged ones again.
-        task: the part of the shards that this process does.
-        ranks: processes of ``torchrun`` for whose parts `run` waits, to sum them up too; 1 for none
-            but this one's.
-    """
-
-    data: Path
-    split: str
-    weights: Path
-    out: Path
-    labels: Path | None = None
-    files: Path | None = None
-    only_labelled: bool = False
-    preset: str | None = None
-    lsp: LspSettings | None = None
-    patches: tuple[float, float, float] | None = None
-    codec: str = "raw"
-    jpeg_quality: int = 95
-    store_images: bool = False
-    shard_size: int = 1024
-    batch_size: int | None = None
-    workers: int = field(default_factory=cpu_count)
-    compile: bool = False
-    limit: int | None = None
-    crop_mode: str | None = None
-    crop_pct: float | None = None
-    img_size: int | None = None
-    background: str | None = None
-    damaged: str = "keep"
-    allow_empty: bool = False
-    max_bad: float = 0.01
-    overwrite: bool = False
-    retry_skipped: bool = False
-    repair: bool = False
-    task: Task = field(default_factory=Task)
-    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -207,58 +126,6 @@ class ExtractSummary:
         }
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that is known before the first image is decoded."""
-
-    config: ExtractConfig
-    images: ImageSource
-    weights: Weights
-    device: torch.device
-    batch_size: int
-    header: ShardHeader
-    files: FilesDigest
-
-    @property
-    def out(self) -> Path:
-        return self.config.out / self.config.split
-
-    @property
-    def owned(self) -> range:
-        task = self.config.task
-        return range(task.index, len(self.files.shards), task.total)
-
-    @property
-    def overridden(self) -> str:
-        """What is to be said where the crops are not those that the weights were trained for."""
-        trained, taken = str(self.weights.meta.cropping), str(self.header.settings.crop)
-        if trained == taken:
-            return ""
-        return f"the crops are {taken}, but the weights were trained for {trained}"
-
-    def load(self, batches: Iterable[Sequence[int]], workers: int) -> Generator[Batch, None, None]:
-        return load_batches(
-            self.images,
-            batches,
-            workers=workers,
-            crop=self.header.settings.crop,
-            pin_memory=self.device.type == "cuda",
-        )
-
-    def localizer(self) -> Localizer:
-        settings = self.header.settings
-        return Localizer(
-            self.weights,
-            settings.lsp,
-            self.device,
-            settings.engine,
-            settings.precision,
-            side=settings.img_size,
-            batch_size=self.batch_size,
-            compile=settings.compile,
-        )
-
-
 def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSummary:
     """Extract what is not done yet and return the summary of the task's shards.
 
@@ -268,7 +135,7 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
     """
     before = files_in(config.out / config.split) if config.ranks > 1 else set()
     reporter, task = reporter or Reporter(), config.task
-    plan = _plan(config, reporter)
+    plan = make_plan(config, reporter)
     manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=config.overwrite)
     if rejected := _rejected(plan, manifest, reporter):
         manifest = manifest.forget(rejected)
@@ -320,7 +187,7 @@ def forecast(config: ExtractConfig, reporter: Reporter | None = None) -> dict[st
     to 64 images, evenly spread over the list, that are extracted into a temporary folder.
     ``images`` include unreadable ones; ``pending`` are the shards of this task that are not done.
     """
-    plan = _plan(config, reporter)
+    plan = make_plan(config, reporter)
     if plan.overridden:
         (reporter or Reporter()).message(plan.overridden)
     manifest = open_manifest(
@@ -357,92 +224,8 @@ def forecast(config: ExtractConfig, reporter: Reporter | None = None) -> dict[st
     }
 
 
-def _engine(config: ExtractConfig, device: torch.device) -> str:
-    name = config.engine
-    if name == "auto" and device.type == "cpu":
-        with suppress(ShardError):
-            begun = read_manifest(config.out / config.split).header.settings
-            if begun.device != "cuda" and begun.engine == "torch":
-                name = "torch"
-    return resolve_engine(name, device, config.precision, compile=config.compile)
-
-
-def _plan(config: ExtractConfig, reporter: Reporter | None = None) -> _Plan:
-    device = resolve_device(config.device)
-    batch_size = config.batch_size or (256 if device.type == "cuda" else 64)
-    weights = load_weights(config.weights)
-    images = open_source(
-        config.data,
-        config.split,
-        config.labels,
-        files=config.files,
-        only_labelled=config.only_labelled,
-        allow_empty=config.allow_empty,
-        report=reporter,
-    ).limited(config.limit)
-    preset, crop = config.preset or default_preset(config.split), _crop(config, weights.meta)
-    lsp = config.lsp or PRESETS[preset]
-    engine = _engine(config, device)
-    if config.patches is not None:
-        how = weights, (device, engine, config.precision), crop
-        found = tuned_or_begun(
-            config.out / config.split, images, *how, config.patches, lsp, config.workers
-        )
-        lsp = found.settings
-        if reporter is not None and found.images:
-            reporter.message(f"--patches: {found}")
-    settings = ShardSettings(
-        **vars(lsp),
-        codec=config.codec,
-        store_images=config.store_images,
-        shard_size=config.shard_size,
-        precision=config.precision,
-        preset=preset if PRESETS[preset] == lsp else None,
-        jpeg_quality=config.jpeg_quality,
-        crop_mode=crop.mode,
-        background=crop.background,
-        damaged=crop.damaged,
-        device=device.type,
-        batch_size=batch_size,
-        compile=config.compile,
-        engine=engine,
-        img_size=crop.img_size,
-        crop_pct=crop.crop_pct,
-        patches=config.patches,
-    )
-    header = ShardHeader(
-        split=config.split,
-        classes=images.classes,
-        network_classes=weights.meta.classes,
-        settings=settings,
-        weights_sha256=weights.sha256,
-    )
-    files = files_digest(images, config.shard_size)
-    return _Plan(config, images, weights, device, batch_size, header, files)
-
-
-def _crop(config: ExtractConfig, meta: WeightsMeta) -> CropSettings:
-    """Return how images become crops: as the weights record it, but for what is asked for."""
-    found = replace(meta.cropping, damaged=config.damaged)
-    if config.crop_mode not in (None, found.mode):
-        found = replace(found, mode=config.crop_mode, crop_pct=None)
-    asked = ("img_size", "crop_pct", "background")
-    given = {name: value for name in asked if (value := getattr(config, name)) is not None}
-    return replace(found, **given)
-
-
-def files_digest(images: ImageSource, shard_size: int) -> FilesDigest:
-    """Return the digests of the images of a source, in all and by shard."""
-    return FilesDigest(
-        count=len(images),
-        sha256=images.digest(),
-        shards=tuple(images.digest(i, i + shard_size) for i in range(0, len(images), shard_size)),
-        paths=lambda start, stop: [images.path(i) for i in range(start, stop)],
-    )
-
-
 def _extract(
-    plan: _Plan,
+    plan: Plan,
     manifest: Manifest,
     shards: Sequence[int],
     build: Callable[[], Localizer],
@@ -485,7 +268,7 @@ def _extract(
 
 
 def _claimed(
-    plan: _Plan, sink: ShardSink, shards: Sequence[int], begun: set[int], waits: Waits
+    plan: Plan, sink: ShardSink, shards: Sequence[int], begun: set[int], waits: Waits
 ) -> Iterator[range]:
     """Yield the images of each batch; no batch crosses a shard.
 
@@ -501,7 +284,7 @@ def _claimed(
             yield images[start : start + plan.batch_size]
 
 
-def _pending(plan: _Plan, manifest: Manifest) -> list[int]:
+def _pending(plan: Plan, manifest: Manifest) -> list[int]:
     """Return the shards of this task that are not done, in the order in which it tries them."""
     pending = [i for i in manifest.missing() if plan.config.task.owns(i)]
     if (job := plan.config.task.job) is not None:
@@ -511,7 +294,7 @@ def _pending(plan: _Plan, manifest: Manifest) -> list[int]:
     return pending
 
 
-def _rejected(plan: _Plan, manifest: Manifest, reporter: Reporter) -> list[ShardEntry]:
+def _rejected(plan: Plan, manifest: Manifest, reporter: Reporter) -> list[ShardEntry]:
     """Return the entries of this task's shards that ``repair`` and ``retry_skipped`` reject."""
     done = [manifest.shard_path(i).name for i in plan.owned if manifest.has(i)]
     entries = [entry for entry in manifest.entries if entry.name in set(done)]
@@ -533,7 +316,7 @@ def _rejected(plan: _Plan, manifest: Manifest, reporter: Reporter) -> list[Shard
     return [entry for entry in entries if entry.name in rejected]
 
 
-def _readable_now(plan: _Plan, entries: Sequence[ShardEntry]) -> tuple[Counter[str], int]:
+def _readable_now(plan: Plan, entries: Sequence[ShardEntry]) -> tuple[Counter[str], int]:
     """Read again what was skipped, or decoded with damage.
 
     Returns:
@@ -555,7 +338,7 @@ def _readable_now(plan: _Plan, entries: Sequence[ShardEntry]) -> tuple[Counter[s
 
 
 def _append(
-    writer: ShardWriter, *, plan: _Plan, batch: Batch, pending: Pending | None, network: Stopwatch
+    writer: ShardWriter, *, plan: Plan, batch: Batch, pending: Pending | None, network: Stopwatch
 ) -> int:
     """Write a batch into its shard, when the network is done; return the number of patches."""
     images = plan.images
@@ -580,7 +363,7 @@ def _append(
 
 
 def _check_bad(
-    plan: _Plan, manifest: Manifest, begun: Collection[int], reasons: Counter[str], last: int
+    plan: Plan, manifest: Manifest, begun: Collection[int], reasons: Counter[str], last: int
 ) -> None:
     """Raise where the task's shards have more unreadable images than they may.
 
@@ -597,7 +380,7 @@ def _check_bad(
         raise plan.images.too_many_bad(found.total(), total, plan.config.max_bad, details)
 
 
-def _advice(plan: _Plan, waited: Mapping[str, float]) -> str:
+def _advice(plan: Plan, waited: Mapping[str, float]) -> str:
     """Say what a run waited for most, and what would help."""
     config = plan.config
     faster = "more GPUs" if plan.device.type == "cuda" else "more CPU cores, or a GPU"

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from anchorpatch.demo import demo_weights
-from anchorpatch.jobs.extract import ExtractConfig, run
+from anchorpatch.jobs.extract import run
+from anchorpatch.jobs.extract_plan import ExtractConfig
 from anchorpatch.settings import CODECS, PRESETS, SCALES
 from anchorpatch.shards.reader import ShardReader
 

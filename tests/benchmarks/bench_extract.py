@@ -25,7 +25,8 @@ from torchvision.transforms import v2
 
 from anchorpatch.images.loader import load_batches
 from anchorpatch.images.source import ImageSource, open_source, spread_rows
-from anchorpatch.jobs.extract import ExtractConfig, run
+from anchorpatch.jobs.extract import run
+from anchorpatch.jobs.extract_plan import ExtractConfig
 from anchorpatch.jobs.localizer import Localizer, load_anchornet
 from anchorpatch.lsp import decide
 from anchorpatch.models.anchornet import AnchorNet

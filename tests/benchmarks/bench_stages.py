@@ -21,7 +21,8 @@ import torch
 
 from anchorpatch.images.loader import load_batches
 from anchorpatch.images.source import open_source
-from anchorpatch.jobs.extract import ExtractConfig, run
+from anchorpatch.jobs.extract import run
+from anchorpatch.jobs.extract_plan import ExtractConfig
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights, save_weights

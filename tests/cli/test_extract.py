@@ -534,7 +534,8 @@ def test_a_disk_that_falters_loses_no_image(
     tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from anchorpatch.jobs.extract import ExtractConfig, run
+    from anchorpatch.jobs.extract import run
+    from anchorpatch.jobs.extract_plan import ExtractConfig
 
     config = ExtractConfig(
         image_folder, "val", weights, tmp_path, shard_size=6, batch_size=4, workers=0,

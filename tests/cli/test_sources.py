@@ -16,7 +16,7 @@ import pytest
 from anchorpatch.errors import DataError
 from anchorpatch.jobs import extract
 from anchorpatch.jobs.crops import CropSource
-from anchorpatch.jobs.extract import ExtractConfig
+from anchorpatch.jobs.extract_plan import ExtractConfig
 from anchorpatch.shards import ShardReader
 from tests.cli.test_extract import TORCHRUN, contents
 from tests.conftest import Program

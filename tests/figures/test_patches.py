@@ -27,7 +27,8 @@ from anchorpatch.figures.patches import (
     patches_figure,
 )
 from anchorpatch.jobs.crops import CropSource
-from anchorpatch.jobs.extract import ExtractConfig, run
+from anchorpatch.jobs.extract import run
+from anchorpatch.jobs.extract_plan import ExtractConfig
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.settings import SCALES
 from anchorpatch.shards.reader import ShardReader

@@ -19,10 +19,7 @@ from anchorpatch.errors import ManifestMismatch, ShardBusy, ShardError, TooManyB
 from anchorpatch.images import loader
 from anchorpatch.images.source import ImageSource
 from anchorpatch.jobs import extract
-from anchorpatch.jobs.extract import (
-    ExtractConfig,
-    files_digest,
-)
+from anchorpatch.jobs.extract_plan import ExtractConfig, files_digest
 from anchorpatch.jobs.localizer import Localized, Localizer
 from anchorpatch.runtime.distributed import Task
 from anchorpatch.shards.header import ShardHeader

@@ -9,7 +9,8 @@ import torch
 
 from anchorpatch.errors import NonFiniteError, SettingsError, WeightsError
 from anchorpatch.images.decode import decode
-from anchorpatch.jobs.extract import ExtractConfig, run
+from anchorpatch.jobs.extract import run
+from anchorpatch.jobs.extract_plan import ExtractConfig
 from anchorpatch.jobs.looks import score_looks
 from anchorpatch.jobs.patch_scores import Distributions
 from anchorpatch.jobs.predict import PredictConfig, Prediction, Predictor, Unreadable

@@ -6,7 +6,8 @@ import pytest
 
 from anchorpatch.demo import demo_weights
 from anchorpatch.demo.scene_folder import make_scenes
-from anchorpatch.jobs.extract import ExtractConfig, run
+from anchorpatch.jobs.extract import run
+from anchorpatch.jobs.extract_plan import ExtractConfig
 
 
 @pytest.fixture(scope="session")
