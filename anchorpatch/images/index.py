@@ -292,7 +292,7 @@ class _Builder:
             self._key = key
 
     def _note_label(self, name: bytes, extension: bytes, member: Member) -> None:
-        """Note what a .cls or .json says, unless there is what goes before it."""
+        """Note the label in a .cls or .json, unless one that takes precedence was found."""
         is_class = extension == b".cls"
         if not is_class and (self._key_of(b".cls") in self._found or member.size > _LONGEST_JSON):
             return
