@@ -106,13 +106,8 @@ def run(config: DynamicConfig, progress: Reporter | None = None) -> Dynamic:
         distinct = list({id(network): network for network in networks.values()}.values())
         one = distinct[0] if len(distinct) == 1 else None
         asked = None
-        if whole is not None and config.whole:
-            try:
-                asked = job.for_whole_images(one)
-            except WeightsError as error:
-                if one is not None or config.whole_weights is not None:
-                    raise
-                why_not = str(error)
+        if whole is not None:
+            asked, why_not = job.beside_patches(one)
         job.report.message(computing_on(job.device))
         module, size = distinct[0].module, job.reader.settings.img_size
         localizer = AnchorNet(len(job.reader.network_classes))

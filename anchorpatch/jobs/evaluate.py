@@ -121,13 +121,8 @@ def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
             predictions = Predictions(config.predictions, *known, job.device)
         one = distinct[0] if len(distinct) == 1 else None
         asked = None
-        if whole is not None and config.whole:
-            try:
-                asked = job.for_whole_images(one)
-            except WeightsError as error:
-                if one is not None or config.whole_weights is not None:
-                    raise
-                why_not = str(error)  # networks of one scale have no say in whole images
+        if whole is not None:
+            asked, why_not = job.beside_patches(one)
         job.report.message(computing_on(job.device))
         module, localizer = distinct[0].module, AnchorNet(len(job.reader.network_classes))
         size = job.reader.settings.img_size
@@ -303,6 +298,22 @@ class Evaluation:
         given = config.whole_weights or (config.weights if at_hand is None else None)
         options: dict[str, Any] = {"at_hand": at_hand, "matching": config.matching}
         return load_for_whole_images(name, classes, config.runs, message, given, **options)
+
+    def beside_patches(self, one: Network | None) -> tuple[Network | None, str]:
+        """Load what is asked about whole images beside patches, if anything, and why not.
+
+        Args:
+            one: the network that decides on all patches; None for networks of one scale, which
+                have no say in whole images.
+        """
+        if not self.config.whole:
+            return None, ""
+        try:
+            return self.for_whole_images(one), ""
+        except WeightsError as error:
+            if one is not None or self.config.whole_weights is not None:
+                raise
+            return None, str(error)
 
     def score_patches(
         self, networks: Mapping[int, Network], *, most: int | None = None, keep: Keep | None = None
