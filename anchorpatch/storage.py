@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -128,7 +129,7 @@ def from_json(cls: type[_T], document: object) -> _T:
     """
     if not isinstance(document, Mapping):
         raise ValueError(f"expected a JSON object, found {type(document).__name__}")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     unknown = document.keys() - hints.keys()
     if unknown:
         raise ValueError(f"expected no field {min(unknown)!r}")
@@ -139,9 +140,21 @@ def from_json(cls: type[_T], document: object) -> _T:
         raise ValueError(reason_of(error)) from error
 
 
+@cache  # as a manifest may have 100,000 entries
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+@cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(hint), get_args(hint)
+
+
 def _typed(value: Any, hint: Any, name: str) -> Any:
     """Return a JSON value as the annotation has it, or raise ValueError."""
-    origin, args = get_origin(hint), get_args(hint)
+    if type(value) is hint and hint is not float:
+        return value
+    origin, args = _parts(hint)
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
@@ -156,11 +169,8 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     elif origin is not None and origin is not tuple and isinstance(value, Mapping):
         # Keys of JSON are text.
         return {args[0](k): _typed(v, args[1], f"{name}[{k!r}]") for k, v in value.items()}
-    elif hint is float and type(value) in (int, float):
-        if abs(value) <= sys.float_info.max:
-            return float(value)
-    elif type(value) is hint:
-        return value
+    elif hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return float(value)
     shown = repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
     raise ValueError(f"{name}: expected {_expected(hint)}, found {shown}")

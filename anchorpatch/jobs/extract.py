@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,7 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
                 images += made
                 manifest = manifest.refreshed()
                 pending = _pending(plan, manifest)
+    manifest = manifest.folded()
     if pending and task.job is None:
         raise ShardBusy(
             f"{manifest.shard_path(pending[0])}: another process is writing this shard: "
@@ -171,7 +172,7 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
         ranges = (manifest.shard_range(i) for i in of_ranks if manifest.shard_path(i).name in new)
         images = sum(map(len, ranges))
     return replace(
-        _summary(plan.out, task),
+        _summary(read_manifest(plan.out, manifest), task),
         seconds=time.monotonic() - began,
         waited=waits.seconds,
         advice=advice,
@@ -194,7 +195,9 @@ def forecast(config: ExtractConfig, reporter: Reporter | None = None) -> dict[st
         plan.out, plan.header, plan.files, overwrite=config.overwrite, dry_run=True
     )
     rejected = _rejected(plan, manifest, Reporter())
-    manifest = replace(manifest, entries=tuple(e for e in manifest.entries if e not in rejected))
+    names = {entry.name for entry in rejected}
+    kept = tuple(entry for entry in manifest.entries if entry.name not in names)
+    manifest = replace(manifest, entries=kept)
     n = len(plan.images)
     sample = spread_rows(n, _SAMPLE).tolist()
     with tempfile.TemporaryDirectory(prefix="anchorpatch-") as name:
@@ -242,6 +245,11 @@ def _extract(
     begun: set[int] = set()
     sink = ShardSink(manifest, plan.files.shards, reporter.advance)
     batches, made = _claimed(plan, sink, shards, begun, waits), 0
+
+    @lru_cache(1)  # another sum for each shard, not for each batch
+    def elsewhere(begun_now: int, done_now: int) -> Counter[str]:
+        return _skipped_elsewhere(plan, sink.manifest, begun)
+
     try:
         with closing(plan.load(batches, plan.config.workers)) as loader:
             localizer = build()
@@ -249,7 +257,8 @@ def _extract(
             for batch in waits.each("decoding", loader):
                 if batch.bad:
                     reasons.update(reason for _, reason in batch.bad)
-                    _check_bad(plan, sink.manifest, begun, reasons, batch.bad[-1][0])
+                    found = reasons + elsewhere(len(begun), len(sink.manifest.entries))
+                    _check_bad(plan, total, found, batch.bad[-1][0])
                 with waits.on("network"):
                     pending = localizer.submit(batch.pixels) if len(batch.index) else None
                 write = partial(_append, plan=plan, batch=batch, pending=pending, network=network)
@@ -286,7 +295,7 @@ def _claimed(
 
 def _pending(plan: Plan, manifest: Manifest) -> list[int]:
     """Return the shards of this task that are not done, in the order in which it tries them."""
-    pending = [i for i in manifest.missing() if plan.config.task.owns(i)]
+    pending = [i for i in plan.owned if not manifest.has(i)]
     if (job := plan.config.task.job) is not None:
         # Jobs that begin at the same place would race for each shard, and where a filesystem
         # has no locks they would all make the same ones.
@@ -296,8 +305,10 @@ def _pending(plan: Plan, manifest: Manifest) -> list[int]:
 
 def _rejected(plan: Plan, manifest: Manifest, reporter: Reporter) -> list[ShardEntry]:
     """Return the entries of this task's shards that ``repair`` and ``retry_skipped`` reject."""
-    done = [manifest.shard_path(i).name for i in plan.owned if manifest.has(i)]
-    entries = [entry for entry in manifest.entries if entry.name in set(done)]
+    if not (plan.config.repair or plan.config.retry_skipped):
+        return []
+    done = {manifest.shard_path(i).name for i in plan.owned if manifest.has(i)}
+    entries = [entry for entry in manifest.entries if entry.name in done]
     rejected: set[str] = set()
     if plan.config.repair:
         with reporter.counting(
@@ -362,18 +373,15 @@ def _append(
     return int(found.counts.sum())
 
 
-def _check_bad(
-    plan: Plan, manifest: Manifest, begun: Collection[int], reasons: Counter[str], last: int
-) -> None:
-    """Raise where the task's shards have more unreadable images than they may.
-
-    To ``reasons``, why this process has skipped images of the shards that it has begun, up to the
-    row ``last``, are added those of earlier runs and other jobs.
-    """
+def _skipped_elsewhere(plan: Plan, manifest: Manifest, begun: Collection[int]) -> Counter[str]:
+    """Return why earlier runs and other jobs have skipped images of the task's shards."""
     others = {manifest.shard_path(i).name for i in plan.owned if i not in begun}
     entries = (entry for entry in manifest.entries if entry.name in others)
-    found = reasons + Counter(reason for entry in entries for _, reason in entry.skipped)
-    total = sum(len(manifest.shard_range(i)) for i in plan.owned)
+    return Counter(reason for entry in entries for _, reason in entry.skipped)
+
+
+def _check_bad(plan: Plan, total: int, found: Counter[str], last: int) -> None:
+    """Raise where of ``total`` images more are unreadable than may be, up to the row ``last``."""
     if found.total() > math.floor(plan.config.max_bad * total + 1e-9):
         most = ", ".join(f"{n} {reason}" for reason, n in found.most_common(5))
         details = f": {most}; the last is {plan.images.path(last)}"
@@ -398,9 +406,8 @@ def _advice(plan: Plan, waited: Mapping[str, float]) -> str:
 # --- the summary --------------------------------------------------------------------------------
 
 
-def _summary(folder: Path, task: Task) -> ExtractSummary:
+def _summary(manifest: Manifest, task: Task) -> ExtractSummary:
     """Sum up the shards that a task owns, from the manifest alone."""
-    manifest = read_manifest(folder)
     missing = set(manifest.missing())
     owned = range(task.index, manifest.shard_count, task.total)
     names = {manifest.shard_path(i).name for i in owned if i not in missing}

@@ -8,6 +8,13 @@ that stands before it. Manifests of earlier versions lack that field and are rea
 
 Several processes, also on several hosts, commit entries to one manifest. Each commit takes
 the lock ``.manifest.lock``, reads the manifest again, adds its entry and replaces the file.
+To replace a file of 100,000 lines for every new one would take longer than the shards do. So from
+2,048 entries on, new ones are appended to ``manifest.journal``, and the manifest is replaced only
+when these are an eighth of it, when the split is complete and at the end of a run. The journal
+names the manifest that it extends by its checksum, so that it is void from the moment in which
+the manifest is replaced, and each of its lines has a checksum, so that one that was cut off by a
+kill or a full disk is no entry.
+
 Where a filesystem has no locks (Lustre without ``-o flock``, some FUSE mounts), two commits
 in the same moment may lose one of the entries. That shard is then pending again, and the next
 run of the same command writes it again.
@@ -17,14 +24,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from anchorpatch import storage
 from anchorpatch.errors import ManifestMismatch, ShardError, reason_of
@@ -34,19 +42,23 @@ from anchorpatch.shards.layout import FORMAT_VERSION, MANIFEST_NAME, shard_name
 from anchorpatch.tables import Table, scale_table
 
 LOCK_NAME: Final = ".manifest.lock"
+JOURNAL_NAME: Final = "manifest.journal"
 MANIFEST_FORMAT: Final = "anchorpatch shards"
 _SEAL: Final = ',\n  "sha256": "'
 
 #: Fields of the manifest that are those of `ShardHeader`, under the same name.
 _OF_HEADER: Final = ("split", "classes", "network_classes", "weights_sha256")
 
+#: Entries from which a manifest has a journal.
+_WITH_JOURNAL = 2048
+
 #: Half-written files, of killed runs too.
 LEFTOVERS: Final = re.compile(
-    r"\.manifest\.json\.[0-9a-f]{12}\.tmp|\..+\.h5\.[0-9a-f]{12}\.tmp|.+\.h5\.tmp"
+    r"\.manifest\.(?:json|journal)\.[0-9a-f]{12}\.tmp|\..+\.h5\.[0-9a-f]{12}\.tmp|.+\.h5\.tmp"
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardEntry:
     """What the manifest knows of a shard.
 
@@ -104,6 +116,24 @@ class FilesDigest:
     paths: Callable[[int, int], Sequence[str]] | None = field(default=None, compare=False)
 
 
+class _Seen(NamedTuple):
+    """What of the files a snapshot knows, so that only what is new need be read.
+
+    Attributes:
+        file: inode, size and time of the manifest.
+        seal: checksum in it.
+        written: entries in it.
+        journal: bytes of the journal that were read.
+        entries: of both.
+    """
+
+    file: tuple[int, int, int]
+    seal: str
+    written: int
+    journal: int
+    entries: tuple[ShardEntry, ...]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A snapshot of the manifest; `refreshed` and `commit` look at the disk again.
@@ -121,6 +151,7 @@ class Manifest:
     files_count: int
     files_sha256: str
     entries: tuple[ShardEntry, ...] = ()
+    _seen: _Seen | None = field(default=None, repr=False, compare=False)
 
     @property
     def shard_count(self) -> int:
@@ -136,20 +167,22 @@ class Manifest:
         size = self.header.settings.shard_size
         return range(index * size, min((index + 1) * size, self.files_count))
 
+    def without_entries(self) -> Manifest:
+        """Return what the shards have in common, without the shards."""
+        return replace(self, entries=(), _seen=None)
+
     def missing(self) -> list[int]:
         """Return the shards that are not done, as of this snapshot."""
-        return [i for i in range(self.shard_count) if not self.has(i)]
+        sizes = {entry.name: entry.bytes for entry in self.entries}
+        paths = map(self.shard_path, range(self.shard_count))
+        return [i for i, path in enumerate(paths) if not _is_done(path, sizes.get(path.name))]
 
     def has(self, index: int) -> bool:
         """Tell whether a shard is done, as of this snapshot."""
         path = self.shard_path(index)
-        with suppress(OSError, KeyError):
-            return self._sizes[path.name] == path.stat().st_size
-        return False
-
-    @cached_property
-    def _sizes(self) -> dict[str, int]:
-        return {entry.name: entry.bytes for entry in self.entries}
+        at = _place(self.entries, path.name)
+        found = [entry.bytes for entry in self.entries[at : at + 1] if entry.name == path.name]
+        return _is_done(path, *found)
 
     def refreshed(self) -> Manifest:
         """Return the manifest as it is on the disk right now.
@@ -157,7 +190,7 @@ class Manifest:
         Raises:
             ManifestMismatch: another run has replaced the folder's inputs meanwhile.
         """
-        now = read_manifest(self.folder)
+        now = read_manifest(self.folder, self)
         if (now.header, now.files_sha256) != (self.header, self.files_sha256):
             raise ManifestMismatch(
                 f"{self.folder / MANIFEST_NAME}: another run has started this folder over with "
@@ -175,32 +208,105 @@ class Manifest:
             ManifestMismatch: another run has replaced the folder's inputs meanwhile.
             StorageError: the disk refuses; the manifest is as it was.
         """
-        return self._changed(lambda found: [*(e for e in found if e.name != entry.name), entry])
+        with storage.locked(self.folder / LOCK_NAME):
+            now = self.refreshed()
+            then = replace(now, entries=_with(now.entries, [entry]))
+            seen, count = now._seen, len(then.entries)
+            if (
+                seen is None
+                or not seen.seal
+                or seen.written < _WITH_JOURNAL
+                or count - seen.written > seen.written // 8
+                or count == now.shard_count
+            ):
+                return write_manifest(then)
+            _append(self.folder / JOURNAL_NAME, seen, entry)
+            return now.refreshed()
 
     def forget(self, entries: Collection[ShardEntry]) -> Manifest:
         """Remove entries, unless they have changed meanwhile, so that their shards are made again.
 
         Returns and raises as `commit`.
         """
-        return self._changed(lambda found: [e for e in found if e not in entries])
-
-    def _changed(self, change: Callable[[Sequence[ShardEntry]], list[ShardEntry]]) -> Manifest:
+        gone = {entry.name: entry for entry in entries}
         with storage.locked(self.folder / LOCK_NAME):
             now = self.refreshed()
-            # val-100000.h5 goes behind val-99999.h5.
-            entries = sorted(change(now.entries), key=lambda e: (len(e.name), e.name))
-            now = replace(now, entries=tuple(entries))
-            write_manifest(now)
-        return now
+            kept = tuple(e for e in now.entries if gone.get(e.name) != e)
+            return write_manifest(replace(now, entries=kept))
+
+    def folded(self) -> Manifest:
+        """Write all entries into the manifest file, so that there is no journal.
+
+        Returns and raises as `commit`.
+        """
+        if not (self.folder / JOURNAL_NAME).exists():
+            return self
+        with storage.locked(self.folder / LOCK_NAME):
+            return write_manifest(self.refreshed())
+
+    def is_of(self, file: tuple[int, int, int]) -> bool:
+        """Tell whether the manifest file is still the one that this snapshot was read from."""
+        seen = self._seen
+        if seen is None or seen.written < _WITH_JOURNAL:  # soon read, and may be as large again
+            return False
+        return seen.file == file and seen.entries is self.entries
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read a split's manifest.
+def _is_done(path: Path, size: int | None = None) -> bool:
+    with suppress(OSError):
+        return size is not None and path.stat().st_size == size
+    return False
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Return the key by which entries are sorted: val-100000.h5 goes behind val-99999.h5."""
+    return len(name), name
+
+
+def _place(entries: Sequence[ShardEntry], name: str) -> int:
+    return bisect_left(entries, _order(name), key=lambda entry: _order(entry.name))
+
+
+def _with(entries: Sequence[ShardEntry], new: Iterable[ShardEntry]) -> tuple[ShardEntry, ...]:
+    """Return sorted entries with others, which take the place of those of the same name."""
+    found = list(entries)
+    for entry in new:
+        at = _place(found, entry.name)
+        found[at : at + any(old.name == entry.name for old in found[at : at + 1])] = [entry]
+    return tuple(found)
+
+
+def read_manifest(folder: Path, known: Manifest | None = None) -> Manifest:
+    """Read a split's manifest, with its journal.
+
+    Args:
+        folder: the split's folder.
+        known: an earlier snapshot, of which only what has changed since is read.
 
     Raises:
         ShardError: it is missing, damaged, of another program or of another format version.
     """
     path = Path(folder) / MANIFEST_NAME
+    while True:
+        file = _identity(path)
+        if known is None or not known.is_of(file):
+            known = _parse(path, file)
+        if len(known.entries) < _WITH_JOURNAL:
+            return known
+        found = _with_journal(known)
+        if _identity(path) == file:  # or its journal may be gone because it was replaced
+            return found
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    with suppress(OSError):
+        info = path.stat()
+        return info.st_ino, info.st_size, info.st_mtime_ns
+    return 0, 0, 0
+
+
+def _parse(path: Path, file: tuple[int, int, int]) -> Manifest:
+    """Read the manifest file alone."""
     again = "restore it, or write it and its shards again with --overwrite"
     try:
         text = path.read_bytes().decode()
@@ -231,15 +337,17 @@ def read_manifest(folder: Path) -> Manifest:
         count = data.pop("files_count")
         if type(count) is not int or not 0 <= count < 1 << 31:
             raise ValueError(f"files_count: expected an integer from 0, found {count!r:.60}")
-        entries = tuple(storage.from_json(ShardEntry, line) for line in data.pop("shards"))
+        lines = (storage.from_json(ShardEntry, line) for line in data.pop("shards"))
+        entries = tuple(sorted(lines, key=lambda entry: _order(entry.name)))
         if len({entry.name for entry in entries}) < len(entries):
             raise ValueError("expected each shard once")
         found = Manifest(
-            folder=Path(folder),
+            folder=path.parent,
             header=storage.from_json(ShardHeader, header),
             files_count=count,
             files_sha256=str(data.pop("files_sha256")),
             entries=entries,
+            _seen=_Seen(file, str(data.get("sha256", "")), len(entries), 0, entries),
         )
         if unknown := data.keys() - {"format", "format_version", "shard_count", "sha256"}:
             raise ValueError(f"unknown field {min(unknown)!r}")
@@ -249,8 +357,62 @@ def read_manifest(folder: Path) -> Manifest:
         raise ShardError(f"{path}: damaged ({what}): {again}") from error
 
 
-def write_manifest(manifest: Manifest) -> None:
-    """Replace the manifest file; the caller holds the lock."""
+def _with_journal(known: Manifest) -> Manifest:
+    """Return a snapshot with what the journal has beyond it."""
+    seen, path = known._seen, known.folder / JOURNAL_NAME
+    assert seen is not None
+    try:
+        with path.open("rb") as file:
+            if _checked(file.readline()) != {"extends": seen.seal}:
+                return known
+            start = max(seen.journal, file.tell())
+            file.seek(start)
+            data = file.read()
+        lines = data[: data.rfind(b"\n") + 1]  # the last one may be half written as yet
+        found = (_checked(line) for line in lines.splitlines())
+        new = [storage.from_json(ShardEntry, entry) for entry in found if entry is not None]
+    except FileNotFoundError:
+        return known
+    except OSError as error:
+        raise ShardError(f"{path}: cannot read: {reason_of(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ShardError(
+            f"{path}: damaged ({error}): remove it, and run the same extract again"
+        ) from error
+    entries = _with(known.entries, new) if new else known.entries
+    seen = seen._replace(journal=start + len(lines), entries=entries)
+    return replace(known, entries=entries, _seen=seen)
+
+
+def _append(path: Path, seen: _Seen, entry: ShardEntry) -> None:
+    """Add an entry to the journal, or begin one; the caller holds the lock."""
+    line = _line(storage.to_json(entry))
+    if not seen.journal:
+        head = _line({"extends": seen.seal})
+        storage.write_atomically(path, lambda file: file.write(head + line))
+        return
+    with storage.refusals(path), path.open("ab") as file:
+        # A line that was cut off stays, and is none.
+        file.write(b"\n" * (file.tell() > seen.journal) + line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(document: Any) -> bytes:
+    """Return a line of the journal: a checksum, and JSON."""
+    text = json.dumps(document).encode()
+    return hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n"
+
+
+def _checked(line: bytes) -> Any:
+    """Return what `_line` wrote; None for what it did not."""
+    text = line[17:].rstrip(b"\n")
+    ours = line[:17] == hashlib.sha256(text).hexdigest()[:16].encode() + b" "
+    return json.loads(text) if ours else None
+
+
+def write_manifest(manifest: Manifest) -> Manifest:
+    """Replace the manifest file, and remove the journal; the caller holds the lock."""
     header = manifest.header
     document = {
         "format": MANIFEST_FORMAT,
@@ -268,9 +430,17 @@ def write_manifest(manifest: Manifest) -> None:
     lines = [f"  {json.dumps(name)}: {json.dumps(value)},\n" for name, value in document.items()]
     shards = ",\n".join(f"    {json.dumps(storage.to_json(entry))}" for entry in manifest.entries)
     text = _sealed("{\n" + "".join(lines) + f'  "shards": [\n{shards}\n  ]')
-    storage.write_atomically(
-        manifest.folder / MANIFEST_NAME, lambda file: file.write(text.encode())
-    )
+    path = manifest.folder / MANIFEST_NAME
+    storage.write_atomically(path, lambda file: file.write(text.encode()))
+    with storage.refusals(path):
+        (manifest.folder / JOURNAL_NAME).unlink(missing_ok=True)
+    seal, entries = _seal_of(text), manifest.entries
+    seen = _Seen(_identity(path), seal, len(entries), 0, entries)
+    return replace(manifest, _seen=seen)
+
+
+def _seal_of(text: str) -> str:
+    return text.rpartition(_SEAL)[2][:64]
 
 
 def _sealed(text: str) -> str:

@@ -64,6 +64,9 @@ class ShardSink:
             StorageError: the disk refuses.
         """
         path, digest = self.manifest.shard_path(shard), self._digests[shard]
+        self.manifest = self.manifest.refreshed()
+        if self.manifest.has(shard):
+            return False
         try:
             writer = ShardWriter(
                 path, self.manifest.header, files_sha256=digest, spools=self._spools

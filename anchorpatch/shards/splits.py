@@ -197,18 +197,22 @@ def wait_for_shards(
         ShardError: shards are missing, and nobody has written for ``patience`` seconds.
     """
     seen, since = None, time.monotonic()
+    manifest = read_manifest(folder)
+    missing = list(filter(owned, manifest.missing()))
     with waiting_for("the other ranks to write their shards"):
-        while missing := sum(map(owned, (manifest := read_manifest(folder)).missing())):
-            now, there = time.monotonic(), files_in(folder)
+        # Only what was missing is looked for again: a folder may hold 100,000 shards.
+        while missing := [i for i in missing if not manifest.has(i)]:
+            now, there = time.monotonic(), (folder.stat().st_mtime_ns, len(manifest.entries))
             if there != seen:
                 seen, since = there, now
             elif now - since > patience:
                 raise ShardError(
-                    f"{folder}: {counted(missing, 'shard')} missing, and no rank "
+                    f"{folder}: {counted(len(missing), 'shard')} missing, and no rank "
                     f"has written for {patience:,.0f} s: one has probably failed; run the same "
                     "command again"
                 )
             time.sleep(0.2)
+            manifest = read_manifest(folder, manifest)
     return manifest
 
 
@@ -339,6 +343,7 @@ def merge_split(
             problems += failed
         if done is not None and path.name in found:
             done(found[path.name][0][0].images)
+    target = target.folded()
     missing = tuple(target.shard_path(i).name for i in target.missing())
     return Merged(out, tuple(copied), target.shard_count, missing, tuple(problems))
 

@@ -30,7 +30,13 @@ from anchorpatch.shards.layout import (
     read_attributes,
     shard_name,
 )
-from anchorpatch.shards.manifest import LEFTOVERS, Manifest, ShardEntry, read_manifest
+from anchorpatch.shards.manifest import (
+    JOURNAL_NAME,
+    LEFTOVERS,
+    Manifest,
+    ShardEntry,
+    read_manifest,
+)
 from anchorpatch.signals import answers
 
 _Table = dict[str, NDArray[Any]]
@@ -91,7 +97,7 @@ def verify_folder(
     problems += [ShardProblem(n, foreign if n in there else again) for n in expected - known]
     unfit = f"has an entry in {MANIFEST_NAME}, but is no shard of this split"
     problems += [ShardProblem(name, unfit) for name in known - expected]
-    others = there - known - expected - {MANIFEST_NAME}
+    others = there - known - expected - {MANIFEST_NAME, JOURNAL_NAME}
     problems += [ShardProblem(name, without) for name in others if not _OURS.fullmatch(name)]
     return sorted(problems)
 
@@ -106,7 +112,8 @@ def verify_shards(
     from joblib import Parallel, delayed  # slow to import, and no reader needs it
 
     verify = Parallel(n_jobs=1 if len(entries) < 2 else jobs, return_as="generator")
-    found = verify(delayed(verify_shard)(manifest, entry) for entry in entries)
+    alone = manifest.without_entries()  # goes to a process with each shard
+    found = verify(delayed(verify_shard)(alone, entry) for entry in entries)
     problems = []
     of_all = answers(found, "the processes that verify shards")
     for entry, of_shard in zip(entries, of_all, strict=True):

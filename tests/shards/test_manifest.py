@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +11,15 @@ import numpy as np
 import pytest
 
 from anchorpatch.errors import ShardError
+from anchorpatch.shards import manifest as manifests
+from anchorpatch.shards import verify
 from anchorpatch.shards.header import ShardHeader
 from anchorpatch.shards.manifest import (
+    Manifest,
     ShardEntry,
     read_manifest,
     split_facts,
+    write_manifest,
 )
 from anchorpatch.shards.splits import open_manifest
 from anchorpatch.storage import from_json, to_json
@@ -156,6 +162,126 @@ def test_processes_commit_at_the_same_time(tmp_path: Path) -> None:
     names = [e.name for e in read_manifest(tmp_path).entries]
     assert names == [f"val-{i:05d}.h5" for i in range(40)]
     assert {p.name for p in tmp_path.iterdir()} == {"manifest.json", ".manifest.lock"}
+
+
+# --- the journal of a large manifest -------------------------------------------------------------
+
+
+@pytest.fixture
+def journal(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(manifests, "_WITH_JOURNAL", 16)
+    return manifests.JOURNAL_NAME
+
+
+def _begun(folder: Path, shards: int, done: int) -> Manifest:
+    found = open_manifest(folder, make_header(), digest_of([str(i) for i in range(8 * shards)]))
+    return write_manifest(replace(found, entries=tuple(entry(i) for i in range(done))))
+
+
+def test_a_large_manifest_is_replaced_only_now_and_then(tmp_path: Path, journal: str) -> None:
+    plain = _begun(tmp_path / "plain", 40, 40)
+    manifest = _begun(tmp_path / "val", 40, 16)
+    replaced = set()
+    for index in [*range(30, 40), *range(16, 30)]:
+        manifest = manifest.commit(entry(index))
+        assert manifest == read_manifest(manifest.folder) == manifest.refreshed()
+        assert [e.name for e in manifest.entries] == sorted(e.name for e in manifest.entries)
+        replaced.add((manifest.folder / "manifest.json").stat().st_ino)
+    assert manifest.entries == plain.entries
+    assert len(replaced) <= 9
+    names = {path.name for path in manifest.folder.iterdir()}
+    assert names == {"manifest.json", ".manifest.lock"}
+    whole = (plain.folder / "manifest.json").read_bytes()
+    assert (manifest.folder / "manifest.json").read_bytes() == whole
+
+
+def test_what_is_left_of_a_journal_counts_line_by_line(tmp_path: Path, journal: str) -> None:
+    before = _begun(tmp_path, 60, 32)
+    after = before.commit(entry(50)).commit(entry(40))
+    path = tmp_path / journal
+    whole = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    assert len(ends) == 3
+    for size in range(0, len(whole), 23):
+        path.write_bytes(whole[:size])
+        left = read_manifest(tmp_path)
+        assert len(left.entries) == 32 + sum(end <= size for end in ends[1:]), size
+        again = left.commit(entry(45)).commit(entry(40))
+        assert again == read_manifest(tmp_path)
+        assert _names(again) == _names(before) | {40, 45} | ({50} if size >= ends[1] - 1 else set())
+        write_manifest(before)
+    for position in range(0, len(whole), 29):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1
+        path.write_bytes(flipped)
+        assert _names(before) <= _names(read_manifest(tmp_path)) < _names(after)
+    path.write_bytes(whole)
+    assert read_manifest(tmp_path) == after
+
+
+def _names(manifest: Manifest) -> set[int]:
+    return {int(e.name[4:9]) for e in manifest.entries}
+
+
+def test_the_journal_of_a_manifest_that_was_replaced_is_void(tmp_path: Path, journal: str) -> None:
+    before = _begun(tmp_path, 60, 32)
+    after = before.commit(entry(50)).commit(entry(40))
+    path = tmp_path / journal
+    whole = path.read_bytes()
+    assert after.forget([entry(40), entry(3)]) == (found := read_manifest(tmp_path))
+    assert _names(found) == _names(before) - {3} | {50}
+    assert not path.exists()
+    path.write_bytes(whole)  # as if the system had stopped between the two
+    assert read_manifest(tmp_path) == found == after.refreshed()
+    assert _names(after.commit(entry(44))) == _names(found) | {44}
+    assert not [found for found in verify.verify_folder(tmp_path, 1) if "journal" in found.shard]
+    assert after.folded() == read_manifest(tmp_path)
+    assert not path.exists()
+
+
+def test_a_foreign_line_with_a_checksum_is_one_clear_line(tmp_path: Path, journal: str) -> None:
+    _begun(tmp_path, 60, 32).commit(entry(50))
+    with (tmp_path / journal).open("ab") as file:
+        file.write(manifests._line({"name": 5}))
+    with pytest.raises(ShardError, match=r"manifest\.journal: damaged .name: expected text"):
+        read_manifest(tmp_path)
+
+
+def _commit_all(folder: Path, log: int, start: int) -> None:
+    manifest = read_manifest(folder)
+    for index in range(start, 400, 4):
+        if index not in _names(manifest):
+            manifest = manifest.commit(entry(index))
+            os.write(log, b"%d\n" % index)
+
+
+def test_nothing_committed_is_lost_when_processes_are_killed(tmp_path: Path, journal: str) -> None:
+    _begun(tmp_path, 400, 16)
+    context = multiprocessing.get_context("fork")
+    seen, reader = {*range(16)}, read_manifest(tmp_path)
+    rng = random.Random(0)
+    with (tmp_path / "log").open("w+b") as log:
+        for _ in range(5):
+            args = [(tmp_path, log.fileno(), start) for start in range(4)]
+            processes = [context.Process(target=_commit_all, args=some) for some in args]
+            for process in processes:
+                process.start()
+            until = time.monotonic() + rng.uniform(0.05, 0.15)
+            while time.monotonic() < until:  # beside them, without the lock
+                found = _names(read_manifest(tmp_path))
+                reader = reader.refreshed()
+                assert seen <= found <= (seen := _names(reader))
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+            log.seek(0)
+            assert {int(line) for line in log} <= _names(read_manifest(tmp_path))
+            log.seek(0, os.SEEK_END)
+    for start in range(4):
+        _commit_all(tmp_path, os.open(os.devnull, os.O_WRONLY), start)
+    assert read_manifest(tmp_path).entries == tuple(entry(i) for i in range(400))
+    assert not (tmp_path / journal).exists()
 
 
 def test_facts_are_the_sums_over_what_was_written(tmp_path: Path) -> None:
