@@ -48,7 +48,7 @@ def run_program(
         )
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder, "stdout"), Path(folder, "stderr")
-        process = PROCESSES.Process(target=_run, args=(words, cwd, settings, streams))
+        process = PROCESSES.Process(target=run_here, args=(words, cwd, settings, streams))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -59,7 +59,8 @@ def run_program(
         return subprocess.CompletedProcess(words, process.exitcode, stdout, stderr)
 
 
-def _run(words: list[str], cwd: Path, env: dict[str, str], streams: tuple[Path, Path]) -> None:
+def run_here(words: list[str], cwd: Path, env: dict[str, str], streams: tuple[Path, Path]) -> None:
+    """Run the program as this process, which is a new one; stdout and stderr go to files."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

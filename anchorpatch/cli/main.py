@@ -18,7 +18,7 @@ import click
 from anchorpatch import __version__
 from anchorpatch.cli.options import Group, SharedOption, debug_option, options_of, variable_name
 from anchorpatch.cli.output import ReaderGone, open_streams
-from anchorpatch.errors import AnchorpatchError, Interrupted
+from anchorpatch.errors import AnchorpatchError, Interrupted, reason_of
 from anchorpatch.signals import STOP_SIGNALS, ending, watch_waits
 from anchorpatch.text import did_you_mean
 
@@ -131,6 +131,12 @@ def _run(args: list[str]) -> int:
     except Exception as error:
         text = " ".join(str(error).split()) or "no message"
         text = f"unexpected {type(error).__name__}: {text} (--debug shows the traceback)"
+        if isinstance(error, OSError) and error.errno:
+            # The system's answer, on a file that may fail at any moment, is no fault of the
+            # program. Where a file is known to be read or written, that is said better.
+            file = error.filename
+            where = f"{os.fsdecode(file)}: " if isinstance(file, str | bytes) else ""
+            text = f"{where}{reason_of(error)}: check the disk and run the same command again"
         return _fail(text, 1, "debug" in notes)
     return status if isinstance(status, int) else 0
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -154,9 +155,15 @@ CPU = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate m
             RuntimeError(CPU),
             "out of memory: close other programs",
         ),
+        (
+            "scenes data",
+            "demo.scene_folder.make_scenes",
+            OSError(errno.EIO, "Input/output error", "data/train"),
+            "data/train: Input/output error: check the disk and run the same command again",
+        ),
     ],
 )
-def test_used_up_memory_is_one_line(
+def test_used_up_memory_and_a_failing_disk_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     command: str,

@@ -73,7 +73,7 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 def records(folder: Path) -> list[dict]:
     """The lines of the log without what depends on the clock and the machine."""
-    free = {"seconds", "images_per_second", "peak_memory", "waiting"}
+    free = {"seconds", "images_per_second", "patches_per_second", "peak_memory", "waiting"}
     lines = (folder / "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in free} for line in lines]
 
