@@ -110,11 +110,12 @@ def finetune(
     """
     from anchorpatch.jobs.finetune import forecast, run
     from anchorpatch.networks import run_folder
-    from anchorpatch.runtime.device import use_threads
+    from anchorpatch.runtime.device import use_files, use_threads
     from anchorpatch.runtime.distributed import is_main
     from anchorpatch.runtime.progress import reporter
 
     use_threads(threads)
+    use_files()
     given = {name: value for name, value in options.items() if value is not None}
     side, baseline = None if scale is None else int(scale), given["baseline"]
     config = FinetuneConfig(

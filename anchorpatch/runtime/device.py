@@ -131,6 +131,18 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def use_files(most: int = 1 << 16) -> None:
+    """Let this process open ``most`` files, or as many as the system allows.
+
+    Random reads from more shards than can be kept open are ten times as slow.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # macOS names a limit that it does not grant
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def computing_on(device: torch.device, engine: str = "torch") -> str:
     """Return a line that says where a job computes, and with how many threads on a CPU."""
     if device.type != "cpu":

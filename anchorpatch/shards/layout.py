@@ -34,6 +34,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -96,6 +97,12 @@ def decode_text(value: bytes) -> str:
     return bytes(value).decode("utf-8", "surrogateescape")
 
 
+@lru_cache(8)  # all shards of a split have the same classes, of which there may be 21,000
+def _decoded(data: bytes, length: int) -> tuple[str, ...]:
+    """Return the strings of `encode_text`, given the bytes of the array."""
+    return tuple(map(decode_text, np.frombuffer(data, f"S{length}").tolist()))
+
+
 def write_attributes(file: h5py.File, header: ShardHeader, files_sha256: str) -> None:
     """Write the file attributes.
 
@@ -134,10 +141,14 @@ def read_attributes(file: h5py.File) -> tuple[ShardHeader, str]:
     def text(name: str) -> str:
         return decode_text(_attribute(file, name, "S", 0))
 
+    def texts(name: str) -> tuple[str, ...]:
+        found = _attribute(file, name, "S", 1)
+        return _decoded(found.tobytes(), found.itemsize)
+
     header = ShardHeader(
         split=text("split"),
-        classes=tuple(map(decode_text, _attribute(file, "classes", "S", 1))),
-        network_classes=tuple(map(decode_text, _attribute(file, "network_classes", "S", 1))),
+        classes=texts("classes"),
+        network_classes=texts("network_classes"),
         settings=ShardSettings.from_json(json.loads(text("settings"))),
         weights_sha256=text("weights_sha256"),
         version=text("anchorpatch_version"),

@@ -8,8 +8,8 @@ that stands before it. Manifests of earlier versions lack that field and are rea
 
 Several processes, also on several hosts, commit entries to one manifest. Each commit takes
 the lock ``.manifest.lock``, reads the manifest again, adds its entry and replaces the file.
-To replace a file of 100,000 lines for every new one would take longer than the shards do. So from
-2,048 entries on, new ones are appended to ``manifest.journal``, and the manifest is replaced only
+To replace a file of 100,000 lines for each would take longer than to make the shards. So from 256
+entries on, new ones are appended to ``manifest.journal``, and the manifest is replaced only
 when these are an eighth of it, when the split is complete and at the end of a run. The journal
 names the manifest that it extends by its checksum, so that it is void from the moment in which
 the manifest is replaced, and each of its lines has a checksum, so that one that was cut off by a
@@ -50,7 +50,7 @@ _SEAL: Final = ',\n  "sha256": "'
 _OF_HEADER: Final = ("split", "classes", "network_classes", "weights_sha256")
 
 #: Entries from which a manifest has a journal.
-_WITH_JOURNAL = 2048
+_WITH_JOURNAL = 256
 
 #: Half-written files, of killed runs too.
 LEFTOVERS: Final = re.compile(

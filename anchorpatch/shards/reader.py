@@ -351,9 +351,10 @@ def _map_limit() -> int:
 
     A map keeps a file descriptor, and a process may have but 1024 of those on many systems, fewer
     than ImageNet's shards. To raise that limit is not a library's to do: it is the whole
-    process's. An array that is in use keeps its map alive.
+    process's, as `anchorpatch finetune` does it. An array that is in use keeps its map alive. Linux
+    grants a process 65,530 maps, which have to do for two readers.
     """
-    return max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 8192) // 2)
+    return max(16, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 32768) // 2)
 
 
 def _locate(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import platform
+import resource
 
 import joblib
 import numpy as np
@@ -15,6 +16,7 @@ from anchorpatch.runtime.device import (
     exact_float32,
     resolve_device,
     to_device,
+    use_files,
     use_threads,
 )
 
@@ -112,3 +114,15 @@ def test_threads_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_more_files_may_be_open_but_never_fewer() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        use_files(300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, before[1])
+        use_files(200)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
