@@ -37,6 +37,10 @@ __all__ = [
 ]
 
 
+# torch 2.6 does not tell exporting from compiling, for which what exporters take is right too.
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
 def grid_size(height: int, width: int, theta: int) -> tuple[int, int]:
     """Return (H, W), the locations that a patch of side ``theta`` has in an image (section 3.1).
 
@@ -247,18 +251,25 @@ def localize(
     number = torch.arange(n + 1, dtype=torch.int32, device=branch.device)
     left = number * (number > n - limit)
     order = torch.arange(max(settings.max_patches), dtype=torch.int32, device=branch.device)
-    picked = torch.zeros(len(branch), len(order), dtype=torch.int32, device=branch.device)
+    rows: list[Tensor] = []  # of each round, (N, 1)
     gap, overlap = torch.empty_like(corner), torch.empty_like(left)  # fresh memory costs time
-    for i in range(min(rounds, n)):
+    for _ in range(min(rounds, n)):
         strongest = left.amax(1, keepdim=True)
-        if left.device.type == "cpu" and not strongest.any():
+        # An exported graph has all rounds, as it cannot look at values between them.
+        if left.device.type == "cpu" and not _exporting() and not strongest.any():
             break
-        picked[:, i : i + 1] = strongest
+        rows.append(strongest)
         here = corner.gather(2, strongest.long().expand(2, -1, -1))
+        if _exporting():
+            gap = (theta - (corner - here).abs()).clamp(min=0)
+            left = left * (gap[0] * gap[1] < conflict)
+            continue
         torch.sub(corner, here, out=gap).abs_().neg_().add_(theta).clamp_(min=0)
         torch.mul(gap[0], gap[1], out=overlap)
         # Negative, so all ones when shifted, where the overlap is below the first conflicting one.
         left &= overlap.sub_(conflict).bitwise_right_shift_(31)
+    nothing = [torch.zeros_like(left[:, :1])] * (len(order) - len(rows))
+    picked = torch.cat((*rows, *nothing), 1)
     # Where no two patches conflict, Algorithm 1 takes the strongest candidates one by one.
     alone = (n - order) * (order < limit)
     picked = torch.where(conflict == theta * theta, alone, picked)
@@ -324,11 +335,11 @@ def _check_finite(heatmaps: Sequence[Tensor], branch: Tensor) -> None:
 
 def _chosen(heatmaps: Sequence[Tensor], branch: Tensor) -> Tensor:
     """Gather each image's heatmap as float32 (N, L); behind the end of a shorter one is -inf."""
-    longest = max(m[0].numel() for m in heatmaps)
-    rows = torch.full((len(branch), len(heatmaps), longest), -torch.inf, device=branch.device)
+    longest = max(m.shape[1:].numel() for m in heatmaps)
+    rows = torch.full((branch.shape[0], len(heatmaps), longest), -torch.inf, device=branch.device)
     for j, heatmap in enumerate(heatmaps):
-        rows[:, j, : heatmap[0].numel()] = heatmap.flatten(1)
-    return rows[torch.arange(len(branch), device=branch.device), branch]
+        rows[:, j, : heatmap.shape[1:].numel()] = heatmap.flatten(1)
+    return rows[torch.arange(branch.shape[0], device=branch.device), branch]
 
 
 def _strongest(activation: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -338,6 +349,10 @@ def _strongest(activation: Tensor, n: int) -> tuple[Tensor, Tensor]:
     Sorted are int64 keys, no two of them equal: the high word is the activation's bits in an
     order that integers share, and the low word counts positions down.
     """
+    if _exporting():
+        # Which exporters take; of keys in two parts, ONNX knows none.
+        value, found = activation.sort(dim=1, descending=True, stable=True)
+        return found[:, :n].flip(1).int(), value[:, :n].flip(1)
     bits = (activation + 0.0).view(torch.int32)  # + 0.0: -0.0 and 0.0 are one value
     last = activation.shape[1] - 1
     position = torch.arange(last, -1, -1, dtype=torch.int32, device=activation.device)

@@ -29,7 +29,7 @@ else:
 
 #: Command -> module of this package that holds a click command of the same name.
 _COMMANDS = (
-    *("train", "tune", "extract", "finetune", "evaluate", "predict"),
+    *("train", "tune", "extract", "finetune", "evaluate", "predict", "export"),
     *("figure", "report", "shards", "models", "demo", "scenes"),
 )
 

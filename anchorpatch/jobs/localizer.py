@@ -225,7 +225,9 @@ class Runner:
         """Return the features of uint8 pixels (n, side, side, 3)."""
         if self._openvino is not None:
             return self._openvino(pixels)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+        if not self.amp:  # exported graphs would have a node for it
+            return self.net.features(self._normalize(pixels))
+        with torch.autocast(self.device.type, torch.bfloat16):
             return self.net.features(self._normalize(pixels))
 
     def run(self, pixels: Tensor) -> Run:
@@ -270,7 +272,7 @@ class Localizer(Runner):
         other = "use --precision float32" if self.amp else "train or download them again"
         self._advice = f"the weights {weights.path} may be damaged or badly trained: {other}"
         self._scales = torch.tensor(SCALES, device=device)
-        self._stage: Callable[[Tensor], Sequence[Tensor]] = self._localize
+        self._stage: Callable[[Tensor], Sequence[Tensor]] = self.localize
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cpu":
             self.chunk = 1 if latency else CPU_CHUNK
@@ -281,7 +283,7 @@ class Localizer(Runner):
         else:
             self.chunk = 1 if latency else batch_size
         if compile:
-            self._stage = torch.compile(self._localize)
+            self._stage = torch.compile(self.localize)
             # Compiling is for one thread, before the pool's get there.
             self.submit(torch.zeros(1, self.side, self.side, 3, dtype=torch.uint8)).result()
 
@@ -373,7 +375,8 @@ class Localizer(Runner):
         done.record(torch.cuda.current_stream(self.device))
         return _OnDevice(host, done)
 
-    def _localize(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def localize(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return the fields of `Localized`, as tensors, of uint8 pixels (n, side, side, 3)."""
         _, _, decision, heatmaps = self.run(pixels)
         # Unchecked, which would wait for the GPU: `Pending.result` checks what comes back.
         patches = localize(heatmaps, decision.branch, self.settings, check=False)

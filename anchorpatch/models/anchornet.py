@@ -12,6 +12,7 @@ Shapes use N images, C classes, and an H x W map per branch: 21, 17 and 15 squar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -183,8 +184,10 @@ class Branch(nn.Module):
         return weight.flatten(1), bias
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
+def _full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Leave autocast: sums of logits and the order of activations want float32."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()  # exported graphs would have a node for it
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -48,7 +48,7 @@ def test_help_is_quick(program: Program) -> None:
 
 def test_wrong_usage_is_status_2_on_stderr(program: Program) -> None:
     for args, message in (
-        (["extrakt"], "Did you mean 'extract'?"),
+        (["extrac"], "Did you mean 'extract'?"),
         (["extract", "--bach-size", 3], "'--batch-size'"),
         (["extract", "--coverage", "a,b"], "expected 3 numbers"),
         (["extract", "--max-bad", "120%"], "expected a share such as 0.01 or 1%"),
