@@ -87,10 +87,12 @@ class RunLog:
             if self.path.is_file() and epochs:
                 lines = self.path.read_text(encoding="utf-8").splitlines()[:epochs]
             self.records = [json.loads(line) for line in lines]
-            found = sum(float(record["val"]["top1"]) >= 0 for record in self.records)
+            found = sum(map(_is_record, self.records))
             if found < epochs:
                 raise ValueError(f"{found} of {epochs} epochs")
-        except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+        except (
+            *(OSError, LookupError, AttributeError, TypeError, ValueError, RecursionError),
+        ) as error:
             raise DataError(
                 f"{self.path}: expected the record of an epoch in each line, found others "
                 f"({reason_of(error)}); restore it from a copy, or remove the run's last.pt to "
@@ -129,6 +131,16 @@ class RunLog:
             f"val loss {val['loss']:.3f}, top-1 {val['top1']:.1%}, top-5 {val['top5']:.1%}, "
             f"rate {record['lr']:.2g}, {record[f'{unit}_per_second']:,.1f} {unit}/s{note}"
         )
+
+
+def _is_record(record: Any) -> bool:
+    """Tell whether a record has the numbers that a summary shows."""
+    val = record["val"]
+    numbers = [record["epoch"], record["train"]["loss"], val["top1"], val["top5"], val["loss"]]
+    for found in val.get("by_scale", {}).values():
+        names = ("patches", "top1", "top5") if found["images"] else ()
+        numbers += [found[name] for name in ("images", *names)]
+    return all(isinstance(n, (int, float)) for n in numbers)
 
 
 def best_record(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,18 +11,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from anchorpatch.errors import AnchorpatchError
+from anchorpatch.shards.manifest import JOURNAL_NAME, read_manifest
 from anchorpatch.shards.reader import ShardReader
-from tests.soak.kills import EXTRACT, STORING, check_shards, make_images, reference
+from tests.soak.kills import EXTRACT, JOURNAL, check_shards, references
 from tests.soak.mutate import flipped
-from tests.soak.server import Fault, Trial, in_child, run, soak
+from tests.soak.server import Fault, Trial, in_child, run, soak, tree
 
 
 def prepare(material: Path) -> Trial:
-    make_images(material)
-    expected = {storing: reference(material, storing) for storing in STORING}
+    expected = references(material)
+    unfinished = "unfinished"
+    expected[unfinished] = unfinish(material, JOURNAL, unfinished)
 
     def trial(rng: random.Random, folder: Path) -> Counter[str]:
-        storing = rng.choice(STORING)
+        storing = rng.choice(tuple(expected))
         shards = folder / "out" / "val"
         shutil.copytree(material / "reference" / storing / "out", folder / "out")
         name = rng.choice(sorted(expected[storing]))
@@ -32,8 +34,11 @@ def prepare(material: Path) -> Trial:
         (shards / name).write_bytes(flipped(data, bit))
         found = run("shards", "verify", "out", "--jobs", 1, cwd=folder)
         where = f"bit {bit} of {name}, codec {storing}"
-        if found.status != 1 or f"out/val/{name}: " not in found.stdout or found.stderr:
+        seen = "val-00009.h5: has no entry" if name == JOURNAL_NAME else f"out/val/{name}: "
+        if found.status != 1 or seen not in found.stdout or found.stderr:
             raise Fault(f"{where}: expected `verify` to name it, found {found}")
+        if storing == unfinished and "val-00008.h5: has no entry" in found.stdout:
+            raise Fault(f"{where}: more is lost than the entry: {found}")
         status, sent = in_child(lambda answers: read_all(shards, answers))
         if status > 0:
             raise Fault(f"{where}: {sent[-1]}")
@@ -41,6 +46,8 @@ def prepare(material: Path) -> Trial:
         if rng.random() < 0.8:
             return counts
         counts["repaired"] = 1
+        if storing == unfinished:
+            storing = JOURNAL
         how = ["--overwrite"] if name == "manifest.json" else []
         words = [*EXTRACT, "--codec", *storing.split(), "--workers", 0, "--repair", *how]
         run(*words, "--data", material / "folder", cwd=folder).expect(0)
@@ -50,10 +57,22 @@ def prepare(material: Path) -> Trial:
     return trial
 
 
+def unfinish(material: Path, storing: str, name: str) -> dict[str, bytes]:
+    """Copy shards and remove the last two; the third last is known to the journal alone."""
+    folder = material / "reference" / name / "out" / "val"
+    shutil.copytree(material / "reference" / storing / "out" / "val", folder)
+    manifest = read_manifest(folder)
+    last = manifest.entries[-3:]
+    manifest.forget(last).commit(last[0])
+    for entry in last[1:]:
+        (folder / entry.name).unlink()
+    return tree(folder, but=(".lock",))
+
+
 def read_all(folder: Path, answers: Connection) -> None:
     """Read every patch of a split, and say how that ended."""
     try:
-        reader = ShardReader(folder)
+        reader = ShardReader(folder, partial=True)
         patches = sum(len(reader.image_patches(i).pixels) for i in range(len(reader)))
         assert patches == reader.counts.sum(), (patches, reader.counts)
         answers.send("read")

@@ -8,18 +8,21 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from anchorpatch.shards.manifest import read_manifest
+from anchorpatch.shards import manifest
 from tests.conftest import draw_photo
 from tests.images.packing import tar_bytes, tree_of, zip_bytes
 from tests.oddities import bad_files, encoded
 from tests.program import run_program
 from tests.soak.server import Fault, Trial, run, soak, tree
 
+#: Twelve shards, the last of which go to the manifest by way of its journal.
+JOURNAL = "raw --shard-size 1"
+
 #: With what follows and a bad one, 4 shards of 2 batches each.
 IMAGES = 11
 SHARDS = "--split val --weights demo --out out --img-size 111 --shard-size 3 --batch-size 2"
 EXTRACT = f"extract {SHARDS} --engine torch --threads 1 --max-bad 0.1 --json".split()
-STORING = ("raw", "jpeg", "image", "raw --store-images", "jpeg --store-images")
+STORING = ("raw", "jpeg", "image", "raw --store-images", "jpeg --store-images", JOURNAL)
 SOURCES = ("folder", "tar", "zip")
 
 #: What a killed program may leave: a lock is none without its process, and half-written files
@@ -45,7 +48,7 @@ def done_shards(folder: Path, expected: dict[str, bytes]) -> dict[str, tuple[int
     if not (folder / "manifest.json").exists():
         return {}
     found = {}
-    for entry in read_manifest(folder).entries:
+    for entry in manifest.read_manifest(folder).entries:
         path = folder / entry.name
         if path.read_bytes() != expected[entry.name]:
             raise Fault(f"the manifest names {path}, whose bytes are others")
@@ -62,23 +65,35 @@ def check_shards(folder: Path, expected: dict[str, bytes]) -> None:
         raise Fault(f"the bytes of {', '.join(wrong)} in {folder} are others")
 
 
-def reference(material: Path, storing: str, cwd: str = "reference") -> dict[str, bytes]:
-    """Return the files that a fresh interpreter makes, with no server and no workers."""
-    folder = material / cwd / storing
+def reference(material: Path, storing: str) -> dict[str, bytes]:
+    """Return the files of an undisturbed run."""
+    folder = material / "reference" / storing
     folder.mkdir(parents=True)
     words = [*EXTRACT, "--codec", *storing.split(), "--workers", 0]
-    result = run_program(*words, "--data", material / "folder", cwd=folder, fresh=True)
-    assert result.returncode == 0, result.stderr
+    words += ["--data", material / "folder"]
+    run(*words, cwd=folder).expect(0)
     return tree(folder / "out" / "val", but=(".lock",))
 
 
-def prepare(material: Path) -> Trial:
+def references(material: Path) -> dict[str, dict[str, bytes]]:
+    """Make images, and the shards of all ways of storing them."""
+    manifest._WITH_JOURNAL = 1
     make_images(material)
-    expected = {storing: reference(material, storing) for storing in STORING}
+    made = {storing: reference(material, storing) for storing in STORING}
+    # A forked program does as one that a fresh interpreter runs.
+    words = [*EXTRACT, "--workers", 0, "--data", material / "folder"]
+    fresh = run_program(*words, cwd=material, fresh=True)
+    assert fresh.returncode == 0, fresh.stderr
+    check_shards(material / "out" / "val", made["raw"])
+    return made
+
+
+def prepare(material: Path) -> Trial:
+    expected = references(material)
     took: dict[tuple[str, int, str], float] = {}
 
     def trial(rng: random.Random, folder: Path) -> Counter[str]:
-        way = rng.choice(STORING), rng.choice((0, 1, 2)), rng.choice(SOURCES)
+        way = rng.choice((*STORING, JOURNAL)), rng.choice((0, 1, 2)), rng.choice(SOURCES)
         storing, workers, source = way
         words = [*EXTRACT, "--codec", *storing.split(), "--workers", workers]
         words += ["--data", material / source]
@@ -96,6 +111,7 @@ def prepare(material: Path) -> Trial:
             if not before.items() <= after.items():
                 raise Fault(f"shards that were done were made again: {before}, then {after}")
             counts["shards done at a kill"] += len(after)
+            counts["journals at a kill"] += (shards / manifest.JOURNAL_NAME).exists()
         ended = run(*words, cwd=folder).expect(0)
         if not after_all(done_shards(shards, want), want):
             raise Fault(f"shards are missing after {ended}")

@@ -114,9 +114,14 @@ class Program:
         """Return whether it has ended by then. Time in which this process is stopped is none."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        while not (ended := bool(poll.poll(1000 * min(seconds, 0.25)))) and seconds > 0.25:
+        while not (ended := bool(poll.poll(int(1000 * min(seconds, 0.25))))) and seconds > 0.25:
             seconds -= 0.25
         return ended
+
+    def failed(self) -> bool:
+        """Return whether it has ended otherwise than well; it is still to be waited for."""
+        found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return found is not None and (found.si_code != os.CLD_EXITED or found.si_status != 0)
 
     def kill(self, *, group: bool = False) -> None:
         """Send SIGKILL to the process alone, or to its workers too."""

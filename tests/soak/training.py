@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.jobs.finetune_runs import write_shards
+from tests.jobs.finetune_runs import TRAIN, Image, write_shards
 from tests.program import run_program
 from tests.soak.server import Fault, Trial, run, soak
 from tests.training.runs import assert_same_run, make_pictures
@@ -30,11 +31,11 @@ def tiny(classes):
 """
 
 
-def make_inputs(material: Path) -> dict[str, list[object]]:
+def make_inputs(material: Path, images: Sequence[Image] = TRAIN) -> dict[str, list[object]]:
     """Write pictures, shards and a network; return the command line of each command."""
     make_pictures(material / "data")
     for split in ("train", "val"):
-        write_shards(material / "shards" / split)
+        write_shards(material / "shards" / split, images)
     sources = {
         "train": ("--data", material / "data"),
         "finetune": ("--shards", material / "shards"),
