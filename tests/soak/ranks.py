@@ -58,7 +58,7 @@ def end(programs: list[Program]) -> list[Run]:
 def torchrun(words: list[object], folder: Path, moment: float | None) -> int:
     """Run real ranks, and kill one of them so many seconds after they have started."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
-    command += ["--master-port", "0", "-m", "anchorpatch", *map(str, words)]
+    command += ["--standalone", "-m", "anchorpatch", *map(str, words)]
     settings = {**os.environ, "ANCHORPATCH_CACHE": str(folder / "cache")}
     with subprocess.Popen(
         command, cwd=folder, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
