@@ -27,6 +27,7 @@ _OF_DYNAMIC = (
     "calibrate_on",
     "calibrate_images",
 )
+_OF_TABLE_4 = ("localizers", "seed")
 _OF_NETWORKS = (
     "shards",
     "protocol",
@@ -40,6 +41,7 @@ _OF_NETWORKS = (
     "class_map",
     "all_classes",
     "class_names",
+    *_OF_TABLE_4,
     *_OF_DYNAMIC,
 )
 
@@ -69,6 +71,14 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
     "rescaled to its size (Table 4), or accuracy with cost where an image is looked at patch by "
     "patch until the network is sure.",
 )
+@click.option(
+    "--localizers",
+    type=opt.Names(),
+    default=(),
+    metavar="NAME[,NAME...]",
+    help="--protocol rescale: compare with a patch as large at other places, center or random.",
+)
+@opt.seed("--localizers random")
 @opt.confidence
 @click.option(
     "--threshold",
@@ -180,7 +190,7 @@ def evaluate(
     for each preset, and MACs. --labels, --files, --only-labelled and --max-bad are only for
     anchornet; --shards, --protocol, --scale, --per-scale, --whole-weights, --whole,
     --anchornet-weights, --speed, --predictions, --class-map, --all-classes, --class-names and the
-    options of --protocol dynamic only for classifiers.
+    options of --protocol rescale and dynamic only for classifiers.
 
     Classes are matched by name, so pretrained weights of ImageNet can be evaluated on a folder
     with some of its classes: the logits of the others are left out, or kept with --all-classes.
@@ -206,6 +216,8 @@ def evaluate(
         _refuse(ctx, _OF_ANCHORNET, "is only for anchornet")
         if options["protocol"] == "rescale":
             _refuse(ctx, _OF_TABLE_3, "needs --protocol patches")
+        else:
+            _refuse(ctx, _OF_TABLE_4, "needs --protocol rescale")
         if options["protocol"] != "dynamic":
             _refuse(ctx, _OF_DYNAMIC, "needs --protocol dynamic")
         else:

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from anchorpatch.classes import AS_NAMED, IMAGENET_NAMES, ClassNames, Matching
-from anchorpatch.errors import DataError, WeightsError
+from anchorpatch.errors import DataError, SettingsError, WeightsError
 from anchorpatch.images.source import spread_rows, without_images
 from anchorpatch.jobs.crops import Crops, CropSource, open_shards
 from anchorpatch.jobs.patch_scores import (
@@ -30,6 +30,7 @@ from anchorpatch.jobs.patch_scores import (
 )
 from anchorpatch.jobs.results import Speed, Table3, Table4, table_3_rows, table_4_rows
 from anchorpatch.jobs.speed import SPEED_IMAGES, Stopwatch
+from anchorpatch.lsp import crop, grid_size
 from anchorpatch.metrics import Figures, PatchFigures
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.models.complexity import check_sides, macs
@@ -45,8 +46,11 @@ from anchorpatch.runtime.checkpoint import Weights, load_weights
 from anchorpatch.runtime.device import computing_on, joined
 from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
-from anchorpatch.settings import SCALES, Computing
+from anchorpatch.settings import SCALES, STRIDE, Computing
 from anchorpatch.shards.reader import ShardReader
+
+#: Places of a patch that need no localizer.
+PLACES: Final = ("center", "random")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class EvaluateConfig(Computing):
         matching: of the outputs of ``weights``, ``whole_weights`` and the pretrained set with the
             classes of the shards.
         class_names: what the file of predictions calls classes.
+        localizers: other places for the patch of Table 4: "center", "random".
+        seed: of the random places.
     """
 
     network: str
@@ -97,6 +103,14 @@ class EvaluateConfig(Computing):
     limit: int | None = None
     matching: Matching = AS_NAMED
     class_names: ClassNames = IMAGENET_NAMES
+    localizers: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.localizers if name not in PLACES]:
+            raise SettingsError(
+                f"localizers: expected some of {', '.join(PLACES)}, got {', '.join(unknown)}"
+            )
 
 
 def run(config: EvaluateConfig, progress: Reporter | None = None) -> Table3:
@@ -179,15 +193,37 @@ def run_rescale(config: EvaluateConfig, progress: Reporter | None = None) -> Tab
             for scale in config.scales
         }
         localized = job.score_patches(dict.fromkeys(config.scales, network), most=1)
+        others = {
+            name: {
+                scale: job.score_whole(
+                    network, whole, (scale,), partial(_cut, name, scale, config.seed)
+                )
+                for scale in config.scales
+            }
+            for name in config.localizers
+        }
         return Table4(
             network=config.network,
             shards=str(job.reader.folder),
             weights=network.source,
             whole_source=whole.description,
-            rows=table_4_rows(rescaled, localized),
+            rows=table_4_rows(rescaled, localized, others),
             trained_on=network.trained_on,
             notes=notes_of(network, resized="extract resized the images and their patches"),
         )
+
+
+def _cut(place: str, scale: int, seed: int, whole: Crops) -> Crops:
+    """Return the patch of each image at its center, or at a random location of AnchorNet's."""
+    n, side = len(whole.rows), whole.pixels.shape[1]
+    corners = np.full((n, 2), (side - scale) // 2)
+    if place == "random":
+        grid = grid_size(side, side, scale)
+        for corner, row in zip(corners, whole.rows.tolist(), strict=True):
+            # By image, so that batches and processes do not matter.
+            corner[:] = np.random.default_rng((seed, row)).integers(grid) * STRIDE
+    cut = crop(whole.pixels, torch.arange(n), torch.from_numpy(corners), scale)
+    return whole._replace(pixels=cut)
 
 
 @dataclass(frozen=True)

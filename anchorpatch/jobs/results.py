@@ -308,6 +308,7 @@ class Table4Row:
         localized_top1: -L, the patch with the largest activation.
         rescaled_top5: the same for the five best.
         localized_top5: the same for the five best.
+        other_top1: a patch as large at other places, by their names, such as "center".
     """
 
     scale: str
@@ -316,6 +317,7 @@ class Table4Row:
     localized_top1: float | None
     rescaled_top5: float | None
     localized_top5: float | None
+    other_top1: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -346,6 +348,7 @@ class Table4:
 
     def tables(self) -> tuple[Table, ...]:
         """Return the table: one patch against the whole image made as small."""
+        others = self.rows[-1].other_top1
         columns = (
             Column("scale", False),
             Column("images"),
@@ -353,6 +356,7 @@ class Table4:
             Column("-L top-1", help="the strongest patch"),
             Column("-R top-5"),
             Column("-L top-5"),
+            *(Column(f"{name} top-1", help="a patch at other places") for name in others),
         )
         rows = [
             (
@@ -362,6 +366,7 @@ class Table4:
                 share(row.localized_top1),
                 share(row.rescaled_top5),
                 share(row.localized_top5),
+                *(share(row.other_top1.get(name)) for name in others),
             )
             for row in self.rows
         ]
@@ -371,23 +376,31 @@ class Table4:
         return (with_total(f"Table 4: {self.network}", columns, rows, notes),)
 
 
-def table_4_rows(rescaled: Mapping[int, Figures], localized: PatchFigures) -> tuple[Table4Row, ...]:
+def table_4_rows(
+    rescaled: Mapping[int, Figures],
+    localized: PatchFigures,
+    others: Mapping[str, Mapping[int, Figures]] | None = None,
+) -> tuple[Table4Row, ...]:
     """Return the lines of Table 4: each scale, and all.
 
     Args:
         rescaled: figures of the rescaled images by the scale that they chose.
         localized: figures of the strongest patch of the same images.
+        others: figures of patches at other places, by name and by scale.
     """
-    rows = []
+    others, n, rows = others or {}, localized.images, []
     for scale, whole in rescaled.items():
         patch = localized.by_scale[scale]
-        rows.append(
-            Table4Row(str(scale), whole.images, whole.top1, patch.top1, whole.top5, patch.top5)
-        )
-    n = localized.images
-    top1 = sum(r.images * (r.top1 or 0.0) for r in rescaled.values()) / n
-    top5 = sum(r.images * (r.top5 or 0.0) for r in rescaled.values()) / n
-    return (*rows, Table4Row("all", n, top1, localized.top1, top5, localized.top5))
+        decided = (whole.top1, patch.top1, whole.top5, patch.top5)
+        other = {name: found[scale].top1 for name, found in others.items()}
+        rows.append(Table4Row(str(scale), whole.images, *decided, other))
+
+    def mean(found: Mapping[int, Figures], name: str = "top1") -> float:
+        return sum(each.images * (getattr(each, name) or 0.0) for each in found.values()) / n
+
+    decided = (mean(rescaled), localized.top1, mean(rescaled, "top5"), localized.top5)
+    other = {name: mean(found) for name, found in others.items()}
+    return (*rows, Table4Row("all", n, *decided, other))
 
 
 def _scale(name: str) -> Cell:

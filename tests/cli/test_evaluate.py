@@ -80,9 +80,10 @@ def test_the_result_goes_to_a_file_whatever_is_printed(
 ):
     file = tmp_path / "new" / "table4.json"
     args = common(root, "--protocol", "rescale", "--format", "markdown", "--result", file)
-    done = program(*args)
+    done = program(*args, "--localizers", "center,random")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("| scale | images |")
+    assert "| center top-1 | random top-1 |" in done.stdout
     document = json.loads(file.read_text())
     assert (document["protocol"], document["network"]) == ("rescale", NETWORK)
     assert [row["images"] for row in document["rows"]] == [3, 2, 2, 7]
@@ -127,6 +128,7 @@ def test_errors_and_wrong_usage(program: Program, root: Path, tmp_path: Path):
         ),
         (("evaluate", NETWORK, "--per-scale", "--weights", "default"), "--per-scale and --weights"),
         (("evaluate", NETWORK, "--budget", 1), "--budget needs --protocol dynamic"),
+        (("evaluate", NETWORK, "--localizers", "center"), "--localizers needs --protocol rescale"),
         (("evaluate", "anchornet", "--glance", 95), "--glance is only for classifiers"),
     ):
         done = program(*wrong)

@@ -289,7 +289,8 @@ def test_predictions(root: Path, tmp_path: Path):
 
 
 def test_table_4_equals_image_by_image(root: Path):
-    table = run_rescale(config_of(root))
+    places = ("center", "random")
+    table = run_rescale(config_of(root, localizers=places, seed=3, batch_size=3))
     reader, module = ShardReader(root / "stored" / "val"), lively(1)
     asked = f"weights: {root}/runs/{NETWORK}-baseline/best.safetensors."
     assert table.tables()[0].notes[0].endswith(asked)
@@ -298,18 +299,25 @@ def test_table_4_equals_image_by_image(root: Path):
     for row, scale in zip(table.rows, (*SCALES, None), strict=True):
         rows = [i for i in range(len(reader)) if scale in (None, reader.scale[i])]
         localized = [ranking(summed(module, reader, i, most=1)) for i in rows]
-        small = []
+        small, elsewhere = [], {place: [] for place in places}
         for i in rows:
             side = int(reader.scale[i])
             size = (side, side)
+            y, x = 8 * np.random.default_rng((3, i)).integers((224 - side) // 8 + 1, size=2)
+            middle = (224 - side) // 2
+            for place, (top, left) in zip(places, ((middle, middle), (y, x)), strict=True):
+                patch = reader.image(i)[top : top + side, left : left + side]
+                elsewhere[place].append(ranking(softmax(module, np.ascontiguousarray(patch))))
             # Pillow's reducing filters are antialiased.
             image = Image.fromarray(reader.image(i)).resize(size, Image.Resampling.BILINEAR)
             small.append(ranking(softmax(module, np.asarray(image))))
         right = [
             sum(best[0] == reader.label[i] for i, best in zip(rows, found, strict=True))
-            for found in (small, localized)
+            for found in (small, localized, *elsewhere.values())
         ]
         assert row.images == len(rows)
+        assert [*row.other_top1] == ["center", "random"]
+        assert [*row.other_top1.values()] == pytest.approx([n / len(rows) for n in right[2:]])
         assert row.rescaled_top1 == pytest.approx(right[0] / len(rows))
         assert row.localized_top1 == pytest.approx(right[1] / len(rows))
     with pytest.raises(
