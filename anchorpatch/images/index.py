@@ -12,13 +12,14 @@ import posixpath
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from joblib import Parallel, cpu_count, delayed
 
 from anchorpatch.errors import DataError, ImageError, StorageError, reason_of
 from anchorpatch.images.folder import (
@@ -42,6 +43,7 @@ from anchorpatch.images.members import (
     zip_members,
 )
 from anchorpatch.runtime.progress import Reporter
+from anchorpatch.signals import answers
 from anchorpatch.storage import locked, write_atomically
 from anchorpatch.text import counted
 
@@ -50,6 +52,9 @@ _VERSION: Final = 2
 
 #: Age in ns from which an archive's time tells it from a later one: filesystems count in up to 2 s.
 _SETTLED: Final = 2_000_000_000
+
+#: Bytes of several archives from which it is worth while to start processes that index them.
+_MANY_BYTES = 1 << 30
 
 #: Members at a time that are objects.
 _CHUNK: Final = 1 << 16
@@ -174,8 +179,8 @@ def _load(kept: Path, archives: tuple[Archive, ...]) -> Index | None:
 
 def _build(archives: tuple[Archive, ...], report: Reporter) -> Index:
     what = archives[0].path if len(archives) == 1 else f"{len(archives):,} archives"
-    builder = _Builder(ArchiveReader(archives))
     total = sum(archive.size for archive in archives)
+    builder = _Builder(ArchiveReader(archives))
     before = shown = 0
 
     def advance(done: int) -> None:
@@ -186,36 +191,50 @@ def _build(archives: tuple[Archive, ...], report: Reporter) -> Index:
             report.advance(step)
 
     with report.counting(f"indexing {what}", total >> 20, unit="MB"):
-        for number, archive in enumerate(archives):
-            builder.begin(number)
-            try:
-                with open(archive.path, "rb", buffering=1 << 14) as file:
-                    check_kind(file, archive)
-                    zipped = file.read(4) in (b"PK\3\4", b"PK\5\6")
-                    members = zip_members if zipped else tar_members
-                    for member in members(file, archive):
-                        stem, extension = posixpath.splitext(posixpath.basename(member.name))
-                        if zipped or member.kind != PLAIN or extension != b".tar":
-                            builder.add(member, b"")
-                        elif not stem.startswith(b"."):
-                            stem += b"/"
-                            builder.add(Member(stem, FOLDER), b"")
-                            end = member.offset + member.size
-                            for inner in tar_members(file, archive, member.offset, end):
-                                builder.add(inner, b"" if inner.name.startswith(stem) else stem)
-                        advance(member.offset)
-            except OSError as error:
-                raise DataError(f"{archive.path}: cannot be read: {reason_of(error)}") from error
+        parts: Iterable[_Builder] = (_collected(archive, advance) for archive in archives)
+        if len(archives) > 1 and total >= _MANY_BYTES:
+            # By all cores, as the other processes of the machine wait for this index.
+            work = Parallel(min(cpu_count(), len(archives)), return_as="generator")
+            found = work(delayed(_collected)(archive) for archive in archives)
+            parts = answers(found, "the processes that index archives")
+        for number, (archive, part) in enumerate(zip(archives, parts, strict=True)):
+            builder.join(number, part)
             before += archive.size
             advance(0)
     return builder.index()
+
+
+def _collected(archive: Archive, advance: Callable[[int], object] | None = None) -> _Builder:
+    """Collect the members of one archive, from its first byte to its last."""
+    builder = _Builder(ArchiveReader((archive,)))
+    try:
+        with open(archive.path, "rb", buffering=1 << 14) as file:
+            check_kind(file, archive)
+            zipped = file.read(4) in (b"PK\3\4", b"PK\5\6")
+            members = zip_members if zipped else tar_members
+            for member in members(file, archive):
+                stem, extension = posixpath.splitext(posixpath.basename(member.name))
+                if zipped or member.kind != PLAIN or extension != b".tar":
+                    builder.add(member, b"")
+                elif not stem.startswith(b"."):
+                    stem += b"/"
+                    builder.add(Member(stem, FOLDER), b"")
+                    end = member.offset + member.size
+                    for inner in tar_members(file, archive, member.offset, end):
+                        builder.add(inner, b"" if inner.name.startswith(stem) else stem)
+                if advance is not None:
+                    advance(member.offset)
+    except OSError as error:
+        raise DataError(f"{archive.path}: cannot be read: {reason_of(error)}") from error
+    builder.end()
+    return builder
 
 
 class _Builder:
     """Collects the members of archives as an `Index`."""
 
     def __init__(self, read: ArchiveReader) -> None:
-        self._read, self._number, self._archive = read, 0, ""
+        self._read, self._archive = read, read.archives[0].path
         self._done: list[tuple[npt.NDArray[Any], ...]] = []
         self._names: list[bytes] = []
         self._places: list[tuple[int, ...]] = []
@@ -227,10 +246,14 @@ class _Builder:
         self._key, self._first = b"", 0
         self._found: dict[bytes, bytes] = {}
 
-    def begin(self, number: int) -> None:
-        """Go on with another archive."""
-        self._end_sample()
-        self._number, self._archive = number, self._read.archives[number].path
+    def join(self, number: int, part: _Builder) -> None:
+        """Add what was collected from the archive of a number."""
+        for names, places, labels in part._done:
+            places["archive"] = number
+            self._done.append((names, places, labels))
+        self._links |= {(number, name): target for (_, name), target in part._links.items()}
+        self._folders |= part._folders
+        self._others.update(part._others)
 
     def add(self, member: Member, within: bytes) -> None:
         """Add a member, of a tar within a tar below the folder ``within``."""
@@ -246,11 +269,11 @@ class _Builder:
                 kind = NOT_REGULAR
             elif kind == LINK:
                 kind = MISSING
-                self._links[self._number, name] = posixpath.normpath(within + member.link)
+                self._links[0, name] = posixpath.normpath(within + member.link)
             size = 0 if kind in (MISSING, NOT_REGULAR) else member.size
             self._names.append(name)
             place = (member.offset, member.stored, size, member.crc, member.name_crc)
-            self._places.append((self._number, kind, *place))
+            self._places.append((0, kind, *place))
             self._labels.append(b"")
         elif member.kind == FOLDER:
             self._folders.add(name.decode())
@@ -296,7 +319,7 @@ class _Builder:
         is_class = extension == b".cls"
         if not is_class and (self._key_of(b".cls") in self._found or member.size > _LONGEST_JSON):
             return
-        place = (self._number, *member[1:-1])
+        place = (0, *member[1:-1])
         label: Any = None
         try:
             data = self._read(place) if not is_class or member.size <= _LONGEST_LABEL else b""
@@ -382,14 +405,17 @@ class _Builder:
         )
         self._names, self._places, self._labels = [], [], []
 
+    def end(self) -> None:
+        """Put the last sample away."""
+        self._end_sample()
+        self._pack()
+
     def index(self) -> Index:
         """Return what was collected.
 
         Raises:
             DataError: two images have the same name.
         """
-        self._end_sample()
-        self._pack()
         names, places, labels = (np.concatenate(parts) for parts in zip(*self._done, strict=True))
         self._done.clear()
         above = [b""] * len(self._read.archives)

@@ -379,7 +379,9 @@ def _with_journal(known: Manifest) -> Manifest:
         raise ShardError(
             f"{path}: damaged ({error}): remove it, and run the same extract again"
         ) from error
-    entries = _with(known.entries, new) if new else known.entries
+    if not new:
+        return known
+    entries = _with(known.entries, new)
     seen = seen._replace(journal=start + len(lines), entries=entries)
     return replace(known, entries=entries, _seen=seen)
 

@@ -64,8 +64,8 @@ class ShardSink:
             StorageError: the disk refuses.
         """
         path, digest = self.manifest.shard_path(shard), self._digests[shard]
-        self.manifest = self.manifest.refreshed()
-        if self.manifest.has(shard):
+        # What the last claim has seen costs no look at the manifest.
+        if self.manifest.has(shard) or self._refreshed().has(shard):
             return False
         try:
             writer = ShardWriter(
@@ -74,11 +74,14 @@ class ShardSink:
         except ShardBusy:
             return False
         self._writers[shard] = writer
-        self.manifest = self.manifest.refreshed()
-        if self.manifest.has(shard):
+        if self._refreshed().has(shard):
             self._writers.pop(shard).abort()
             return False
         return True
+
+    def _refreshed(self) -> Manifest:
+        self.manifest = self.manifest.refreshed()
+        return self.manifest
 
     def put(
         self,

@@ -13,8 +13,10 @@ import os
 import resource
 import shutil
 import sys
+import tarfile
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import TypeVar
 import numpy as np
 
 from anchorpatch.images.folder import list_class_folders
+from anchorpatch.images.index import open_index
 from anchorpatch.images.source import ImageSource
 from anchorpatch.jobs.extract_plan import files_digest
 from anchorpatch.shards import PatchDataset, ShardReader
@@ -188,6 +191,19 @@ def listing(folder: Path, files: int, count: int) -> None:
         path.touch()
     for _ in range(2):
         timed("extract: list a folder, an image", lambda: list_class_folders(folder), files)
+    tracemalloc.start()
+    list_class_folders(folder)
+    note(
+        "extract: list a folder, peak",
+        f"{tracemalloc.get_traced_memory()[1] / files:,.0f} B an image",
+    )
+    tracemalloc.stop()
+    with tarfile.open(folder.with_name("images.tar"), "w") as tar:
+        tar.add(folder, "")
+    archive = [folder.with_name("images.tar")]
+    os.utime(archive[0], (0, 0))
+    timed("extract: index a tar, an image", lambda: open_index(archive), files)
+    timed("extract: the same, from the cache", lambda: open_index(archive), files)
     names = (b"n%08d/n%08d_%d.JPEG" % (i % 1000, i % 1000, i) for i in range(count))
     paths = np.array(list(names))
     labels = np.arange(count, dtype=np.int32) % 1000
@@ -212,6 +228,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (1_024, hard))
     print(f"{'':52} {'elapsed':>13} {'CPU':>13} {'peak':>11}")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        os.environ["ANCHORPATCH_CACHE"] = str(Path(name, "cache"))
         bookkeeping(Path(name, "many"), args.shards)
         reading(Path(name, "read"), args.read)
         listing(Path(name, "images"), args.files, args.images)

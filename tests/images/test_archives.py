@@ -196,6 +196,28 @@ def test_the_index_is_made_once(
     assert found(open_source(data, "val")) == other
 
 
+def test_processes_index_several_archives(
+    folder: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANCHORPATCH_CACHE", str(tmp_path / "none" / "of" / "it"))
+    monkeypatch.setattr(index, "cpu_count", lambda: 2)
+    data = KINDS["shards"](tmp_path / "data", tree_of(folder.root))
+    files = sorted((data / "val").glob("*.tar"))
+    write(files[0].with_name("z.tar"), tar_bytes({"cat/9.jpg": b"no", "cat/8.jpg": b"no"}))
+    files.append(files[0].with_name("z.tar"))
+    before = open_index(files)
+    monkeypatch.setattr(index, "_MANY_BYTES", 0)
+    shutil.rmtree(tmp_path / "none")
+    after = open_index(files)
+    assert len(after.names) == len(folder) + 2
+    assert after.places["archive"].max() == len(files) - 1
+    for one, other in zip(before, after, strict=True):
+        assert np.array_equal(one, other)
+    files[1].write_bytes(files[1].read_bytes()[:700])
+    with pytest.raises(DataError, match=f"{files[1]}: cut off"):
+        open_index(files)
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
