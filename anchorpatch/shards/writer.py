@@ -2,10 +2,10 @@
 
 A contiguous dataset needs its exact size before its first byte, and how many patches a shard
 holds is known only after its last image. So crops go to a spool, a file without a name in the
-output folder (gone even after SIGKILL). `ShardWriter.close` lays the HDF5 file out and writes it
-from its first byte to its last, hashing on the way; patches are cut from the crops as their turn
-comes. Those of codec jpeg, which are encoded as they come, have spools of their own. Memory does
-not grow with the number of patches but by some 12 bytes each.
+output folder or in $ANCHORPATCH_SPOOL (gone even after SIGKILL). `ShardWriter.close` lays the HDF5
+file out and writes it from its first byte to its last, hashing on the way; patches are cut from the
+crops as their turn comes. Those of codec jpeg, which are encoded as they come, have spools of their
+own. Memory does not grow with the number of patches but by some 12 bytes each.
 
 HDF5 reacts badly to a disk that fills up: handles that cannot be closed, noise at the end of
 the interpreter. So it never sees the disk. It writes its metadata and the small tables into
@@ -169,6 +169,7 @@ class ShardWriter:
         self._blob_sizes: dict[int, list[int]] = {scale: [] for scale in SCALES}
         self._spools: dict[str, Any] = {}  # binary files
         self._spare = spools
+        self._spool_folder = Path(os.environ.get("ANCHORPATCH_SPOOL") or self.path.parent)
         self._pool = ThreadPoolExecutor(_JPEG_THREADS)
         self._closed = False
         lock_path = self.path.with_name(self.path.name + ".lock")
@@ -298,13 +299,13 @@ class ShardWriter:
 
     def _spool(self, name: str, data: Any) -> None:
         """Add bytes, or an array's, to what will be a dataset."""
-        with storage.refusals(self.path):
+        with storage.refusals(self._spool_folder / self.path.name):
             if name not in self._spools:
                 if self._spare:
                     self._spools[name] = self._spare.pop()
                     self._spools[name].seek(0)
                 else:
-                    self._spools[name] = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+                    self._spools[name] = tempfile.TemporaryFile(dir=self._spool_folder)  # noqa: SIM115
             self._spools[name].write(data)
 
     def _spool_blobs(

@@ -12,13 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from anchorpatch.errors import ShardError
+from anchorpatch.errors import ShardError, StorageError
 from anchorpatch.settings import CODECS, SCALES
 from anchorpatch.shards import layout
 from anchorpatch.shards.header import ShardHeader
 from anchorpatch.shards.layout import cut_patches
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
-from tests.shards.samples import make_batch, make_header, make_settings, split_batch
+from tests.shards.samples import (
+    make_batch,
+    make_header,
+    make_settings,
+    make_split,
+    split_batch,
+)
 
 
 def write(path: Path, batches: list[PatchBatch], header: ShardHeader | None = None) -> Path:
@@ -114,6 +120,17 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path, codec: str) -> None:
         for sizes in ([6, 6], [1] * 12, [0, 11, 1])
     ]
     assert {path.read_bytes() for path in others} == {first.read_bytes()}
+
+
+def test_crops_may_wait_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = make_split(tmp_path / "a" / "val", shards=1)  # of codec raw
+    monkeypatch.setenv("ANCHORPATCH_SPOOL", str(tmp_path / "disk"))
+    with pytest.raises(StorageError, match=f"{tmp_path}/disk/val-00000.h5: cannot write: No such"):
+        make_split(tmp_path / "b" / "val", shards=1)
+    (tmp_path / "disk").mkdir()
+    second, _ = make_split(tmp_path / "b" / "val", shards=1)
+    assert second.entries == first.entries
+    assert not list((tmp_path / "disk").iterdir())
 
 
 def test_an_empty_shard_is_legal(tmp_path: Path) -> None:
