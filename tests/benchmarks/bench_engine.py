@@ -1,12 +1,15 @@
 """CPU time per image of AnchorNet's features, by engine, precision and number of threads.
 
 python -m tests.benchmarks.bench_engine [--weights FILE|demo] [--data DATA --split val]
-    [--images 64] [--rounds 9] [--threads 1,2] [--others]
+    [--images 64] [--rounds 9] [--threads 1,2] [--others] [--graph]
 
 The engines take turns on the same pixels. Errors are relative to torch in float32: the largest
 difference over the largest value. A second table counts the images whose patches differ from
 torch's in float32. To hide instructions of the CPU, set ONEDNN_MAX_CPU_ISA=AVX2. --others adds
 ONNX Runtime, if it and onnx are installed, and torch.compile.
+
+--graph times all of it instead, AnchorNet, decision and LSP (preset evaluate), by each engine and
+in ONNX Runtime as `anchorpatch export` writes it, and compares the patches.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from anchorpatch.demo.scene_folder import make_scenes
 from anchorpatch.errors import SettingsError
 from anchorpatch.images.loader import load_batches
 from anchorpatch.images.source import open_source
+from anchorpatch.jobs.graph import export
 from anchorpatch.jobs.localizer import CPU_CHUNK, Localized, Localizer, Runner, resolve_engine
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, load_weights
@@ -156,6 +160,49 @@ def patches(weights: Weights, pixels: Tensor) -> None:
         )
 
 
+def graph(weights: Weights, pixels: Tensor, rounds: int, tmp: Path) -> None:
+    """Print the speed of the whole localizer, ours and exported, and whose patches differ."""
+    import onnxruntime
+
+    threads, settings = torch.get_num_threads(), PRESETS["evaluate"]
+    path = tmp / "anchornet.onnx"
+    if not path.exists():
+        export(weights.path, path, settings)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    ours = {
+        engine: Localizer(weights, settings, CPU, engine) for engine, p in usable() if p[0] == "f"
+    }
+    ways: dict[str, Callable[[Tensor], Localized]] = {
+        **{name: lambda chunk, one=one: one.submit(chunk).result() for name, one in ours.items()},
+        "ONNX Runtime": lambda chunk: Localized(*session.run(None, {"pixels": chunk.numpy()})),
+    }
+    batches = pixels.split(4 * CPU_CHUNK)
+    parts = {name: [way(batch) for batch in batches] for name, way in ways.items()}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            way(batches[0])
+            seconds[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    found = {
+        name: Localized(*map(np.concatenate, zip(*p, strict=True))) for name, p in parts.items()
+    }
+    for name, got in found.items():
+        cpu, wall = (
+            statistics.median(t) / len(batches[0]) for t in zip(*seconds[name], strict=True)
+        )
+        same = [a == b for a, b in zip(got, found["torch"], strict=True) if a.dtype != np.float32]
+        other = sum(not all(field[i].all() for field in same) for i in range(len(pixels)))
+        error = np.abs(got.branch_prob - found["torch"].branch_prob).max()
+        print(
+            f"{name:>12}, {counted(threads, 'thread')}: {1 / wall:6.1f} images/s, "
+            f"{cpu * 1e3:5.2f} ms CPU an image; {other} of {len(pixels)} images otherwise than by "
+            f"torch, probabilities differ by {error:.0e}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--weights", help="default: random ones for 1,000 classes")
@@ -165,6 +212,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--others", action="store_true")
+    parser.add_argument("--graph", action="store_true")
     args = parser.parse_args()
     hidden = os.environ.get("ONEDNN_MAX_CPU_ISA", "nothing hidden")
     print(f"{torch.backends.cpu.get_cpu_capability()} ({hidden}), torch {torch.__version__}")
@@ -178,8 +226,12 @@ def main() -> None:
         pixels = pixels_of(args.data, args.split, args.images, tmp)
         for threads in map(int, args.threads.split(",")):
             torch.set_num_threads(threads)
-            forward(weights, pixels, args.rounds, args.others, tmp)
-        patches(weights, pixels)
+            if args.graph:
+                graph(weights, pixels, args.rounds, tmp)
+            else:
+                forward(weights, pixels, args.rounds, args.others, tmp)
+        if not args.graph:
+            patches(weights, pixels)
 
 
 if __name__ == "__main__":
