@@ -85,6 +85,7 @@ def export(
         SettingsError: ``out`` has another ending.
         MissingDependency: the exporter of ONNX is not installed.
         WeightsError: the weights cannot be read, or are another network's.
+        NonFiniteError: the network produces NaN or infinity.
         StorageError: ``out`` exists, or the disk refuses.
     """
     written = {".onnx": onnx_bytes, ".pt2": _pt2_bytes}.get(out.suffix.lower())
@@ -97,6 +98,7 @@ def export(
     loaded = load_weights(weights)
     with Localizer(loaded, lsp, torch.device("cpu"), "torch") as localizer:
         pixels = torch.zeros(2, localizer.side, localizer.side, 3, dtype=torch.uint8)
+        localizer.submit(pixels).result()  # a graph cannot complain of NaN
         program = traced(_Stage(localizer), pixels)
     about = _about(loaded.meta, loaded.sha256, lsp, preset)
     content = written(program, json.dumps(about, ensure_ascii=False), ("pixels",))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from anchorpatch import lsp
-from anchorpatch.errors import MissingDependency, SettingsError, StorageError
+from anchorpatch.errors import MissingDependency, NonFiniteError, SettingsError, StorageError
 from anchorpatch.jobs import graph
 from anchorpatch.jobs.localizer import Localized, Localizer
-from anchorpatch.runtime.checkpoint import load_weights
+from anchorpatch.runtime.checkpoint import load_weights, save_weights
 from anchorpatch.settings import PRESETS, SCALES, LspSettings
 from tests.conftest import draw_photo
 from tests.lsp_oracle import algorithm_1
@@ -103,7 +103,12 @@ def test_what_cannot_be_exported_is_one_line(
     with pytest.raises(StorageError, match=r"a\.pt2 exists: choose .* replace it with --overwrite"):
         graph.export(weights, tmp_path / "a.pt2", settings)
     assert (tmp_path / "a.pt2").read_text() == "mine"
+    broken = load_weights(weights)
+    broken.tensors["branches.2.gate.bias"].fill_(float("nan"))
+    save_weights(tmp_path / "nan", broken.tensors, broken.meta)
+    with pytest.raises(NonFiniteError, match="nan may be damaged or badly trained"):
+        graph.export(tmp_path / "nan", tmp_path / "b.pt2", settings)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(MissingDependency, match=r"pip install 'anchorpatch\[onnx\]', or .*\.pt2"):
         graph.export(weights, tmp_path / "a.onnx", settings)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt2", "nan"]
