@@ -44,6 +44,9 @@ PRECISIONS: Final = ("float32", "bfloat16")
 #: What computes them. OpenVINO is for CPUs.
 ENGINES: Final = ("torch", "openvino")
 
+#: What decodes JPEGs for an extraction. nvJPEG is for GPUs.
+DECODERS: Final = ("libjpeg", "nvjpeg")
+
 #: How images become crops, by timm's names, and which share of the resized side a crop keeps by
 #: default. ``center``: resize the short side, then take the center crop, which is the usual
 #: validation transform of ImageNet (256 and 224 px). ``squash``: resize both sides to one length,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -125,6 +125,11 @@ class FakeGpu(TorchDispatchMode):
             "set_device": self._set_device,
             "current_stream": self._stream,
             "Event": self._event,
+            "device": lambda *_: nullcontext(),
+            "Stream": self._stream,
+            "stream": lambda *_: nullcontext(),
+            "CUDAGraph": mock.Mock,
+            "graph": lambda *_, **__: nullcontext(),
             "synchronize": lambda *_: None,
             "max_memory_allocated": lambda *_: 0,
             "_lazy_init": lambda: None,

@@ -12,7 +12,7 @@ from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
 from anchorpatch.cli.train import crop_options
 from anchorpatch.demo import find_weights
-from anchorpatch.settings import CODECS, DAMAGED
+from anchorpatch.settings import CODECS, DAMAGED, DECODERS
 from anchorpatch.text import counted, tally
 
 if TYPE_CHECKING:
@@ -51,6 +51,13 @@ if TYPE_CHECKING:
 @opt.device
 @opt.engine
 @opt.precision
+@click.option(
+    "--decoder",
+    type=click.Choice(DECODERS),
+    default="libjpeg",
+    help="What decodes JPEGs: libjpeg in the workers, or nvjpeg on a GPU, where most CPU time goes "
+    "into decoding; its pixels differ slightly, and corrupt data goes unnoticed.",
+)
 @click.option("--compile", "compile", is_flag=True, help="Use torch.compile.")
 @opt.limit
 @crop_options(*["that of the weights"] * 4)

@@ -49,6 +49,7 @@ import numpy.typing as npt
 import torch
 from PIL import AvifImagePlugin, Image, ImageColor
 from simplejpeg import decode_jpeg
+from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from anchorpatch.errors import ImageError, reason_of
@@ -66,6 +67,9 @@ _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 #: Longer images go to Pillow, which resizes only what the crop keeps. From about here on that
 #: is also the faster way.
 _LONGEST_ASPECT: Final = 4
+
+#: Pixels of an image that is for nvJPEG: 256 of this size are 3 GB.
+_MOST_FOR_NVJPEG: Final = 1 << 22
 
 #: EXIF orientation -> what undoes it. ``ImageOps.exif_transpose`` also writes the metadata anew,
 #: which fails where it is damaged.
@@ -179,13 +183,47 @@ def _cropped(whole: Image.Image | npt.NDArray[np.uint8], settings: CropSettings)
     if isinstance(whole, np.ndarray):
         height, width = whole.shape[:2]
         if max(height, width) <= _LONGEST_ASPECT * min(height, width):
-            h, w, top, left = geometry(height, width, settings)
-            resized = F.resize(torch.from_numpy(whole).permute(2, 0, 1), [h, w], antialias=True)
-            (y0, y1), (x0, x1) = _kept(top, h, settings), _kept(left, w, settings)
-            pixels = resized[:, y0:y1, x0:x1].permute(1, 2, 0).contiguous().numpy()
-            return Decoded(_framed(pixels, top, left, settings), (height, width))
+            pixels = crop_tensor(torch.from_numpy(whole).permute(2, 0, 1), settings)
+            return Decoded(pixels.numpy(), (height, width))
         whole = Image.fromarray(whole)
     return Decoded(_resized(whole, settings), (whole.height, whole.width))
+
+
+def crop_tensor(image: Tensor, settings: CropSettings) -> Tensor:
+    """Resize and crop uint8 RGB (3, H, W), on its device; return uint8 (S, S, 3).
+
+    A GPU's kernel rounds otherwise: within one level of a CPU's.
+    """
+    h, w, top, left = geometry(*image.shape[1:], settings)
+    resized = F.resize(image, [h, w], antialias=True)
+    (y0, y1), (x0, x1) = _kept(top, h, settings), _kept(left, w, settings)
+    return _framed(resized[:, y0:y1, x0:x1].permute(1, 2, 0).contiguous(), top, left, settings)
+
+
+def size_for_nvjpeg(data: bytes) -> tuple[int, int] | None:
+    """Return height and width of a file that nvJPEG decodes as libjpeg does; None for any other.
+
+    These are whole, baseline JPEGs in gray or YCbCr that lie upright, and are neither too long nor
+    too large for a GPU to decode hundreds of them at once.
+    """
+    if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with _open(data) as image:
+                info = image.info
+                plain = image.format == "JPEG" and not info.get("progressive")
+                known = image.mode == "L" or (
+                    image.mode == "RGB" and ("jfif" in info or info.get("adobe_transform") == 1)
+                )
+                long = max(image.size) > _LONGEST_ASPECT * min(image.size)
+                large = image.width * image.height > _MOST_FOR_NVJPEG
+                if plain and known and not (long or large) and _turned(image) is None:
+                    return image.height, image.width
+        except Exception:  # as of Pillow, which `decode` then puts into words
+            return None
+    return None
 
 
 def decode_picture(data: bytes, background: str = "#ffffff") -> Picture:
@@ -342,15 +380,13 @@ def _kept(offset: int, length: int, settings: CropSettings) -> tuple[int, int]:
     return max(offset, 0), min(offset + settings.img_size, length)
 
 
-def _framed(
-    pixels: npt.NDArray[np.uint8], top: int, left: int, settings: CropSettings
-) -> npt.NDArray[np.uint8]:
+def _framed(pixels: Tensor, top: int, left: int, settings: CropSettings) -> Tensor:
     """Put what a crop shows of an image into its place in the crop, on the background."""
     (height, width), side = pixels.shape[:2], settings.img_size
     if (height, width) == (side, side):
         return pixels
-    crop = np.empty((side, side, 3), np.uint8)
-    crop[:] = ImageColor.getrgb(settings.background)
+    color = torch.tensor(ImageColor.getrgb(settings.background), dtype=torch.uint8)
+    crop = color.to(pixels.device).repeat(side, side, 1)
     y, x = max(-top, 0), max(-left, 0)
     crop[y : y + height, x : x + width] = pixels
     return crop
@@ -364,7 +400,8 @@ def _resized(image: Image.Image, settings: CropSettings) -> npt.NDArray[np.uint8
     # Clamped, since the rounding of the division may put an edge a hair outside the image.
     box = (x0 * x, y0 * y, min(x1 * x, image.width), min(y1 * y, image.height))
     crop = image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=box)
-    return _framed(np.array(crop.convert("RGB")), top, left, settings)
+    pixels = torch.from_numpy(np.array(crop.convert("RGB")))
+    return _framed(pixels, top, left, settings).numpy()
 
 
 def _as_rgb_or_gray(image: Image.Image, background: str) -> Image.Image:

@@ -39,7 +39,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from multiprocessing.reduction import recv_handle, send_handle
 from multiprocessing.util import Finalize
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,17 +47,23 @@ import torch
 from torch import Tensor
 
 from anchorpatch.errors import AnchorpatchError, ImageError, SettingsError, reason_of
-from anchorpatch.images.decode import Decoded, decode
+from anchorpatch.images.decode import Decoded, decode, size_for_nvjpeg
 from anchorpatch.images.source import ImageSource
 from anchorpatch.runtime.distributed import environment_number
 from anchorpatch.settings import CropSettings
 from anchorpatch.signals import STOP_SIGNALS, waiting_for
+
+if TYPE_CHECKING:
+    from anchorpatch.images.nvjpeg import NvJpeg
 
 #: Pixels that the workers of all processes of a machine may be ahead, in bytes: 7,000 crops.
 _ROOM: Final = 1 << 30
 
 #: Pieces that each worker is ahead: one in hand, and one that waits to be taken.
 _AHEAD: Final = 2
+
+#: Files that a worker leaves as they are, in bytes per byte of their crop's pixels.
+_LARGEST_FILE: Final = 4
 
 #: Seconds that a worker may take to die once it is killed.
 _KILL_TIME: Final = 5.0
@@ -82,13 +88,16 @@ class Batch(NamedTuple):
 
 
 #: A part of a `Batch`, whose pixels are an array.
-_Piece = tuple[
+Piece = tuple[
     npt.NDArray[np.int64],
     npt.NDArray[np.uint8],
     npt.NDArray[np.int32],
     list[tuple[int, str]],
     list[int],
 ]
+
+#: The pieces of each batch. Who has joined a list of them clears it, since it takes up memory.
+Pieces = Generator[list[Piece], None, None]
 
 #: What a piece is made from: rows (n,), places of the images (n,), and the epoch.
 _Request = tuple[npt.NDArray[np.int64], npt.NDArray[Any], int]
@@ -104,6 +113,7 @@ def load_batches(
     workers: int,
     crop: CropSettings | None = None,
     pin_memory: bool = False,
+    nvjpeg: NvJpeg | None = None,
 ) -> Generator[Batch, None, None]:
     """Decode batches of a source's images, in the given order, each once.
 
@@ -113,15 +123,26 @@ def load_batches(
         workers: processes that decode. 0 decodes in this thread, when a batch is asked for.
         crop: how an image becomes a crop; None for the defaults.
         pin_memory: see `serve_batches`.
+        nvjpeg: decodes most JPEGs, in this process, instead of the workers, which then only read
+            them. It has ``crop`` too.
     """
     requests = ((0, np.asarray(rows, np.int64)) for rows in batches)
     crop = crop or CropSettings()
-    decoder, side = partial(_crop, crop), crop.img_size
+    side, decoder = crop.img_size, partial(_crop, crop, nvjpeg is not None)
+    if nvjpeg is not None:
+        return nvjpeg.batches(_pieces_of(images, requests, decoder, side, workers, packed=True))
     return serve_batches(images, requests, decoder, side, workers=workers, pin_memory=pin_memory)
 
 
-def _crop(crop: CropSettings, read: Callable[[], bytes], row: int, epoch: int) -> Decoded:
-    return decode(read(), crop)
+def _crop(
+    crop: CropSettings, leave: bool, read: Callable[[], bytes], row: int, epoch: int
+) -> Decoded:
+    """Decode an image, or leave a file as it is that nvJPEG will decode."""
+    data = read()
+    most = _LARGEST_FILE * crop.img_size**2 * 3
+    if leave and len(data) <= most and (size := size_for_nvjpeg(data)) is not None:
+        return Decoded(np.frombuffer(data, np.uint8), size)
+    return decode(data, crop)
 
 
 def serve_batches(
@@ -158,15 +179,29 @@ def serve_batches(
         DataError: while iterating: the disk or network does not answer.
         AnchorpatchError: while iterating: a worker has died or failed.
     """
+    pin_memory = pin_memory and torch.cuda.is_available()
+    return _each_joined(_pieces_of(images, batches, decoder, side, workers), pin_memory)
+
+
+def _pieces_of(
+    images: ImageSource,
+    batches: Iterable[tuple[int, npt.NDArray[np.int64]]],
+    decoder: Decoder,
+    side: int,
+    workers: int,
+    *,
+    packed: bool = False,
+) -> Pieces:
+    """As `serve_batches`, but yield the pieces of each batch; ``packed``: as `unpacked` takes."""
     if workers < 0:
         raise SettingsError(f"workers: expected a whole number of at least 0, got {workers}")
-    load = partial(_load, images.reader, decoder, side)
+    load = partial(_load, images.reader, decoder, side, packed)
     requests = ((rows, images.places_of(rows), epoch) for epoch, rows in batches)
-    pin_memory = pin_memory and torch.cuda.is_available()
     if workers == 0:
-        return _in_this_process(load, requests, pin_memory)
+        return _in_this_process(load, requests)
     room = _ROOM // max(1, environment_number("LOCAL_WORLD_SIZE", 1))
-    todo = _pieces(requests, max(1, room // (_AHEAD * workers * side * side * 3)))
+    largest = side * side * 3 * (_LARGEST_FILE if packed else 1)
+    todo = _pieces(requests, max(1, room // (_AHEAD * workers * largest)))
     pool = _Pool(load, workers)
     pending: deque[tuple[_Worker, bool]] = deque()
     for (request, last), worker in zip(
@@ -174,7 +209,7 @@ def serve_batches(
     ):
         worker.ask(request)
         pending.append((worker, last))
-    return _from_workers(pool, pending, todo, pin_memory)
+    return _from_workers(pool, pending, todo)
 
 
 def _pieces(requests: Iterable[_Request], size: int) -> Iterator[tuple[_Request, bool]]:
@@ -186,13 +221,14 @@ def _pieces(requests: Iterable[_Request], size: int) -> Iterator[tuple[_Request,
 
 
 def _load(
-    read_at: Callable[[Any], bytes], decoder: Decoder, side: int, request: _Request
-) -> _Piece:
+    read_at: Callable[[Any], bytes], decoder: Decoder, side: int, packed: bool, request: _Request
+) -> Piece:
     index, places, epoch = request
     n = len(index)
     # Allocated once and filled in place; stacking would copy every image twice.
-    pixels = np.empty((n, side, side, 3), np.uint8)
+    pixels = np.empty((0 if packed else n, side, side, 3), np.uint8)
     size = np.empty((n, 2), np.int32)
+    parts: list[npt.NDArray[np.uint8]] = []
     good: list[int] = []
     bad: list[tuple[int, str]] = []
     damaged: list[int] = []
@@ -202,15 +238,44 @@ def _load(
         except ImageError as error:
             bad.append((row, error.reason))
             continue
-        pixels[len(good)], size[len(good)], flawed = decoded
+        m = len(good)
+        if packed:
+            parts.append(decoded.pixels)
+        else:
+            pixels[m] = decoded.pixels
+        size[m] = decoded.size
         good.append(row)
-        if flawed:
+        if decoded.damaged:
             damaged.append(row)
     m = len(good)
-    return np.array(good, np.int64), pixels[:m], size[:m].copy(), bad, damaged
+    # Files have one axis, pixels three.
+    lengths = np.array([len(part) if part.ndim == 1 else 0 for part in parts], np.int64)
+    found = (
+        np.concatenate([lengths.view(np.uint8), *map(np.ravel, parts)]) if packed else pixels[:m]
+    )
+    return np.array(good, np.int64), found, size[:m].copy(), bad, damaged
 
 
-def _joined(pieces: Sequence[_Piece], pin_memory: bool) -> Batch:
+def unpacked(piece: Piece, side: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yield what a packed piece holds of each image: a file (bytes,) or pixels (side, side, 3)."""
+    index, packed, *_ = piece
+    at = 8 * len(index)
+    for length in packed[:at].view(np.int64).tolist():
+        end = at + (length or side * side * 3)
+        yield packed[at:end] if length else packed[at:end].reshape(side, side, 3)
+        at = end
+
+
+def _each_joined(pieces_of_batches: Pieces, pin_memory: bool) -> Generator[Batch, None, None]:
+    with contextlib.closing(pieces_of_batches):
+        for pieces in pieces_of_batches:
+            batch = _joined(pieces, pin_memory)
+            pieces.clear()
+            yield batch
+            del batch  # or it would live on while the next one is waited for
+
+
+def _joined(pieces: Sequence[Piece], pin_memory: bool) -> Batch:
     """Return a batch; where its pixels must be copied, that takes 20 us of CPU time per image."""
     indices, arrays, sizes, bad, damaged = zip(*pieces, strict=True)
     parts = [torch.from_numpy(array) for array in arrays]
@@ -227,9 +292,7 @@ def _joined(pieces: Sequence[_Piece], pin_memory: bool) -> Batch:
 # --- in this process --------------------------------------------------------------------------
 
 
-def _in_this_process(
-    load: Callable[[_Request], _Piece], requests: Iterable[_Request], pin_memory: bool
-) -> Generator[Batch, None, None]:
+def _in_this_process(load: Callable[[_Request], Piece], requests: Iterable[_Request]) -> Pieces:
     for request in requests:
         # Images are too small to share out: on two busy cores, two threads took eight times as
         # long as one.
@@ -239,7 +302,9 @@ def _in_this_process(
             piece = load(request)
         finally:
             torch.set_num_threads(threads)
-        yield _joined([piece], pin_memory)
+        pieces = [piece]
+        del piece
+        yield pieces
 
 
 # --- the parent's side ------------------------------------------------------------------------
@@ -249,9 +314,8 @@ def _from_workers(
     pool: _Pool,
     pending: deque[tuple[_Worker, bool]],
     todo: Iterator[tuple[_Request, bool]],
-    pin_memory: bool,
-) -> Generator[Batch, None, None]:
-    pieces: list[_Piece] = []
+) -> Pieces:
+    pieces: list[Piece] = []
     try:
         while pending:
             worker, last = pending.popleft()
@@ -260,10 +324,8 @@ def _from_workers(
                 worker.ask(request)
                 pending.append((worker, last_of_next))
             if last:
-                batch = _joined(pieces, pin_memory)
-                pieces.clear()
-                yield batch
-                del batch  # or it would live on while the next one is waited for
+                yield pieces
+                pieces = []
     finally:
         pool.close()
 
@@ -271,7 +333,7 @@ def _from_workers(
 class _Pool:
     """The workers of one loader; they end with it, or with this process."""
 
-    def __init__(self, load: Callable[[_Request], _Piece], workers: int) -> None:
+    def __init__(self, load: Callable[[_Request], Piece], workers: int) -> None:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         self.workers: list[_Worker] = []
         # At exit, this is before multiprocessing waits for its children, which ignore SIGTERM.
@@ -302,7 +364,7 @@ def _kill(workers: list[_Worker]) -> None:
 class _Worker:
     """A process that answers requests in their order, as its parent sees it."""
 
-    def __init__(self, context: Any, load: Callable[[_Request], _Piece]) -> None:
+    def __init__(self, context: Any, load: Callable[[_Request], Piece]) -> None:
         self._connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(load, theirs), daemon=True)
         try:
@@ -318,7 +380,7 @@ class _Worker:
         with contextlib.suppress(ConnectionError):  # `answer` will say so
             self._connection.send(request)
 
-    def answer(self) -> _Piece:
+    def answer(self) -> Piece:
         try:
             with waiting_for(f"images from a loading worker (process {self.process.pid})"):
                 found = self._connection.recv()
@@ -376,7 +438,7 @@ def _reason(error: BaseException) -> str:
 # --- the worker's side ------------------------------------------------------------------------
 
 
-def _serve(load: Callable[[_Request], _Piece], connection: Connection) -> None:
+def _serve(load: Callable[[_Request], Piece], connection: Connection) -> None:
     _settle()
     requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
     threading.Thread(target=_take_in, args=(connection, requests), daemon=True).start()
@@ -428,7 +490,7 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _hand_over(connection: Connection, piece: _Piece) -> None:
+def _hand_over(connection: Connection, piece: Piece) -> None:
     index, pixels, size, bad, damaged = piece
     descriptor = _in_memory(pixels)
     connection.send((index, pixels.shape, size, bad, damaged, descriptor is not None))

@@ -394,9 +394,11 @@ def _advice(plan: Plan, waited: Mapping[str, float]) -> str:
     faster = "more GPUs" if plan.device.type == "cuda" else "more CPU cores, or a GPU"
     if config.precision == "float32" and has_bfloat16(plan.device):
         faster = "--precision bfloat16"
+    decoding = "more --workers" if config.workers < cpu_count() else "more CPU cores"
+    if plan.device.type == "cuda" and config.decoder != "nvjpeg":
+        decoding = "--decoder nvjpeg"
     limits = {
-        "decoding": "decoding: more "
-        + ("--workers" if config.workers < cpu_count() else "CPU cores"),
+        "decoding": f"decoding: {decoding}",
         "network": f"the network: {faster}",
         "writing": "writing: a faster disk for --out",
     }

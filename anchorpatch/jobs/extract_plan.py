@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from anchorpatch.errors import ShardError
+from anchorpatch.errors import SettingsError, ShardError
 from anchorpatch.images.loader import Batch, load_batches
+from anchorpatch.images.nvjpeg import NvJpeg
 from anchorpatch.images.source import ImageSource, open_source
 from anchorpatch.jobs.localizer import Localizer, resolve_engine
 from anchorpatch.jobs.selection import tuned_or_begun
@@ -48,6 +49,7 @@ class ExtractConfig(Computing):
         workers: decoding processes; by default one per CPU core.
         engine: auto: as the shards in ``out`` were made, else as for
             `anchorpatch.jobs.localizer.resolve_engine`.
+        decoder: libjpeg, or nvjpeg for a GPU; see `anchorpatch.images.nvjpeg`.
         compile: use ``torch.compile``.
         limit: take only so many images, evenly spread over the sorted list.
         crop_mode: how images become crops; None, as for the next three: as the weights record it.
@@ -83,6 +85,7 @@ class ExtractConfig(Computing):
     shard_size: int = 1024
     batch_size: int | None = None
     workers: int = field(default_factory=cpu_count)
+    decoder: str = "libjpeg"
     compile: bool = False
     limit: int | None = None
     crop_mode: str | None = None
@@ -110,6 +113,7 @@ class Plan:
     batch_size: int
     header: ShardHeader
     files: FilesDigest
+    nvjpeg: NvJpeg | None = None
 
     @property
     def out(self) -> Path:
@@ -138,6 +142,7 @@ class Plan:
             workers=workers,
             crop=self.header.settings.crop,
             pin_memory=self.device.type == "cuda",
+            nvjpeg=self.nvjpeg,
         )
 
     def localizer(self) -> Localizer:
@@ -164,6 +169,16 @@ def make_plan(config: ExtractConfig, reporter: Reporter | None = None) -> Plan:
     device = resolve_device(config.device)
     batch_size = config.batch_size or (256 if device.type == "cuda" else 64)
     weights = load_weights(config.weights)
+    crop, nvjpeg = _crop(config, weights.meta), None
+    if config.decoder == "nvjpeg":
+        if device.type != "cuda":
+            raise SettingsError("--decoder nvjpeg: expected a GPU, found none; use libjpeg")
+        if crop.damaged == "skip":
+            raise SettingsError(
+                "--decoder nvjpeg: it does not tell which images are damaged, as --damaged skip "
+                "must; use --decoder libjpeg"
+            )
+        nvjpeg = NvJpeg(device, crop)
     images = open_source(
         config.data,
         config.split,
@@ -173,7 +188,7 @@ def make_plan(config: ExtractConfig, reporter: Reporter | None = None) -> Plan:
         allow_empty=config.allow_empty,
         report=reporter,
     ).limited(config.limit)
-    preset, crop = config.preset or default_preset(config.split), _crop(config, weights.meta)
+    preset = config.preset or default_preset(config.split)
     lsp = config.lsp or PRESETS[preset]
     engine = _engine(config, device)
     if config.patches is not None:
@@ -202,6 +217,7 @@ def make_plan(config: ExtractConfig, reporter: Reporter | None = None) -> Plan:
         img_size=crop.img_size,
         crop_pct=crop.crop_pct,
         patches=config.patches,
+        decoder=config.decoder,
     )
     header = ShardHeader(
         split=config.split,
@@ -211,7 +227,7 @@ def make_plan(config: ExtractConfig, reporter: Reporter | None = None) -> Plan:
         weights_sha256=weights.sha256,
     )
     files = files_digest(images, config.shard_size)
-    return Plan(config, images, weights, device, batch_size, header, files)
+    return Plan(config, images, weights, device, batch_size, header, files, nvjpeg)
 
 
 def _engine(config: ExtractConfig, device: torch.device) -> str:

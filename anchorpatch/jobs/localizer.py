@@ -238,6 +238,14 @@ class Runner:
         return Run(logits, features, decision, self.net.heatmaps(features, decision.predicted))
 
 
+class _Graph(NamedTuple):
+    """The stage as a CUDA graph, and the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    pixels: Tensor
+    out: Sequence[Tensor]
+
+
 class Localizer(Runner):
     """Runs AnchorNet (Eq. 1-5), the decision (Eq. 6-8) and Algorithm 1 on batches of pixels.
 
@@ -248,6 +256,7 @@ class Localizer(Runner):
         engine: as for `Runner`; with ``precision`` and ``side``.
         batch_size: images in a chunk on a GPU; on CPU chunks have `CPU_CHUNK` images.
         compile: pass the stage through ``torch.compile``.
+        graph: on a GPU, record the stage as a CUDA graph: its 1,800 kernels are launched at once.
         latency: images come one by one, each for all threads: chunks have one image. Results may
             differ from those of full chunks in their last bits.
     """
@@ -263,6 +272,7 @@ class Localizer(Runner):
         side: int | None = None,
         batch_size: int = 256,
         compile: bool = False,
+        graph: bool = True,
         latency: bool = False,
     ) -> None:
         threads, calls = torch.get_num_threads(), 1 if latency else torch.get_num_threads()
@@ -286,6 +296,8 @@ class Localizer(Runner):
             self._stage = torch.compile(self.localize)
             # Compiling is for one thread, before the pool's get there.
             self.submit(torch.zeros(1, self.side, self.side, 3, dtype=torch.uint8)).result()
+        self._graph: _Graph | None = None
+        self._records = graph
 
     def __enter__(self) -> Localizer:
         return self
@@ -368,12 +380,37 @@ class Localizer(Runner):
 
     def _on_gpu(self, chunk: Tensor) -> _OnDevice:
         with torch.inference_mode(), exact_float32():
-            out = self._stage(self._filled(chunk))
+            if self._records:
+                self._graph = self._graph or self._recorded()
+                graph, pixels, out = self._graph
+                # What is left of the chunk before does not matter to the images of this one.
+                pixels[: len(chunk)].copy_(chunk, non_blocking=True)
+                graph.replay()
+            else:
+                out = self._stage(self._filled(chunk))
             host = [tensor.to("cpu", non_blocking=True) for tensor in out]
         # Blocking: who waits for it sleeps, instead of keeping a core busy.
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self.device))
         return _OnDevice(host, done)
+
+    def _recorded(self) -> _Graph:
+        shape = (self.chunk, self.side, self.side, 3)
+        with torch.cuda.device(self.device):
+            pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+            now = torch.cuda.current_stream(self.device)
+            # Libraries choose kernels and take their workspaces at first, which cannot be recorded.
+            apart = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            apart.wait_stream(now)
+            with torch.cuda.stream(apart):
+                for _ in range(2):
+                    self._stage(pixels)
+            now.wait_stream(apart)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may go on with this GPU.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                out = self._stage(pixels)
+        return _Graph(graph, pixels, out)
 
     def localize(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Return the fields of `Localized`, as tensors, of uint8 pixels (n, side, side, 3)."""

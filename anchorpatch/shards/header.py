@@ -11,17 +11,28 @@ from typing import Any, Final
 
 import anchorpatch
 from anchorpatch.errors import SettingsError, ShardError
-from anchorpatch.settings import CODECS, CROP, ENGINES, PRECISIONS, CropSettings, LspSettings
+from anchorpatch.settings import (
+    CODECS,
+    CROP,
+    DECODERS,
+    ENGINES,
+    PRECISIONS,
+    CropSettings,
+    LspSettings,
+)
 from anchorpatch.storage import from_json, to_json
 
 #: Settings that the first shards of version 1 do not have; their defaults are what held then.
 _NEWER: Final = frozenset(
     {"crop_mode", "background", "damaged", "device", "batch_size", "compile", "engine"}
-    | {"img_size", "crop_pct", "patches"}
+    | {"img_size", "crop_pct", "patches", "decoder"}
 )
 
 #: Settings that shards do not mention by default.
-_UNSAID: Final = (("engine", "torch"), ("img_size", CROP), ("crop_pct", None), ("patches", None))
+_UNSAID: Final = (
+    *(("engine", "torch"), ("img_size", CROP), ("crop_pct", None), ("patches", None)),
+    ("decoder", "libjpeg"),
+)
 
 #: Settings that a preset decides.
 _OF_A_PRESET: Final = ("max_patches", "iou_threshold", "coverage")
@@ -56,6 +67,7 @@ class ShardSettings:
         crop_pct: share of the resized side that crops keep; None for that of the mode.
         patches: mean patches per image at each scale that P, and K, were chosen for; None where
             they were given.
+        decoder: what decoded most JPEGs, one of `anchorpatch.settings.DECODERS`.
 
     Raises:
         SettingsError: a value outside its range.
@@ -84,6 +96,7 @@ class ShardSettings:
     img_size: int = CROP
     crop_pct: float | None = None
     patches: tuple[float, float, float] | None = None
+    decoder: str = "libjpeg"
 
     @property
     def lsp(self) -> LspSettings:
@@ -104,6 +117,7 @@ class ShardSettings:
             ("shard_size", self.shard_size >= 1, "at least 1 image"),
             ("jpeg_quality", 1 <= self.jpeg_quality <= 100, "1 to 100"),
             ("engine", self.engine in ENGINES, f"one of {', '.join(ENGINES)}"),
+            ("decoder", self.decoder in DECODERS, f"one of {', '.join(DECODERS)}"),
             ("device", self.device in (None, "cpu", "cuda"), "cpu or cuda"),
             ("batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1 image"),
         ):

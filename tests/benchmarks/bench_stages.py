@@ -1,37 +1,42 @@
 """Where the time of `extract` goes on a GPU (or CPU): decode, model stage, writing, end to end.
 
 python -m tests.benchmarks.bench_stages DATA [--split val] [--limit N] [--device cuda]
-    [--batch-sizes 256,512,1024] [--classes 1000] [--no-compile]
+    [--batch-sizes 256,512,1024] [--classes 1000] [--no-compile] [--repeat N]
 
+--repeat takes each image N times, as rates of a few hundred images are those of the start.
 The model stage is AnchorNet, decision and LSP on uint8 batches in host memory, copies included,
 with two batches in flight. Weights are random: speed does not depend on them, but for the number
-of patches. On a GPU the stage runs in bfloat16, channels last, with and without torch.compile.
+of patches. On a GPU the stage runs in bfloat16, channels last, with and without a CUDA graph and
+torch.compile, and images are decoded by libjpeg and by nvJPEG.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections import deque
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from anchorpatch.images.loader import load_batches
-from anchorpatch.images.source import open_source
+from anchorpatch.images.nvjpeg import NvJpeg
+from anchorpatch.images.source import ImageSource, open_source
 from anchorpatch.jobs.extract import run
 from anchorpatch.jobs.extract_plan import ExtractConfig
 from anchorpatch.jobs.localizer import Localizer
 from anchorpatch.models.anchornet import AnchorNet
 from anchorpatch.runtime.checkpoint import Weights, WeightsMeta, load_weights, save_weights
 from anchorpatch.runtime.device import cpu_count, resolve_device
-from anchorpatch.settings import PRESETS
+from anchorpatch.settings import PRESETS, CropSettings
 from anchorpatch.shards.header import ShardHeader, ShardSettings
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 
-SECONDS = 5.0
+SECONDS = 3.0
 
 
 def random_weights(path: Path, classes: int) -> Weights:
@@ -85,6 +90,22 @@ def writing(localizer: Localizer, pixels: torch.Tensor, codec: str, folder: Path
     return done / (time.perf_counter() - began)
 
 
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def linked(folder: ImageSource, repeat: int, split: Path) -> Path:
+    """Link each image of a folder so many times into a new one; return that of its data."""
+    for path in map(folder.path, range(len(folder))):
+        target = split / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for i in range(repeat):
+            target.with_name(f"{i}-{target.name}").symlink_to((folder.root / path).resolve())
+    return split.parent
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
@@ -95,6 +116,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=cpu_count())
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--repeat", type=int, default=1)
     args = parser.parse_args()
     device = resolve_device(args.device)
     gpu = device.type == "cuda"
@@ -108,16 +130,31 @@ def main() -> None:
         folder = folder.limited(args.limit)
         speeds: dict[str, float] = {}
 
-        batches = [range(i, min(i + 256, len(folder))) for i in range(0, len(folder), 256)]
-        began = time.perf_counter()
-        read = sum(
-            len(batch.index)
-            for batch in load_batches(folder, batches, workers=args.workers, pin_memory=gpu)
-        )
-        speeds["decode"] = read / (time.perf_counter() - began)
-        print(f"decode, {args.workers} workers: {speeds['decode']:,.0f} images/s")
+        decoders = ("libjpeg", "nvjpeg") if gpu else ("libjpeg",)
+        rows = np.tile(np.arange(len(folder)), args.repeat)
+        for decoder in decoders:
+            nvjpeg = NvJpeg(device, CropSettings()) if decoder == "nvjpeg" else None
+            began, cpu = time.perf_counter(), cpu_seconds()
+            with closing(
+                load_batches(
+                    folder,
+                    np.split(rows, range(256, len(rows), 256)),
+                    workers=args.workers,
+                    pin_memory=gpu,
+                    nvjpeg=nvjpeg,
+                )  # fmt: skip
+            ) as batches:
+                read = sum(len(batch.index) for batch in batches)
+            seconds = time.perf_counter() - began
+            speeds[decoder] = read / seconds
+            cpu = (cpu_seconds() - cpu) / read
+            print(
+                f"decode, {decoder}, {args.workers} workers: {speeds[decoder]:,.0f} images/s, "
+                f"{1000 * cpu:.2f} ms of CPU time per image"
+            )
 
-        for compile in (False,) if args.no_compile else (False, True):
+        ways = [(False, False), (True, False), *(() if args.no_compile else [(True, True)])]
+        for graph, compile in ways if gpu else [way for way in ways if way != (True, False)]:
             for n in sizes:
                 pixels = torch.randint(0, 256, (n, 224, 224, 3), dtype=torch.uint8)
                 pixels = pixels.pin_memory() if gpu else pixels
@@ -128,27 +165,31 @@ def main() -> None:
                     batch_size=n,
                     precision=precision,
                     compile=compile,
+                    graph=graph,
                 ) as localizer:
                     speed = model_stage(localizer, pixels)
-                    if n == sizes[0] and not compile:
+                    if n == sizes[0] and not (graph or compile):
                         for codec in ("raw", "image"):
                             speeds[f"writing {codec}"] = writing(localizer, pixels, codec, tmp)
                 speeds["model"] = max(speed, speeds.get("model", 0))
-                print(f"model stage, batch {n}, compile {compile}: {speed:,.0f} images/s")
+                how = f"batch {n}, graph {graph}, compile {compile}"
+                print(f"model stage, {how}: {speed:,.0f} images/s")
         for codec in ("raw", "image"):
             print(f"cut and write, codec {codec}: {speeds[f'writing {codec}']:,.0f} images/s")
+        many = linked(folder, args.repeat, tmp / "many" / args.split)
         for codec in ("raw", "image"):
-            config = ExtractConfig(
-                args.data, args.split, tmp / "w", tmp / codec, codec=codec, limit=args.limit,
-                batch_size=sizes[0], workers=args.workers, device=args.device, precision=precision,
-            )  # fmt: skip
-            summary = run(config)
-            stages = {k: speeds[k] for k in ("decode", "model", f"writing {codec}")}
-            slowest = min(stages, key=stages.__getitem__)
-            print(
-                f"end to end, codec {codec}: {summary.images_per_second:,.0f} images/s; "
-                f"the slowest stage alone is {slowest} with {stages[slowest]:,.0f}"
-            )
+            for decoder in decoders:
+                config = ExtractConfig(
+                    many, args.split, tmp / "w", tmp / codec / decoder, codec=codec,
+                    batch_size=sizes[0], workers=args.workers, device=args.device,
+                    precision=precision, decoder=decoder,
+                )  # fmt: skip
+                summary = run(config)
+                waits = ", ".join(f"{stage} {share:.0%}" for stage, share in summary.waits.items())
+                print(
+                    f"end to end, codec {codec}, {decoder}: {summary.images_per_second:,.0f} "
+                    f"images/s; waiting for {waits}"
+                )
 
 
 if __name__ == "__main__":

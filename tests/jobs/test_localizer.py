@@ -138,6 +138,7 @@ def test_weights_for_another_transform_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where it compiles
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("amp", [False, True])
 def test_gpu_agrees_with_cpu(weights: Path, pixels: torch.Tensor, amp: bool, compile: bool) -> None:
@@ -150,3 +151,19 @@ def test_gpu_agrees_with_cpu(weights: Path, pixels: torch.Tensor, amp: bool, com
     tolerance = 0.05 if amp else 1e-3
     np.testing.assert_allclose(found.branch_prob, expected.branch_prob, atol=tolerance)
     assert (found.predicted == expected.predicted).mean() > (0.8 if amp else 0.99)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_graph_computes_the_same(weights: Path, pixels: torch.Tensor, precision: str) -> None:
+    how = load_weights(weights), PRESETS["evaluate"], torch.device("cuda", 0)
+    found = []
+    for graph in (False, True):
+        with Localizer(*how, batch_size=8, precision=precision, graph=graph) as localizer:
+            # Several on their way, and a last one that does not fill its chunk.
+            batches = [localizer.submit(part.pin_memory()) for part in pixels.split(5)]
+            found.append([batch.result() for batch in batches])
+    for eager, replayed in zip(*found, strict=True):
+        for a, b in zip(eager, replayed, strict=True):
+            np.testing.assert_array_equal(a, b)
