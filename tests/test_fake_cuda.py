@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from anchorpatch.errors import SettingsError
 from anchorpatch.images.loader import Batch
 from anchorpatch.jobs import extract_plan, finetune
 from anchorpatch.jobs.crops import Crops
@@ -96,6 +98,24 @@ def test_shards_record_what_decides_their_bytes(
     )
     settings = extract_plan.make_plan(config).header.settings
     assert (settings.device, settings.batch_size, settings.compile) == (kind, recorded, True)
+
+
+def test_nvjpeg_is_for_gpus_and_damaged_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extract_plan, "resolve_device", torch.device)
+    config = extract_plan.ExtractConfig(
+        data=tmp_path,
+        split="val",
+        weights=weights_file(tmp_path, "anchornet"),
+        out=tmp_path / "shards",
+        decoder="nvjpeg",
+        device="cpu",
+    )
+    with pytest.raises(SettingsError, match="--decoder nvjpeg: expected a GPU, found none"):
+        extract_plan.make_plan(config)
+    with pytest.raises(SettingsError, match="which images are damaged, as --damaged skip must"):
+        extract_plan.make_plan(replace(config, device="cuda", damaged="skip"))
 
 
 @pytest.mark.parametrize(

@@ -135,15 +135,9 @@ def main() -> None:
         for decoder in decoders:
             nvjpeg = NvJpeg(device, CropSettings()) if decoder == "nvjpeg" else None
             began, cpu = time.perf_counter(), cpu_seconds()
-            with closing(
-                load_batches(
-                    folder,
-                    np.split(rows, range(256, len(rows), 256)),
-                    workers=args.workers,
-                    pin_memory=gpu,
-                    nvjpeg=nvjpeg,
-                )  # fmt: skip
-            ) as batches:
+            parts = np.split(rows, range(256, len(rows), 256))
+            how = {"workers": args.workers, "pin_memory": gpu, "nvjpeg": nvjpeg}
+            with closing(load_batches(folder, parts, **how)) as batches:
                 read = sum(len(batch.index) for batch in batches)
             seconds = time.perf_counter() - began
             speeds[decoder] = read / seconds

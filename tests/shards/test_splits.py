@@ -49,6 +49,7 @@ SETTINGS = [
     ({"shard_size": 9}, "--shard-size was 8, now 9"),
     ({"precision": "bfloat16"}, "--precision was float32, now bfloat16"),
     ({"engine": "openvino"}, "--engine was torch, now openvino"),
+    ({"decoder": "nvjpeg"}, "--decoder was libjpeg, now nvjpeg"),
     ({"preset": None}, "--preset was figure, now none"),
     ({"device": "cuda", "batch_size": 256}, "--device was not recorded, now cuda"),
     ({"compile": True}, "--compile was off, now on"),
