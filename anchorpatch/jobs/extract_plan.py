@@ -172,7 +172,9 @@ def make_plan(config: ExtractConfig, reporter: Reporter | None = None) -> Plan:
     crop, nvjpeg = _crop(config, weights.meta), None
     if config.decoder == "nvjpeg":
         if device.type != "cuda":
-            raise SettingsError("--decoder nvjpeg: expected a GPU, found none; use --decoder libjpeg")
+            raise SettingsError(
+                "--decoder nvjpeg: expected a GPU, found none; use --decoder libjpeg"
+            )
         if crop.damaged == "skip":
             raise SettingsError(
                 "--decoder nvjpeg: it does not tell which images are damaged, as --damaged skip "
