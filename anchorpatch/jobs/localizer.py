@@ -292,12 +292,13 @@ class Localizer(Runner):
             )
         else:
             self.chunk = 1 if latency else batch_size
+        self._graph: _Graph | None = None
+        # A compiled stage may be compiled again within the recording, which no GPU allows.
+        self._records = graph and not compile
         if compile:
             self._stage = torch.compile(self.localize)
             # Compiling is for one thread, before the pool's get there.
             self.submit(torch.zeros(1, self.side, self.side, 3, dtype=torch.uint8)).result()
-        self._graph: _Graph | None = None
-        self._records = graph
 
     def __enter__(self) -> Localizer:
         return self
