@@ -4,8 +4,6 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +15,9 @@ from anchorpatch.models.registry import build
 from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
 from tests.conftest import Program
 from tests.jobs.patch_shards import Drawn, classes_of, write_shards
+from tests.program import run_ranks
 
 NETWORK, SIX = "mobilenet_v3_small", classes_of(6)
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +45,10 @@ def test_one_process_and_two_give_the_same_table(program: Program, root: Path, t
     assert one.returncode == 0, one.stderr
     assert "\x1b" not in one.stdout + one.stderr
     assert one.stderr.count("best.safetensors was fine-tuned on patches and understates") == 1
-    two = subprocess.run(
-        [
-            *TORCHRUN,
-            *("-m", "anchorpatch", *common(root, *options, tmp_path / "two.csv")),
-            *("--result", tmp_path / "table3.json"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
+    two = run_ranks(
+        *common(root, *options, tmp_path / "two.csv"),
+        *("--result", tmp_path / "table3.json"),
+        cwd=tmp_path,
     )
     assert two.returncode == 0, two.stderr
     expected, found = json.loads(one.stdout), json.loads(two.stdout)

@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,16 +93,15 @@ def test_classes_patches_and_pictures(
 
 
 def test_names_from_stdin_and_plain_text(
-    tmp_path: Path, image_folder: Path, weights: Path, network: Path
+    program: Program, tmp_path: Path, image_folder: Path, weights: Path, network: Path
 ) -> None:
     odd = tmp_path / os.fsdecode(b"odd \xff name.jpg")
     odd.write_bytes((image_folder / "val/cat/01.JPEG").read_bytes())
     names = os.fsencode(odd) + b"\n\n" + os.fsencode(image_folder / "val/cat/02.JPEG") + b"\n"
     arguments = ["predict", "-", "--network", network, "--anchornet-weights", weights]
-    command = [sys.executable, "-m", "anchorpatch", *map(str, arguments)]
-    result = subprocess.run(command, input=names, capture_output=True, timeout=240)
-    assert (result.returncode, result.stderr) == (0, b"")
-    lines = result.stdout.decode().splitlines()
+    result = program(*arguments, stdin=names)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
     assert len(lines) == 6
     assert lines[0].startswith(f"{tmp_path}/odd \ufffd name.jpg: ")
     assert lines[3].startswith(f"{image_folder / 'val/cat/02.JPEG'}: ")

@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,10 +16,11 @@ from anchorpatch.jobs import extract
 from anchorpatch.jobs.crops import CropSource
 from anchorpatch.jobs.extract_plan import ExtractConfig
 from anchorpatch.shards import ShardReader
-from tests.cli.test_extract import TORCHRUN, contents
+from tests.cli.test_extract import contents
 from tests.conftest import Program
 from tests.images.packing import KINDS, tar_bytes, tree_of, write, zip_bytes
 from tests.jobs.small_networks import save_small_network
+from tests.program import run_ranks, start_program
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +80,7 @@ def test_killed_and_gone_on_with_from_another_archive(
     tmp_path: Path,
 ) -> None:
     arguments = ["extract", *options(weights), "--out", tmp_path, "--workers", 1]
-    command = [sys.executable, "-m", "anchorpatch", *arguments, "--data", packed["tar"]]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    process = start_program(*arguments, "--data", packed["tar"], cwd=tmp_path)
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("val/*.h5")) and process.poll() is None:
         assert time.monotonic() < deadline
@@ -100,14 +98,9 @@ def test_ranks_make_one_index(
     data = packed["zip-deflated"]
     old = (data / "val.zip").stat().st_mtime - 60
     os.utime(data / "val.zip", (old, old))
-    arguments = ["-m", "anchorpatch", "extract", *options(weights), "--data", data]
-    result = subprocess.run(
-        [*TORCHRUN, *map(str, arguments), "--out", str(tmp_path), "--workers", "1"],
-        env={**os.environ, "ANCHORPATCH_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    arguments = ["extract", *options(weights), "--data", data, "--out", tmp_path, "--workers", 1]
+    cache = {"ANCHORPATCH_CACHE": str(tmp_path / "cache")}
+    result = run_ranks(*arguments, cwd=tmp_path, env=cache)
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "val") == reference
     assert [path.suffix for path in sorted((tmp_path / "cache").iterdir())] == [".index", ".lock"]

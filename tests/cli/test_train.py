@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from anchorpatch.jobs.train import TrainSummary
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.settings import ARCHITECTURES
 from tests.conftest import Program
+from tests.program import run_program, start_program
 from tests.training.runs import TRAIN, VAL, make_pictures
 
 OPTIONS = ("--epochs", 1, "--batch-size", 4, "--crop-size", 111, "--device", "cpu", "--workers", 0)
@@ -149,27 +150,8 @@ def test_a_wrong_option_is_wrong_usage(program: Program):
     [(signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGUSR1, 0)],
 )
 def test_signals_write_a_checkpoint(data: Path, tmp_path: Path, number: int, workers: int):
-    command = [
-        sys.executable,
-        "-m",
-        "anchorpatch",
-        "train",
-        "--data",
-        data,
-        *OPTIONS,
-        "--epochs",
-        999,
-        "--workers",
-        workers,
-    ]
-    process = subprocess.Popen(
-        [*map(str, command)],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    arguments = ["train", "--data", data, *OPTIONS, "--epochs", 999, "--workers", workers]
+    with start_program(*arguments, cwd=tmp_path) as process:
         log = tmp_path / "runs" / "anchornet" / "log.jsonl"
         deadline = time.monotonic() + 120
         while not (log.is_file() and log.read_text()):
@@ -178,14 +160,12 @@ def test_signals_write_a_checkpoint(data: Path, tmp_path: Path, number: int, wor
         for worker in children(process.pid) if workers else ():
             os.kill(worker, signal.SIGSTOP)
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number
+        done = process.wait(timeout=120)
+    assert done.returncode == 128 + number
     assert re.match(
         rf"anchorpatch: stopped by {signal.Signals(number).name} in epoch \d+; "
         "run the same command again to resume",
-        stderr.splitlines()[-1],
+        done.stderr.splitlines()[-1],
     )
     assert (tmp_path / "runs" / "anchornet" / "last.pt").is_file()
 
@@ -210,14 +190,8 @@ def test_what_limits_files_holds_nothing_up(
     options = ["--data", data, "--workers", 1]
     if arguments[0] != "train":
         options += ["--weights", weights]
-    command = [sys.executable, "-m", "anchorpatch", *arguments, *options]
-    done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 500; exec "$@"', "bash", *map(str, command)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (500 << 10, 500 << 10))
+    done = run_program(*arguments, *options, cwd=tmp_path, before=limit)
     assert done.returncode == status, done.stderr
     assert ("cannot write: File too large" in done.stderr) == bool(status)
     assert "Traceback" not in done.stderr

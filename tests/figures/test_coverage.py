@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,7 @@ def test_every_way_is_decided_as_by_hand(config: CoverageConfig, source: CropSou
             right += int(logits.argmax()) == int(crop.labels[0])
         return right / len(rows)
 
+    @cache
     def squares(area: float) -> torch.Tensor:
         """Pixels by their distance from the middle, then row by row."""
         places = [(y, x) for y in range(224) for x in range(224)]

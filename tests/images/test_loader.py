@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
+import multiprocessing
 import os
 import resource
 import signal
 import struct
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from anchorpatch.settings import CROP, CropSettings
 from anchorpatch.signals import STOP_SIGNALS
 from tests.images.processes import own_workers, wait_until, workers_alive
 from tests.oddities import encoded, make_oddities, picture
+from tests.program import Started
 
 pytestmark = pytest.mark.filterwarnings(
     # Python 3.12 warns of forking with threads; `loader` says why it may.
@@ -380,29 +382,23 @@ def test_a_failing_worker_is_one_clear_error(
     assert "in fail" in str(caught.value.__cause__)  # --debug shows where
 
 
-SCRIPT = """
-import multiprocessing, os, signal, sys
-from pathlib import Path
-from anchorpatch.images.source import open_source
-from anchorpatch.images.loader import load_batches
-from anchorpatch.signals import STOP_SIGNALS
-from tests.images.processes import own_workers, wait_until, workers_alive
-folder = open_source(Path(sys.argv[1]), "val")
-batches = load_batches(folder, [range(20)] * 1000, workers=2)
-next(batches)
-pids = [child.pid for child in multiprocessing.active_children()]
-try:
-    print(*pids, flush=True)
-    if sys.argv[2] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if sys.argv[2] == "exit":
-        sys.exit(3)  # the iterator lives on
-    for batch in batches:
-        pass
-except KeyboardInterrupt:
-    batches.close()
-    sys.exit(130)
-"""
+def load_and_end(split: Path, how: str, told: Path) -> None:
+    batches = load_batches(open_source(split.parent, split.name), [range(20)] * 1000, workers=2)
+    next(batches)
+    pids = [child.pid for child in multiprocessing.active_children()]
+    try:
+        whole = told.with_suffix(".written")
+        whole.write_text(json.dumps(pids))
+        whole.rename(told)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "exit":
+            sys.exit(3)  # the iterator lives on
+        for _ in batches:
+            pass
+    except KeyboardInterrupt:
+        batches.close()
+        sys.exit(130)
 
 
 def is_running(pid: int) -> bool:
@@ -423,18 +419,18 @@ def is_running(pid: int) -> bool:
     ],
 )
 def test_no_worker_outlives_its_parent(
-    small: ImageSource, how: str, number: int | None, status: int
+    small: ImageSource, tmp_path: Path, how: str, number: int | None, status: int
 ) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(small.root.parent), how]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        pids = [int(pid) for pid in process.stdout.readline().split()]
+    told = tmp_path / "pids"
+    run = Started(
+        load_and_end, small.root, how, told, cwd=tmp_path, env=os.environ, before=os.setsid
+    )
+    with run as process:
+        assert wait_until(told.exists, seconds=60)
+        pids = json.loads(told.read_text())
         assert len(pids) == 2
         if number:  # Ctrl-C goes to the whole group
             os.killpg(process.pid, number)
-        _, errors = process.communicate(timeout=30)
-    assert process.returncode == status
-    assert errors == ""
+        done = process.wait(timeout=30)
+    assert (done.returncode, done.stderr) == (status, "")
     assert wait_until(lambda: not any(is_running(pid) for pid in pids), seconds=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from anchorpatch.jobs.finetune import FinetuneConfig
+from anchorpatch.jobs.finetune import FinetuneConfig, run
 from anchorpatch.models import registry
+from anchorpatch.runtime.progress import Reporter
 from anchorpatch.shards.header import ShardHeader
 from anchorpatch.shards.layout import shard_name
 from anchorpatch.shards.manifest import FilesDigest
 from anchorpatch.shards.splits import open_manifest
 from anchorpatch.shards.writer import PatchBatch, ShardWriter
 from tests.shards.samples import make_settings
+from tests.training.runs import keep_trained
 
 CLASSES = ("blue", "lime", "red")
 TINTS = np.array([[0, 0, 160], [0, 160, 0], [160, 0, 0]], np.uint8)
@@ -150,3 +154,25 @@ def tiny(shards: Path, folder: Path, **changes: Any) -> FinetuneConfig:
         workers=1,
     )
     return replace(config, **changes)
+
+
+class DieAt(Reporter):
+    """Kills this process at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.steps = step
+
+    def advance(self, n: int, **counts: int) -> None:
+        self.steps -= 1
+        if self.steps == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_tiny(shards: Path, folder: Path, report: Reporter) -> None:
+    """For a process of its own, which does not know the networks."""
+    run(tiny(shards, folder), report)
+
+
+def keep_tiny(shards: Path, folder: Path, changes: dict[str, Any]) -> None:
+    """The same with the modules that it ends with."""
+    keep_trained("finetune", tiny(shards, folder, **changes))

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,7 +35,19 @@ from anchorpatch.settings import SCALES
 from anchorpatch.shards import ShardReader
 from anchorpatch.shards.dataset import held_out
 from anchorpatch.training.run_folder import alone_in
-from tests.jobs.finetune_runs import CLASSES, FEW, TRAIN, VAL, register, tiny, write_shards
+from tests.jobs.finetune_runs import (
+    CLASSES,
+    FEW,
+    TRAIN,
+    VAL,
+    DieAt,
+    keep_tiny,
+    register,
+    run_tiny,
+    tiny,
+    write_shards,
+)
+from tests.program import run_alone, run_ranks
 from tests.training.runs import StopAt, state_of
 
 WEIGHTS = ("best.safetensors", "last.safetensors")
@@ -192,49 +201,11 @@ def test_a_signal_stops_and_the_same_run_goes_on(
     assert_same_run(tmp_path, whole)
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-import torch
-from anchorpatch.jobs.finetune import run
-from anchorpatch.runtime.progress import Reporter
-from tests.jobs.finetune_runs import tiny
-torch.set_num_threads(1)
-class Die(Reporter):
-    steps = 0
-    def advance(self, n, **counts):
-        self.steps += 1
-        if self.steps == 10:
-            os.kill(os.getpid(), 9)
-run(tiny(Path(sys.argv[1]), Path(sys.argv[2])), Die())
-"""
-
-
 def test_killed_within_an_epoch_and_resumed(shards: Path, whole: Path, tmp_path: Path):
-    done = subprocess.run([sys.executable, "-c", KILLED, shards, tmp_path], timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    assert run_alone(run_tiny, shards, tmp_path, DieAt(10)) == -signal.SIGKILL
     assert (state_of(tmp_path)["epoch"], state_of(tmp_path)["step"]) == (1, 2)
     run(tiny(shards, tmp_path))
     assert_same_run(tmp_path, whole)
-
-
-RANK = """
-import sys
-from pathlib import Path
-import torch
-from anchorpatch.jobs import finetune
-from anchorpatch.training.loop import Trainer
-from tests.jobs.finetune_runs import tiny
-torch.set_num_threads(1)
-class Kept(Trainer):
-    def run(self, **more):
-        records = super().run(**more)
-        state = {**self.module.state_dict(), **self.average.state_dict()}
-        torch.save(state, f"{sys.argv[2]}-rank{self.world.rank}.pt")
-        return records
-finetune.Trainer = Kept
-finetune.run(tiny(Path(sys.argv[1]), Path(sys.argv[2]), epochs=1, accumulate=2, batch_size=9))
-"""
 
 
 def test_two_processes_end_with_the_same_weights(tmp_path: Path):
@@ -242,16 +213,8 @@ def test_two_processes_end_with_the_same_weights(tmp_path: Path):
     shards, folder = tmp_path / "shards", tmp_path / "run"
     write_shards(shards / "train", FEW)
     write_shards(shards / "val", VAL)
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, script, shards, folder],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    changes = {"epochs": 1, "accumulate": 2, "batch_size": 9}
+    done = run_ranks(shards, folder, changes, target=keep_tiny, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(f"{folder}-rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])

@@ -77,7 +77,7 @@ def test_the_same_as_extracting_and_adding_softmaxes(
 def test_stopping_decides_as_the_evaluation(
     tmp_path: Path, image_folder: Path, weights: Path, network: Path
 ) -> None:
-    run(ExtractConfig(image_folder, "val", weights, tmp_path, workers=0))
+    run(ExtractConfig(image_folder, "val", weights, tmp_path, workers=0, limit=14))
     reader, loaded = ShardReader(tmp_path / "val"), load_checkpoint(network)
     runs = dict.fromkeys(SCALES, Distributions(loaded.module, CPU, loaded.meta, amp=False))
     rows = np.concatenate([np.flatnonzero(reader.scale == scale) for scale in SCALES])

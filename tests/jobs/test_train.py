@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,12 +33,14 @@ from anchorpatch.settings import CropSettings
 from anchorpatch.training.config import RECIPES, TrainConfig
 from anchorpatch.training.run_folder import alone_in
 from tests.oddities import encoded, picture
+from tests.program import run_alone, run_ranks
 from tests.training.runs import (
     TRAIN,
     VAL,
     WEIGHTS,
     StopAt,
     assert_same_run,
+    keep_trained,
     make_pictures,
     records,
     state_of,
@@ -138,21 +139,9 @@ def test_a_signal_during_evaluation(
     assert_same_run(tmp_path, whole)
 
 
-KILLED = """
-import sys
-from pathlib import Path
-import torch
-from anchorpatch.jobs.train import run
-torch.set_num_threads(1)
-from tests.training.runs import StopAt, tiny
-run(tiny(Path(sys.argv[1]), Path(sys.argv[2])), StopAt(int(sys.argv[3]), 9))
-"""
-
-
 def test_killed_within_an_epoch_and_resumed(data: Path, whole: Path, tmp_path: Path):
     # It dies after its sixth step, whose checkpoint is not yet written.
-    done = subprocess.run([sys.executable, "-c", KILLED, data, tmp_path, "24"], timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    assert run_alone(run, tiny(data, tmp_path), StopAt(24, signal.SIGKILL)) == -signal.SIGKILL
     assert (state_of(tmp_path)["epoch"], state_of(tmp_path)["step"]) == (1, 1)
     run(tiny(data, tmp_path))
     assert_same_run(tmp_path, whole)
@@ -176,37 +165,9 @@ def test_killed_between_log_and_checkpoint(
     assert_same_run(tmp_path, whole)
 
 
-RANK = """
-import sys
-from pathlib import Path
-import torch
-from anchorpatch.jobs import train
-from anchorpatch.training.loop import Trainer
-from tests.training.runs import tiny
-torch.set_num_threads(1)
-class Kept(Trainer):
-    def run(self, **more):
-        records = super().run(**more)
-        state = {**self.module.state_dict(), **self.average.state_dict()}
-        torch.save(state, f"{sys.argv[2]}-rank{self.world.rank}.pt")
-        return records
-train.Trainer = Kept
-train.run(tiny(Path(sys.argv[1]), Path(sys.argv[2])))
-"""
-
-
 def test_two_processes_end_with_the_same_weights(data: Path, tmp_path: Path):
-    script, folder = tmp_path / "rank.py", tmp_path / "run"
-    script.write_text(RANK)
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, script, data, folder],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    folder = tmp_path / "run"
+    done = run_ranks("train", tiny(data, folder), target=keep_trained, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(f"{folder}-rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -24,7 +22,8 @@ from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.settings import ARCHITECTURES
 from anchorpatch.training.image_tasks import open_images
-from tests.jobs.peer_runs import NARROW, STAGES, peer
+from tests.jobs.peer_runs import NARROW, STAGES, peer, run_narrow
+from tests.program import run_alone
 from tests.training.runs import (
     TRAIN,
     VAL,
@@ -125,25 +124,11 @@ def test_a_finished_saccader_is_only_reported(data: Path, whole: Path):
     assert list(summary.earlier) == ["BagNet-77", "places"]
 
 
-KILLED = """
-import sys
-from pathlib import Path
-import torch
-from anchorpatch.jobs.train import run
-from anchorpatch.models.registry import NETWORKS
-from tests.jobs.peer_runs import NARROW, peer
-from tests.training.runs import StopAt
-torch.set_num_threads(1)
-NETWORKS.update(NARROW)
-run(peer("saccader", Path(sys.argv[1]), Path(sys.argv[2])), StopAt(int(sys.argv[3]), 9))
-"""
-
-
 def test_killed_within_the_last_stage_and_resumed(data: Path, whole: Path, tmp_path: Path):
     # It dies after the third step of the stage, whose checkpoint is not yet written.
     images = 2 * TRAIN + 12
-    done = subprocess.run([sys.executable, "-c", KILLED, data, tmp_path, f"{images}"], timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    killed = StopAt(images, signal.SIGKILL)
+    assert run_alone(run_narrow, peer("saccader", data, tmp_path), killed) == -signal.SIGKILL
     assert state_of(tmp_path / STAGES[2])["step"] == 2
     assert not (tmp_path / WEIGHTS[0]).exists()
     run(peer("saccader", data, tmp_path))

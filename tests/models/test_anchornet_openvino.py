@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
+import socket
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,11 +18,12 @@ from torch import Tensor
 from anchorpatch.errors import SettingsError
 from anchorpatch.models import anchornet_openvino
 from anchorpatch.models.anchornet import AnchorNet, Features
-from anchorpatch.models.anchornet_openvino import OpenVinoFeatures
+from anchorpatch.models.anchornet_openvino import OpenVinoFeatures, openvino_core
 from anchorpatch.runtime.device import check_precision
 from tests.models.random_norms import randomize_norms
+from tests.program import Started, run_alone
 
-pytest.importorskip("openvino", reason="needs OpenVINO")
+pytestmark = pytest.mark.skipif(not find_spec("openvino"), reason="needs OpenVINO")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -83,73 +89,74 @@ def test_an_image_depends_on_nothing_around_it(pixels: Tensor, precision: str) -
     assert all(map(torch.equal, turned, (t.flip(0) for t in expected)))
 
 
+def report_to_nobody() -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("network")
+
+    socket.getaddrinfo = socket.socket.connect = refuse
+    assert "openvino" not in sys.modules
+    openvino_core()
+    assert not [name for name in sys.modules if name.startswith("openvino_telemetry.")]
+
+
 def test_openvino_reports_to_nobody(tmp_path: Path) -> None:
-    code = (
-        "import socket, sys\n"
-        "def refuse(*_, **__): raise AssertionError('network')\n"
-        "socket.getaddrinfo = socket.socket.connect = refuse\n"
-        "from anchorpatch.models.anchornet_openvino import openvino_core\n"
-        "openvino_core()\n"
-        "assert not [m for m in sys.modules if m.startswith('openvino_telemetry.')]\n"
-    )
-    env = {"HOME": str(tmp_path), "PYTHONPATH": ":".join(filter(None, sys.path))}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    assert list(tmp_path.iterdir()) == []
+    home = tmp_path / "home"
+    home.mkdir()
+    result = Started(report_to_nobody, cwd=tmp_path, env={"HOME": str(home)}).wait()
+    assert (result.returncode, result.stderr) == (0, "")
+    assert list(home.iterdir()) == []
+
+
+def handle_a_signal() -> None:
+    first, second = (OpenVinoFeatures(network(), MEAN, STD) for _ in range(2))
+    del first
+    del second
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
+    signal.raise_signal(signal.SIGUSR1)
 
 
 def test_signals_are_handled_when_networks_are_gone() -> None:
-    code = (
-        "import signal\n"
-        "from tests.models.test_anchornet_openvino import MEAN, STD, OpenVinoFeatures, network\n"
-        "first, second = (OpenVinoFeatures(network(), MEAN, STD) for _ in range(2))\n"
-        "del first\n"
-        "del second\n"
-        "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
-        "signal.raise_signal(signal.SIGUSR1)\n"
-    )
-    env = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "handled\n"), result.stderr
+    assert run_alone(handle_a_signal) == 3
+
+
+def begin_together() -> None:
+    """Let threads begin in several processes: OpenVINO's tables are filled once in each."""
+    sys.modules.setdefault("openvino_telemetry", None)  # as `openvino_core` does
+    from openvino import Model
+    from openvino import opset13 as ops
+
+    def begin() -> None:
+        sys.setswitchinterval(1e-6)
+        pixels = ops.parameter([1], np.uint8)
+        model = Model([ops.convert(pixels, "f32")], [pixels])
+        compiled = openvino_core().compile_model(model, "CPU")
+        barrier = threading.Barrier(4)
+
+        def infer() -> None:
+            request = compiled.create_infer_request()
+            barrier.wait()
+            request.infer([np.zeros(1, np.uint8)], share_inputs=True, share_outputs=True)
+
+        threads = [threading.Thread(target=infer) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    for _ in range(4):
+        if not (child := os.fork()):
+            begin()
+            os._exit(0)
+        end = time.monotonic() + 30
+        while not os.waitpid(child, os.WNOHANG)[0]:
+            time.sleep(0.01)
+            if time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+                sys.exit("hung")
 
 
 def test_threads_may_begin_together() -> None:
-    # OpenVINO's tables are filled once a process, so that each try needs a new one.
-    code = """
-import os, signal, sys, threading, time
-import numpy, openvino
-from openvino import opset13 as ops
-from anchorpatch.models.anchornet_openvino import openvino_core
-
-def begin():
-    sys.setswitchinterval(1e-6)
-    pixels = ops.parameter([1], numpy.uint8)
-    model = openvino.Model([ops.convert(pixels, "f32")], [pixels])
-    model = openvino_core().compile_model(model, "CPU")
-    barrier = threading.Barrier(4)
-    def infer():
-        request = model.create_infer_request()
-        barrier.wait()
-        request.infer([numpy.zeros(1, numpy.uint8)], share_inputs=True, share_outputs=True)
-    threads = [threading.Thread(target=infer) for _ in range(4)]
-    for thread in threads: thread.start()
-    for thread in threads: thread.join()
-
-for _ in range(4):
-    if not (child := os.fork()):
-        begin()
-        os._exit(0)
-    end = time.monotonic() + 30
-    while not os.waitpid(child, os.WNOHANG)[0]:
-        time.sleep(0.01)
-        if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            sys.exit("hung")
-"""
-    env = os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    assert run_alone(begin_together) == 0
 
 
 def test_what_openvino_cannot_do_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from PIL import Image
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.training.config import TrainConfig
+from anchorpatch.training.loop import Trainer
 from tests.conftest import draw_photo
 
 TRAIN, VAL = 16, 5
@@ -64,6 +66,21 @@ class StopAt(Reporter):
 
     def message(self, text: str) -> None:
         self.lines.append(text)
+
+
+def keep_trained(name: str, config: Any) -> None:
+    """Run a job, and keep the modules that it ends with beside its folder as FOLDER-rankN.pt."""
+    job = importlib.import_module(f"anchorpatch.jobs.{name}")
+
+    class Kept(Trainer):
+        def run(self, **more: Any) -> list[dict[str, Any]]:
+            records = super().run(**more)
+            state = {**self.module.state_dict(), **self.average.state_dict()}
+            torch.save(state, f"{config.folder}-rank{self.world.rank}.pt")
+            return records
+
+    job.Trainer = Kept
+    job.run(config)
 
 
 def state_of(folder: Path) -> dict[str, Any]:
