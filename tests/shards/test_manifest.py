@@ -239,6 +239,22 @@ def test_the_journal_of_a_manifest_that_was_replaced_is_void(tmp_path: Path, jou
     assert not path.exists()
 
 
+def test_a_manifest_that_is_replaced_while_it_is_read(
+    tmp_path: Path, journal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = _begun(tmp_path, 60, 32).commit(entry(50))
+    read_journal = manifests._with_journal
+
+    def too_late(known: Manifest) -> Manifest:
+        monkeypatch.setattr(manifests, "_with_journal", read_journal)
+        after.folded()
+        return read_journal(known)
+
+    monkeypatch.setattr(manifests, "_with_journal", too_late)
+    assert read_manifest(tmp_path) == after
+    assert not (tmp_path / journal).exists()
+
+
 def test_a_foreign_line_with_a_checksum_is_one_clear_line(tmp_path: Path, journal: str) -> None:
     _begun(tmp_path, 60, 32).commit(entry(50))
     with (tmp_path / journal).open("ab") as file:
