@@ -350,8 +350,12 @@ def _strongest(activation: Tensor, n: int) -> tuple[Tensor, Tensor]:
     order that integers share, and the low word counts positions down.
     """
     if _exporting():
-        # Which exporters take; of keys in two parts, ONNX knows none.
-        value, found = activation.sort(dim=1, descending=True, stable=True)
+        # ONNX has no keys in two parts, and its sorts leave equal values in an order of their own:
+        # so first by value, then by position among equal ones.
+        value, found = activation.sort(dim=1, descending=True)
+        rank = torch.nn.functional.pad((value[:, 1:] != value[:, :-1]).cumsum(1), (1, 0))
+        rank = rank * activation.shape[1]
+        found = (rank + found).sort(dim=1).values - rank
         return found[:, :n].flip(1).int(), value[:, :n].flip(1)
     bits = (activation + 0.0).view(torch.int32)  # + 0.0: -0.0 and 0.0 are one value
     last = activation.shape[1] - 1

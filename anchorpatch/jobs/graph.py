@@ -167,18 +167,10 @@ def onnx_bytes(program: ExportedProgram, about: str, inputs: tuple[str, ...]) ->
     """
     ops = _onnxscript()
 
-    # Both say by ONNX's definition what the exporter has not, or has by way of float32: TopK puts
-    # the first of equal values first, and Div cuts integers off.
-    def sort(x: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
-        return ops.TopK(x, ops.Constant(value_ints=[x.shape[dim]]), axis=dim, largest=descending)
-
     def divide(x: Any, y: Any, rounding_mode: Any = None) -> Any:
-        return ops.Div(x, y)
+        return ops.Div(x, y)  # which cuts integers off; the exporter would divide in float32
 
-    table: dict[Any, Callable[..., Any]] = {
-        torch.ops.aten.sort.stable: sort,
-        torch.ops.aten.div.Tensor_mode: divide,
-    }
+    table: dict[Any, Callable[..., Any]] = {torch.ops.aten.div.Tensor_mode: divide}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = torch.onnx.export(
