@@ -219,7 +219,7 @@ class TrainConfig(LoopConfig):
     teacher: str | None = None
     teacher_weights: str = "default"
     distill_weight: float = 0.5
-    temperature: float = 2.0
+    temperature: float = 1.0
     matching: Matching = AS_NAMED
     image_cache: Path | None = None
     max_bad: float = 0.01

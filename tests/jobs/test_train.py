@@ -444,8 +444,8 @@ def test_a_teacher_has_its_part_in_the_loss(data: Path, whole: Path, teacher: di
     assert first["localization_63"] != plain["localization_63"]
     assert set(records(tmp_path)[0]["val"]["losses"]) == set(plain) - {"loss"}
     recorded = load_weights(tmp_path / "best.safetensors").meta.training["settings"]
-    assert (recorded["teacher"], recorded["temperature"]) == ("shufflenet_v2_x0_5", 2.0)
-    with pytest.raises(WeightsError, match=r"temperature 2\.0 there, 4\.0 here"):
+    assert (recorded["teacher"], recorded["temperature"]) == ("shufflenet_v2_x0_5", 1.0)
+    with pytest.raises(WeightsError, match=r"temperature 1\.0 there, 4\.0 here"):
         run(tiny(data, tmp_path, **teacher, temperature=4.0))
     with pytest.raises(WeightsError, match="teacher shufflenet_v2_x0_5 there, None here"):
         run(tiny(data, tmp_path))
