@@ -28,13 +28,16 @@ from anchorpatch import storage
 from anchorpatch.classes import IMAGENET_NAMES, ClassNames
 from anchorpatch.errors import ManifestMismatch, SettingsError, ShardBusy, ShardError
 from anchorpatch.images.source import spread_rows
-from anchorpatch.jobs.patch_files import Block, Pictures, class_folders, picture_names
-from anchorpatch.jobs.patch_table import (
+from anchorpatch.jobs.patch_files import (
+    Block,
     PatchRows,
     PatchTable,
+    Pictures,
+    class_folders,
     facts_of,
     is_csv,
     parquet_format,
+    picture_names,
     rows_of,
     write_csv,
 )
