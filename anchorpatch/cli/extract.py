@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import bytes_text, print_json, print_tables
@@ -77,6 +78,25 @@ if TYPE_CHECKING:
     "SLURM array share them]",
 )
 @click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="",
+    metavar="[ADDRESS]",
+    help="Have actors on a Ray cluster write the shards: that of the head node at HOST:PORT, auto "
+    "for the one that this machine is part of, or without ADDRESS $RAY_ADDRESS, else this machine.",
+)
+@click.option(
+    "--ray-cpus",
+    type=click.IntRange(min=1),
+    help="Number of CPU cores per Ray actor; its --workers and --threads follow.  [default: those "
+    "of the smallest node, or of one of its GPUs]",
+)
+@click.option(
+    "--collect",
+    is_flag=True,
+    help="Send shards through Ray to this machine, if nodes do not share the output folder.",
+)
+@click.option(
     "--overwrite",
     is_flag=True,
     help="Replace shards made from other inputs. If only the list of images has changed, "
@@ -102,6 +122,9 @@ def extract(
     runs: Path,
     task: str | None,
     threads: int | None,
+    ray: str | None,
+    ray_cpus: int | None,
+    collect: bool,
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -119,6 +142,7 @@ def extract(
     torchrun --nproc-per-node 8 -m anchorpatch extract --split train --precision bfloat16
     sbatch --array=0-7 --wrap 'anchorpatch extract --split train'
     anchorpatch extract --split train --task 0/8
+    anchorpatch extract --split train --ray 10.0.0.1:6379
     anchorpatch extract --split train --data 'imagenet-train-{0000..1023}.tar'
     find photos -name '*.jpg' | anchorpatch extract --split mine --files -
     """
@@ -131,6 +155,12 @@ def extract(
     use_threads(threads)
     part = resolve_task(task)
     rank, ranks = rank_and_size()
+    if ray is None and (ray_cpus is not None or collect):
+        raise click.UsageError("--ray-cpus and --collect need --ray.")
+    if ray is not None:
+        if ranks > 1:
+            raise click.UsageError("--ray starts its own processes: run it without torchrun.")
+        options["data"] = options["data"].absolute()  # actors work in other folders
     config = ExtractConfig(
         weights=find_weights(weights, runs),
         task=part,
@@ -144,7 +174,16 @@ def extract(
         click.echo(f"extract: part {part.index} of {part.total} ({part.source})", err=True)
     elif part.job is not None:
         click.echo(f"extract: sharing the work with other jobs ({part.source})", err=True)
-    summary = run(config, reporter() if rank == 0 else Reporter())
+    if ray is None:
+        summary = run(config, reporter() if rank == 0 else Reporter())
+    else:
+        from anchorpatch.jobs.extract_ray import RaySettings, connected
+
+        source = click.get_current_context().get_parameter_source("workers")
+        workers = None if source is ParameterSource.DEFAULT else config.workers
+        settings = RaySettings(ray or None, ray_cpus, collect, workers, threads)
+        with connected(settings, config.device) as cluster:
+            summary = run(config, reporter(), cluster)
     if rank == 0:
         print_summary(summary, as_json)
 

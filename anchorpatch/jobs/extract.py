@@ -14,14 +14,15 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from anchorpatch.errors import DataError, ShardBusy
 from anchorpatch.images.loader import Batch
@@ -126,16 +127,79 @@ class ExtractSummary:
         }
 
 
-def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSummary:
+class Engine(Protocol):
+    """What makes shards: this process, or a cluster.
+
+    Attributes:
+        device: kind of device that computes; None: as the configuration says.
+    """
+
+    device: torch.device | None
+
+    def making(
+        self, plan: Plan, reporter: Reporter, waits: Waits
+    ) -> AbstractContextManager[Callable[[Manifest, Sequence[int]], int]]:
+        """Return a context with what makes pending shards, and returns their number of images.
+
+        It leaves out those that other processes make.
+        """
+
+
+class _Here:
+    """Makes shards in this process."""
+
+    device: torch.device | None = None
+
+    @contextmanager
+    def making(
+        self, plan: Plan, reporter: Reporter, waits: Waits
+    ) -> Iterator[Callable[[Manifest, Sequence[int]], int]]:
+        settings = plan.header.settings
+        where = computing_on(plan.device, settings.engine)
+        reporter.message(f"extract {plan.config.split}: {where}")
+        with ExitStack() as stack:
+            # Built while the workers decode the first batches.
+            build = cache(lambda: stack.enter_context(plan.localizer()))
+
+            def make(manifest: Manifest, shards: Sequence[int]) -> int:
+                def begin() -> Localizer:
+                    localizer = build()
+                    start_counting(plan, manifest, shards, reporter)
+                    return localizer
+
+                try:
+                    return make_shards(plan, manifest, shards, begin, waits, reporter.advance)
+                finally:
+                    reporter.stop()
+
+            yield make
+
+
+def start_counting(
+    plan: Plan, manifest: Manifest, shards: Iterable[int], reporter: Reporter
+) -> None:
+    """Begin to show the progress of a task whose ``shards`` are to be made."""
+    total, left = (sum(len(manifest.shard_range(i)) for i in part) for part in (plan.owned, shards))
+    reporter.start(f"extract {plan.config.split}", total, total - left)
+
+
+def run(
+    config: ExtractConfig, reporter: Reporter | None = None, engine: Engine | None = None
+) -> ExtractSummary:
     """Extract what is not done yet and return the summary of the task's shards.
+
+    Args:
+        config: what to extract.
+        reporter: where to show progress.
+        engine: what makes the shards; None for this process.
 
     Raises:
         AnchorpatchError: see `anchorpatch.errors`. Shards that are done stay; the same call
             goes on behind them.
     """
     before = files_in(config.out / config.split) if config.ranks > 1 else set()
-    reporter, task = reporter or Reporter(), config.task
-    plan = make_plan(config, reporter)
+    reporter, engine, task = reporter or Reporter(), engine or _Here(), config.task
+    plan = make_plan(config, reporter, engine.device)
     manifest = open_manifest(plan.out, plan.header, plan.files, overwrite=config.overwrite)
     if rejected := _rejected(plan, manifest, reporter):
         manifest = manifest.forget(rejected)
@@ -146,13 +210,9 @@ def run(config: ExtractConfig, reporter: Reporter | None = None) -> ExtractSumma
             reporter.message(remark)
     began, images, waits = time.monotonic(), 0, Waits()
     if pending := _pending(plan, manifest):
-        where = computing_on(plan.device, plan.header.settings.engine)
-        reporter.message(f"extract {plan.config.split}: {where}")
-        with ExitStack() as stack:
-            # Built while the workers decode the first batches.
-            build = cache(lambda: stack.enter_context(plan.localizer()))
+        with engine.making(plan, reporter, waits) as make:
             # Again, as long as shards have come free whose process has failed.
-            while pending and (made := _extract(plan, manifest, pending, build, reporter, waits)):
+            while pending and (made := make(manifest, pending)):
                 images += made
                 manifest = manifest.refreshed()
                 pending = _pending(plan, manifest)
@@ -227,57 +287,74 @@ def forecast(config: ExtractConfig, reporter: Reporter | None = None) -> dict[st
     }
 
 
-def _extract(
+def make_shards(
     plan: Plan,
     manifest: Manifest,
-    shards: Sequence[int],
-    build: Callable[[], Localizer],
-    reporter: Reporter,
+    shards: Iterable[int],
+    begin: Callable[[], Localizer],
     waits: Waits,
+    advance: Callable[..., object],
+    commit: Callable[[int, ShardEntry | None], object] | None = None,
 ) -> int:
-    """Make those of the pending shards that no other process makes, in one overlapping pipeline.
+    """Make those of some shards that no other process makes, in one overlapping pipeline.
+
+    Args:
+        plan: of the extraction.
+        manifest: of the folder that gets the shards.
+        shards: drawn from while earlier ones are being made.
+        begin: called while the first images are decoded; returns what localizes.
+        waits: gets what the pipeline waits for.
+        advance: as of `ShardSink`.
+        commit: called with each shard and its entry in place of `Manifest.commit`, and with None
+            for a shard that another process makes.
 
     Returns:
-        The number of images of these shards.
+        The number of images of the shards made.
+
+    Raises:
+        AnchorpatchError: see `anchorpatch.errors`.
     """
-    total, left = (sum(len(manifest.shard_range(i)) for i in part) for part in (plan.owned, shards))
     network, reasons = Stopwatch(), Counter[str]()
     begun: set[int] = set()
-    sink = ShardSink(manifest, plan.files.shards, reporter.advance)
-    batches, made = _claimed(plan, sink, shards, begun, waits), 0
+    total = sum(len(manifest.shard_range(i)) for i in plan.owned)
+    sink = ShardSink(manifest, plan.files.shards, advance, commit=commit)
+    batches, made = _claimed(plan, sink, shards, begun, waits, commit), 0
 
     @lru_cache(1)  # another sum for each shard, not for each batch
     def elsewhere(begun_now: int, done_now: int) -> Counter[str]:
-        return _skipped_elsewhere(plan, sink.manifest, begun)
+        return skipped_elsewhere(plan, sink.manifest, begun)
 
     try:
         with closing(plan.load(batches, plan.config.workers)) as loader:
-            localizer = build()
-            reporter.start(f"extract {plan.config.split}", total, total - left)
+            localizer = begin()
             for batch in waits.each("decoding", loader):
                 if batch.bad:
                     reasons.update(reason for _, reason in batch.bad)
                     found = reasons + elsewhere(len(begun), len(sink.manifest.entries))
-                    _check_bad(plan, total, found, batch.bad[-1][0])
+                    check_bad(plan, total, found, plan.images.path(batch.bad[-1][0]))
                 with waits.on("network"):
                     pending = localizer.submit(batch.pixels) if len(batch.index) else None
                 write = partial(_append, plan=plan, batch=batch, pending=pending, network=network)
                 rows = [*batch.index.tolist(), *(row for row, _ in batch.bad)]
                 shard = rows[0] // plan.config.shard_size
-                last = max(rows) == manifest.shard_range(shard)[-1]
+                done = max(rows) == manifest.shard_range(shard)[-1]
                 with waits.on("writing", behind=("network", network)):
-                    sink.put(shard, write, len(rows), len(batch.bad), last=last)
+                    sink.put(shard, write, len(rows), len(batch.bad), last=done)
                 made += len(rows)
             with waits.on("writing", behind=("network", network)):
                 sink.drain()
     finally:
         sink.close()
-        reporter.stop()
     return made
 
 
 def _claimed(
-    plan: Plan, sink: ShardSink, shards: Sequence[int], begun: set[int], waits: Waits
+    plan: Plan,
+    sink: ShardSink,
+    shards: Iterable[int],
+    begun: set[int],
+    waits: Waits,
+    commit: Callable[[int, ShardEntry | None], object] | None,
 ) -> Iterator[range]:
     """Yield the images of each batch; no batch crosses a shard.
 
@@ -286,6 +363,8 @@ def _claimed(
     for shard in shards:
         with waits.on("writing"):
             if not sink.claim(shard):
+                if commit is not None:
+                    commit(shard, None)
                 continue
         begun.add(shard)
         images = sink.manifest.shard_range(shard)
@@ -373,18 +452,18 @@ def _append(
     return int(found.counts.sum())
 
 
-def _skipped_elsewhere(plan: Plan, manifest: Manifest, begun: Collection[int]) -> Counter[str]:
+def skipped_elsewhere(plan: Plan, manifest: Manifest, begun: Collection[int]) -> Counter[str]:
     """Return why earlier runs and other jobs have skipped images of the task's shards."""
     others = {manifest.shard_path(i).name for i in plan.owned if i not in begun}
     entries = (entry for entry in manifest.entries if entry.name in others)
     return Counter(reason for entry in entries for _, reason in entry.skipped)
 
 
-def _check_bad(plan: Plan, total: int, found: Counter[str], last: int) -> None:
-    """Raise where of ``total`` images more are unreadable than may be, up to the row ``last``."""
+def check_bad(plan: Plan, total: int, found: Counter[str], last: str) -> None:
+    """Raise where of ``total`` images more are unreadable than may be, up to the path ``last``."""
     if found.total() > math.floor(plan.config.max_bad * total + 1e-9):
         most = ", ".join(f"{n} {reason}" for reason, n in found.most_common(5))
-        details = f": {most}; the last is {plan.images.path(last)}"
+        details = f": {most}; the last is {last}"
         raise plan.images.too_many_bad(found.total(), total, plan.config.max_bad, details)
 
 

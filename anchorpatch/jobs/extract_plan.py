@@ -160,13 +160,26 @@ class Plan:
         )
 
 
-def make_plan(config: ExtractConfig, reporter: Reporter | None = None) -> Plan:
+def make_plan(
+    config: ExtractConfig, reporter: Reporter | None = None, device: torch.device | None = None
+) -> Plan:
     """Look at weights, images and the shards that are there, and settle what will be extracted.
+
+    Args:
+        config: what is asked for.
+        reporter: where to show progress.
+        device: kind of device of other machines that compute; None: this one does.
 
     Raises:
         AnchorpatchError: something is missing, or does not fit together.
     """
-    device = resolve_device(config.device)
+    gpus_elsewhere = device is not None and device.type == "cuda"
+    if gpus_elsewhere and config.patches is not None and not torch.cuda.is_available():
+        raise SettingsError(
+            "--patches: this machine has no GPU to find the settings with; run anchorpatch tune "
+            "on one that has, and use --coverage"
+        )
+    device = device or resolve_device(config.device)
     batch_size = config.batch_size or (256 if device.type == "cuda" else 64)
     weights = load_weights(config.weights)
     crop, nvjpeg = _crop(config, weights.meta), None
@@ -192,7 +205,7 @@ def make_plan(config: ExtractConfig, reporter: Reporter | None = None) -> Plan:
     ).limited(config.limit)
     preset = config.preset or default_preset(config.split)
     lsp = config.lsp or PRESETS[preset]
-    engine = _engine(config, device)
+    engine = _engine(config, device, "float32" if gpus_elsewhere else config.precision)
     if config.patches is not None:
         how = weights, (device, engine, config.precision), crop
         found = tuned_or_begun(
@@ -232,14 +245,14 @@ def make_plan(config: ExtractConfig, reporter: Reporter | None = None) -> Plan:
     return Plan(config, images, weights, device, batch_size, header, files, nvjpeg)
 
 
-def _engine(config: ExtractConfig, device: torch.device) -> str:
+def _engine(config: ExtractConfig, device: torch.device, precision: str) -> str:
     name = config.engine
     if name == "auto" and device.type == "cpu":
         with suppress(ShardError):
             begun = read_manifest(config.out / config.split).header.settings
             if begun.device != "cuda" and begun.engine == "torch":
                 name = "torch"
-    return resolve_engine(name, device, config.precision, compile=config.compile)
+    return resolve_engine(name, device, precision, compile=config.compile)
 
 
 def _crop(config: ExtractConfig, meta: WeightsMeta) -> CropSettings:

@@ -32,6 +32,7 @@ class ShardSink:
         advance: called with the images of each batch that a shard has taken, and the keywords
             ``patches`` and ``skipped``.
         closing: threads that close shards.
+        commit: called with each shard that is done and its entry in place of `Manifest.commit`.
 
     Attributes:
         manifest: as of the last claim.
@@ -43,8 +44,10 @@ class ShardSink:
         digests: Sequence[str],
         advance: Callable[..., object],
         closing: int = _CLOSING,
+        commit: Callable[[int, ShardEntry], object] | None = None,
     ) -> None:
         self.manifest, self._digests, self._advance = manifest, digests, advance
+        self._commit = commit or (lambda shard, entry: self.manifest.commit(entry))
         self._filling = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._closing, self._most = ThreadPoolExecutor(closing, "closing"), closing
         self._queue: deque[tuple[int, int, Future[int]]] = deque()
@@ -157,7 +160,7 @@ class ShardSink:
         def commit(entry: ShardEntry) -> None:
             if before is not None:
                 before.result()
-            self.manifest.commit(entry)
+            self._commit(shard, entry)
 
         self._writers[shard].close(commit)
         del self._writers[shard]
