@@ -126,7 +126,7 @@ def _join(ray: Any, address: str) -> None:
         options |= {"num_cpus": cpu_count(), "include_dashboard": False}
     else:
         # For what is set when the program starts; a cluster's own processes know nothing of it.
-        names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+        names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "ANCHORPATCH_SPOOL")
         passed = {name: os.environ[name] for name in names if name in os.environ}
         options["runtime_env"] = {"env_vars": passed}
     if address not in ("auto", "local"):
