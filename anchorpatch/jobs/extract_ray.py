@@ -44,7 +44,7 @@ from anchorpatch.runtime.device import cpu_count
 from anchorpatch.runtime.progress import Reporter, Waits
 from anchorpatch.shards.layout import shard_name
 from anchorpatch.shards.manifest import LOCK_NAME, Manifest, ShardEntry
-from anchorpatch.signals import STOP_SIGNALS, waiting_for
+from anchorpatch.signals import StopSignals, waiting_for
 from anchorpatch.text import counted
 
 #: Actors that may die over one shard, for whatever reason.
@@ -102,22 +102,28 @@ def connected(settings: RaySettings, device: str = "auto") -> Iterator[RayCluste
         raise MissingDependency(
             f"--ray: Ray cannot be loaded ({reason_of(error)}): pip install 'anchorpatch[ray]'"
         ) from error
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     # Ray prints what happens to its processes, to stdout.
     with open(os.devnull, "w") as null, redirect_stdout(null):
         try:
-            try:
+            with _held():
                 _join(ray, settings.address or os.environ.get("RAY_ADDRESS") or "local")
-            except SystemExit as error:  # what Ray makes of SIGTERM
-                number = signal.SIGTERM
-                raise Interrupted("terminated by SIGTERM; run again", number) from error
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-            yield RayCluster(ray, settings, device)
+                cluster = RayCluster(ray, settings, device)
+            yield cluster
         finally:
             with waiting_for("Ray to end"):
                 ray.shutdown()
+
+
+@contextmanager
+def _held() -> Iterator[StopSignals]:
+    """Hold stop signals back until the end of the block.
+
+    What a handler raises within a call of Ray arrives as a SystemError, or not at all.
+    """
+    with StopSignals() as stop:
+        yield stop
+    if stop.received:
+        signal.raise_signal(stop.received)
 
 
 def _join(ray: Any, address: str) -> None:
@@ -145,6 +151,9 @@ def _join(ray: Any, address: str) -> None:
     try:
         with waiting_for(f"Ray ({address})"):
             ray.init(**options)
+    except SystemExit as error:  # what Ray makes of SIGTERM
+        number = signal.SIGTERM
+        raise Interrupted("terminated by SIGTERM; run the same command again", number) from error
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise AnchorpatchError(f"--ray {address}: cannot use Ray: {reason_of(error)}") from error
 
@@ -199,7 +208,8 @@ class RayCluster:
         self, plan: Plan, reporter: Reporter, waits: Waits
     ) -> Iterator[Callable[[Manifest, Sequence[int]], int]]:
         """See `anchorpatch.jobs.extract.Engine`."""
-        crew = _Crew(self._ray, self, plan, reporter, waits)
+        with _held():
+            crew = _Crew(self._ray, self, plan, reporter, waits)
         try:
             yield crew.make
         finally:
@@ -252,6 +262,10 @@ class _Crew:
 
     def make(self, manifest: Manifest, shards: Sequence[int]) -> int:
         """Make shards, and return their number of images."""
+        with _held() as stop:
+            return self._make(manifest, shards, stop)
+
+    def _make(self, manifest: Manifest, shards: Sequence[int], stop: StopSignals) -> int:
         todo, made, since = deque(shards), 0, time.monotonic()
         refused: set[int] = set()  # and, with the time to try again:
         later: dict[int, float] = {}
@@ -260,7 +274,7 @@ class _Crew:
         patience = _PATIENCE if self._plan.config.task.job is None else 0.0
         start_counting(self._plan, manifest, shards, self._reporter)
         try:
-            while left := len(todo) + len(later) + self._under_way():
+            while (left := len(todo) + len(later) + self._under_way()) and not stop.received:
                 now = time.monotonic()
                 if left > len(refused):
                     since = now

@@ -38,7 +38,7 @@ from anchorpatch.jobs.extract_ray import RayCluster, RaySettings, connected
 from anchorpatch.jobs.ray_actor import Actor, Made, Orders
 from anchorpatch.shards.manifest import LOCK_NAME, read_manifest
 from anchorpatch.shards.splits import open_manifest
-from tests.program import PROCESSES, _run, run_program
+from tests.program import PROCESSES, run_here, run_program
 
 #: Of one image each.
 SHARDS = 40
@@ -105,10 +105,10 @@ def test_actors_and_nodes_that_die_change_no_byte(
     (node,) = cluster.worker_nodes
     plan = make_plan(config_of(image_folder, weights, out.parent))
     open_manifest(out, plan.header, plan.files)
-    program = PROCESSES.Process(target=_run, args=(words, tmp_path, settings, streams))
+    program = PROCESSES.Process(target=run_here, args=(words, tmp_path, settings, streams))
 
     def wait_until(ready: Callable[[int], object]) -> None:
-        end = time.monotonic() + 100
+        end = time.monotonic() + 200
         while not ready(len(read_manifest(out).entries)):
             assert program.is_alive(), streams[1].read_text()
             assert time.monotonic() < end
