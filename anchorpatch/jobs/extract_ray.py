@@ -285,7 +285,7 @@ class _Crew:
                     for shard in due:
                         del later[shard]
                         (refused.discard if manifest.has(shard) else todo.append)(shard)
-                self._staff(len(todo) + self._under_way())
+                self._staff(left)
                 self._hand_out(todo)
                 if (result := self._next_result(todo)) is None:
                     continue
