@@ -93,9 +93,10 @@ def connected(settings: RaySettings, device: str = "auto") -> Iterator[RayCluste
         SettingsError: the address is no address, or no node has what an actor is to have.
         AnchorpatchError: the cluster does not answer.
     """
-    # Read when Ray is loaded, and by the processes that it starts.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # or one per core waits idly
+    # Read when Ray is loaded, and by the processes that it starts: no reports to its makers, no
+    # idle worker for each core, and actors of the same priority as other processes.
+    for name in ("USAGE_STATS_ENABLED", "prestart_worker_first_driver", "worker_niceness"):
+        os.environ.setdefault(f"RAY_{name}", "0")
     try:
         import ray
     except ImportError as error:

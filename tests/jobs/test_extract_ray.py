@@ -70,8 +70,8 @@ def cluster() -> Iterator[Any]:
     pytest.importorskip("ray", reason="needs Ray")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in ("RAY_USAGE_STATS_ENABLED", "RAY_prestart_worker_first_driver"):
-            patch.setenv(name, "0")
+        for name in ("USAGE_STATS_ENABLED", "prestart_worker_first_driver", "worker_niceness"):
+            patch.setenv(f"RAY_{name}", "0")
         from ray.cluster_utils import Cluster
 
         head = {"num_cpus": 1, "include_dashboard": False}

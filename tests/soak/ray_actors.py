@@ -39,7 +39,8 @@ class Nodes:
 
     def __init__(self) -> None:
         # Set before the programs are forked too.
-        os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_prestart_worker_first_driver="0")
+        for name in ("USAGE_STATS_ENABLED", "prestart_worker_first_driver", "worker_niceness"):
+            os.environ[f"RAY_{name}"] = "0"
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CLUSTER],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
