@@ -455,11 +455,9 @@ def _probe(plan: Plan) -> Iterator[tuple[int, int]]:
 
 def _why(error: Exception) -> str:
     """Return in a few words why an actor is gone."""
-    text = str(error)
-    detail = re.search(r"Worker exit detail: ([^.]*)", text) or re.search(
-        r"(its node has died|node was terminated|out of memory)", text
-    )
-    return detail[1] if detail else reason_of(error)[-200:]
+    kinds = r"Worker exit detail: ([^.]*)|(its node has died|temporarily unavailable: [^.(]*)"
+    found = re.search(kinds, str(error))
+    return (found[1] or found[2]).strip() if found else reason_of(error)[-200:]
 
 
 def _node(error: Exception) -> str:

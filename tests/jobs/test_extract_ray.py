@@ -108,7 +108,7 @@ def test_actors_and_nodes_that_die_change_no_byte(
     program = PROCESSES.Process(target=run_here, args=(words, tmp_path, settings, streams))
 
     def wait_until(ready: Callable[[int], object]) -> None:
-        end = time.monotonic() + 200
+        end = time.monotonic() + 300
         while not ready(len(read_manifest(out).entries)):
             assert program.is_alive(), streams[1].read_text()
             assert time.monotonic() < end
