@@ -27,10 +27,21 @@ from anchorpatch.settings import CropSettings
 from anchorpatch.shards import ShardReader
 from tests.conftest import Program
 from tests.oddities import encoded, make_oddities, picture
-from tests.program import run_program
+from tests.program import run_program, start_program
 from tests.shards_oracle import check_folder
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+    """Half of those images: DATA/val/{cat,dog} with 10 JPEG files each."""
+    data = tmp_path_factory.mktemp("half")
+    for name in ("cat", "dog"):
+        (data / "val" / name).mkdir(parents=True)
+        for path in sorted((image_folder / "val" / name).iterdir())[:10]:
+            os.link(path, data / "val" / name / path.name)
+    return data
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -48,12 +59,12 @@ def reference(
     out = tmp_path_factory.mktemp("reference")
     arguments = [*common(image_folder, weights), "--out", out, "--workers", 0]
     run_program(*arguments, cwd=out).check_returncode()
-    assert check_folder(out / "val")[0] == 40
+    assert check_folder(out / "val")[0] == 20
     return contents(out / "val")
 
 
 def common(image_folder: Path, weights: Path) -> list[object]:
-    options = ["--shard-size", 6, "--batch-size", 4, "--store-images"]
+    options = ["--shard-size", 3, "--batch-size", 4, "--store-images"]
     return ["extract", "--data", image_folder, "--weights", weights, *options]
 
 
@@ -64,7 +75,7 @@ def test_workers_and_batches_do_not_change_the_bytes(
 ) -> None:  # fmt: skip
     batch = {1: 5, 2: 64}[workers]
     arguments = [*common(image_folder, weights), "--workers", workers, "--batch-size", batch]
-    result = program(*arguments, env={"OMP_NUM_THREADS": str(workers)}, fresh=True)
+    result = program(*arguments, env={"OMP_NUM_THREADS": str(workers)}, fresh=workers == 2)
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "shards/val") == reference
 
@@ -78,6 +89,7 @@ def test_this_holds_for_each_engine_and_precision(
     engine: str, precision: str,
 ) -> None:  # fmt: skip
     arguments = [*common(image_folder, weights), "--engine", engine, "--precision", precision]
+    arguments += ["--limit", 8]
     for threads, batch in ((1, 5), (2, 64)):
         more = ["--threads", threads, "--batch-size", batch, "--out", tmp_path / str(threads)]
         result = program(*arguments, *more, "--workers", 0)
@@ -91,7 +103,7 @@ def test_this_holds_for_each_engine_and_precision(
     other = {"torch": "openvino", "openvino": "torch"}[engine]
     refused = program(*arguments, *more, "--engine", other)
     assert f"--engine was {engine}, now {other}" in refused.stderr
-    again = program(*common(image_folder, weights), *more, "--precision", precision)
+    again = program(*common(image_folder, weights), *more, "--limit", 8, "--precision", precision)
     assert again.returncode == 0, again.stderr  # auto goes on, with torch if that began
 
 
@@ -101,10 +113,9 @@ def test_killed_and_run_again_gives_the_same_bytes(
     reference: dict[str, bytes], workers: int,
 ) -> None:  # fmt: skip
     arguments = [*common(image_folder, weights), "--out", tmp_path, "--workers", workers]
-    command = [sys.executable, "-m", "anchorpatch", *map(str, arguments)]
     rng = random.Random(workers)
     for _ in range(2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start_program(*arguments, cwd=tmp_path)
         # Wait until it has begun to write, then a random moment more.
         deadline = time.monotonic() + 60
         done = len(list(tmp_path.glob("val/*.h5*")))
@@ -129,7 +140,7 @@ def test_torchrun_gives_the_same_bytes_and_one_report(
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "val") == reference
     report = json.loads(result.stdout)
-    assert (report["images"], report["shards"], report["complete"]) == (40, 7, True)
+    assert (report["images"], report["shards"], report["complete"]) == (20, 7, True)
 
 
 def test_tasks_do_their_parts(
@@ -153,7 +164,7 @@ def test_tasks_do_their_parts(
     # A job of an array does what nobody has done, whatever its index.
     third = program(*arguments, env={"SLURM_ARRAY_TASK_ID": "12"})
     assert "extract: sharing the work with other jobs (SLURM array task 12)\n" in third.stderr
-    assert "12 images in " in third.stdout
+    assert "6 images in " in third.stdout
     assert "pending" not in third.stdout
     assert contents(tmp_path / "shards/val") == reference
 
@@ -175,7 +186,7 @@ def test_jobs_of_any_array_share_the_shards(
     assert contents(tmp_path / "shards/val") == reference
     # Each shard was made once.
     made = [re.findall(r"^(\d+) images in .* s: ", r.stdout, re.MULTILINE) for r in results]
-    assert sum(int(images) for found in made for images in found) == 40
+    assert sum(int(images) for found in made for images in found) == 20
     assert not list(tmp_path.glob("shards/val/val-*.lock"))
 
 
@@ -183,15 +194,15 @@ def test_a_changed_list_remakes_what_has_changed(
     program: Program, tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes]
 ) -> None:
     data = shutil.copytree(image_folder, tmp_path / "data")
-    for i in range(5, 20):
+    for i in range(3, 10):
         (data / f"val/dog/{i:02d}.JPEG").unlink()
     arguments = common(data, weights)
     assert program(*arguments).returncode == 0
     before = contents(tmp_path / "shards/val")
     shutil.copytree(image_folder, data, dirs_exist_ok=True)
-    added = "images were 25, now 40 (first in val-00004.h5: dog/05.JPEG added)"
-    limited = "images were 25, now 30 (first in val-00000.h5: cat/"
-    for more in ([], ["--dry-run"], ["--limit", 30]):
+    added = "images were 13, now 20 (first in val-00004.h5: dog/03.JPEG added)"
+    limited = "images were 13, now 15 (first in val-00001.h5: cat/"
+    for more in ([], ["--dry-run"], ["--limit", 15]):
         refused = program(*arguments, *more)
         assert (refused.returncode, refused.stdout) == (1, "")
         assert (limited if "--limit" in more else added) in refused.stderr
@@ -201,7 +212,7 @@ def test_a_changed_list_remakes_what_has_changed(
     assert json.loads(dry.stdout)["pending"] == 3
     assert contents(tmp_path / "shards/val") == before
     result = program(*arguments, "--overwrite")
-    assert "16 images in " in result.stdout
+    assert "8 images in " in result.stdout
     assert contents(tmp_path / "shards/val") == reference
 
 
@@ -226,14 +237,14 @@ def test_the_command_that_verify_names_repairs(
     assert summary == "my shards/val: 7 shards, 2 bad"
     assert advice.startswith("to rewrite them: anchorpatch extract --repair --data ")
     command = shlex.split(advice.partition(": anchorpatch ")[2])
-    assert {"--store-images", "--shard-size", "6", "--preset", "evaluate"} <= set(command)
+    assert {"--store-images", "--shard-size", "3", "--preset", "evaluate"} <= set(command)
     # Its size is right, so nothing else finds it out.
-    assert "6 images in " in program(*command[:1], *command[2:], env=env).stdout
+    assert "3 images in " in program(*command[:1], *command[2:], env=env).stdout
     assert contents(folder) != reference
     result = program(*command, env=env)
     assert result.returncode == 0, result.stderr
     assert "repair: 1 of 7 shards are damaged" in result.stderr
-    assert "6 images in " in result.stdout
+    assert "3 images in " in result.stdout
     assert contents(folder) == reference
     assert "repair: 0 of 7 shards are damaged" in program(*command, env=env).stderr
 
@@ -271,15 +282,15 @@ def test_interrupts_end_with_their_status_and_leave_whole_shards(
     program: Program, tmp_path: Path, image_folder: Path, weights: Path, reference: dict[str, bytes]
 ) -> None:
     arguments = [*common(image_folder, weights), "--out", tmp_path, "--workers", 2]
-    command = [sys.executable, "-m", "anchorpatch", *map(str, arguments)]
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         shutil.rmtree(tmp_path / "val", ignore_errors=True)
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = start_program(*arguments, cwd=tmp_path)
         while not list(tmp_path.glob("val/*.h5*")) and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(number)
-        errors = process.communicate(timeout=60)[1]
-        assert process.returncode == status
+        done = process.wait(timeout=60)
+        errors = done.stderr
+        assert done.returncode == status
         assert errors.splitlines()[-1].endswith("run the same command again")
         assert "Traceback" not in errors
         assert not list(tmp_path.glob("val/*.tmp"))
@@ -304,7 +315,7 @@ def test_a_limit_is_spread_over_the_classes(
     arguments = [*common(image_folder, weights), "--limit", 5, "--shard-size", 2]
     assert program(*arguments).returncode == 0
     names = [name.decode() for name in ShardReader(tmp_path / "shards/val").path.tolist()]
-    assert names == [f"{n}.JPEG" for n in ("cat/00", "cat/08", "cat/16", "dog/04", "dog/12")]
+    assert names == [f"{n}.JPEG" for n in ("cat/00", "cat/04", "cat/08", "dog/02", "dog/06")]
     # The shards are those of a folder that holds only these images.
     for name in names:
         copy = tmp_path / "few" / "val" / name
@@ -323,7 +334,7 @@ def test_other_inputs_are_refused_until_overwrite(
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)
-    arguments = ["extract", "--weights", weights, "--shard-size", 10, "--limit", 25]
+    arguments = ["extract", "--weights", weights, "--shard-size", 5, "--limit", 13]
     assert program(*arguments).returncode == 0
     before = contents(tmp_path / "shards/val")
 
@@ -347,7 +358,7 @@ def test_other_inputs_are_refused_until_overwrite(
     (data / "val/cat/00b.JPEG").rename(data / "val/cat/00.JPEG")
     with open(data / "val/cat/06.JPEG", "ab") as file:
         file.write(b"junk")
-    refused(message="images were 25, now 25")
+    refused(message="images were 13, now 13")
     assert program(*arguments, "--overwrite", "--preset", "figure").returncode == 0
     assert contents(tmp_path / "shards/val") != before
 
@@ -368,9 +379,9 @@ def test_dry_run_writes_nothing_and_foretells_the_bytes(
     arguments = ["extract", "--data", image_folder, "--weights", weights, "--json"]
     estimated = json.loads(program(*arguments, "--dry-run").stdout)
     assert not (tmp_path / "shards").exists()
-    assert (estimated["images"], estimated["shards"], estimated["pending"]) == (40, 1, 1)
+    assert (estimated["images"], estimated["shards"], estimated["pending"]) == (20, 1, 1)
     written = json.loads(program(*arguments).stdout)
-    # All 40 images were in the sample.
+    # All 20 images were in the sample.
     assert abs(estimated["bytes"] - written["bytes"]) < 2000
     done = program(*arguments[:-1], "--dry-run").stdout
     assert "would write 0 of 1 shard " in done
@@ -385,7 +396,7 @@ def test_summary_counts_what_is_in_the_shards(
     arguments = ["extract", "--data", image_folder, "--weights", weights, "--codec", codec]
     report = json.loads(program(*arguments, "--preset", "finetune", "--json").stdout)
     reader = ShardReader(tmp_path / "shards/val")
-    assert report["images"] == len(reader) == 40
+    assert report["images"] == len(reader) == 20
     for scale, row in report["scales"].items():
         chosen = reader.scale == int(scale)
         assert row["images"] == chosen.sum()
@@ -538,7 +549,7 @@ def test_a_disk_that_falters_loses_no_image(
     from anchorpatch.jobs.extract_plan import ExtractConfig
 
     config = ExtractConfig(
-        image_folder, "val", weights, tmp_path, shard_size=6, batch_size=4, workers=0,
+        image_folder, "val", weights, tmp_path, shard_size=3, batch_size=4, workers=0,
         device="cpu", store_images=True,
     )  # fmt: skip
     opened, failures, lasting = os.open, [], True
@@ -565,7 +576,7 @@ def test_a_full_disk_ends_in_one_line_and_a_run_that_goes_on(
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
@@ -625,7 +636,7 @@ def test_photographs_give_patches_equal_to_their_crops(
     program: Program, tmp_path: Path, photos: Path, weights: Path, preset: str
 ) -> None:
     arguments = ["extract", "--data", photos / "imagenet-photos", "--weights", weights]
-    result = program(*arguments, "--preset", preset, "--store-images", "--limit", 60)
+    result = program(*arguments, "--preset", preset, "--store-images", "--limit", 24)
     assert result.returncode == 0, result.stderr
-    assert check_folder(tmp_path / "shards/val")[0] == 60
+    assert check_folder(tmp_path / "shards/val")[0] == 24
     assert program("shards", "verify", tmp_path / "shards").returncode == 0
