@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from anchorpatch.demo import demo_weights
+from anchorpatch.demo import BUNDLED, bundled_weights
 from anchorpatch.errors import DataError, ImageError, SettingsError, WeightsError
 from anchorpatch.geometry import source_box
 from anchorpatch.images.decode import Decoded, crop_image, decode
@@ -113,8 +113,9 @@ def localize(
         images: one, or any number of any sizes: pictures of Pillow of any mode, which are turned
             as their EXIF orientation says, arrays uint8 (H, W), (H, W, 3) or (H, W, 4), or files.
             An array of four dimensions (n, H, W, 3) is n images.
-        weights: of AnchorNet: a file, or "demo" for the bundled ones, which know the drawn scenes
-            of `anchorpatch demo`; None for ./runs/anchornet/best.safetensors.
+        weights: of AnchorNet: a file, or bundled ones: "photos", which know ten classes of
+            photographs, or "demo", which know the drawn scenes of `anchorpatch demo`; None for
+            ./runs/anchornet/best.safetensors.
         lsp: a preset, "figure", "finetune" or "evaluate", or K, T and P of Algorithm 1.
         device: "auto", "cpu" or "cuda".
         engine: what computes AnchorNet on a CPU: "auto", "openvino" or "torch".
@@ -180,13 +181,13 @@ def localize(
 
 
 def _weights_file(weights: str | os.PathLike[str] | None) -> Path:
-    if weights == "demo":
-        return demo_weights()
+    if weights in BUNDLED:
+        return bundled_weights(str(weights))
     path = Path("runs", "anchornet", "best.safetensors") if weights is None else Path(weights)
     if weights is None and not path.is_file():
         raise WeightsError(
-            f'{path} does not exist: give weights=FILE, or weights="demo" for the bundled ones, '
-            "which know the drawn scenes of `anchorpatch demo` only"
+            f'{path} does not exist: give weights=FILE, or bundled ones: weights="photos" knows '
+            'ten classes of photographs, weights="demo" the drawn scenes of `anchorpatch demo`'
         )
     return path
 

@@ -138,6 +138,16 @@ def test_the_demo_weights_are_not_taken_silently(
     assert len(localize(photo, weights="demo")) > 0
 
 
+@pytest.mark.photos
+def test_the_bundled_weights_know_ten_classes_of_photographs(photos: Path) -> None:
+    folders = sorted((photos / "imagenette224" / "val").iterdir())
+    files = [path for folder in folders for path in sorted(folder.iterdir())[::20]]
+    found = localize(files, weights="photos")
+    assert len(found) == len(files) == 50
+    right = sum(p.predicted == file.parent.name for p, file in zip(found, files, strict=True))
+    assert right / len(files) > 0.7
+
+
 def _in_a_fork(weights: Path) -> None:
     import os
 

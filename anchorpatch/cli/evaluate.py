@@ -9,7 +9,7 @@ import click
 
 from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import print_result
-from anchorpatch.demo import find_weights
+from anchorpatch.demo import BUNDLED, find_weights
 from anchorpatch.settings import SCALES
 from anchorpatch.storage import write_atomically
 
@@ -57,8 +57,8 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 @opt.labels
 @click.option(
     "--weights",
-    metavar="FILE|default|demo",
-    help="Weights; default: the pretrained weights of NETWORK; demo: the bundled ones of "
+    **opt.file_or("default", *BUNDLED),
+    help="Weights; default: the pretrained weights of NETWORK; photos, demo: bundled ones of "
     "anchornet.  [default: RUNS/NETWORK/best.safetensors, or one network per scale as with "
     "--per-scale]",
 )
@@ -129,7 +129,7 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 )
 @click.option(
     "--whole-weights",
-    metavar="FILE|default",
+    **opt.file_or("default"),
     help="Weights for whole images, and for --protocol rescale.  [default: "
     "RUNS/NETWORK-baseline/best.safetensors if it exists, else --weights unless fine-tuned on "
     "patches, else the pretrained weights if their classes match]",
@@ -137,7 +137,7 @@ _OF_TABLE_3 = ("per_scale", "whole", "anchornet_weights", "speed", "predictions"
 @click.option("--whole/--no-whole", default=True, help="Evaluate whole images as well.")
 @click.option(
     "--anchornet-weights",
-    metavar="FILE|demo",
+    **opt.file_or(*BUNDLED),
     help="AnchorNet weights, to measure speed.  [default: RUNS/anchornet/best.safetensors]",
 )
 @click.option("--speed/--no-speed", default=True, help="Measure images per second.")

@@ -212,7 +212,7 @@ def attention(**options: Any) -> None:
 @opt.runs
 @click.option(
     "--weights",
-    metavar="FILE|default",
+    **opt.file_or("default"),
     help="Weights of NETWORK; default: the pretrained ones.  [default: "
     "RUNS/NETWORK-baseline/best.safetensors where it exists, else the pretrained ones if their "
     "classes match, else RUNS/NETWORK/best.safetensors]",

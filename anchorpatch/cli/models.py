@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from anchorpatch.classes import IMAGENET_NAMES
 from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import print_json, print_table
 from anchorpatch.settings import CROP, SCALES
@@ -52,7 +53,8 @@ def models(
     The last lines are how the pretrained weights of NAME expect their input. Mean and std are
     followed everywhere and recorded in checkpoints, and so is the interpolation, which
     `evaluate --protocol rescale` resizes by. Patches and whole images are resized bilinearly, as
-    AnchorNet sees them, and keep their own sizes.
+    AnchorNet sees them, and keep their own sizes. For anchornet, the classes of the bundled
+    weights (`--weights demo`, `--weights photos`) are listed.
     """
     if table3 or only_names:
         if names or (table3 and only_names):
@@ -62,8 +64,9 @@ def models(
         return
     sides = list(dict.fromkeys((size, *sorted(SCALES, reverse=True))))
     rows = _rows(names, classes, sides)
+    bundled = _bundled() if "anchornet" in (row["network"] for row in rows) else {}
     if as_json:
-        print_json({"classes": classes, "size": size, "networks": rows})
+        print_json({"classes": classes, "size": size, "networks": rows, "bundled": bundled})
         return
     print_table(
         [
@@ -91,6 +94,9 @@ def models(
                 f"pretrained input of {name}: mean {mean}; std {std}; {made['interpolation']}, "
                 f"{made['size']} px, crop_pct {made['crop_pct']:.3g}"
             )
+    for name, known in bundled.items():
+        shown = (IMAGENET_NAMES.name(of) or of for of in known)
+        click.echo(f"bundled weights of anchornet: {name} ({', '.join(shown)})")
     if not names:
         click.echo(
             "Any classifier of torchvision works by its name (--names lists them), and timm's as "
@@ -117,6 +123,14 @@ def _rows(names: tuple[str, ...], classes: int, sides: list[int]) -> list[dict[s
             rows += [{**row, "preprocessing": facts} for row in summaries(name, classes, sides)]
             progress.advance(1)
     return rows
+
+
+def _bundled() -> dict[str, tuple[str, ...]]:
+    """Return the classes of the bundled weights by their names."""
+    from anchorpatch.demo import BUNDLED, bundled_weights
+    from anchorpatch.runtime.checkpoint import read_meta
+
+    return {name: read_meta(bundled_weights(name)).classes for name in BUNDLED}
 
 
 def _print_names(as_json: bool) -> None:

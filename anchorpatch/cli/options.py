@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from anchorpatch.classes import ClassNames, Matching
+from anchorpatch.demo import BUNDLED
 from anchorpatch.errors import OutOfMemory
 from anchorpatch.settings import CONFIDENCES, ENGINES, PRECISIONS, PRESETS, default_preset
 
@@ -308,12 +310,23 @@ max_bad = click.option(
     help="Maximum share of unreadable images; above it, the command fails.",
 )
 
+
+def file_or(*names: str) -> dict[str, Any]:
+    """Return what an option has that takes a file or one of some names: metavar, completion."""
+
+    def complete(ctx: click.Context, param: click.Parameter, start: str) -> list[CompletionItem]:
+        known = [CompletionItem(name) for name in names if name.startswith(start)]
+        return [CompletionItem(start, type="file"), *known]
+
+    return {"metavar": "|".join(("FILE", *names)), "shell_complete": complete}
+
+
 weights, anchornet_weights = (
     click.option(
         name,
-        metavar="FILE|demo",
-        help="AnchorNet weights; demo: the bundled ones.  "
-        "[default: RUNS/anchornet/best.safetensors]",
+        **file_or(*BUNDLED),
+        help="AnchorNet weights; photos: bundled ones for ten classes of photographs; demo: for "
+        "the drawn scenes.  [default: RUNS/anchornet/best.safetensors]",
     )
     for name in ("--weights", "--anchornet-weights")
 )

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--weights",
-    metavar="FILE|default",
+    **opt.file_or("default"),
     help="Weights of the network NAME; default: the pretrained ones.  [default: "
     "RUNS/NAME/best.safetensors]",
 )

@@ -9,7 +9,7 @@ import click
 
 from anchorpatch.cli import options as opt
 from anchorpatch.cli.output import bytes_text, print_json
-from anchorpatch.demo import find_weights
+from anchorpatch.demo import BUNDLED, find_weights
 from anchorpatch.text import clean, counted
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--figures", type=opt.PATH, help="Folder of the figures.  [default: DIR/figures]")
 @click.option(
     "--weights",
-    metavar="FILE|demo",
+    **opt.file_or(*BUNDLED),
     help="AnchorNet weights that the shards were extracted with, to draw missing figures.  "
     "[default: those of the runs or the bundled ones, if they made the shards]",
 )

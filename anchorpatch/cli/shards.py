@@ -180,7 +180,7 @@ def _extract_command(manifest: Manifest, *options: str) -> str:
     Data and weights are those that `extract` takes by default where they fit; else they stand as
     DATA and WEIGHTS-SHA256, with the first digits of the checksum that the weights must have.
     """
-    from anchorpatch.demo import demo_weights
+    from anchorpatch.demo import BUNDLED, bundled_weights
     from anchorpatch.shards.header import extract_options
 
     split, wanted = manifest.header.split, manifest.header.weights_sha256
@@ -188,8 +188,9 @@ def _extract_command(manifest: Manifest, *options: str) -> str:
     runs = Path(os.environ.get("ANCHORPATCH_RUNS") or "runs")
     trained = runs / "anchornet" / "best.safetensors"
     candidates = {str(trained): trained}
-    with suppress(WeightsError):
-        candidates["demo"] = demo_weights()
+    for bundled in BUNDLED:
+        with suppress(WeightsError):
+            candidates[bundled] = bundled_weights(bundled)
     weights = f"WEIGHTS-{wanted[:12]}"
     for name, path in candidates.items():
         with suppress(OSError), path.open("rb") as file:

@@ -33,7 +33,7 @@ from anchorpatch.demo import find_weights
 )
 @click.option(
     "--network-weights",
-    metavar="FILE|default",
+    **opt.file_or("default"),
     help="--budget: weights of the network NAME; default: the pretrained ones.  [default: "
     "RUNS/NAME/best.safetensors]",
 )

@@ -1,4 +1,4 @@
-"""How well the patches of scenes fit the objects, which are known there.
+"""How well the patches of scenes fit the objects, which are known there; what photographs show.
 
 A patch *hits* when its center pixel lies in the object's box. *Covered* is the share of the box's
 area inside the patch. Both are given for the strongest patch of each image and, as a measure of
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from anchorpatch.classes import ClassNames, match_classes
 from anchorpatch.demo.scene_folder import read_boxes
 from anchorpatch.demo.scenes import SIZES
 from anchorpatch.errors import DataError
@@ -116,6 +117,69 @@ class SceneScore:
                 notes=tuple(notes),
             ),
         )
+
+
+@dataclass(frozen=True)
+class PhotoScore:
+    """What AnchorNet makes of photographs, whose classes may be unknown.
+
+    Attributes:
+        images: how many.
+        labelled: how many of them have a label that is one of the network's classes.
+        top1: share of the labelled ones that are predicted as their label; None without any.
+        predicted: by class of the network, images that are predicted as it, and the mean
+            probability of the chosen branch; the most frequent first.
+    """
+
+    images: int
+    labelled: int
+    top1: float | None
+    predicted: dict[str, dict[str, float]]
+
+    def table(self, names: ClassNames) -> Table:
+        """Return the predicted classes, and the accuracy where something says it."""
+        most = max(int(row["images"]) for row in self.predicted.values())
+        rows = tuple(
+            (text(names.shown(of)), barred(int(row["images"]), most), share(row["probability"], 1))
+            for of, row in self.predicted.items()
+        )
+        note = "No image has a label that is a class of the weights: accuracy is unknown."
+        if self.top1 is not None:
+            known = f"{self.labelled:,} of {counted(self.images, 'image')}"
+            note = f"Top-1 of AnchorNet, on {known} with labels that it knows: "
+            note += f"{percent(self.top1, 1)}."
+        columns = named("predicted", "images", "mean probability")
+        return Table("Predicted classes", columns, rows, notes=(note,))
+
+
+def score_photos(shards_folder: Path) -> PhotoScore:
+    """Count what the images of a split are predicted as, and how often rightly.
+
+    Raises:
+        DataError: there are no images.
+        ShardError: the shards cannot be read.
+    """
+    reader = ShardReader(shards_folder)
+    if not len(reader):
+        raise DataError(f"{shards_folder}: expected patches of photographs, found no image")
+    outputs = match_classes(reader.classes, reader.network_classes)
+    truth = np.array([-1 if i is None else i for i in outputs])[reader.label]
+    known, predicted = truth >= 0, reader.predicted
+    branch = np.searchsorted(SCALES, reader.scale)
+    probability = reader.branch_prob[np.arange(len(reader)), branch]
+    counts = np.bincount(predicted, minlength=len(reader.network_classes))
+    return PhotoScore(
+        images=len(reader),
+        labelled=int(known.sum()),
+        top1=float((predicted == truth)[known].mean()) if known.any() else None,
+        predicted={
+            reader.network_classes[of]: {
+                "images": int(counts[of]),
+                "probability": float(probability[predicted == of].mean()),
+            }
+            for of in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
+        },
+    )
 
 
 def score_scenes(shards_folder: Path, boxes_csv: Path) -> SceneScore:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from anchorpatch.classes import ClassNames
-from anchorpatch.errors import DataError, NothingToShow, SettingsError
+from anchorpatch.errors import NothingToShow, SettingsError
 from anchorpatch.figures.canvas import (
     GAP,
     Color,
@@ -184,7 +184,9 @@ def find_errors(
 
     Raises:
         NothingToShow: no branch is wrong where another is right.
-        DataError: the weights know none of the classes, or no image can be decoded.
+        NothingToShow: no branch is wrong where another is right, or the weights know none of the
+            classes.
+        DataError: no image can be decoded.
         SettingsError: no image or class has a name that was asked for.
     """
     with looking(source, weights, config, reporter) as (localizer, survey):
@@ -201,7 +203,7 @@ def find_errors(
             )
         if not any(found.values()):
             if (survey.truth < 0).all():
-                raise DataError(
+                raise NothingToShow(
                     f"{source.name}: {weights.path} knows none of its classes "
                     f"({few(source.classes)}), only {few(survey.network)}: give weights for these "
                     "classes with --weights"

@@ -19,17 +19,23 @@ import numpy as np
 import numpy.typing as npt
 
 from anchorpatch.errors import DataError, ImageError
-from anchorpatch.images.folder import Listing, as_numbers, extension_of, factorized, read_image
+from anchorpatch.images.folder import (
+    OUTSIDE,
+    Listing,
+    as_numbers,
+    extension_of,
+    factorized,
+    read_image,
+)
 from anchorpatch.images.index import Index, each_name, open_index
 from anchorpatch.images.labels import EXTENSIONS
 from anchorpatch.images.members import ArchiveReader
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.text import few
 
-#: Folders that are splits and not classes where they hold folders.
-_SPLITS: Final = frozenset(
-    (b"train", b"training", b"val", b"valid", b"validation", b"test", b"testing")
-)
+#: Folders that are splits and not classes where they hold folders, the most wanted first.
+SPLITS: Final = ("val", "valid", "validation", "test", "testing", "train", "training")
+_SPLITS: Final = frozenset(name.encode() for name in SPLITS)
 
 
 def list_archives(
@@ -176,8 +182,7 @@ def _in_class_folders(found: Listing, index: Index, within: str, sought: str) ->
     below = (name.removeprefix(within) for name in index.folders if name.startswith(within))
     empty = {name.partition("/")[0] for name in below} - {*names, ""}
     outside = Counter(
-        f"{extension_of(path).decode()} outside the class folders"
-        for path in each_name(found.paths[loose])
+        extension_of(path).decode() + OUTSIDE for path in each_name(found.paths[loose])
     )
     return replace(
         found.taking(~loose) if loose.any() else found,

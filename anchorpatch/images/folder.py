@@ -30,6 +30,9 @@ from anchorpatch.text import few
 
 _EXTENSIONS: Final = frozenset(extension.encode() for extension in EXTENSIONS)
 
+#: What follows the extension of images that have no class, where others have, among `others`.
+OUTSIDE: Final = " outside the class folders"
+
 #: Where images are expected, for messages.
 LAYOUT: Final = "expected DATA/SPLIT/CLASS/*.jpg"
 
@@ -176,7 +179,7 @@ def list_class_folders(root: Path) -> Listing:
     else:
         descriptions = few([below.describe() for below in found], 5)
         why_not = f"{root}: no image in its {len(names)} class folders ({descriptions}); {LAYOUT}"
-    others = Counter(f"{extension} outside the class folders" for extension in loose)
+    others = Counter(extension + OUTSIDE for extension in loose)
     for below in found:
         others.update(below.others)
     counts = [len(below.paths) for below in found if below.paths]

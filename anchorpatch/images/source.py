@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -21,9 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from anchorpatch.errors import DataError, SettingsError, TooManyBadImages
-from anchorpatch.images.archives import list_archives
+from anchorpatch.images.archives import SPLITS, list_archives
 from anchorpatch.images.folder import (
     LAYOUT,
+    OUTSIDE,
     FolderReader,
     Listing,
     archives_in,
@@ -212,6 +215,7 @@ def open_source(
     *,
     files: Path | None = None,
     only_labelled: bool = False,
+    unlabelled: bool = False,
     classes: Sequence[str] | None = None,
     classes_of: str = "train",
     allow_empty: bool = False,
@@ -239,6 +243,8 @@ def open_source(
             not lie in class folders.
         files: take the images of this list instead; see `anchorpatch.images.labels.read_list`.
         only_labelled: leave out images without a label.
+        unlabelled: take images that do not all have a class too; all are then of one class, which
+            bears the name of the folder or archive.
         classes: the classes, in their order; None to find them.
         classes_of: what has these ``classes``, for messages.
         allow_empty: accept class folders without images.
@@ -252,7 +258,8 @@ def open_source(
     if files is not None:
         found = list_files(Path(files), labelled=labels is None)
     else:
-        found = _find(data, split, report, flat=labels is not None)
+        find = _find_any if unlabelled and labels is None else _find
+        found = find(data, split, report, flat=labels is not None)
     if not len(found.paths):
         raise DataError(found.why_not)
     if labels is not None:
@@ -417,6 +424,38 @@ def _find(data: Path, split: str, report: Reporter, *, flat: bool = False) -> Li
     if archives is not None:
         return list_archives(root, archives, split, report, flat=flat, named=root != data)
     return list_folder(root) if flat else list_class_folders(root)
+
+
+def _find_any(data: Path, split: str, report: Reporter, *, flat: bool = False) -> Listing:
+    """List the images of DATA/SPLIT with their classes, or all of one where some have none."""
+    with suppress(DataError):  # raised again where it is not for want of classes
+        found = _find(data, split, report, flat=flat)
+        outside = any(name.endswith(OUTSIDE) for name in found.others)
+        if len(found.paths) and not outside and (found.labels >= 0).all():
+            return found
+    found = _find(data, split, report, flat=True)
+    name = found.root.stem if found.root.is_file() else found.root.name
+    return replace(found, names=(name,), labels=np.zeros_like(found.labels))
+
+
+def find_split(path: Path) -> tuple[Path, str]:
+    """Return DATA and SPLIT of images at a path: the split, or what has splits in it.
+
+    Of several splits, that is the first of `SPLITS`.
+
+    Raises:
+        DataError: there is no such folder or archive.
+    """
+    if "{" in str(path) or path.is_file():
+        return path, SPLITS[0]
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder or archive; expected one with images")
+    folders = class_names(path)
+    for name in SPLITS:
+        if (folders and name in folders and {*folders} <= {*SPLITS}) or _archives_of(path, name):
+            return path, name
+    here = Path(os.path.abspath(path))
+    return here.parent, here.name
 
 
 def _locate(data: Path, split: str, report: Reporter) -> tuple[Path, list[Path] | None]:

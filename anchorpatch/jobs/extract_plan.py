@@ -36,6 +36,7 @@ class ExtractConfig(Computing):
         labels: CSV with the labels of a flat split folder.
         files: list of images to take instead; see `anchorpatch.images.labels.read_list`.
         only_labelled: leave out images without a label.
+        unlabelled: take images without labels too; see `anchorpatch.images.source.open_source`.
         preset: a name in `anchorpatch.settings.PRESETS`; None: by the split.
         lsp: K, T and P in place of the preset's.
         patches: mean patches per image at each scale, for which P is found on a sample of the
@@ -76,6 +77,7 @@ class ExtractConfig(Computing):
     labels: Path | None = None
     files: Path | None = None
     only_labelled: bool = False
+    unlabelled: bool = False
     preset: str | None = None
     lsp: LspSettings | None = None
     patches: tuple[float, float, float] | None = None
@@ -200,6 +202,7 @@ def make_plan(
         config.labels,
         files=config.files,
         only_labelled=config.only_labelled,
+        unlabelled=config.unlabelled,
         allow_empty=config.allow_empty,
         report=reporter,
     ).limited(config.limit)

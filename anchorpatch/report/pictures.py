@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from anchorpatch.classes import IMAGENET_NAMES, ClassNames
-from anchorpatch.demo import demo_weights
+from anchorpatch.demo import BUNDLED, bundled_weights
 from anchorpatch.errors import AnchorpatchError, NothingToShow, WeightsError
 from anchorpatch.figures import EXAMPLES
 from anchorpatch.figures.canvas import encoded as encoded_picture
@@ -182,8 +182,9 @@ def _matching(
     if given is not None:
         known[load_weights(given).sha256] = given
     else:
-        with suppress(WeightsError):
-            known[load_weights(demo_weights()).sha256] = demo_weights()
+        for bundled in BUNDLED:
+            with suppress(WeightsError):
+                known[load_weights(bundled_weights(bundled)).sha256] = bundled_weights(bundled)
         # Of equal files, the first run's counts.
         for file in reversed(contents.weights):
             if file.meta.architecture == "anchornet":

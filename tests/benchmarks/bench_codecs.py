@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anchorpatch.demo import demo_weights
+from anchorpatch.demo import bundled_weights
 from anchorpatch.jobs.extract import run
 from anchorpatch.jobs.extract_plan import ExtractConfig
 from anchorpatch.settings import CODECS, PRESETS, SCALES
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--split", default="val")
     parser.add_argument("--weights", type=Path, default=None)
     args = parser.parse_args()
-    weights = args.weights or demo_weights()
+    weights = args.weights or bundled_weights()
     print(f"{'preset':>9} {'codec':>6} {'patches/image':>14} {'bytes/image':>12} {'patches/s':>10}")
     with tempfile.TemporaryDirectory() as out:
         for preset in PRESETS:

@@ -1,6 +1,6 @@
 """CPU time per image of AnchorNet's features, by engine, precision and number of threads.
 
-python -m tests.benchmarks.bench_engine [--weights FILE|demo] [--data DATA --split val]
+python -m tests.benchmarks.bench_engine [--weights FILE|demo|photos] [--data DATA --split val]
     [--images 64] [--rounds 9] [--threads 1,2] [--others] [--graph]
 
 The engines take turns on the same pixels. Errors are relative to torch in float32: the largest
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anchorpatch.demo import demo_weights
+from anchorpatch.demo import find_weights
 from anchorpatch.demo.scene_folder import make_scenes
 from anchorpatch.errors import SettingsError
 from anchorpatch.images.loader import load_batches
@@ -221,8 +221,7 @@ def main() -> None:
         if args.weights is None:
             weights = random_weights(tmp / "w", 1000)
         else:
-            own = demo_weights() if args.weights == "demo" else Path(args.weights)
-            weights = load_weights(own)
+            weights = load_weights(find_weights(args.weights, Path("runs")))
         pixels = pixels_of(args.data, args.split, args.images, tmp)
         for threads in map(int, args.threads.split(",")):
             torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from anchorpatch.demo import demo_weights
+from anchorpatch.demo import bundled_weights
 from anchorpatch.demo.scenes import CLASSES
-from anchorpatch.errors import WeightsError
 from anchorpatch.models.anchornet import AnchorNet
-from anchorpatch.runtime.checkpoint import WeightsMeta, save_weights
+from anchorpatch.runtime.checkpoint import WeightsMeta, load_weights, save_weights
+from anchorpatch.shards.reader import ShardReader
 from tests.program import run_program
 
 run = partial(run_program, "demo")
@@ -74,10 +75,6 @@ def test_missing_weights_end_before_anything_is_drawn(tmp_path: Path) -> None:
 
 
 def test_bundled_weights_find_the_objects(tmp_path: Path) -> None:
-    try:
-        demo_weights()
-    except WeightsError as error:
-        pytest.skip(str(error))
     done = run("--images", 120, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     score = json.loads(done.stdout)["score"]
@@ -86,3 +83,33 @@ def test_bundled_weights_find_the_objects(tmp_path: Path) -> None:
     assert score["strongest"]["hit"] > score["center"]["hit"] > score["random"]["hit"]
     assert score["grows"]
     assert score["ordered"] > 0.6
+
+
+def test_photographs_of_ones_own(tmp_path: Path, image_folder: Path) -> None:
+    pictures = tmp_path / "My pictures"
+    pictures.mkdir()
+    for i, source in enumerate(sorted((image_folder / "val").rglob("*.JPEG"))[:6]):
+        shutil.copy(source, pictures / f"{i}.jpg")
+    (pictures / "broken.jpg").write_bytes(b"x")
+    done = run("--photos", pictures, "--workers", 0, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["photos"] == {"folder": str(tmp_path), "split": "My pictures"}
+    extracted, score = result["extract"], result["score"]
+    assert (extracted["images"], extracted["skipped"]) == (6, {"not an image": 1})
+    assert (score["images"], score["labelled"], score["top1"]) == (6, 0, None)
+    assert sum(row["images"] for row in score["predicted"].values()) == 6
+    reader = ShardReader(tmp_path / "anchorpatch-photos" / "shards" / "My pictures")
+    assert reader.classes == ("My pictures",)
+    assert reader.network_classes == load_weights(bundled_weights("photos")).meta.classes
+    assert result["picture"] == "anchorpatch-photos/figures/patches.png"
+    assert (tmp_path / result["picture"]).is_file()
+    assert (tmp_path / result["picture"]).with_suffix(".json").is_file()
+
+
+def test_a_folder_without_a_readable_image(tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"x")
+    done = run("--photos", "bad", "--workers", 0, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("anchorpatch: bad: no image can be read: 1 (1 not an image)\n")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from anchorpatch.demo.scenes import CLASSES
 from tests.conftest import Program
 
 
@@ -28,6 +29,9 @@ def test_a_table_of_networks(program: Program) -> None:
         "receptive fields of anchornet: 63, 95, 111 px",
         "pretrained input of resnet50: mean 0.485, 0.456, 0.406; std 0.229, 0.224, 0.225; "
         "bilinear, 224 px, crop_pct 0.966",
+        f"bundled weights of anchornet: demo ({', '.join(CLASSES)})",
+        "bundled weights of anchornet: photos (tench, English springer, cassette player, "
+        "chain saw, church, French horn, garbage truck, gas pump, golf ball, parachute)",
     ]
     assert "\x1b" not in result.stdout
 

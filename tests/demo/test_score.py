@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from anchorpatch.classes import ClassNames
 from anchorpatch.demo.scene_folder import make_scenes, read_boxes, scene_path
 from anchorpatch.demo.scenes import CLASSES, SIZES
-from anchorpatch.demo.score import score_scenes
+from anchorpatch.demo.score import score_photos, score_scenes
 from anchorpatch.errors import DataError, ShardError
 from anchorpatch.lsp import grid_size
 from anchorpatch.settings import SCALES
@@ -191,3 +192,31 @@ def test_shards_of_other_images_are_refused(boxes_csv: Path, tmp_path: Path) -> 
         score_scenes(folder, boxes_csv)
     with pytest.raises(ShardError):
         score_scenes(tmp_path / "nothing", boxes_csv)
+
+
+@pytest.mark.parametrize("known", [CLASSES, ("elk", *CLASSES[7:2:-1]), ("elk", "fox")])
+def test_photographs_are_counted_by_prediction(tmp_path: Path, known: tuple[str, ...]) -> None:
+    """All labels, some, or none are classes of the weights."""
+    rng = np.random.default_rng(0)
+    scale, predicted = rng.choice(SCALES, IMAGES), rng.integers(0, len(known), IMAGES)
+    chances = rng.random((IMAGES, 3), np.float32)
+    batch = make_batch(scale, np.zeros((IMAGES, 2), np.int64), predicted)
+    batch = batch._replace(branch_prob=chances)
+    score = score_photos(write_split(tmp_path / "val", batch, known))
+    rows = [
+        (CLASSES[batch.label[i]], known[predicted[i]], chances[i, SCALES.index(int(scale[i]))])
+        for i in range(IMAGES)
+    ]
+    right = [label == seen for label, seen, _ in rows if label in known]
+    assert (score.images, score.labelled) == (IMAGES, len(right))
+    assert score.top1 == (pytest.approx(np.mean(right)) if right else None)
+    seen = {of: [chance for _, name, chance in rows if name == of] for of in known}
+    assert score.predicted == {
+        of: {"images": len(found), "probability": pytest.approx(np.mean(found))}
+        for of, found in seen.items()
+        if found
+    }
+    counts = [row["images"] for row in score.predicted.values()]
+    assert counts == sorted(counts, reverse=True)
+    [note] = score.table(ClassNames()).notes
+    assert ("unknown" in note) == (not right)

@@ -182,7 +182,7 @@ def test_weights_that_one_has_are_never_trained_over(folder: Path) -> None:
     again = make(folder, "finetune", "FINETUNE_FLAGS=--amp")
     assert {c.split()[1]: "--overwrite" in c for c in again} == {"large": True, "small": True}
     (folder / "own.safetensors").write_text("")
-    for name in ("own.safetensors", "demo"):
+    for name in ("own.safetensors", "photos"):
         found = make(folder, "report", "RUNS=other", "FIGURES=f", f"WEIGHTS={name}")
         assert "train" not in first_words(found)
         extracts = [c for c in found if c.startswith("extract ")]

@@ -29,7 +29,7 @@ from anchorpatch.images.archives import read_named
 from anchorpatch.images.index import open_index
 from anchorpatch.images.loader import load_batches
 from anchorpatch.images.members import ArchiveReader
-from anchorpatch.images.source import ImageSource, open_source, source_of
+from anchorpatch.images.source import ImageSource, find_split, open_source, source_of
 from anchorpatch.runtime.progress import Reporter
 from tests.images.packing import (
     KINDS,
@@ -853,3 +853,40 @@ def test_the_index_of_several_archives_names_both_that_clash(tmp_path: Path) -> 
 def test_a_tree_on_disk_is_packed_as_it_is(folder: ImageSource) -> None:
     assert tree_of(folder.root) == TREE
     assert shard_bytes(sorted(TREE.items()), "cls") != shard_bytes(sorted(TREE.items()), "json")
+
+
+def test_images_of_any_layout(tmp_path: Path) -> None:
+    tree = {"cat/a.jpg": b"a", "dog/deep/b.jpg": b"b"}
+    loose = {**tree, "c.png": b"c", "d.txt": b"d"}
+    split = {f"{name}/{path}": data for name in ("train", "val") for path, data in tree.items()}
+    packs: dict[str, bytes] = {
+        "classes.zip": zip_bytes({f"val/{path}": data for path, data in tree.items()}),
+        "album.tar": tar_bytes(loose),
+        "packed/val.zip": zip_bytes(tree),
+    }
+    for top, files in {"set": tree, "mixed": loose, "data": split, "": packs}.items():
+        for path, data in files.items():
+            (tmp_path / top / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / top / path).write_bytes(data)
+    found = {
+        name: (found := find_split(tmp_path / name), open_source(*found, unlabelled=True))
+        for name in ("set", "mixed", "data", "classes.zip", "album.tar", "packed")
+    }
+    assert {name: (data.name, split) for name, ((data, split), _) in found.items()} == {
+        "set": (tmp_path.name, "set"),
+        "mixed": (tmp_path.name, "mixed"),
+        "data": ("data", "val"),
+        "classes.zip": ("classes.zip", "val"),
+        "album.tar": ("album.tar", "val"),
+        "packed": ("packed", "val"),
+    }
+    labelled = {name: source for name, (_, source) in found.items() if len(source) == 2}
+    assert labelled.keys() == {"set", "data", "classes.zip", "packed"}
+    for source in labelled.values():
+        assert (source.classes, source.labels.tolist()) == (("cat", "dog"), [0, 1])
+    for name in ("mixed", "album.tar"):
+        source = found[name][1]
+        assert (source.classes, source.labels.tolist()) == ((name.split(".")[0],), [0, 0, 0])
+        assert [source.read(i) for i in range(3)] == [b"c", b"a", b"b"]
+    with pytest.raises(DataError, match="nope: no such folder or archive"):
+        find_split(tmp_path / "nope")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from anchorpatch.demo import demo_weights
+from anchorpatch.demo import bundled_weights
 from anchorpatch.demo.scene_folder import make_scenes
 from anchorpatch.jobs.extract import run
 from anchorpatch.jobs.extract_plan import ExtractConfig
@@ -19,7 +19,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ExtractConfig(
             data=folder / "scenes",
             split="val",
-            weights=demo_weights(),
+            weights=bundled_weights(),
             out=folder / "shards",
             store_images=True,
             device="cpu",

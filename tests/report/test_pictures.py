@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anchorpatch.demo import demo_weights
+from anchorpatch.demo import bundled_weights
 from anchorpatch.errors import WeightsError
 from anchorpatch.report.collect import collect
 from anchorpatch.report.page import ReportConfig, run
@@ -81,7 +81,7 @@ def test_other_kinds_of_files_are_taken_as_they_are_where_they_are_small_enough(
 
 def test_figures_of_the_demo_are_made_from_its_shards(demo: Path) -> None:
     made = make_figures(collect(demo), None, Reporter())
-    assert (made.weights, made.left_out) == (demo_weights(), ())
+    assert (made.weights, made.left_out) == (bundled_weights(), ())
     for figure in made.figures:
         assert figure.picture.width > 300
         assert figure.facts["caption"]
