@@ -115,7 +115,6 @@ class Plan:
     batch_size: int
     header: ShardHeader
     files: FilesDigest
-    nvjpeg: NvJpeg | None = None
 
     @property
     def out(self) -> Path:
@@ -138,13 +137,14 @@ class Plan:
 
     def load(self, batches: Iterable[Sequence[int]], workers: int) -> Generator[Batch, None, None]:
         """Decode batches of the images, each given by its rows."""
+        crop = self.header.settings.crop
         return load_batches(
             self.images,
             batches,
             workers=workers,
-            crop=self.header.settings.crop,
+            crop=crop,
             pin_memory=self.device.type == "cuda",
-            nvjpeg=self.nvjpeg,
+            nvjpeg=NvJpeg(self.device, crop) if self.config.decoder == "nvjpeg" else None,
         )
 
     def localizer(self) -> Localizer:
@@ -184,7 +184,7 @@ def make_plan(
     device = device or resolve_device(config.device)
     batch_size = config.batch_size or (256 if device.type == "cuda" else 64)
     weights = load_weights(config.weights)
-    crop, nvjpeg = _crop(config, weights.meta), None
+    crop = _crop(config, weights.meta)
     if config.decoder == "nvjpeg":
         if device.type != "cuda":
             raise SettingsError(
@@ -195,7 +195,8 @@ def make_plan(
                 "--decoder nvjpeg: it does not tell which images are damaged, as --damaged skip "
                 "must; use --decoder libjpeg"
             )
-        nvjpeg = NvJpeg(device, crop)
+        if not gpus_elsewhere:
+            NvJpeg(device, crop)  # which tries it, before anything is replaced
     images = open_source(
         config.data,
         config.split,
@@ -245,7 +246,7 @@ def make_plan(
         weights_sha256=weights.sha256,
     )
     files = files_digest(images, config.shard_size)
-    return Plan(config, images, weights, device, batch_size, header, files, nvjpeg)
+    return Plan(config, images, weights, device, batch_size, header, files)
 
 
 def _engine(config: ExtractConfig, device: torch.device, precision: str) -> str:
