@@ -76,6 +76,12 @@ def _default(name: str) -> str:
     default=FinetuneConfig.min_area,
     help="--baseline: minimum share of an image's area that a training crop covers.",
 )
+@click.option(
+    "--freeze-bn",
+    is_flag=True,
+    help="Keep the running statistics of BatchNorm layers, which those of a few classes or images "
+    "replace otherwise.",
+)
 @opt.seed("new weights, order and augmentation")
 @opt.workers
 @click.option(

@@ -384,6 +384,13 @@ class FinetuneTask(Task):
         self.origin = {"settings": self.identity, "cost": self.cost}
         return found.module.to(self.device)
 
+    def ready(self, module: nn.Module) -> None:
+        """Keep the statistics of the initial weights with ``freeze_bn``."""
+        if self.config.freeze_bn:
+            for layer in module.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.eval()
+
     def batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
         """Yield the augmented pieces from a step of an epoch to the end of the run."""
         loaded = self.load(self.plan.pieces(epoch, step))

@@ -315,6 +315,7 @@ class FinetuneConfig(LoopConfig):
         flip: random horizontal flip (p = 0.5).
         jitter: of brightness, contrast and saturation.
         min_area: smallest share of a whole image that a baseline's training crop shows.
+        freeze_bn: keep the running means and variances of BatchNorm, and normalize by them.
     """
 
     #: What the paths and the weights hold is compared instead.
@@ -340,6 +341,7 @@ class FinetuneConfig(LoopConfig):
     flip: bool = True
     jitter: float = 0.2
     min_area: float = 0.35
+    freeze_bn: bool = False
     workers: int = 2
 
     def __post_init__(self) -> None:
@@ -364,11 +366,9 @@ class FinetuneConfig(LoopConfig):
             )
 
     def decisive(self) -> dict[str, Any]:
-        """Return the settings that decide the result; ``holdout``, the newest, unless it is 0."""
-        found = super().decisive()
-        if not self.holdout:
-            del found["holdout"]
-        return found
+        """Return the settings that decide the result; the newest unless they are 0."""
+        newest = ("holdout", "freeze_bn")
+        return {k: v for k, v in super().decisive().items() if v or k not in newest}
 
     @property
     def scales(self) -> tuple[int, ...]:

@@ -123,6 +123,10 @@ class Task(ABC):
     def evaluate(self, module: nn.Module, check: Callable[[], object]) -> dict[str, Any]:
         """Return figures of the validation images, "top1" among them; calls check() at times."""
 
+    def ready(self, module: nn.Module) -> None:
+        """Change a network that has been put into training mode; here nothing."""
+        return None
+
     def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss, a mean over the piece, and parts to log, means too."""
         logits = module(batch.inputs).float()
@@ -300,7 +304,7 @@ class Trainer:
         return self.log.records
 
     def _train_epoch(self, batches: Generator[Batch, None, None]) -> None:
-        self.wrapped.train()
+        self.task.ready(self.wrapped.train())
         sums: dict[str, Tensor] = {}
         began = time.monotonic()
         while self.place.step < self.task.steps:

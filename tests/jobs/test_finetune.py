@@ -133,6 +133,21 @@ def test_learning_shows(shards: Path, tmp_path: Path):
     assert found.last["train"]["loss"] < records(tmp_path)[0]["train"]["loss"] - 0.2
 
 
+def test_frozen_statistics_stay_as_they_were(shards: Path, tmp_path: Path, whole: Path):
+    start = whole / "last.safetensors"
+    for freeze in (False, True):
+        config = tiny(shards, tmp_path / str(freeze), weights=str(start), freeze_bn=freeze)
+        run(replace(config, ema_decay=0.0, epochs=2))
+        before, after = tensors_of(whole), tensors_of(tmp_path / str(freeze))
+        same = {key: torch.equal(before[key], tensor) for key, tensor in after.items()}
+        running = {key for key in same if ".running_" in key}
+        assert running
+        assert {same[key] for key in running} == {freeze}
+        assert not any(same[key] for key in same if key.endswith("weight"))
+    # Runs from before there was such a choice go on.
+    assert "freeze_bn" not in tiny(shards, tmp_path).decisive()
+
+
 def test_pixels_and_labels_of_a_step(shards: Path, tmp_path: Path):
     """The loader, the pieces and the normalization against the reader, one patch at a time."""
     config = tiny(shards, tmp_path, jitter=0.0, flip=False, accumulate=3, epochs=1)
