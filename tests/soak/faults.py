@@ -165,7 +165,7 @@ def prepare(material: Path) -> Trial:
         hit = control.hits > 0
         try:
             if not (ended.killed and error == "SIGKILL"):
-                ended.expect(0, 1)
+                ended.expect(0, 1, 2)
             if not hit and ended.status:
                 raise Fault(f"failed without a fault: {ended}")
             if ended.status:

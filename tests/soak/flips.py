@@ -13,7 +13,7 @@ from pathlib import Path
 from anchorpatch.errors import AnchorpatchError
 from anchorpatch.shards.manifest import JOURNAL_NAME, read_manifest
 from anchorpatch.shards.reader import ShardReader
-from tests.soak.kills import EXTRACT, JOURNAL, check_shards, references
+from tests.soak.kills import EXTRACT, JOURNAL, STORING, check_shards, references
 from tests.soak.mutate import flipped
 from tests.soak.server import Fault, Trial, in_child, run, soak, tree
 
@@ -21,14 +21,15 @@ from tests.soak.server import Fault, Trial, in_child, run, soak, tree
 def prepare(material: Path) -> Trial:
     expected = references(material)
     unfinished = "unfinished"
-    expected[unfinished] = unfinish(material, JOURNAL, unfinished)
+    made = {storing: expected(storing) for storing in STORING}
+    made[unfinished] = unfinish(material, JOURNAL, unfinished)
 
     def trial(rng: random.Random, folder: Path) -> Counter[str]:
-        storing = rng.choice(tuple(expected))
+        storing = rng.choice(tuple(made))
         shards = folder / "out" / "val"
         shutil.copytree(material / "reference" / storing / "out", folder / "out")
-        name = rng.choice(sorted(expected[storing]))
-        data = expected[storing][name]
+        name = rng.choice(sorted(made[storing]))
+        data = made[storing][name]
         # Half of them in the header, which is a small part of a shard.
         bit = rng.randrange(8 * (min(len(data), 8192) if rng.random() < 0.5 else len(data)))
         (shards / name).write_bytes(flipped(data, bit))
@@ -51,7 +52,7 @@ def prepare(material: Path) -> Trial:
         how = ["--overwrite"] if name == "manifest.json" else []
         words = [*EXTRACT, "--codec", *storing.split(), "--workers", 0, "--repair", *how]
         run(*words, "--data", material / "folder", cwd=folder).expect(0)
-        check_shards(shards, expected[storing])
+        check_shards(shards, made[storing])
         return counts
 
     return trial

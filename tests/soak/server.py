@@ -63,7 +63,7 @@ class Run(NamedTuple):
         """Return the run, which must have one of these statuses and, if it failed, say why."""
         if self.status not in statuses:
             raise Fault(f"expected exit status {statuses}, found {self}")
-        if "Traceback" in self.stderr or "unexpected " in self.stderr:
+        if "Traceback" in self.stderr or "anchorpatch: unexpected " in self.stderr:
             raise Fault(f"expected one clear line, found {self}")
         said = self.stdout or re.search("^(anchorpatch|Error): ", self.stderr, re.M)
         if self.status > 0 and not said:

@@ -57,14 +57,14 @@ def prepare(material: Path) -> Trial:
             counts["ended well" if not one.status else "said that another is at work"] += 1
         shards = folder / "out" / "val"
         if kind == "extract":
-            done_shards(shards, expected[storing])
+            done_shards(shards, expected(storing))
         elif kind == "extract with others" and "--overwrite" not in words:
             words = [*words, "--overwrite"]
         run(*words, cwd=folder).expect(0)
         if kind == "finetune":
             check_run(folder / FOLDERS["finetune"], trained)
         else:
-            check_shards(shards, expected[storing])
+            check_shards(shards, expected(storing))
         return counts
 
     return trial
