@@ -108,8 +108,16 @@ def main() -> NoReturn:
     if not any(name in os.environ for name in _WAIT_POLICIES):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     watch_waits()
-    status = _run(sys.argv[1:])
-    ending()
+    try:
+        status = _run(sys.argv[1:])
+        ending()
+    except (
+        Interrupted,
+        KeyboardInterrupt,
+    ) as error:  # behind the run, or while it says why it failed
+        ending()
+        number = error.exit_status if isinstance(error, Interrupted) else 130
+        status = _fail(str(error) or "interrupted; run the same command again", number, False)
     sys.exit(status)
 
 

@@ -51,7 +51,7 @@ from anchorpatch.images.decode import Decoded, decode, size_for_nvjpeg
 from anchorpatch.images.source import ImageSource
 from anchorpatch.runtime.distributed import environment_number
 from anchorpatch.settings import CropSettings
-from anchorpatch.signals import STOP_SIGNALS, waiting_for
+from anchorpatch.signals import STOP_SIGNALS, StopSignals, waiting_for
 
 if TYPE_CHECKING:
     from anchorpatch.images.nvjpeg import NvJpeg
@@ -338,14 +338,17 @@ class _Pool:
         self.workers: list[_Worker] = []
         # At exit, this is before multiprocessing waits for its children, which ignore SIGTERM.
         self.close = Finalize(self, _kill, (self.workers,), exitpriority=0)
-        # Blocked until the worker ignores them.
+        # Blocked until the worker ignores them. One that another thread has taken is noted, as
+        # Python ignores what is raised in the midst of a fork, and comes again behind it.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            with warnings.catch_warnings():
+            with StopSignals() as stop, warnings.catch_warnings():
                 # That forking is safe here is said above (Python 3.12 warns of threads).
                 warnings.simplefilter("ignore")
                 for _ in range(workers):
                     self.workers.append(_Worker(context, load))
+            if stop.received:
+                signal.raise_signal(stop.received)
         except BaseException:
             self.close()
             raise

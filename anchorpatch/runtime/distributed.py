@@ -207,6 +207,17 @@ def sum_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def rows_of_ranks(values: Tensor, device: torch.device) -> Tensor:
+    """Return the processes' tensors of one shape (n,) as rows (ranks, n), in the ranks' order."""
+    if not dist.is_initialized():
+        return values[None]
+    rows = torch.zeros((dist.get_world_size(), *values.shape), dtype=values.dtype, device=device)
+    rows[dist.get_rank()] = values
+    with _exchange():
+        dist.all_reduce(rows)
+    return rows.to(values.device)
+
+
 def any_rank(value: int, device: torch.device) -> int:
     """Return the largest of the processes' numbers: 0 where none has anything to say."""
     if not dist.is_initialized():

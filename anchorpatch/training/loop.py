@@ -43,7 +43,7 @@ from anchorpatch.metrics import hits
 from anchorpatch.networks import Normalization
 from anchorpatch.runtime.checkpoint import WeightsMeta, load_state, save_state, save_weights
 from anchorpatch.runtime.device import computing_on, peak_memory, to_device
-from anchorpatch.runtime.distributed import World, any_rank, average_buffers
+from anchorpatch.runtime.distributed import World, any_rank, average_buffers, rows_of_ranks
 from anchorpatch.runtime.progress import Reporter, Waits
 from anchorpatch.signals import StopRequested, StopSignals
 from anchorpatch.training.config import LoopConfig, rate_factor
@@ -486,9 +486,13 @@ class Trainer:
 
     def _save(self, *, check: bool = False) -> None:
         if check:
-            average_buffers(self.module)
+            for kept in filter(None, (self.module, self.average)):
+                average_buffers(kept)
             total = torch.tensor(self.place.sums["loss"], dtype=torch.float64)
             self._check_finite(total)
+        # What only one process has would be lost with it.
+        self.place = self.place.gathered(self.device, is_main=self.world.is_main)
+        random = rows_of_ranks(torch.get_rng_state(), self.device)
         self._saved = time.monotonic()
         if not self.world.is_main:
             return
@@ -501,7 +505,7 @@ class Trainer:
                 "average": self.average.state_dict() if self.average else {},
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
-                "random": torch.get_rng_state(),
+                "random": random,
                 **asdict(self.place),
             },
         )
@@ -517,8 +521,11 @@ class Trainer:
             factor = rate_factor(self.config, self.schedule.last_epoch, self.task.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.rate * factor
-            torch.set_rng_state(state["random"])
-            place = self.place = Place.of(state, is_main=self.world.is_main)
+            rows = state["random"].view(-1, torch.get_rng_state().numel())
+            # torch crashes where the state is a part of another tensor.
+            torch.set_rng_state(rows[min(self.world.rank, len(rows) - 1)].clone())
+            is_main, steps = self.world.is_main, self.task.steps
+            place = self.place = Place.of(state, steps=steps, is_main=is_main)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise WeightsError(
                 f"{self._checkpoint}: expected the training state of this run, found another "

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ import torch
 from anchorpatch.errors import DataError, MissingDependency, StorageError, WeightsError, reason_of
 from anchorpatch.runtime.checkpoint import versions
 from anchorpatch.runtime.distributed import World, any_rank, sum_ranks
-from anchorpatch.storage import lock_file, refusals, write_atomically
+from anchorpatch.storage import from_json, lock_file, refusals, write_atomically
 from anchorpatch.tables import number
 from anchorpatch.training.config import LoopConfig
 
@@ -233,12 +233,30 @@ class Place:
     sums: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], *, is_main: bool) -> Place:
-        """Return the place that a checkpoint keeps; version 0.1 did not keep ``waited``."""
-        place = cls(**{each.name: state[each.name] for each in fields(cls) if each.name in state})
-        if not is_main:  # its share of the sums is lost; those of the first process count
-            place.images, place.sums = 0, dict.fromkeys(place.sums, 0.0)
-        return place
+    def of(cls, state: Mapping[str, Any], *, steps: int, is_main: bool) -> Place:
+        """Return the place that a checkpoint keeps; version 0.1 did not keep ``waited``.
+
+        Raises:
+            ValueError: there is no such place in a run of so many steps per epoch.
+        """
+        known = {each.name: state[each.name] for each in fields(cls) if each.name in state}
+        place = from_json(cls, known)
+        begun = "loss" in place.sums
+        if place.epoch < 0 or place.images < 0 or not begun <= place.step <= begun * steps:
+            raise ValueError(f"expected a place in {steps} steps, found {known}")
+        return place if is_main else place.without_sums()
+
+    def without_sums(self) -> Place:
+        """Return the place of a process whose share the first one keeps."""
+        return replace(self, images=0, sums=dict.fromkeys(self.sums, 0.0))
+
+    def gathered(self, device: torch.device, *, is_main: bool) -> Place:
+        """Let the first process have the images and sums of all, as it writes the checkpoint."""
+        names = sorted(self.sums)
+        mine = torch.tensor([self.images, *(self.sums[n] for n in names)], dtype=torch.float64)
+        images, *sums = sum_ranks(mine.to(device)).tolist()
+        whole = replace(self, images=int(images), sums=dict(zip(names, sums, strict=True)))
+        return whole if is_main else self.without_sums()
 
     def totals(self, device: torch.device) -> tuple[float, dict[str, float], float]:
         """Return the epoch of all processes: its images, mean losses, and share of waiting."""
@@ -246,7 +264,7 @@ class Place:
         mine = [float(self.images), self.waited, self.seconds, *(self.sums[n] for n in names)]
         all_ranks = sum_ranks(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()
         images, waited, seconds = all_ranks[:3]
-        losses = {name: v / images for name, v in zip(names, all_ranks[3:], strict=True)}
+        losses = {name: v / max(images, 1) for name, v in zip(names, all_ranks[3:], strict=True)}
         return images, losses, waited / max(seconds, 1e-9)
 
 

@@ -217,3 +217,14 @@ def test_a_signal_that_nobody_waits_for_is_named(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 128 + signal.SIGUSR2
     assert done.stderr == "anchorpatch: terminated by SIGUSR2; run the same command again\n"
+
+
+def test_a_signal_behind_the_run_is_one_line() -> None:
+    code = (
+        "import os, signal; from anchorpatch.cli import main\n"
+        "main._run = lambda args: os.kill(os.getpid(), signal.SIGTERM) or 1\n"
+        "main.main()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    line = "anchorpatch: terminated by SIGTERM; run the same command again\n"
+    assert (shown.returncode, shown.stderr) == (128 + signal.SIGTERM, line)

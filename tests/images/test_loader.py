@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -367,6 +369,31 @@ def test_workers_leave_signals_to_the_parent(small: ImageSource) -> None:
         for number in STOP_SIGNALS:
             os.kill(child.pid, number)
     assert len(list(batches)) == 19
+
+
+def test_a_signal_is_not_lost_in_a_fork(
+    small: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another thread takes it, its handler runs in the fork, and Python ignores errors."""
+
+    class Starting(loader._Worker):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            with contextlib.suppress(KeyError), ThreadPoolExecutor(1) as thread:
+                take = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGUSR1})
+                thread.submit(take).result()
+                thread.submit(signal.raise_signal, signal.SIGUSR1).result()
+
+    def act(number: int, frame: object) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(loader, "_Worker", Starting)
+    before = signal.signal(signal.SIGUSR1, act)
+    try:
+        with pytest.raises(KeyError):
+            load_batches(small, [range(5)], workers=1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_failing_worker_is_one_clear_error(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -221,6 +222,16 @@ def test_killed_within_an_epoch_and_resumed(shards: Path, whole: Path, tmp_path:
     assert (state_of(tmp_path)["epoch"], state_of(tmp_path)["step"]) == (1, 2)
     run(tiny(shards, tmp_path))
     assert_same_run(tmp_path, whole)
+
+
+def test_two_processes_resume_where_they_stopped(shards: Path, tmp_path: Path):
+    """Each has sums, running statistics and a state of dropout of its own."""
+    for name, images in (("whole", -1), ("stopped", 3 * 45 // STEPS), ("stopped", -1)):
+        folder, report = tmp_path / name, StopAt(images)
+        done = run_ranks(shards, folder, report, target=run_tiny, cwd=tmp_path)
+        assert (done.returncode == 0) == (images < 0), done.stderr
+        assert state_of(folder)["step"] == (0 if images < 0 else 3)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_two_processes_end_with_the_same_weights(tmp_path: Path):

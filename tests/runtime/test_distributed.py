@@ -18,8 +18,10 @@ from anchorpatch.runtime.distributed import (
     any_rank,
     process_group,
     resolve_task,
+    rows_of_ranks,
     sum_ranks,
 )
+from anchorpatch.training.run_folder import Place
 from tests.program import PROCESSES
 
 CPU = torch.device("cpu")
@@ -79,7 +81,13 @@ def take_part(rank: int, port: int, dies: bool, connection: Connection) -> None:
                 connection.send("1 is there")
             if not dies:
                 world.wait()
-            connection.send(any_rank(5 + rank, CPU))
+            told = any_rank(5 + rank, CPU)
+            assert rows_of_ranks(torch.tensor([rank, 7]), CPU).tolist() == [[0, 7], [1, 7]]
+            place = Place(images=3 + rank, sums={"b": 1.0, "a": 2.0 + rank})
+            place = place.gathered(CPU, is_main=world.is_main)
+            assert place.images == (7, 0)[rank]
+            assert place.sums == ({"a": 5.0, "b": 2.0}, {"a": 0.0, "b": 0.0})[rank]
+            connection.send(told)
     except AnchorpatchError as error:
         connection.send(str(error))
 
