@@ -15,7 +15,7 @@ import torch
 from anchorpatch.errors import DataError, MissingDependency, StorageError, WeightsError, reason_of
 from anchorpatch.runtime.checkpoint import versions
 from anchorpatch.runtime.distributed import World, any_rank, sum_ranks
-from anchorpatch.storage import from_json, lock_file, refusals, write_atomically
+from anchorpatch.storage import lock_file, refusals, write_atomically
 from anchorpatch.tables import number
 from anchorpatch.training.config import LoopConfig
 
@@ -240,9 +240,14 @@ class Place:
             ValueError: there is no such place in a run of so many steps per epoch.
         """
         known = {each.name: state[each.name] for each in fields(cls) if each.name in state}
-        place = from_json(cls, known)
-        begun = "loss" in place.sums
-        if place.epoch < 0 or place.images < 0 or not begun <= place.step <= begun * steps:
+        place, begun = cls(**known), "loss" in known["sums"]
+        whole = place.epoch, place.step, place.images
+        # Sums of parts that the loss leaves out may be infinite.
+        others = place.seconds, place.waited, place.best, *place.sums.values()
+        right = all(type(n) is int for n in whole) and all(
+            isinstance(n, (int, float)) for n in others
+        )
+        if not right or min(whole) < 0 or not begun <= place.step <= begun * steps:
             raise ValueError(f"expected a place in {steps} steps, found {known}")
         return place if is_main else place.without_sums()
 
