@@ -111,13 +111,10 @@ def main() -> NoReturn:
     try:
         status = _run(sys.argv[1:])
         ending()
-    except (
-        Interrupted,
-        KeyboardInterrupt,
-    ) as error:  # behind the run, or while it says why it failed
+    except (Interrupted, KeyboardInterrupt) as error:  # behind the run, or as it says what failed
         ending()
-        number = error.exit_status if isinstance(error, Interrupted) else 130
-        status = _fail(str(error) or "interrupted; run the same command again", number, False)
+        status = error.exit_status if isinstance(error, Interrupted) else 130
+        _fail(str(error) or "interrupted; run the same command again", status, False)
     sys.exit(status)
 
 
