@@ -80,7 +80,7 @@ def prepare(material: Path) -> Trial:
         counts: Counter[str] = Counter()
         driver = Program(*words, cwd=folder)
         # Each kill costs a shard at most one of its five tries, whoever has it.
-        kills, removed = rng.randint(1, 4), rng.random() < 0.3
+        kills, removed, killed = rng.randint(1, 4), rng.random() < 0.3, rng.random() < 0.2
         while not driver.wait(rng.random() * 2):
             if kills and (actors := nodes.actors()):
                 with suppress(ProcessLookupError):
@@ -91,13 +91,15 @@ def prepare(material: Path) -> Trial:
                 nodes.ask("replace")
                 removed = False
                 counts["nodes removed"] += 1
-            elif rng.random() < 0.05:
+            elif killed and not kills:
                 driver.kill()
                 counts["drivers killed"] += 1
                 break
         ended = driver.end()
         if ended.killed:
-            ended = Program(*words, cwd=folder).end()
+            driver = Program(*words, cwd=folder)
+            driver.wait(600)  # where others compute too, actors take minutes to start
+            ended = driver.end()
         ended.expect(0)
         check_shards(folder / "out" / "val", expected)
         end = time.monotonic() + 30
