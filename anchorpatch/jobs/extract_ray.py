@@ -128,7 +128,11 @@ def _held() -> Iterator[StopSignals]:
 
 
 def _join(ray: Any, address: str) -> None:
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {
+        "address": address,
+        "log_to_driver": False,
+        "logging_level": "CRITICAL",
+    }
     if address == "local":
         options |= {"num_cpus": cpu_count(), "include_dashboard": False}
     else:
@@ -389,6 +393,13 @@ class _Crew:
 
     def _lost(self, hand: _Hand, shard: int | None, todo: deque[int], error: Exception) -> None:
         """Note that a call has failed because its actor, or what it had made, is gone."""
+        missing = re.search(r"(?:ModuleNotFound|Import)Error: (.*)", str(error))
+        self._failed_starts += shard is None
+        if shard is None and (missing or self._failed_starts > _TRIES + 2 * self._room):
+            raise AnchorpatchError(
+                f"Ray cannot start an actor: {missing[1] if missing else _why(error)} "
+                f"({_node(error)}): install the same anchorpatch, and what it needs, on all nodes"
+            ) from error
         if not hand.dead:
             where = f"on {hand.host}" if hand.host else "while it started"
             self._reporter.message(f"a Ray actor failed {where}: {_why(error)}")
@@ -405,14 +416,6 @@ class _Crew:
                     f"{_TRIES} Ray actors failed before it was done: {_why(error)}; run again with "
                     "fewer --workers or a smaller --batch-size if memory is short"
                 ) from error
-            return
-        self._failed_starts += 1
-        missing = re.search(r"(?:ModuleNotFound|Import)Error: (.*)", str(error))
-        if missing or self._failed_starts > _TRIES + 2 * self._room:
-            raise AnchorpatchError(
-                f"Ray cannot start an actor: {missing[1] if missing else _why(error)} "
-                f"({_node(error)}): install the same anchorpatch, and what it needs, on all nodes"
-            ) from error
 
     def _commit(
         self, manifest: Manifest, shard: int, entry: ShardEntry, data: NDArray[np.uint8] | None
