@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anchorpatch import storage
-from anchorpatch.demo import demo_weights
+from anchorpatch.demo import bundled_weights
 from tests.jobs.finetune_runs import VAL
 from tests.soak.kills import EXTRACT, check_shards, done_shards, make_images
 from tests.soak.server import Fault, NoMore, Program, Run, Trial, soak, tree
@@ -80,7 +80,7 @@ def make_cases(material: Path) -> dict[str, Case]:
 
         def begin(folder: Path, source: str = source) -> None:
             shutil.copytree(material / "images" / source, folder / "data")
-            shutil.copy(demo_weights(), folder / "data" / "weights.safetensors")
+            shutil.copy(bundled_weights(), folder / "data" / "weights.safetensors")
 
         folder = material / name
         begin(folder)

@@ -17,7 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from anchorpatch.demo import demo_weights
+from anchorpatch.demo import bundled_weights
 from anchorpatch.shards.manifest import _sealed
 from tests.jobs.finetune_runs import VAL
 from tests.soak.kills import EXTRACT, make_images
@@ -156,7 +156,7 @@ def prepare(material: Path) -> Trial:
         '[defaults]\nruns = "runs"\n[extract]\nworkers = 0\nlimit = 2\ncoverage = [0.1, 0.1, 0.1]\n'
         '[finetune]\nlr = 0.1\nweights = "none"\n[shards.verify]\njobs = 1\n'
     )
-    shutil.copy(demo_weights(), material / "weights.safetensors")
+    shutil.copy(bundled_weights(), material / "weights.safetensors")
     finetune = [
         *make_inputs(material, VAL)["finetune"][:-1],
         "shards",
