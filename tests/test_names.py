@@ -6,7 +6,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-from pathlib import Path
 
 import pytest
 
@@ -42,9 +41,3 @@ def test_the_error_tree_is_the_one_drawn() -> None:
         cls = getattr(errors, name)
         assert issubclass(cls, errors.AnchorpatchError)
         assert inspect.getdoc(cls)
-
-
-def test_programs_beside_the_tests_find_what_they_import() -> None:
-    folder = Path(__file__).parent
-    for path in sorted(folder.glob("benchmarks/*.py")) + sorted(folder.glob("soak/*.py")):
-        importlib.import_module(f"tests.{path.parent.name}.{path.stem}")
