@@ -253,9 +253,14 @@ class Manifest:
 
 
 def _is_done(path: Path, size: int | None = None) -> bool:
-    with suppress(OSError):
-        return size is not None and path.stat().st_size == size
-    return False
+    if size is None:
+        return False
+    try:
+        return path.stat().st_size == size
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:  # which does not say that the shard is not there
+        raise ShardError(f"{path}: cannot be looked at: {reason_of(error)}") from error
 
 
 def _order(name: str) -> tuple[int, str]:

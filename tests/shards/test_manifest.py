@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -42,6 +43,24 @@ def test_entries_and_header_survive_the_file(tmp_path: Path) -> None:
     assert again == after
     assert (again.header, again.files_count, again.shard_count) == (header, 20, 3)
     assert [again.shard_range(i) for i in range(3)] == [range(8), range(8, 16), range(16, 20)]
+
+
+def test_a_disk_that_fails_does_not_say_that_a_shard_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, _ = make_split(tmp_path / "val")
+    stat = Path.stat
+
+    def fail(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "val-00001.h5":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", fail)
+    assert manifest.has(0)
+    for ask in (manifest.missing, lambda: manifest.has(1)):
+        with pytest.raises(ShardError, match=r"val-00001.h5: cannot be looked at: Input/output"):
+            ask()
 
 
 def test_entries_without_damaged_images_stay_readable() -> None:
