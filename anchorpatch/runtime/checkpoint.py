@@ -257,7 +257,7 @@ def reading_safetensors(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: expected a weights file, found none") from error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter by torch, which maps the file
         raise WeightsError(
             f"{path}: expected a readable weights file, found: {reason_of(error)}"
         ) from error

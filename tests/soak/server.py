@@ -125,7 +125,10 @@ class Program:
 
     def kill(self, *, group: bool = False) -> None:
         """Send SIGKILL to the process alone, or to its workers too."""
-        (os.killpg if group else os.kill)(self.pid, signal.SIGKILL)
+        try:
+            (os.killpg if group else os.kill)(self.pid, signal.SIGKILL)
+        except ProcessLookupError:  # too early for a group
+            os.kill(self.pid, signal.SIGKILL)
 
     def end(self) -> Run:
         """Wait until the program and its workers are gone."""
