@@ -116,7 +116,7 @@ def localize(
         weights: of AnchorNet: a file, or bundled ones: "photos", which know ten classes of
             photographs, or "demo", which know the drawn scenes of `anchorpatch demo`; None for
             ./runs/anchornet/best.safetensors.
-        lsp: a preset, "figure", "finetune" or "evaluate", or K, T and P of Algorithm 1.
+        lsp: a preset, "figure", "finetune", "evaluate" or "dense", or K, T and P of Algorithm 1.
         device: "auto", "cpu" or "cuda".
         engine: what computes AnchorNet on a CPU: "auto", "openvino" or "torch".
         precision: "float32" or "bfloat16".

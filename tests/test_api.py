@@ -93,7 +93,9 @@ def test_settings_of_algorithm_1(weights: Path) -> None:
     assert len(localize(photo, weights, lsp=LspSettings((1, 1, 1), 0.3, (0.3,) * 3))) == 1
     many, few = localize(photo, weights, lsp="finetune"), localize(photo, weights, lsp="figure")
     assert len(many) > len(few)
-    with pytest.raises(SettingsError, match="lsp: expected one of figure, finetune, evaluate"):
+    with pytest.raises(
+        SettingsError, match="lsp: expected one of figure, finetune, evaluate, dense"
+    ):
         localize(photo, weights, lsp="finest")
 
 

@@ -156,7 +156,7 @@ def test_the_event_is_of_the_device_that_computes(
         device = resolve_device("cuda")
     assert (device.index, gpu.current) == (1, 1)
     gpu.current = 0  # as another thread, or another library, may leave it
-    with Localizer(anchornet, PRESETS["evaluate"], device, batch_size=4) as localizer:
+    with Localizer(anchornet, PRESETS["dense"], device, batch_size=4) as localizer:
         localizer.submit(pixels(4))
     assert localizer.net.stem[0].weight.device == device
     assert gpu.recorded == [1]
@@ -164,7 +164,7 @@ def test_the_event_is_of_the_device_that_computes(
 
 
 def test_maps_are_exact(gpu: FakeGpu, anchornet: Weights) -> None:
-    with Localizer(anchornet, PRESETS["evaluate"], GPU, batch_size=4) as localizer:
+    with Localizer(anchornet, PRESETS["dense"], GPU, batch_size=4) as localizer:
         found = localizer.maps(pixels(3), torch.zeros(3, 2, dtype=torch.int64))
     assert found.heatmaps[0].shape == (3, 2, 21, 21)
     assert gpu.launches["convolution"]

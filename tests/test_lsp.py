@@ -206,10 +206,10 @@ def test_arrays_are_taken_as_tensors_are() -> None:
     heatmaps = [random_heatmaps(rng, 4, GRIDS[theta]) for theta in SCALES]
     probabilities = torch.from_numpy(rng.random((4, 3, 7), np.float32)).softmax(-1)
     decision = lsp.decide(probabilities)
-    found = lsp.localize(heatmaps, decision.branch, PRESETS["evaluate"])
+    found = lsp.localize(heatmaps, decision.branch, PRESETS["dense"])
     arrays = [heatmap.numpy() for heatmap in heatmaps]
     branch = lsp.decide(probabilities.numpy()).branch.numpy().astype(np.int32)
-    assert all(map(torch.equal, found, lsp.localize(arrays, branch, PRESETS["evaluate"])))
+    assert all(map(torch.equal, found, lsp.localize(arrays, branch, PRESETS["dense"])))
     one = lsp.select(heatmaps[0], 63, 5, 0.3, 0.05)
     assert all(map(torch.equal, one, lsp.select(arrays[0], 63, 5, 0.3, 0.05)))
 

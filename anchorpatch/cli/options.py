@@ -451,7 +451,9 @@ def lsp(default: str | None = None, shown: str | None = None) -> Callable[[_F], 
     def add(command: _F) -> _F:
         @wraps(command)
         def with_settings(*, preset: str | None, **rest: Any) -> Any:
-            name = preset or default_preset(rest["split"])
+            # Mean numbers of patches are found by P, below a K that seldom matters.
+            tuned = rest.get("patches") is not None
+            name = preset or ("dense" if tuned else default_preset(rest["split"]))
             names = ("max_patches", "iou_threshold", "coverage")
             given = {key: value for key in names if (value := rest.pop(key)) is not None}
             if "coverage" in given and rest.get("patches") is not None:

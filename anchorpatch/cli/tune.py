@@ -38,7 +38,7 @@ from anchorpatch.demo import find_weights
     "RUNS/NAME/best.safetensors]",
 )
 @opt.matching()
-@opt.lsp("evaluate")
+@opt.lsp("dense")
 @click.option(
     "--limit",
     type=click.IntRange(min=1),

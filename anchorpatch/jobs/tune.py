@@ -88,7 +88,7 @@ class TuneConfig(Computing):
     network_weights: str | Path | None = None
     runs: Path = Path("runs")
     matching: Matching = AS_NAMED
-    lsp: LspSettings = PRESETS["evaluate"]
+    lsp: LspSettings = PRESETS["dense"]
     labels: Path | None = None
     files: Path | None = None
     only_labelled: bool = False

@@ -6,7 +6,7 @@ Two of them are compared here in the words of the command line.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import anchorpatch
@@ -17,6 +17,7 @@ from anchorpatch.settings import (
     DECODERS,
     ENGINES,
     PRECISIONS,
+    PRESETS,
     CropSettings,
     LspSettings,
 )
@@ -155,7 +156,10 @@ class ShardSettings:
                 "settings: expected exactly the fields of format 1, differs: "
                 + ", ".join(sorted(odd))
             )
-        return from_json(cls, data)
+        found = from_json(cls, data)
+        if found.preset == "evaluate" and found.lsp == PRESETS["dense"]:  # its first name
+            return replace(found, preset="dense")
+        return found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ difference over the largest value. A second table counts the images whose patche
 torch's in float32. To hide instructions of the CPU, set ONEDNN_MAX_CPU_ISA=AVX2. --others adds
 ONNX Runtime, if it and onnx are installed, and torch.compile.
 
---graph times all of it instead, AnchorNet, decision and LSP (preset evaluate), by each engine and
+--graph times all of it instead, AnchorNet, decision and LSP (preset dense), by each engine and
 in ONNX Runtime as `anchorpatch export` writes it, and compares the patches.
 """
 
@@ -145,7 +145,7 @@ def patches(weights: Weights, pixels: Tensor) -> None:
     """Print how many images get other patches than by torch in float32."""
     found: dict[tuple[str, str], Localized] = {}
     for engine, precision in usable():
-        settings = PRESETS["evaluate"]
+        settings = PRESETS["dense"]
         options = {"engine": engine, "precision": precision}
         with Localizer(weights, settings, CPU, **options) as localizer:
             found[engine, precision] = localizer.submit(pixels).result()
@@ -164,7 +164,7 @@ def graph(weights: Weights, pixels: Tensor, rounds: int, tmp: Path) -> None:
     """Print the speed of the whole localizer, ours and exported, and whose patches differ."""
     import onnxruntime
 
-    threads, settings = torch.get_num_threads(), PRESETS["evaluate"]
+    threads, settings = torch.get_num_threads(), PRESETS["dense"]
     path = tmp / "anchornet.onnx"
     if not path.exists():
         export(weights.path, path, settings)

@@ -55,7 +55,7 @@ def batches_of(folder: ImageSource) -> list[range]:
 
 def straight_script(data: Path, split: str, limit: int, weights: Weights, out: Path) -> None:
     """What one writes first: torchvision's loader, the whole F, LSP per image, append to HDF5."""
-    s = PRESETS["evaluate"]
+    s = PRESETS["dense"]
     net = load_anchornet(weights)
     resize = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])
     folder = datasets.ImageFolder(data / split, resize)
@@ -134,12 +134,12 @@ def main() -> None:
                 pass
 
         def model() -> None:
-            with Localizer(weights, PRESETS["evaluate"], torch.device("cpu")) as localizer:
+            with Localizer(weights, PRESETS["dense"], torch.device("cpu")) as localizer:
                 for pending in [localizer.submit(pixels) for pixels in ready]:
                     pending.result()
 
         config = ExtractConfig(
-            args.data, args.split, tmp / "w", tmp / "shards", preset="evaluate", batch_size=BATCH,
+            args.data, args.split, tmp / "w", tmp / "shards", preset="dense", batch_size=BATCH,
             workers=args.workers, limit=args.limit, device="cpu", overwrite=True,
         )  # fmt: skip
         model()  # the first run compiles kernels

@@ -64,7 +64,7 @@ def model_stage(localizer: Localizer, pixels: torch.Tensor) -> float:
 
 def writing(localizer: Localizer, pixels: torch.Tensor, codec: str, folder: Path) -> float:
     """Return images/s of cutting and writing alone."""
-    settings = PRESETS["evaluate"]
+    settings = PRESETS["dense"]
     found = localizer.submit(pixels).result()
     n = len(pixels)
     batch = PatchBatch(
@@ -154,7 +154,7 @@ def main() -> None:
                 pixels = pixels.pin_memory() if gpu else pixels
                 with Localizer(
                     weights,
-                    PRESETS["evaluate"],
+                    PRESETS["dense"],
                     device,
                     batch_size=n,
                     precision=precision,

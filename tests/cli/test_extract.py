@@ -631,7 +631,7 @@ def test_bad_weights_and_networks_are_one_line(
 
 
 @pytest.mark.photos
-@pytest.mark.parametrize("preset", ["figure", "finetune", "evaluate"])
+@pytest.mark.parametrize("preset", ["figure", "finetune", "evaluate", "dense"])
 def test_photographs_give_patches_equal_to_their_crops(
     program: Program, tmp_path: Path, photos: Path, weights: Path, preset: str
 ) -> None:

@@ -66,7 +66,7 @@ def write_shards(
         iou_threshold=0.3,
         coverage=(0.3, 0.3, 0.3),
         shard_size=per_shard,
-        preset="evaluate",
+        preset="dense",
     )
     header = ShardHeader(
         folder.name,

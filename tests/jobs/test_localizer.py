@@ -74,7 +74,7 @@ def test_an_image_does_not_depend_on_its_batch(
     except SettingsError as error:
         pytest.skip(str(error))
     options, pixels = {"engine": engine, "precision": precision}, pixels[:11]
-    with Localizer(load_weights(weights), PRESETS["evaluate"], CPU, **options) as localizer:
+    with Localizer(load_weights(weights), PRESETS["dense"], CPU, **options) as localizer:
         whole = localizer.submit(pixels).result()
         parts = [localizer.submit(part).result() for part in torch.split(pixels, size)]
     for name, column in zip(Localized._fields, whole, strict=True):
@@ -142,7 +142,7 @@ def test_weights_for_another_transform_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("amp", [False, True])
 def test_gpu_agrees_with_cpu(weights: Path, pixels: torch.Tensor, amp: bool, compile: bool) -> None:
-    loaded, s, gpu = load_weights(weights), PRESETS["evaluate"], torch.device("cuda", 0)
+    loaded, s, gpu = load_weights(weights), PRESETS["dense"], torch.device("cuda", 0)
     with Localizer(loaded, s, CPU) as localizer:
         expected = localizer.submit(pixels).result()
     precision = "bfloat16" if amp else "float32"
@@ -157,7 +157,7 @@ def test_gpu_agrees_with_cpu(weights: Path, pixels: torch.Tensor, amp: bool, com
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_graph_computes_the_same(weights: Path, pixels: torch.Tensor, precision: str) -> None:
-    how = load_weights(weights), PRESETS["evaluate"], torch.device("cuda", 0)
+    how = load_weights(weights), PRESETS["dense"], torch.device("cuda", 0)
     found = []
     for graph in (False, True):
         with Localizer(*how, batch_size=8, precision=precision, graph=graph) as localizer:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from anchorpatch.errors import ShardError
-from anchorpatch.settings import CropSettings
+from anchorpatch.settings import PRESETS, CropSettings
 from anchorpatch.shards.header import ShardSettings, header_differences
 from anchorpatch.storage import to_json
 from tests.shards.samples import make_header, make_settings
@@ -51,3 +51,11 @@ def test_what_computed_is_compared_where_it_decides_bytes(
     old: dict, new: dict, difference: list[str]
 ) -> None:
     assert header_differences(make_header(**old), make_header(**new)) == difference
+
+
+def test_the_preset_that_was_called_evaluate_is_dense() -> None:
+    settings = ShardSettings(**vars(PRESETS["dense"]), preset="dense")
+    data = settings.to_json() | {"preset": "evaluate"}
+    assert ShardSettings.from_json(data) == settings
+    now = ShardSettings(**vars(PRESETS["evaluate"]), preset="evaluate")
+    assert ShardSettings.from_json(now.to_json()) == now

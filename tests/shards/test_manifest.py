@@ -343,5 +343,5 @@ def test_accuracy_has_a_meaning_where_the_classes_are_the_same(tmp_path: Path) -
     assert (facts.same_classes, facts.top1) == (True, 1.0)
     document = to_json(facts)
     assert document["scales"]["63"] == {"images": 2, "patches": 2}
-    assert document["settings"]["preset"] == "evaluate"
+    assert document["settings"]["preset"] == "dense"
     assert document["top1"] == 1.0
