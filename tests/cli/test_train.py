@@ -45,7 +45,7 @@ def test_train_then_evaluate(program: Program, data: Path, tmp_path: Path):
     assert result["top1_by_output"] == record["top1_by_output"]
     assert result["loss"] == pytest.approx(record["loss"], rel=1e-5)
     assert result["gmacs"] == pytest.approx(0.39, abs=0.01)
-    assert set(result["mean_patches"]) == {"figure", "finetune", "evaluate"}
+    assert set(result["mean_patches"]) == {"figure", "finetune", "evaluate", "dense"}
     assert result["mean_patches"]["figure"]["all"] <= 5
 
     file = tmp_path / "result.json"
