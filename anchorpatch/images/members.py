@@ -15,6 +15,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
@@ -416,4 +417,5 @@ class _Handle:
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            with suppress(OSError):  # all was read; nothing can be done about it here
+                os.close(self._descriptor)

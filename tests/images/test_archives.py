@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -11,6 +12,7 @@ import pickle
 import re
 import shutil
 import struct
+import sys
 import tarfile
 import time
 import zipfile
@@ -162,6 +164,29 @@ def test_only_so_many_archives_are_open_at_once(
     assert found(source) == TREE
     assert isinstance(source.read_at, ArchiveReader)
     assert len(source.read_at._open) == 2
+
+
+def test_an_archive_that_cannot_be_closed_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(KINDS["tar"](tmp_path / "packed", TREE), "val")
+    reader = source.reader
+    assert isinstance(reader, ArchiveReader)
+    assert source.read(0) == TREE_SORTED[0]
+    close = os.close
+    unraisable: list[object] = []
+    tried: list[int] = []
+
+    def fails(descriptor: int) -> None:
+        close(descriptor)
+        tried.append(descriptor)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", fails)
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    reader._open.clear()
+    assert len(tried) == 1
+    assert unraisable == []
 
 
 # --- the cache ------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def mutated(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
                 data = data[: at + n] + data[at:]
             case 7:
                 other = rng.choice(others)
-                start = rng.randrange(len(other))
+                start = rng.randrange(len(other)) if other else 0
                 data = data[:at] + other[start : start + n] + data[at + n :]
     return data
 
