@@ -18,7 +18,7 @@ import click
 from anchorpatch import __version__
 from anchorpatch.cli.options import Group, SharedOption, debug_option, options_of, variable_name
 from anchorpatch.cli.output import ReaderGone, open_streams
-from anchorpatch.errors import AnchorpatchError, Interrupted, reason_of
+from anchorpatch.errors import AnchorpatchError, reason_of
 from anchorpatch.signals import STOP_SIGNALS, ending, watch_waits
 from anchorpatch.text import did_you_mean
 
@@ -90,6 +90,14 @@ def cli(ctx: click.Context, config: str | None) -> None:
 _WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
+class _Terminated(BaseException):
+    """A signal other than Ctrl-C's came.
+
+    It is raised at any line, so that it must not be an `Exception`: what catches these there, from
+    decoders or users' modules, would take the signal for their failure and go on.
+    """
+
+
 def main() -> NoReturn:
     """Run the program on ``sys.argv`` and exit."""
     try:
@@ -102,7 +110,7 @@ def main() -> NoReturn:
     for number in STOP_SIGNALS:
         # Ctrl-C has Python's own handler; nohup has SIGHUP ignored, which is to stay.
         if number != signal.SIGINT and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _raise_interrupted)
+            signal.signal(number, _raise_terminated)
     # Read when torch is loaded. Threads that spin while they wait take the cores from those that
     # they wait for, wherever other programs compute too: training was then up to ten times slower.
     if not any(name in os.environ for name in _WAIT_POLICIES):
@@ -111,10 +119,9 @@ def main() -> NoReturn:
     try:
         status = _run(sys.argv[1:])
         ending()
-    except (Interrupted, KeyboardInterrupt) as error:  # behind the run, or as it says what failed
+    except (_Terminated, KeyboardInterrupt) as error:  # behind the run, or as it says what failed
         ending()
-        status = error.exit_status if isinstance(error, Interrupted) else 130
-        _fail(str(error) or "interrupted; run the same command again", status, False)
+        status = _fail_stopped(error, False)
     sys.exit(status)
 
 
@@ -127,8 +134,8 @@ def _run(args: list[str]) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; run the same command again", 130, "debug" in notes)
+    except (_Terminated, KeyboardInterrupt, click.Abort) as error:
+        return _fail_stopped(error, "debug" in notes)
     except AnchorpatchError as error:
         return _fail(str(error), error.exit_status, "debug" in notes)
     except ReaderGone:
@@ -153,9 +160,16 @@ def _fail(message: str, status: int, debug: bool) -> int:
     return status
 
 
-def _raise_interrupted(number: int, frame: FrameType | None) -> Any:
-    name = signal.Signals(number).name
-    raise Interrupted(f"terminated by {name}; run the same command again", number)
+def _fail_stopped(error: BaseException, debug: bool) -> int:
+    by, status = "interrupted", 130
+    if isinstance(error, _Terminated):
+        number = signal.Signals(error.args[0])
+        by, status = f"terminated by {number.name}", 128 + number
+    return _fail(f"{by}; run the same command again", status, debug)
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated(number)
 
 
 _DEFAULT_FILE = "anchorpatch.toml"

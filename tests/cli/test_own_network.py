@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,18 @@ def test_a_network_returns_one_output_per_class(
         f"image, got {found}: return one output per class\n"
     )
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("where", ["import", "call"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_it_is_not_its_failure(
+    program: Program, folder: Path, number: signal.Signals, where: str
+) -> None:
+    stop = f"import os, signal; os.kill(os.getpid(), signal.{number.name})\n"
+    module = stop if where == "import" else f"{NETWORK}\ndef stopped(classes):\n    {stop}"
+    (folder / "stopped.py").write_text(module)
+    train = ("finetune", "stopped:stopped", "--weights", "none", "--batch-size", 8)
+    done = program(*train, "--device", "cpu")
+    assert done.returncode == 128 + number
+    expected = "interrupted" if number == signal.SIGINT else f"terminated by {number.name}"
+    assert done.stderr.split("anchorpatch: ")[1:] == [f"{expected}; run the same command again\n"]
