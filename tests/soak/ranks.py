@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from tests.soak.kills import EXTRACT, JOURNAL, check_shards, done_shards, references
@@ -67,7 +68,7 @@ def torchrun(words: list[object], folder: Path, moment: float | None) -> int:
         while moment is not None and agent.poll() is None:
             if len(ranks := children.read_text().split()) >= RANKS:
                 time.sleep(moment)
-                if agent.poll() is None:
+                with suppress(ProcessLookupError):  # it has ended
                     os.kill(int(random.choice(ranks)), signal.SIGKILL)
                 break
             time.sleep(0.1)
