@@ -29,6 +29,7 @@ from anchorpatch.jobs.speed import Stopwatch
 from anchorpatch.models.anchornet_openvino import openvino_core
 from anchorpatch.networks import Network, load_network
 from anchorpatch.runtime.checkpoint import load_weights
+from anchorpatch.runtime.device import keep_freed_memory
 from anchorpatch.settings import SCALES, Computing
 
 CPU = torch.device("cpu")
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     reader = open_shards(args.shards.parent, args.shards.name)
     network: Network = load_network(
         args.network, reader.classes, args.weights, replace_head=args.weights == "none"
