@@ -213,13 +213,17 @@ class Matching:
     def read(cls, path: Path | None, *, all_classes: bool = False) -> Matching:
         """Read a class map: a class per line, whose number is that of the output.
 
+        What follows a WordNet id, as in ImageNet's LOC_synset_mapping.txt, is left out.
+
         Raises:
             DataError: the file cannot be read, or names a class twice.
         """
         if path is None:
             return cls(all_classes=all_classes)
         seen: dict[str, int] = {}
-        for number, name in _read_lines(path):
+        for number, line in _read_lines(path):
+            wordnet = _ID_AND_NAME.match(line)
+            name = wordnet[1] if wordnet else line
             if name in seen:
                 raise DataError(
                     f"{path}:{number}: expected class names, one per line and each once, found "

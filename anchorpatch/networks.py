@@ -378,7 +378,7 @@ def _note(
         new = few([ClassNames().shown(name) for name in missing], _LISTED)
         return f"{of} are kept; {len(missing):,} of the classes are new to it: {new}"
     if not left:
-        return f"{of} are the classes in another order, or by another name{by}"
+        return f"{of} are the classes{by}, in another order or with other names"
     if matching.all_classes:
         return (
             f"{found.source}: its outputs for the {len(wanted) - len(left):,} classes{by} compete "

@@ -7,9 +7,13 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 session = onnxruntime.InferenceSession(sys.argv[1])
 about = json.loads(session.get_modelmeta().custom_metadata_map["anchorpatch"])
-side, resize = about["transform"]["img_size"], about["transform"]["resize"]  # of mode center
+side, resize, mode = (about["transform"][key] for key in ("img_size", "resize", "crop_mode"))
+if mode != "center":  # nor are transparent pixels laid on about["transform"]["background"]
+    sys.exit(f"{sys.argv[1]}: expected crops of mode center, found {mode}")
 images = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in sys.argv[2:]]
 margin = (1 - side / resize) / 2
 crops = [ImageOps.fit(i, (side, side), Image.Resampling.BILINEAR, margin) for i in images]

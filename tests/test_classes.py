@@ -95,6 +95,8 @@ def test_class_maps(tmp_path: Path) -> None:
     (tmp_path / "map.txt").write_text("cat\n dog \n\n")
     assert Matching.read(tmp_path / "map.txt").class_map == ("cat", "dog")
     assert Matching.read(None, all_classes=True) == Matching(all_classes=True)
+    (tmp_path / "map.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\ncat 1\n")
+    assert Matching.read(tmp_path / "map.txt").class_map == ("n01440764", "n01443537", "cat 1")
     (tmp_path / "map.txt").write_text("cat\n\ndog\ncat\n")
     with pytest.raises(DataError, match=r"map\.txt:4: .* each once, found 'cat' also in line 1"):
         Matching.read(tmp_path / "map.txt")

@@ -239,9 +239,13 @@ def _names(images: Iterable[str], unreadable: Callable[[str, str], None]) -> Ite
     for image in images:
         if image == "-":
             # Bytes: a file's name need not be text.
+            none = True
             for line in sys.stdin.buffer:
                 if name := os.fsdecode(line.rstrip(b"\r\n")):
+                    none = False
                     yield from [name] if name == "-" else _names([name], unreadable)
+            if none:
+                unreadable("-", "no name of an image on stdin")
         elif os.path.isdir(image) or (
             image.lower().endswith((".tar", ".zip")) and os.path.isfile(image)
         ):

@@ -286,7 +286,7 @@ def draw_frames(
 
 def _enlarged(pixels: NDArray[np.uint8], zoom: float) -> Image.Image:
     picture = Image.fromarray(np.ascontiguousarray(pixels))
-    size = (round(picture.width * zoom), round(picture.height * zoom))
+    size = max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom))
     return picture if zoom == 1 else picture.resize(size, Image.Resampling.BICUBIC)
 
 

@@ -95,10 +95,12 @@ def run(config: FinetuneConfig, progress: Reporter | None = None) -> FinetuneSum
             )
         cost = task.cost
         if "budget" in cost:
+            more = cost["macs"] > 1.05 * cost["budget"]["macs"]
+            over = ", which is more: every image is seen at least once" if more else ""
             report.message(
                 f"the budget of {cost['budget']['of']}: {cost['budget']['macs'] / 1e9:,.1f} GMACs; "
                 f"{counted(cost['epochs'], 'epoch')} of {cost['steps_an_epoch']:,} steps over "
-                f"whole images take {cost['macs'] / 1e9:,.1f} GMACs"
+                f"whole images take {cost['macs'] / 1e9:,.1f} GMACs{over}"
             )
         records = Trainer(task, report).run(cost=cost)
         return FinetuneSummary(
@@ -324,10 +326,10 @@ class FinetuneTask(Task):
                 f"{config.accumulate} pieces of at least 2; choose --batch-size {2 * parts} or more"
             )
         if not rows:
-            raise DataError(
-                f"{self.train.folder}: expected patches of {config.scale} px, found none; "
-                "choose another --scale"
-            )
+            what, advice = f"{self.unit} to train on", "choose a smaller --holdout"
+            if config.scale is not None:
+                what, advice = f"patches of {config.scale} px", "choose another --scale"
+            raise DataError(f"{self.train.folder}: expected {what}, found none; {advice}")
         if rows < config.batch_size:
             raise DataError(
                 f"{self.train.folder}: {rows} {self.unit} per epoch are too few for a batch "
@@ -340,7 +342,13 @@ class FinetuneTask(Task):
         assert config.like is not None
         path = config.like / "config.json"
         try:
-            cost = json.loads(path.read_text(encoding="utf-8"))["cost"]
+            found = json.loads(path.read_text(encoding="utf-8"))
+            cost, held = found["cost"], found.get("holdout", 0.0)
+            if held != config.holdout:
+                self.message(
+                    f"{config.like} was trained with --holdout {held}, this run with "
+                    f"{config.holdout}: they learn from different images"
+                )
             of = f"{config.like}, {counted(cost['epochs'], 'epoch')}"
             return {"macs": int(cost["macs"]), "of": of}
         except FileNotFoundError:

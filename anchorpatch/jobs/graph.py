@@ -140,7 +140,8 @@ def traced(module: nn.Module, *inputs: Tensor) -> ExportedProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shapes = tuple({0: batch} for _ in inputs)
-        program = torch.export.export(module.eval(), inputs, dynamic_shapes=shapes, strict=False)
+        module.eval().requires_grad_(False)  # or outputs of the program would require it
+        program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     return program

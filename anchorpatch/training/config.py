@@ -240,6 +240,13 @@ class TrainConfig(LoopConfig):
         _check(self, "a number above 0", lambda value: 0 < value < math.inf, "temperature")
         if self.teacher is not None and self.arch != "anchornet":
             raise SettingsError(f"teacher: only for anchornet, not for {self.arch}; leave it out")
+        if self.teacher_weights == "none":
+            raise SettingsError("teacher_weights: expected default or a file, got 'none'")
+        for name in ("teacher_weights", "distill_weight", "temperature"):
+            if self.teacher is None and getattr(self, name) != getattr(type(self), name):
+                raise SettingsError(f"{name}: only with a teacher; give one, or leave it out")
+        if self.teacher is None and self.matching != AS_NAMED:
+            raise SettingsError("class_map: only with a teacher; give one, or leave it out")
         largest = ARCHITECTURES[self.arch]
         if self.crop_size < largest:
             raise SettingsError(

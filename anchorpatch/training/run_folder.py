@@ -17,6 +17,7 @@ from anchorpatch.runtime.checkpoint import versions
 from anchorpatch.runtime.distributed import World, any_rank, sum_ranks
 from anchorpatch.storage import lock_file, refusals, write_atomically
 from anchorpatch.tables import number
+from anchorpatch.text import few
 from anchorpatch.training.config import LoopConfig
 
 #: Files of a run: the weights of its best and last epoch, and its training state.
@@ -315,6 +316,7 @@ def check_identity(path: Path, identity: Any, expected: Mapping[str, Any]) -> li
                 "same bit for bit"
             )
         else:
+            there, here = (few(v) if isinstance(v, list) else v for v in (there, here))
             different.append(f"{name} {there} there, {here} here")
     if different:
         raise WeightsError(

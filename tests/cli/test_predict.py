@@ -113,6 +113,15 @@ def test_names_from_stdin_and_plain_text(
         assert lines[begin + 2].count("(") == int(count) + 1
 
 
+def test_an_empty_list_on_stdin_is_a_failure(
+    program: Program, weights: Path, network: Path
+) -> None:
+    arguments = ["predict", "-", "--network", network, "--anchornet-weights", weights]
+    result = program(*arguments, stdin=b"\n")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "-: no name of an image on stdin" in result.stderr
+
+
 def test_another_programs_weights(
     program: Program, tmp_path: Path, image_folder: Path, weights: Path, network: Path
 ) -> None:

@@ -15,6 +15,7 @@ from anchorpatch.figures.frames import (
     Tile,
     badge,
     contact_sheet,
+    draw_frames,
     number,
     patch_figure,
     patch_sheet,
@@ -37,6 +38,14 @@ def test_patches_in_the_corners_of_the_image_are_framed_whole() -> None:
         label = frame[3 : 3 + MARK, 3 : 3 + MARK]
         assert np.array_equal(label, badge(number(rank + 1, color)))
     assert not image.any()
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1)])
+def test_a_thin_image_keeps_a_pixel(shape: tuple[int, int]) -> None:
+    image, none = np.zeros((*shape, 3), np.uint8), np.zeros((0, 4))
+    assert draw_frames(image, none, [], zoom=0.1).size == tuple(
+        max(1, n // 10) for n in shape[::-1]
+    )
 
 
 @pytest.mark.parametrize(("theta", "count"), [(63, 24), (95, 10), (111, 8), (63, 1)])

@@ -308,6 +308,8 @@ def test_held_out_images_are_not_trained_on(shards: Path, tmp_path: Path):
     assert summary.images == (len(TRAIN) - len(out), len(VAL))
     network = load_network("tiny", CLASSES, tmp_path / "tiny" / "best.safetensors")
     assert (network.holdout, network.trained_on) == (0.4, "patches")
+    with pytest.raises(DataError, match="expected patches to train on, found none; .* --holdout"):
+        prepare(replace(config, holdout=0.9999), torch.device("cpu"), World())
     # Another share is another run.
     with pytest.raises(WeightsError, match=r"holdout 0\.4 there, None here"):
         run(replace(config, holdout=0.0))
@@ -343,6 +345,13 @@ def test_a_baseline_costs_what_the_run_on_patches_cost(shards: Path, tmp_path: P
     (tmp_path / "tiny" / "config.json").write_text(json.dumps({"cost": patches}))
     cost = forecast(baseline(shards, tmp_path / "tiny-baseline"))["cost"]
     assert cost["budget"] == {"macs": patches["macs"], "of": f"{tmp_path / 'tiny'}, 20 epochs"}
+    lines: list[str] = []
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps({"cost": patches, "holdout": 0.4}))
+    prepare(baseline(shards, tmp_path / "b"), torch.device("cpu"), World(), lines.append)
+    assert [line for line in lines if "holdout" in line] == [
+        f"{tmp_path / 'tiny'} was trained with --holdout 0.4, this run with 0.0: they learn from "
+        "different images"
+    ]
     (tmp_path / "tiny" / "config.json").write_text("{}")
     with pytest.raises(DataError, match=r"tiny/config\.json: cannot read the cost of the run"):
         forecast(baseline(shards, tmp_path / "tiny-baseline"))

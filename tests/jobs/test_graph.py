@@ -88,8 +88,7 @@ def test_an_exported_program_equals_the_localizer(weights: Path, tmp_path: Path)
     with Localizer(load_weights(weights), settings, torch.device("cpu"), "torch") as localizer:
         expected = localizer.submit(pixels).result()
     for n in (1, 9):
-        with torch.no_grad():
-            found = Localized(*(out.numpy() for out in module(pixels[:n])))
+        found = Localized(*(out.numpy() for out in module(pixels[:n])))
         for a, b in zip(found, expected, strict=True):
             assert a.dtype == b.dtype
             if a.dtype == np.float32:

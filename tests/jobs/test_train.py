@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from anchorpatch.classes import Matching
 from anchorpatch.errors import (
     DataError,
     Interrupted,
@@ -486,6 +487,10 @@ def test_a_teacher_that_lacks_classes_is_refused(data: Path, teacher: dict, tmp_
         {"distill_weight": 0.0},
         {"temperature": 0.0},
         {"teacher": "resnet18", "arch": "bagnet33"},
+        {"teacher_weights": "none", "teacher": "resnet18"},
+        {"teacher_weights": "teacher.safetensors"},
+        {"distill_weight": 0.7},
+        {"temperature": 2.0},
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -493,6 +498,11 @@ def test_settings_that_no_run_could_use(changes: dict):
     name = next(iter(changes))
     with pytest.raises(SettingsError, match=name):
         TrainConfig(data=Path("data"), folder=Path("runs"), **changes)
+
+
+def test_a_class_map_is_for_a_teacher():
+    with pytest.raises(SettingsError, match="class_map: only with a teacher"):
+        TrainConfig(data=Path(), folder=Path(), matching=Matching(("cat", "dog")))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
