@@ -308,7 +308,7 @@ def test_held_out_images_are_not_trained_on(shards: Path, tmp_path: Path):
     assert summary.images == (len(TRAIN) - len(out), len(VAL))
     network = load_network("tiny", CLASSES, tmp_path / "tiny" / "best.safetensors")
     assert (network.holdout, network.trained_on) == (0.4, "patches")
-    with pytest.raises(DataError, match="expected patches to train on, found none; .* --holdout"):
+    with pytest.raises(DataError, match=r"expected patches to train on, found none; .* --holdout"):
         prepare(replace(config, holdout=0.9999), torch.device("cpu"), World())
     # Another share is another run.
     with pytest.raises(WeightsError, match=r"holdout 0\.4 there, None here"):
