@@ -351,7 +351,8 @@ def export(folder: Path, out: Path, scales: tuple[str, ...], as_json: bool, **op
     RANK is 0 for the strongest patch of an image. Tables and KEY.json have the corner (y, x) in
     the crop that AnchorNet saw, and the box x0, y0, x1, y1 in pixels of the source image. With
     several splits in DIR, pictures go to OUT/SPLIT. OUT must be empty or hold the same export:
-    run the same command again to complete one that was interrupted.
+    run the same command again to complete one that was interrupted. A table that this command
+    wrote is replaced.
     """
     from anchorpatch.jobs.export import ExportConfig, export_splits, taken_images
     from anchorpatch.runtime.progress import reporter

@@ -212,17 +212,18 @@ def list_folder(root: Path) -> Listing:
     )
 
 
-def list_files(file: Path, *, labelled: bool = True) -> Listing:
+def list_files(file: Path, *, labelled: bool = True, subset: bool = False) -> Listing:
     """Look up the images of a list; without labels, each has the name of its folder for a class.
 
     Args:
         file: the list; see `anchorpatch.images.labels.read_list`.
         labelled: the images must have classes.
+        subset: some may be without a label where others have one.
 
     Raises:
         DataError: an image has no label and lies in no folder.
     """
-    paths, said = read_list(file)
+    paths, said = read_list(file, subset=subset)
     labels, numbered = as_numbers(said) if said else ([], False)
     if not labels:
         labels = [os.path.basename(os.path.dirname(path)) for path in paths]

@@ -50,7 +50,7 @@ _SEPARATORS: Final = (",", "\t", ";")
 _HEADERS: Final = ("path", "file", "image")
 
 
-def read_list(file: Path) -> tuple[list[str], list[str]]:
+def read_list(file: Path, *, subset: bool = False) -> tuple[list[str], list[str | None]]:
     """Read a list of images: a path per line, and the class of each or of none.
 
     A path and its class are separated by the last comma, tab, semicolon or space of the line. A
@@ -59,6 +59,7 @@ def read_list(file: Path) -> tuple[list[str], list[str]]:
 
     Args:
         file: the list, UTF-8; ``-`` for stdin.
+        subset: lines may be without a label, which is None, where others have one.
 
     Returns:
         The paths as they stand there, and the labels; no labels where no line has one.
@@ -92,16 +93,17 @@ def read_list(file: Path) -> tuple[list[str], list[str]]:
         path = re.sub(r"/(\./)*/*", "/", path.removeprefix("./"))
         if path in lines:
             raise DataError(f"{file}:{number}: {path!r} is in line {lines[path]} too")
-        if labels and bool(label) != bool(labels[0]):
+        if labels and bool(label) != bool(labels[0]) and not subset:
             first = next(iter(lines.values()))
             raise DataError(
-                f"{file}:{number}: expected {'a' if labels[0] else 'no'} label, as in line {first}"
+                f"{file}:{number}: expected {'a' if labels[0] else 'no'} label, as in line "
+                f"{first}; --only-labelled leaves images without a label out"
             )
         lines[path] = number
         labels.append(label)
     if not lines:
         raise DataError(f"{file}: expected a path of an image per line, found none")
-    return list(lines), labels if labels[0] else []
+    return list(lines), [label or None for label in labels] if any(labels) else []
 
 
 def _path_and_label(line: str) -> tuple[str | None, str]:

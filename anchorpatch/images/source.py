@@ -256,7 +256,7 @@ def open_source(
     """
     data, report = Path(data), report or Reporter()
     if files is not None:
-        found = list_files(Path(files), labelled=labels is None)
+        found = list_files(Path(files), labelled=labels is None, subset=only_labelled)
     else:
         find = _find_any if unlabelled and labels is None else _find
         found = find(data, split, report, flat=labels is not None)

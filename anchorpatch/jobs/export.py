@@ -194,6 +194,7 @@ def _change(name: str, was: Any, now: Any) -> str:
         return "the shards have changed"
     if name == "class_names":
         return "--class-names gives other names"
+    was, now = ("none" if value is None else value for value in (was, now))
     return f"--{name.replace('_', '-')} was {was}, now {now}"
 
 

@@ -158,10 +158,11 @@ def tune_counts(
         # 1 % of room, so that P can decide; or the limit itself, where it is all there is.
         enough = np.flatnonzero(full.mean(0) >= min(1.01 * target, full.mean(0)[-1]))
         if target < 1 or full.mean(0)[-1] < 0.99 * target:
+            advice = "an image has at least one patch" if target < 1 else "raise --iou-threshold"
             raise SettingsError(
                 f"--patches: expected 1 to {full.mean(0)[-1]:.2f} at {scale} px, as all locations "
                 f"of {n:,} images give at an IoU threshold of {base.iou_threshold}, got "
-                f"{target:g}; raise --iou-threshold"
+                f"{target:g}; {advice}"
             )
         most[j] = max(most[j], int(enough[0]) + 1)
         ranks = np.sort(found.ranks[:, : most[j]], axis=None)

@@ -115,6 +115,12 @@ def test_a_list_with_a_table_of_labels() -> None:
     assert facts(listed("2.png", "ü.png", labels=table, only_labelled=True)) == {"2.png": "cat"}
 
 
+@pytest.mark.parametrize("lines", [("2.png,cat", "ü.png"), ("ü.png", "2.png,cat")])
+def test_a_list_of_which_only_the_labelled_are_taken(lines: tuple[str, ...]) -> None:
+    source = listed(*lines, only_labelled=True)
+    assert (facts(source), source.ignored) == ({"2.png": "cat"}, {"without a label": 1})
+
+
 def test_labels_of_a_subset() -> None:
     Path("data").mkdir()
     Path("photos").rename("data/val")

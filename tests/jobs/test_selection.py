@@ -83,9 +83,10 @@ def test_k_is_raised_where_it_is_too_small_and_what_cannot_be_is_refused():
     assert found.max_patches[0] > 5
     assert found.max_patches[1] == 2
     assert list(means.values()) == pytest.approx([5.6, 1.5, 2.1], rel=0.03)
-    for wanted in ((99.0, 2.0, 2.0), (0.5, 2.0, 2.0)):
-        with pytest.raises(SettingsError, match=r"expected 1 to \d+\.\d\d at 63 px, .* raise"):
-            tune_counts(samples, wanted, base)
+    for first, advice in ((99.0, "raise --iou-threshold"), (0.5, "at least one patch")):
+        refused = rf"expected 1 to \d+\.\d\d at 63 px, .* got {first:g}; .*{advice}"
+        with pytest.raises(SettingsError, match=refused):
+            tune_counts(samples, (first, 2.0, 2.0), base)
     # A scale that no image has chosen keeps its P.
     none = Sample(np.zeros(0, np.int64), np.zeros((0, 15, 15), np.float32))
     found, means = tune_counts({**samples, 111: none}, (5.6, 1.5, 99.0), base)
