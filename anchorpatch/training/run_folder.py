@@ -316,7 +316,9 @@ def check_identity(path: Path, identity: Any, expected: Mapping[str, Any]) -> li
                 "same bit for bit"
             )
         else:
-            there, here = (few(v) if isinstance(v, list) else v for v in (there, here))
+            there, here = (
+                few(list(map(str, v))) if isinstance(v, list) else v for v in (there, here)
+            )
             different.append(f"{name} {there} there, {here} here")
     if different:
         raise WeightsError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from anchorpatch.runtime.distributed import World
 from anchorpatch.runtime.progress import Reporter
 from anchorpatch.training.config import LoopConfig, rate_factor
 from anchorpatch.training.loop import Batch, MovingAverage, Task, Trainer
-from anchorpatch.training.run_folder import alone_in, best_record
+from anchorpatch.training.run_folder import alone_in, best_record, check_identity
 
 IMAGES, BATCH = 24, 8
 CPU = torch.device("cpu")
@@ -203,6 +204,18 @@ def test_epochs_do_not_become_fewer(tmp_path: Path):
     train(tmp_path, epochs=2)
     with pytest.raises(WeightsError, match=r"epochs 2 there, 1 here.*--epochs may be more"):
         train(tmp_path, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        (None, ["ant", "bee", "cat", "dog"], "None there, ant, bee, cat and 1 more here"),
+        ([6, 3, 2], [6, 3], "6, 3, 2 there, 6, 3 here"),
+    ],
+)
+def test_lists_that_differ_are_shortened(there: Any, here: Any, said: str):
+    with pytest.raises(WeightsError, match=rf"last\.pt: .* configuration \(of {said}\);"):
+        check_identity(Path("last.pt"), json.dumps({"of": there}), {"of": here})
 
 
 def test_another_number_of_processes_goes_on_with_a_note(tmp_path: Path):
