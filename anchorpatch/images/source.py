@@ -428,7 +428,7 @@ def _find(data: Path, split: str, report: Reporter, *, flat: bool = False) -> Li
 
 def _find_any(data: Path, split: str, report: Reporter, *, flat: bool = False) -> Listing:
     """List the images of DATA/SPLIT with their classes, or all of one where some have none."""
-    with suppress(DataError):  # raised again where it is not for want of classes
+    with suppress(DataError):  # raised again unless only the classes are missing
         found = _find(data, split, report, flat=flat)
         outside = any(name.endswith(OUTSIDE) for name in found.others)
         if len(found.paths) and not outside and (found.labels >= 0).all():
