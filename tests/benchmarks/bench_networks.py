@@ -12,7 +12,6 @@ speed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from anchorpatch.jobs.crops import CropSource, open_shards
 from anchorpatch.jobs.patch_scores import Distributions
 from anchorpatch.jobs.speed import Stopwatch
 from anchorpatch.models.anchornet_openvino import openvino_core
-from anchorpatch.networks import Network, load_network
+from anchorpatch.networks import load_network
 from anchorpatch.runtime.checkpoint import load_weights
 from anchorpatch.runtime.device import keep_freed_memory
 from anchorpatch.settings import SCALES, Computing
@@ -72,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     reader = open_shards(args.shards.parent, args.shards.name)
-    network: Network = load_network(
+    network = load_network(
         args.network, reader.classes, args.weights, replace_head=args.weights == "none"
     )
     module = network.module.eval().to(memory_format=torch.channels_last)
@@ -88,11 +87,10 @@ def main() -> None:
         watches[name] = Stopwatch(dict.fromkeys(SCALES, run), anchornet, *how, args.batch_size)
         ways[f"{name}, whole images"] = watches[name].whole(run)
         ways[f"{name}, by patches"] = watches[name].by_patches
-    check: Callable[..., None] = torch.testing.assert_close
     with torch.inference_mode():
         for way in ("whole images", "by patches"):
             sums = [ways[f"{name}, {way}"](pixels[:32]) for name in modules]
-            check(*sums, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-4)
     rates = watches["torch"].rates(ways)
     patches = watches["torch"].mean_patches
     print(f"{args.network}, {len(pixels)} images, {patches:.2f} patches each")
